@@ -1,0 +1,303 @@
+"""Stage 2: find the best sub-networks of a supernet under a budget, on worker processes that never idle.
+
+    python async_search.py                                    # the last supernet, every GPU or else the CPU
+    python async_search.py --gpus 0,1,2,3 --max-flops 300e6
+    python async_search.py --load runs/bccd/supernet --gpus cpu,cpu --controller pareto-evo
+    python async_search.py --resume                           # go on after any interruption
+
+Writes best.json (the genotype to train), pareto.json (the front), evals.jsonl (every evaluation) and front.png to
+runs/NAME/search. The next command is final_train.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from lib import checkpoint, cli, plan
+from lib.config import Config, to_dict
+from lib.datasets import load_records, load_split
+from lib.dispatcher import Dispatcher, Result
+from lib.errors import UserError
+from lib.evolution import Controller, SpaceExhausted, make_controller, pareto_front
+from lib.genotype import Genotype
+from lib.ledger import Ledger, evaluation_key
+from lib.models import Supernet, load_supernet
+from lib.report import plot_front
+from lib.runlog import progress, say
+from lib.runs import last_run, remember, supernet_checkpoint
+from lib.runtime import StopRequest, run
+from lib.scoring import prepare_scoring_data, save_scoring_data, scoring_worker
+
+CPU_WORKERS = 8  # at most, where nothing else is asked for
+
+
+class Search:
+    """One search: the ask, submit, tell loop over a ledger.
+
+    What the ledger already holds is told at once and never evaluated again.
+    """
+
+    def __init__(self, controller: Controller, ledger: Ledger, config: Config, identity: dict, first_epoch: int):
+        self.controller, self.ledger, self.config = controller, ledger, config
+        self.identity, self.first_epoch = identity, first_epoch
+        self.total = config.search.num_epochs * config.search.steps
+        self.asked = 0
+        self.told: list[dict] = []  # the records this search has learnt from
+        self.running: dict[str, Genotype] = {}
+
+    @property
+    def epoch(self) -> int:
+        return self.first_epoch + len(self.told) // self.config.search.steps
+
+    def replay(self) -> None:
+        """Tell the controller what an interrupted run of this very search had found."""
+        for record in self.ledger.records(search=self.identity["search"]):
+            genotype = Genotype.from_dict(record["genotype"])
+            if record["key"] == self._key(genotype):
+                self.asked += 1
+                self._tell(record)
+
+    def _key(self, genotype: Genotype) -> str:
+        names = ("supernet_sha256", "split_sha256", "settings")
+        return evaluation_key(genotype, *(self.identity[name] for name in names))
+
+    def _tell(self, record: dict) -> None:
+        genotype = Genotype.from_dict(record["genotype"])
+        if record["status"] == "ok":
+            self.controller.tell(genotype, record["metrics"])
+        else:
+            self.controller.tell_failure(genotype)
+        self.told.append(record)
+
+    def propose(self) -> tuple[str, Genotype] | None:
+        """The next job; None where the search has asked for all it may. Known evaluations are told on the way."""
+        while self.asked < self.total:
+            try:
+                genotype = self.controller.ask()
+            except SpaceExhausted as end:
+                say(f"search: {end}")
+                self.total = self.asked
+                return None
+            self.asked += 1
+            key = self._key(genotype)
+            known = self.ledger.lookup(key)
+            if known is None:
+                self.running[key] = genotype
+                return key, genotype
+            self._tell(known)
+        return None
+
+    def learn(self, result: Result) -> None:
+        """Record a result and tell the controller."""
+        genotype = self.running.pop(result.job_id)
+        record = {
+            "key": result.job_id,
+            "search": self.identity["search"],
+            "genotype": genotype.to_dict(),
+            "metrics": result.value or {},
+            "status": "failed" if result.error else "ok",
+            "seconds": round(result.seconds, 3),
+            "worker": result.worker,
+            "epoch": self.epoch,
+            "time": round(time.time(), 3),
+            **({"error": result.error} if result.error else {}),
+        }
+        self.ledger.append(record)
+        self._tell(record)
+
+    def succeeded(self) -> list[dict]:
+        return [record for record in self.told if record["status"] == "ok"]
+
+
+def search_loop(search: Search, dispatcher: Dispatcher, folder: Path, stop: StopRequest, write) -> None:
+    """Keep every worker supplied; each result triggers the next proposal, nothing waits for a generation to end."""
+    bar = progress(None, "search", total=search.total, initial=len(search.told))
+    epoch = search.epoch
+    while True:
+        while not stop.requested and dispatcher.free_slots() > 0 and (job := search.propose()) is not None:
+            dispatcher.submit(job[0], job[1].to_dict())
+        bar.total = search.total
+        bar.update(len(search.told) - bar.n)
+        if search.epoch > epoch and search.succeeded():
+            say(progress_line(search, epoch))
+            write()
+            epoch = search.epoch
+        if not dispatcher.pending:
+            break
+        for result in dispatcher.results(timeout=1.0):
+            search.learn(result)
+            if result.error:
+                say(f"a candidate failed on {result.worker}: {result.error.splitlines()[-1]}")
+    bar.close()
+
+
+def progress_line(search: Search, epoch: int) -> str:
+    objective = search.config.search.objective
+    best = best_record(search)["metrics"]
+    return (
+        f"search epoch {epoch}: {len(search.told)} evaluations, best {objective} {best[objective]:.4f} "
+        f"at {best['flops'] / 1e6:.1f} M multiply-adds"
+    )
+
+
+def best_record(search: Search) -> dict:
+    """Highest objective, the cheapest among equals."""
+    objective = search.config.search.objective
+    return max(search.succeeded(), key=lambda r: (r["metrics"][objective], -r["metrics"]["flops"]))
+
+
+def write_results(search: Search, folder: Path, supernet: Path) -> None:
+    """best.json, pareto.json and front.png, each replaced at once."""
+    source = {"path": str(supernet), "sha256": search.identity["supernet_sha256"]}
+    settings = search.config.search
+
+    def genotype_file(record: dict) -> dict:
+        return {
+            **record["genotype"],
+            "metrics": record["metrics"],
+            "supernet": source,
+            "config": to_dict(search.config),
+        }
+
+    records = search.succeeded()
+    front = pareto_front(records, settings.objective, settings.costs)
+    best = genotype_file(best_record(search))
+    checkpoint.write_text(folder / "best.json", json.dumps(best, indent=1) + "\n")
+    pareto = {"format": "pareto/1", "objective": settings.objective, "costs": settings.costs}
+    pareto["front"] = [genotype_file(record) for record in front]
+    checkpoint.write_text(folder / "pareto.json", json.dumps(pareto, indent=1) + "\n")
+    metrics = [[r["metrics"] for r in some] for some in (records, front)]
+    plot_front(*metrics, settings.costs[0], settings.objective, folder / "front.png")
+
+
+def pick_workers(gpus: str | None, config: Config) -> tuple[list[str], int | None]:
+    """The device of each worker, and CPU threads per worker where it is the CPU.
+
+    `--gpus` is `0,1,2`, `cpu` or `cpu,cpu`. Without it: the configured `gpu_ids` that exist, every GPU, or else the CPU.
+    `search.parallelism` workers are dealt out over the devices.
+    """
+    count, cores = torch.cuda.device_count(), os.cpu_count() or 1
+    wanted = config.search.parallelism
+    if gpus is None:
+        ids = [i for i in config.search.gpu_ids if i < count] or list(range(count))
+        devices = [f"cuda:{i}" for i in ids] or ["cpu"] * min(cores, wanted or CPU_WORKERS)
+    else:
+        names = [name.strip() for name in gpus.split(",")]
+        bad = [n for n in names if n != "cpu" and not (n.isdigit() and int(n) < count)]
+        if bad:
+            raise UserError(f"--gpus {gpus}: '{bad[0]}' is neither cpu nor one of this machine's {count} CUDA devices")
+        devices = ["cpu" if name == "cpu" else f"cuda:{name}" for name in names]
+    if wanted > len(devices) and devices[0] != "cpu":
+        devices = [devices[i % len(devices)] for i in range(wanted)]
+    on_cpu = devices.count("cpu")
+    return devices, max(1, cores // on_cpu) if on_cpu else None
+
+
+def budget_check(supernet: Supernet, config: Config):
+    """Whether a genotype is within the budget. Raises UserError at once if even the smallest is not."""
+    limits = {"flops": config.search.max_flops, "params": config.search.max_params}
+    limits = {name: limit for name, limit in limits.items() if limit}
+    smallest, largest = (supernet.detector.cost(g) for g in (supernet.space.smallest(), supernet.space.largest()))
+    for name, limit in limits.items():
+        low, high = getattr(smallest, name), getattr(largest, name)
+        if low > limit:
+            raise UserError(
+                f"search.max_{name}: {limit:.4g} is out of reach, sub-networks have {low:.4g} to {high:.4g}"
+            )
+
+    def feasible(genotype: Genotype) -> bool:
+        cost = supernet.detector.cost(genotype)
+        return all(getattr(cost, name) <= limit for name, limit in limits.items())
+
+    return feasible
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = cli.make_parser(__doc__, "folder of the supernet run (default: the last one)")
+    add = parser.add_argument
+    add("--gpus", metavar="LIST", help="workers: 0,1,2,3 or cpu or cpu,cpu (default: what the machine has)")
+    add("--controller", choices=["random", "evo", "pareto-evo"], help="how candidates are proposed")
+    add("--max-flops", type=float, help="budget: multiply-adds of the whole detector, e.g. 300e6")
+    add("--max-params", type=float, help="budget: parameters of the whole detector")
+    return parser
+
+
+def read_search_config(args: argparse.Namespace, supernet: Supernet) -> Config:
+    """The supernet's configuration, or --cfg's, which must describe the same network."""
+    for flag in ("controller", "max_flops", "max_params"):
+        if (value := getattr(args, flag)) is not None:
+            args.set.append(f"search.{flag}={value}")
+    config = cli.read_config(args, "search", to_dict(supernet.config))
+    for section in ("search_space", "backbone", "head", "loss"):
+        if getattr(config, section) != getattr(supernet.config, section):
+            raise UserError(f"{section}: differs from that of the supernet, which was trained with its own (--load)")
+    return config
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
+    source = args.load or last_run("supernet")
+    if source is None:
+        raise UserError("no supernet run found: train one with supernet_train.py, or name its folder with --load")
+    path = supernet_checkpoint(source)
+    supernet = load_supernet(path)
+    config = read_search_config(args, supernet)
+    folder = cli.run_folder(args, config, "search")
+    devices, threads = pick_workers(args.gpus, config)
+    feasible = budget_check(supernet, config)
+    config.data.classes = list(supernet.classes)
+    records = load_records(config.data, "train", config.seed)
+    train, candidates = load_split(path.parent / "split.json", records)
+    for line in (
+        f"supernet: {path}, trained to epoch {supernet.epoch} of {supernet.config.supernet.epochs}",
+        plan.describe_split(len(records), train, candidates),
+        *plan.describe_space(supernet.detector, supernet.space),
+        f"search: {config.search.controller}, {config.search.num_epochs} epochs of {config.search.steps} evaluations "
+        f"from epoch {supernet.epoch + 1}, workers on {', '.join(devices)}",
+    ):
+        print(line)
+    if args.dry_run:
+        return
+    settings = config.search
+    shared = (config.seed, settings.controller, settings.objective, settings.costs, settings.max_flops)
+    identity = {
+        "search": f"{shared}-{settings.max_params}",
+        "supernet_sha256": checkpoint.sha256(path),
+        "split_sha256": checkpoint.sha256(path.parent / "split.json"),
+        "settings": {"bn_images": settings.bn_images, "images": settings.images, "batch_size": settings.batch_size},
+    }
+    images = folder / "images.pt"
+    with Ledger(folder / "evals.jsonl") as ledger, StopRequest() as stop:
+        cli.save_config(config, folder)
+        remember("search", folder)
+        names = ("objective", "costs", "population_size", "tournament_size", "mutation_probability")
+        options = {name: getattr(settings, name) for name in (*names, "crossover_probability")}
+        controller = make_controller(settings.controller, supernet.space, config.seed, feasible, **options)
+        search = Search(controller, ledger, config, identity, supernet.epoch + 1)
+        if args.resume:
+            search.replay()
+            print(f"resumed {ledger.path}: {len(search.told)} evaluations of this search")
+        save_scoring_data(prepare_scoring_data(records, train, candidates, config), images)
+        setup = (str(path), str(images), to_dict(config))
+        with Dispatcher(scoring_worker, setup, devices, threads_per_worker=threads) as dispatcher:
+            search_loop(search, dispatcher, folder, stop, lambda: write_results(search, folder, path))
+    images.unlink(missing_ok=True)
+    if not search.succeeded():
+        raise UserError(f"no evaluation succeeded; see {folder / 'evals.jsonl'}")
+    write_results(search, folder, path)
+    if len(search.told) < search.total:
+        print("stopped; the same command with --resume goes on")
+    print(progress_line(search, search.epoch - 1))
+    print(f"wrote {folder / 'best.json'}, {folder / 'pareto.json'}, {folder / 'front.png'}")
+    print(f"next: python final_train.py --genotype {folder / 'best.json'}")
+
+
+if __name__ == "__main__":
+    run(main)

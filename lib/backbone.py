@@ -1,0 +1,137 @@
+"""Elastic MobileNetV2 and MobileNetV3-Large: feature maps of any sub-network, at the strides an SSD head wants."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from lib.config import BackboneConfig
+from lib.elastic import ACTIVATIONS, ElasticInvertedResidual, Segment, make_divisible, run_segment
+from lib.errors import UserError
+from lib.genotype import Genotype, StageChoices
+
+
+@dataclass(frozen=True)
+class Table:
+    """One row of numbers per backbone type: what the paper's table lists, one entry per stage."""
+
+    strides: Sequence[int]
+    layer_channels: Sequence[int]  # stem, stages, then the last 1x1 convolutions (the classifier's is not used)
+    activations: Sequence[str]
+    squeeze_excitation: Sequence[bool]
+    stem_activation: str
+    last_conv: bool  # the 1x1 convolution after the last stage is part of the feature extractor
+
+
+TABLES = {
+    # Sandler et al., CVPR 2018, table 2
+    "mbv2_backbone": Table(
+        strides=(1, 2, 2, 2, 1, 2, 1),
+        layer_channels=(32, 16, 24, 32, 64, 96, 160, 320, 1280),
+        activations=("relu6",) * 7,
+        squeeze_excitation=(False,) * 7,
+        stem_activation="relu6",
+        last_conv=False,
+    ),
+    # Howard et al., ICCV 2019, table 1, in the regular stages of Once-for-All
+    "mbv3_backbone": Table(
+        strides=(1, 2, 2, 2, 1, 2),
+        layer_channels=(16, 16, 24, 40, 80, 112, 160, 960, 1280),
+        activations=("relu", "relu", "relu", "h_swish", "h_swish", "h_swish"),
+        squeeze_excitation=(False, False, True, False, True, True),
+        stem_activation="h_swish",
+        last_conv=True,
+    ),
+}
+
+
+class ElasticBackbone(nn.Module):
+    """`backbone(x, genotype)` gives one feature map per feature level, each at stride 2**level.
+
+    A level's feature map is the last one of that stride; MobileNetV3's last level is its 960-channel 1x1 convolution.
+    """
+
+    def __init__(self, config: BackboneConfig, stages: Sequence[StageChoices]):
+        super().__init__()
+        table = TABLES[config.backbone_type]
+        strides = list(config.strides or table.strides)
+        layer_channels = list(config.layer_channels or table.layer_channels)
+        _check_lengths(len(stages), strides, layer_channels, table)
+        channels = [make_divisible(c * config.mult_ratio) for c in layer_channels]
+        self.stem = _conv_norm(3, channels[0], 3, 2, table.stem_activation)
+        self.stages = nn.ModuleList()
+        self.levels: list[int] = []  # of each stage
+        level, width = 1, channels[0]
+        for i, choices in enumerate(stages):
+            level += strides[i] == 2
+            self.levels.append(level)
+            blocks = nn.ModuleList()
+            for j in range(max(choices.depth)):
+                blocks.append(
+                    ElasticInvertedResidual(
+                        in_channels=width,
+                        out_channels=channels[i + 1],
+                        stride=strides[i] if j == 0 else 1,
+                        expands=choices.block.expand,
+                        kernels=choices.block.kernel,
+                        activation=table.activations[i],
+                        squeeze_excitation=table.squeeze_excitation[i],
+                    )
+                )
+                width = channels[i + 1]
+            self.stages.append(blocks)
+        self.last_conv = None
+        if table.last_conv:
+            self.last_conv = _conv_norm(width, channels[len(stages) + 1], 1, 1, table.stem_activation)
+            width = channels[len(stages) + 1]
+        self.feature_levels = _check_levels(config.feature_levels, self.levels)
+        last_stage = {level: i for i, level in enumerate(self.levels)}  # of each level
+        self._taps = [last_stage[level] for level in self.feature_levels[:-1]]
+        self.feature_channels = [*(channels[i + 1] for i in self._taps), width]
+
+    def segments(self, genotype: Genotype) -> list[Segment]:
+        """What `genotype` runs: one segment per feature level, each ending in that level's feature map."""
+        segments: list[Segment] = [[(self.stem, None)]]
+        for i, blocks in enumerate(genotype.stages):
+            segments[-1] += zip(self.stages[i], blocks, strict=False)
+            if i in self._taps:
+                segments.append([])
+        if self.last_conv is not None:
+            segments[-1].append((self.last_conv, None))
+        return segments
+
+    def forward(self, x: Tensor, genotype: Genotype) -> list[Tensor]:
+        """Normalised images (B, 3, S, S) to feature maps (B, C_l, S / 2**l, S / 2**l), one per level l."""
+        features = []
+        for segment in self.segments(genotype):
+            x = run_segment(segment, x)
+            features.append(x)
+        return features
+
+
+def _conv_norm(in_channels: int, out_channels: int, kernel: int, stride: int, activation: str) -> nn.Sequential:
+    conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out_channels), ACTIVATIONS[activation]())
+
+
+def _check_lengths(stages: int, strides: list[int], channels: list[int], table: Table) -> None:
+    if len(table.activations) != stages:
+        raise UserError(f"search_space.num_cell_groups: expected {len(table.activations)} stages, found {stages}")
+    if len(strides) != stages:
+        raise UserError(f"backbone.strides: expected {stages} values, one per stage, found {len(strides)}")
+    needed = stages + 1 + table.last_conv
+    if len(channels) < needed:
+        raise UserError(f"backbone.layer_channels: expected at least {needed} values, found {len(channels)}")
+
+
+def _check_levels(wanted: Sequence[int], available: list[int]) -> list[int]:
+    levels = list(wanted)
+    if levels != sorted(set(levels)) or not set(levels) <= set(available) or available[-1] not in levels:
+        choices = ", ".join(map(str, sorted(set(available))))
+        raise UserError(
+            f"backbone.feature_levels: expected ascending levels out of {choices}, ending with {available[-1]}, "
+            f"found {levels}"
+        )
+    return levels

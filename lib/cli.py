@@ -1,0 +1,76 @@
+"""What the three commands have in common: their flags, and from flags to a configuration and a run folder."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lib import checkpoint, config
+from lib.config import Config
+from lib.errors import UserError
+from lib.runs import stage_folder
+from lib.validate import validate
+
+DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "shapes.yaml"
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=32, width=110)
+
+
+def make_parser(description: str, load_help: str) -> argparse.ArgumentParser:
+    """A parser with the flags that every stage has; `description` is the script's docstring."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=_Formatter)
+    add = parser.add_argument
+    add("--cfg", metavar="FILE", help="YAML file of the experiment, read by all three stages (see configs/)")
+    add("--set", metavar="KEY=VALUE", action="append", default=[], help="override one key, e.g. supernet.epochs=10")
+    add("--data", metavar="DIR", help="folder of the data set, short for --set data.root=DIR")
+    add("--train-dir", metavar="DIR", type=Path, help="where this run writes (default: runs/NAME/STAGE)")
+    add("--load", metavar="DIR", type=Path, help=load_help)
+    add("--resume", action="store_true", help="continue the run in --train-dir; starts it where there is none")
+    add("--save-every", metavar="N", type=int, help="keep a checkpoint every N epochs, beside the last one")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    add("--seed", type=int, help="seed of everything random (default: the configuration's)")
+    add("--dry-run", action="store_true", help="check everything, print the plan and stop")
+    add("--tensorboard", action="store_true", help="also log for TensorBoard")
+    return parser
+
+
+def overrides(args: argparse.Namespace, stage: str) -> list[str]:
+    """`--set`, and the flags that stand for a key."""
+    flags = {"data.root": args.data, "seed": args.seed}
+    if stage != "search":
+        flags[f"{stage}.save_every"] = args.save_every
+    return [*args.set, *(f"{key}={value}" for key, value in flags.items() if value is not None)]
+
+
+def read_config(args: argparse.Namespace, stage: str, inherited: dict | None = None) -> Config:
+    """The configuration of a command: --cfg, else that of the run it continues, else `inherited`, else shapes.yaml."""
+    saved = args.train_dir / "config.yaml" if args.train_dir else None
+    if args.cfg:
+        settings = config.load(args.cfg, overrides(args, stage))
+    elif args.resume and saved and saved.is_file():
+        settings = config.load(saved, overrides(args, stage))
+    elif inherited is not None:
+        settings = config.from_dict(config.with_overrides(inherited, overrides(args, stage)))
+    else:
+        settings = config.load(DEFAULT_CONFIG, overrides(args, stage))
+    validate(settings)
+    return settings
+
+
+def run_folder(args: argparse.Namespace, settings: Config, stage: str) -> Path:
+    return args.train_dir or stage_folder(settings.name, stage)
+
+
+def refuse_to_overwrite(product: Path, resume: bool) -> None:
+    """Raise UserError if an earlier run's `product` would be overwritten."""
+    if product.exists() and not resume:
+        raise UserError(
+            f"{product} exists: --resume continues that run, --train-dir DIR starts one elsewhere, or remove the folder"
+        )
+
+
+def save_config(settings: Config, folder: Path) -> None:
+    checkpoint.write_text(folder / "config.yaml", config.dump(settings))

@@ -1,0 +1,318 @@
+"""Configuration: defaults < YAML file < `--set key.path=value`, typed, unknown keys refused.
+
+The dataclasses below are the reference of all keys; their field names are the keys of the YAML files. Leaf names are
+those of the aw_nas detection recipes where one exists.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from lib import typed
+from lib.errors import UserError, did_you_mean
+
+
+@dataclass
+class AugmentConfig:
+    """Probability of each step of SSD's augmentation; a small data set, or a short training, may want less of it."""
+
+    zoom_out: float = 0.5
+    iou_crop: float = 1.0
+    distort: float = 0.5
+    flip: float = 0.5
+
+
+@dataclass
+class DataConfig:
+    """Where the pictures are. `root` is a VOCdevkit, a bare VOC folder, or the folder that COCO's paths start from."""
+
+    dataset_type: Literal["shapes", "voc", "coco"] = "shapes"
+    root: str = "data/shapes"
+    train_sets: list[str] = field(default_factory=list)  # VOC image sets, e.g. VOC2007/trainval; [] = those found
+    test_sets: list[str] = field(default_factory=list)
+    train_annotations: str = "annotations/instances_train2017.json"
+    train_images: str = "train2017"
+    test_annotations: str = "annotations/instances_val2017.json"
+    test_images: str = "val2017"
+    classes: list[str] = field(default_factory=list)  # [] = as found in the training data
+    num_classes: int = 0  # without the background; 0 = as found, else checked against the data
+    data_portion: list[float] = field(default_factory=lambda: [0.9, 0.1])  # trains the supernet, scores candidates
+    on_error: Literal["raise", "skip"] = "raise"  # a missing image, a broken JPEG, a malformed annotation
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    workers: int = 2  # loader processes
+    cache: bool = False  # keep decoded images in memory (small data sets)
+    shapes_train: int = 400  # pictures of the built-in set
+    shapes_test: int = 100
+
+
+@dataclass
+class ChoiceSchedule:
+    """The choices that are open from each epoch on: `value[i]` from epoch `boundary[i]`."""
+
+    boundary: list[int] = field(default_factory=lambda: [1])
+    value: list[list[float]] = field(default_factory=list)
+
+
+@dataclass
+class ValueSchedule:
+    """A number by epoch: `value[i]` from epoch `boundary[i]`."""
+
+    boundary: list[int] = field(default_factory=lambda: [1])
+    value: list[float] = field(default_factory=lambda: [0.0])
+
+
+@dataclass
+class ScheduleConfig:
+    """What opens when. A choice above a stage's own maximum counts as that maximum."""
+
+    kernel_choice: ChoiceSchedule = field(default_factory=lambda: ChoiceSchedule([1, 81], [[7, 5], [7, 5, 3]]))
+    width_choice: ChoiceSchedule = field(
+        default_factory=lambda: ChoiceSchedule([1, 161, 241], [[6], [6, 4], [6, 4, 3]])
+    )
+    depth_choice: ChoiceSchedule = field(
+        default_factory=lambda: ChoiceSchedule([1, 321, 401], [[4], [4, 3], [4, 3, 2]])
+    )
+
+
+@dataclass
+class SearchSpaceConfig:
+    """What a sub-network may be: blocks and expand ratios per backbone stage (their maxima), extra feature blocks."""
+
+    num_cell_groups: list[int] = field(default_factory=lambda: [1, 4, 4, 4, 4, 4])
+    expansions: list[float] = field(default_factory=lambda: [1, 6, 6, 6, 6, 6])
+    image_size_choice: list[int] = field(default_factory=lambda: [300])
+    num_head: int = 4
+    head_width_choice: list[float] = field(default_factory=lambda: [0.5])
+    head_kernel_choice: list[int] = field(default_factory=lambda: [3])
+    schedule_cfg: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+
+@dataclass
+class BackboneConfig:
+    """Elastic MobileNetV2 or V3. [] stands for the backbone type's own table (lib/backbone.py)."""
+
+    backbone_type: Literal["mbv2_backbone", "mbv3_backbone"] = "mbv3_backbone"
+    strides: list[int] = field(default_factory=list)
+    layer_channels: list[int] = field(default_factory=list)  # stem, stages, and mbv3's last 1x1 convolution
+    kernels: list[int] = field(
+        default_factory=list
+    )  # largest kernel per stage; [] = 3 in stages of expansion 1, else 7
+    mult_ratio: float = 1.0
+    feature_levels: list[int] = field(default_factory=lambda: [4, 5])  # log2 of the strides that feed the head
+    pretrained_path: str = ""
+    pixel_mean: list[float] = field(default_factory=lambda: [128.0, 128.0, 128.0])  # input is (x - mean) / std
+    pixel_std: list[float] = field(default_factory=lambda: [128.0, 128.0, 128.0])
+
+
+@dataclass
+class HeadConfig:
+    """SSD head: channels of the extra feature blocks, predictors, prior boxes (one list per feature map)."""
+
+    channels: list[int] = field(default_factory=lambda: [512, 256, 256, 128])
+    predictor: Literal["ssdlite", "plain"] = "ssdlite"  # depthwise separable, or 3x3 convolutions
+    aspect_ratios: list[list[float]] = field(default_factory=lambda: [[2], [2, 3], [2, 3], [2, 3], [2], [2]])
+    scales: list[float] = field(default_factory=lambda: [0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.05])
+    clip: bool = True
+    variances: list[float] = field(default_factory=lambda: [0.1, 0.2])
+
+
+@dataclass
+class LossConfig:
+    """Classification loss (SSD's multibox or focal), matching thresholds, weight of the box regression."""
+
+    type: Literal["focal", "multibox"] = "focal"
+    alpha: float = 0.25
+    gamma: float = 2.0
+    neg_pos_ratio: float = 3.0
+    matched_threshold: float = 0.5
+    unmatched_threshold: float = 0.4
+    loc_coef: float = 1.0
+
+
+@dataclass
+class DistillConfig:
+    """Adaptive distillation (Tang et al., 2019) of the classification scores; `weight` by epoch."""
+
+    weight: ValueSchedule = field(default_factory=ValueSchedule)
+    beta: float = 1.5
+    gamma: float = 1.0
+    temperature: float = 2.0
+    priors: Literal["positive", "all"] = "positive"
+
+
+@dataclass
+class PostprocessConfig:
+    """From logits to detections; `pre_nms_top_k` bounds the boxes of one class that enter NMS."""
+
+    confidence_threshold: float = 0.01
+    nms_threshold: float = 0.5
+    pre_nms_top_k: int = 400
+    top_k: int = 200
+
+
+@dataclass
+class LRScheduleConfig:
+    """Learning rate by epoch. `T_0` (or `T_max`): length of a restarting cosine; "auto": from one phase to the next."""
+
+    type: Literal["constant", "cosine", "cosine_restarts", "multistep"] = "cosine"
+    T_0: int | Literal["auto"] = field(default="auto", metadata={"alias": "T_max"})
+    eta_min: float = 0.0
+    milestones: list[int] = field(default_factory=list)
+    gamma: float = 0.1
+    warmup_steps: int = 0
+
+
+@dataclass
+class TrainConfig:
+    """What training a supernet and training one detector have in common."""
+
+    epochs: int = 200
+    batch_size: int = 32
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: float = 0.005
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    decay_norm_and_bias: bool = True
+    lr_schedule: LRScheduleConfig = field(default_factory=LRScheduleConfig)
+    clip_grad_norm: float = 0.0  # 0 = no clipping
+    ema_decay: float = 0.0  # 0 = no moving average of the weights
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    eval_every: int = 10  # epochs
+    save_every: int = 0  # epochs between checkpoints that are kept; 0 = only the last one
+
+
+@dataclass
+class SupernetConfig(TrainConfig):
+    """Stage 1. A step trains `samples` random sub-networks, under `sandwich` the largest and the smallest as well."""
+
+    epochs: int = 500
+    sampling: Literal["uniform", "sandwich"] = "uniform"
+    samples: int = 1
+    sort_channels: bool = True  # by importance, once, before narrower widths open
+    panel: int = 3  # random sub-networks scored beside the smallest and the largest at each evaluation
+    distill: DistillConfig = field(default_factory=DistillConfig)
+
+
+@dataclass
+class SearchConfig:
+    """Stage 2. `num_epochs` epochs of `steps` evaluations. A budget of 0 is no budget."""
+
+    controller: Literal["random", "evo", "pareto-evo"] = "evo"
+    num_epochs: int = 60
+    steps: int = 16
+    population_size: int = 100
+    tournament_size: int = 10
+    mutation_probability: float = 0.1
+    crossover_probability: float = 0.5
+    objective: Literal["AP", "AP50", "mAP"] = "AP"  # COCO AP, COCO AP at IoU 0.5, VOC mAP
+    costs: list[Literal["flops", "params"]] = field(default_factory=lambda: ["flops"])
+    max_flops: float = 0.0
+    max_params: float = 0.0
+    bn_images: int = 256  # training images that re-estimate BatchNorm
+    images: int = 0  # of the search split that score a candidate; 0 = all of them
+    batch_size: int = 32
+    parallelism: int = 0  # worker processes; 0 = one per device
+    gpu_ids: list[int] = field(default_factory=list)  # [] = every GPU, else the CPU
+
+
+@dataclass
+class FinalConfig(TrainConfig):
+    """Stage 3. `genotypes` and `supernet_state_dict` are what --genotype and --load stand for."""
+
+    learning_rate: float = 0.001
+    clip_grad_norm: float = 5.0
+    freeze_base_net: bool = False  # train the backbone at `base_net_lr` instead of `learning_rate`, BatchNorm frozen
+    base_net_lr: float = 5e-4
+    genotypes: str = ""  # a genotype file or an aw_nas genotype string
+    supernet_state_dict: str = ""  # "" = the supernet that the genotype file names
+
+
+@dataclass
+class Config:
+    """One experiment: the three stages read the same file."""
+
+    name: str = ""  # "" = the YAML file's name
+    seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    search_space: SearchSpaceConfig = field(default_factory=SearchSpaceConfig)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    postprocess: PostprocessConfig = field(default_factory=PostprocessConfig)
+    supernet: SupernetConfig = field(default_factory=SupernetConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    final: FinalConfig = field(default_factory=FinalConfig)
+
+
+def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file (None: defaults only), apply `key.path=value` overrides, check types. Raises UserError."""
+    data: dict = {}
+    if path is not None:
+        data = _read_yaml(Path(path))
+        data.setdefault("name", Path(path).stem)
+    return from_dict(with_overrides(data, overrides), str(path) if path else "configuration")
+
+
+def from_dict(data: dict, source: str = "configuration") -> Config:
+    """Build a Config from plain data such as `to_dict` gives. `source` opens each error message."""
+    try:
+        return typed.build(Config, data)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+def to_dict(config: Config) -> dict:
+    return asdict(config)
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML, in the order of the dataclasses."""
+    return yaml.safe_dump(asdict(config), sort_keys=False, default_flow_style=None, width=120)
+
+
+def _read_yaml(path: Path) -> dict:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        found = sorted(str(p) for p in Path(path.parent).glob("*.yaml"))
+        raise UserError(f"{path}: no such configuration file{did_you_mean(path, found)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected keys and values, found {type(data).__name__}")
+    return data
+
+
+def with_overrides(data: dict, overrides: Sequence[str]) -> dict:
+    """A copy of plain configuration data with `key.path=value` applied."""
+    data = copy.deepcopy(data)
+    for override in overrides:
+        _apply_override(data, override)
+    return data
+
+
+def _apply_override(data: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"--set {override}: expected key.path=value, e.g. supernet.epochs=10")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--set {override}: the value is not valid YAML") from None
+    *path, leaf = key.strip().split(".")
+    node = data
+    for part in path:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise UserError(f"--set {override}: '{part}' is a value, not a section")
+    node[leaf] = value

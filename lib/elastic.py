@@ -1,0 +1,254 @@
+"""Layers that run any slice of themselves, and cut that slice out as a plain layer.
+
+Each layer takes its input's channels from the input itself and the rest of the slice (output channels, kernel) as an
+argument, so no module holds an "active" sub-network. `extract(...)` returns an ordinary torch.nn module with a copy
+of the slice, such that `layer.extract(slice)(x)` equals `layer(x, slice)`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.ops import SqueezeExcitation
+
+from lib.genotype import Block
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": lambda: nn.ReLU(inplace=True),
+    "relu6": lambda: nn.ReLU6(inplace=True),
+    "h_swish": nn.Hardswish,
+}
+
+
+def make_divisible(value: float, divisor: int = 8) -> int:
+    """The multiple of `divisor` nearest to `value`, at least `divisor` and at least 90% of `value` (MobileNetV2)."""
+    rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < 0.9 * value else rounded
+
+
+class ElasticConv1x1(nn.Conv2d):
+    """1x1 convolution without bias from the first input channels to the first `out_channels` output channels."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, 1, bias=False)
+
+    def forward(self, x: Tensor, out_channels: int) -> Tensor:
+        return F.conv2d(x, self.weight[:out_channels, : x.shape[1]])
+
+    def extract(self, in_channels: int, out_channels: int) -> nn.Conv2d:
+        conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        return _copy(conv, weight=self.weight[:out_channels, :in_channels])
+
+
+class ElasticBatchNorm(nn.BatchNorm2d):
+    """Batch normalisation of the first channels. Shared running statistics fit no sub-network: re-estimate them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        c = x.shape[1]
+        mean, var = self.running_mean[:c], self.running_var[:c]
+        return F.batch_norm(x, mean, var, self.weight[:c], self.bias[:c], self.training, self.momentum, self.eps)
+
+    def extract(self, channels: int) -> nn.BatchNorm2d:
+        norm = nn.BatchNorm2d(channels, self.eps, self.momentum)
+        tensors = {name: getattr(self, name)[:channels] for name in ("weight", "bias", "running_mean", "running_var")}
+        return _copy(norm, **tensors)
+
+
+class ElasticDepthwiseConv(nn.Module):
+    """Depthwise convolution with an elastic kernel (Once-for-All, section 3.3).
+
+    The largest kernel is stored. A smaller one is the centre of the next larger one, flattened, times a learned matrix
+    that starts as the identity: 3x3 is cut from the transformed 5x5, so every matrix on the way learns.
+    """
+
+    def __init__(self, channels: int, kernels: Sequence[int], stride: int):
+        super().__init__()
+        self.stride = stride
+        self.weight = nn.Parameter(torch.empty(channels, 1, max(kernels), max(kernels)))
+        for size in range(max(kernels) - 2, min(kernels) - 1, -2):
+            self.register_parameter(f"{size + 2}to{size}_matrix", nn.Parameter(torch.eye(size * size)))
+
+    def kernel(self, channels: int, size: int) -> Tensor:
+        """The weights of the first `channels` channels at kernel `size`, (channels, 1, size, size)."""
+        weight = self.weight[:channels]
+        for smaller in range(self.weight.shape[-1] - 2, size - 1, -2):
+            matrix = self.get_parameter(f"{smaller + 2}to{smaller}_matrix")
+            centre = weight[:, :, 1:-1, 1:-1].flatten(1)
+            weight = F.linear(centre, matrix).view(channels, 1, smaller, smaller)
+        return weight
+
+    def forward(self, x: Tensor, size: int) -> Tensor:
+        c = x.shape[1]
+        return F.conv2d(x, self.kernel(c, size), stride=self.stride, padding=size // 2, groups=c)
+
+    def extract(self, channels: int, size: int) -> nn.Conv2d:
+        conv = nn.Conv2d(channels, channels, size, self.stride, size // 2, groups=channels, bias=False)
+        return _copy(conv, weight=self.kernel(channels, size))
+
+
+class ElasticSqueezeExcitation(nn.Module):
+    """Squeeze-and-excitation with a hard sigmoid (MobileNetV3, section 5.3) that narrows with its block."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.fc1 = nn.Conv2d(channels, self.squeeze_channels(channels), 1)
+        self.fc2 = nn.Conv2d(self.squeeze_channels(channels), channels, 1)
+
+    @staticmethod
+    def squeeze_channels(channels: int) -> int:
+        return make_divisible(channels // 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        c = x.shape[1]
+        s = self.squeeze_channels(c)
+        scale = x.mean((2, 3), keepdim=True)  # (B, c, 1, 1)
+        scale = F.relu(F.conv2d(scale, self.fc1.weight[:s, :c], self.fc1.bias[:s]))
+        scale = F.hardsigmoid(F.conv2d(scale, self.fc2.weight[:c, :s], self.fc2.bias[:c]))
+        return x * scale
+
+    def extract(self, channels: int) -> SqueezeExcitation:
+        s = self.squeeze_channels(channels)
+        plain = SqueezeExcitation(channels, s, scale_activation=nn.Hardsigmoid)
+        _copy(plain.fc1, weight=self.fc1.weight[:s, :channels], bias=self.fc1.bias[:s])
+        _copy(plain.fc2, weight=self.fc2.weight[:channels, :s], bias=self.fc2.bias[:channels])
+        return plain
+
+
+class Residual(nn.Sequential):
+    """A plain sequence of layers whose output is added to its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+class ElasticInvertedResidual(nn.Module):
+    """Inverted residual block (MobileNetV2, section 3.3) of any expand ratio and kernel it was built for.
+
+    Hidden channels are the first `make_divisible(in_channels * expand)`. A block whose only expand ratio is 1 has no
+    expanding convolution.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int,
+        expands: Sequence[float],
+        kernels: Sequence[int],
+        activation: str,
+        squeeze_excitation: bool = False,
+    ):
+        super().__init__()
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.residual = stride == 1 and in_channels == out_channels
+        hidden = self.hidden_channels(max(expands))
+        self.expand = self.expand_norm = None
+        if max(expands) != 1:
+            self.expand = ElasticConv1x1(in_channels, hidden)
+            self.expand_norm = ElasticBatchNorm(hidden)
+        self.depthwise = ElasticDepthwiseConv(hidden, kernels, stride)
+        self.depthwise_norm = ElasticBatchNorm(hidden)
+        self.squeeze_excitation = ElasticSqueezeExcitation(hidden) if squeeze_excitation else None
+        self.project = ElasticConv1x1(hidden, out_channels)
+        self.project_norm = ElasticBatchNorm(out_channels)
+        self.activation = ACTIVATIONS[activation]()
+
+    def hidden_channels(self, expand: float) -> int:
+        return make_divisible(self.in_channels * expand) if expand != 1 else self.in_channels
+
+    def forward(self, x: Tensor, block: Block) -> Tensor:
+        h = x
+        if self.expand is not None:
+            h = self.activation(self.expand_norm(self.expand(h, self.hidden_channels(block.expand))))
+        h = self.activation(self.depthwise_norm(self.depthwise(h, block.kernel)))
+        if self.squeeze_excitation is not None:
+            h = self.squeeze_excitation(h)
+        h = self.project_norm(self.project(h, self.out_channels))
+        return x + h if self.residual else h
+
+    def extract(self, block: Block) -> nn.Sequential:
+        hidden = self.hidden_channels(block.expand)
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        if self.expand is not None:
+            layers["expand"] = self.expand.extract(self.in_channels, hidden)
+            layers["expand_norm"] = self.expand_norm.extract(hidden)
+            layers["expand_activation"] = self.activation
+        layers["depthwise"] = self.depthwise.extract(hidden, block.kernel)
+        layers["depthwise_norm"] = self.depthwise_norm.extract(hidden)
+        layers["activation"] = self.activation
+        if self.squeeze_excitation is not None:
+            layers["squeeze_excitation"] = self.squeeze_excitation.extract(hidden)
+        layers["project"] = self.project.extract(hidden, self.out_channels)
+        layers["project_norm"] = self.project_norm.extract(self.out_channels)
+        return Residual(layers) if self.residual else nn.Sequential(layers)
+
+    def hidden_order(self) -> Tensor:
+        """Hidden channels by falling L1 norm of the projection's weights (Once-for-All, section 3.3)."""
+        return self.project.weight.detach().abs().sum((0, 2, 3)).argsort(descending=True, stable=True)
+
+    def hidden_axes(self) -> Iterator[tuple[nn.Module, str, int]]:
+        """Every (module, tensor name, dimension) that runs over the hidden channels."""
+        if self.expand is not None:
+            yield self.expand, "weight", 0
+            yield from ((self.expand_norm, name, 0) for name in _NORM_TENSORS)
+        yield self.depthwise, "weight", 0
+        yield from ((self.depthwise_norm, name, 0) for name in _NORM_TENSORS)
+        if self.squeeze_excitation is not None:
+            yield self.squeeze_excitation.fc1, "weight", 1
+            yield self.squeeze_excitation.fc2, "weight", 0
+            yield self.squeeze_excitation.fc2, "bias", 0
+        yield self.project, "weight", 1
+
+
+_NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
+
+# Modules that run one after the other, each with the block that it runs; None: the module is not elastic.
+Segment = list[tuple[nn.Module, Block | None]]
+
+
+def run_segment(segment: Segment, x: Tensor) -> Tensor:
+    for module, block in segment:
+        x = module(x) if block is None else module(x, block)
+    return x
+
+
+def extract_segment(segment: Segment) -> nn.Sequential:
+    return nn.Sequential(*(copy.deepcopy(m) if block is None else m.extract(block) for m, block in segment))
+
+
+@torch.no_grad()
+def sort_hidden_channels(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None = None, average: nn.Module | None = None
+) -> int:
+    """Sort the hidden channels of each elastic block, most important first, so that narrow slices keep the best ones.
+
+    The largest sub-network's output does not change. The optimizer's per-parameter state and `average`, a module of the
+    same structure (a moving average of the weights), are permuted along. Returns the number of blocks sorted.
+    """
+    blocks, followers = _expanding_blocks(model), _expanding_blocks(average) if average is not None else []
+    for i, block in enumerate(blocks):
+        order = block.hidden_order()
+        axes = [*block.hidden_axes(), *(followers[i].hidden_axes() if followers else ())]
+        for module, name, dim in axes:
+            tensor = getattr(module, name)
+            state = optimizer.state.get(tensor, {}) if optimizer is not None else {}
+            alike = [t for t in state.values() if isinstance(t, Tensor) and t.shape == tensor.shape]
+            for t in (tensor, *alike):
+                t.copy_(t.index_select(dim, order))
+    return len(blocks)
+
+
+def _expanding_blocks(model: nn.Module) -> list[ElasticInvertedResidual]:
+    return [m for m in model.modules() if isinstance(m, ElasticInvertedResidual) and m.expand is not None]
+
+
+@torch.no_grad()
+def _copy(module: nn.Module, **tensors: Tensor) -> nn.Module:
+    for name, tensor in tensors.items():
+        getattr(module, name).copy_(tensor)
+    return module

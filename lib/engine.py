@@ -1,0 +1,174 @@
+"""The epoch loop of both trainings, and how a detector is evaluated and its BatchNorm re-estimated."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+from torch.utils.data import DataLoader
+
+from lib import checkpoint
+from lib.config import Config, TrainConfig
+from lib.datasets import Batch
+from lib.detector import SSD
+from lib.errors import UserError
+from lib.metrics import coco_metrics, voc_metrics
+from lib.optim import build_ema, build_optimizer, build_scheduler
+from lib.postprocess import Detections, postprocess
+from lib.runlog import progress
+from lib.runtime import StopRequest
+
+Losses = dict[str, Tensor]
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Trainer:
+    """Optimisation of one model: optimizer, schedule, precision, clipping, moving average, and where it stands.
+
+    `epoch` and `batch` are the next ones to do (epochs from 1, batches from 0), `step` counts optimizer steps.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        device: torch.device,
+        steps_per_epoch: int,
+        restarts: Sequence[int] = (1,),
+        backbone_lr: float | None = None,
+    ):
+        self.model = model.to(device, memory_format=torch.channels_last)
+        self.config, self.device = config, device
+        self.optimizer = build_optimizer(model, config, backbone_lr)
+        self.scheduler = build_scheduler(self.optimizer, config, steps_per_epoch, restarts)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        self.ema = build_ema(model, config.ema_decay) if config.ema_decay else None
+        self.epoch, self.batch, self.step = 1, 0, 0
+
+    @property
+    def averaged(self) -> nn.Module:
+        """The weights to evaluate and ship: the moving average, or the model itself where there is none."""
+        return self.ema.module if self.ema is not None else self.model
+
+    def update(self, losses: Iterator[Losses]) -> dict[str, float]:
+        """One optimizer step on the sum of `losses`: each item is back-propagated before the next is computed."""
+        self.optimizer.zero_grad(set_to_none=True)
+        sums: dict[str, float] = defaultdict(float)
+        dtype = PRECISIONS[self.config.precision]
+        while True:
+            with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+                item = next(losses, None)
+            if item is None:
+                break
+            total = sum(item.values())
+            self.scaler.scale(total).backward()
+            for name, value in item.items():
+                sums[name] += value.item()
+        self._check_finite(sums)
+        if self.config.clip_grad_norm:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.scheduler.step()
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
+        self.step += 1
+        return dict(sums)
+
+    def _check_finite(self, sums: dict[str, float]) -> None:
+        bad = [name for name, value in sums.items() if not math.isfinite(value)]
+        if bad:
+            raise UserError(
+                f"epoch {self.epoch}, step {self.step}: the loss '{bad[0]}' is {sums[bad[0]]}; "
+                "a lower learning_rate, warm-up (lr_schedule.warmup_steps) or clip_grad_norm may help"
+            )
+
+    def state_dict(self) -> dict:
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict() if self.ema is not None else None,
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": {"last_epoch": self.scheduler.last_epoch},
+            "scaler": self.scaler.state_dict(),
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "step": self.step,
+            "random": checkpoint.random_states(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
+        self.scheduler.last_epoch = state["scheduler"]["last_epoch"]
+        for group, factor in zip(self.optimizer.param_groups, self.scheduler.lr_lambdas, strict=True):
+            group["lr"] = group["initial_lr"] * factor(self.scheduler.last_epoch)
+        checkpoint.restore_random_states(state["random"])
+
+
+def train_epoch(
+    trainer: Trainer, loader: DataLoader, forward: Callable[[Batch], Iterator[Losses]], stop: StopRequest
+) -> dict[str, float]:
+    """Train until the epoch ends or `stop` is requested; the mean of each loss. `loader` gives the batches left."""
+    sums: dict[str, float] = defaultdict(float)
+    left, done = len(loader), 0
+    bar = progress(loader, f"epoch {trainer.epoch}/{trainer.config.epochs}")
+    for batch in bar:
+        losses = trainer.update(forward(batch.to(trainer.device)))
+        trainer.batch += 1
+        done += 1
+        for name, value in losses.items():
+            sums[name] += value
+        bar.set_postfix({name: f"{value / done:.3f}" for name, value in sums.items()}, refresh=False)
+        if stop.requested and done < left:
+            bar.close()
+            break
+    else:
+        trainer.epoch, trainer.batch = trainer.epoch + 1, 0
+    return {name: value / max(done, 1) for name, value in sums.items()}
+
+
+def recalibrate(model: nn.Module, images: Iterable[Tensor], device: torch.device) -> None:
+    """Reset the BatchNorm statistics and re-estimate them as the cumulative average over batches of images."""
+    update_bn(images, model, device)
+
+
+@torch.inference_mode()
+def detect(model: SSD, images: Iterable[Tensor], config: Config, device: torch.device) -> list[Detections]:
+    """Detections of every image of the batches (B, 3, H, W), in order."""
+    model.eval()
+    found: list[Detections] = []
+    for batch in images:
+        logits, offsets = model(batch.to(device, non_blocking=True))
+        found += postprocess(logits, offsets, model.priors, config.postprocess, config.loss.type, config.head.variances)
+    return found
+
+
+def to_pixels(detections: Detections, width: int, height: int) -> dict[str, Tensor]:
+    """Detections of one picture with boxes in its pixels, as the metrics take them."""
+    scale = torch.tensor([width, height, width, height], dtype=torch.float32)
+    return {
+        "boxes": detections.boxes.cpu() * scale,
+        "scores": detections.scores.cpu(),
+        "labels": detections.labels.cpu(),
+    }
+
+
+def measure(
+    detections: Sequence[Detections], truth: Sequence[dict], sizes: Sequence[tuple[int, int]], classes: Sequence[str]
+) -> dict:
+    """COCO's twelve numbers, VOC's mAP, and both per class. `truth` and `sizes` (width, height) are per picture."""
+    found = [to_pixels(d, *size) for d, size in zip(detections, sizes, strict=True)]
+    coco = coco_metrics(truth, found, len(classes))
+    voc = voc_metrics(truth, found, len(classes))
+    pairs = zip(classes, coco.pop("per_class"), voc.pop("per_class"), strict=True)
+    per_class = {name: {"AP": coco_ap, "mAP": voc_ap} for name, coco_ap, voc_ap in pairs}
+    return {**coco, "mAP": voc["mAP"], "per_class": per_class}

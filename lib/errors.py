@@ -1,0 +1,19 @@
+"""The one exception whose message is meant for the user, and the words that help in it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. Scripts print its message without a traceback and exit with status 2."""
+
+
+def did_you_mean(word: object, options: Iterable[object]) -> str:
+    """`" (did you mean 'x'?)"` for the option nearest to `word`, or the list of all options when none is near."""
+    names = [str(option) for option in options]
+    near = difflib.get_close_matches(str(word), names, n=1, cutoff=0.5)
+    if near:
+        return f" (did you mean '{near[0]}'?)"
+    return f" (valid: {', '.join(names)})" if names else ""

@@ -1,0 +1,57 @@
+"""Pictures of a run: loss and AP by epoch for stages 1 and 3, AP against cost for stage 2."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+from lib.runlog import read_log
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+
+def plot_training(log: Path, picture: Path, metric: str, phases: Sequence[int] = ()) -> None:
+    """Losses above, AP below, from a JSONL log; a dotted line where a phase begins."""
+    records = read_log(log)
+    train = {r["step"]: r for r in records if r["kind"] == "train"}  # a resumed epoch replaces the one cut short
+    scores = {r["step"]: r for r in records if r["kind"] == "eval"}
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 7), sharex=True)
+    for name in next(iter(train.values()), {"losses": {}})["losses"]:
+        top.plot(list(train), [r["losses"].get(name) for r in train.values()], label=name)
+    for name in next(iter(scores.values()), {"networks": {}})["networks"]:
+        bottom.plot(list(scores), [_value(r, name, metric) for r in scores.values()], marker=".", label=name)
+    top.set_ylabel("loss")
+    bottom.set_ylabel(metric)
+    bottom.set_xlabel("epoch")
+    for axis in (top, bottom):
+        for epoch in phases:
+            axis.axvline(epoch, linestyle=":", color="grey")
+        if axis.lines:
+            axis.legend(fontsize=8)
+    _save(figure, picture)
+
+
+def _value(record: dict, network: str, metric: str) -> float:
+    value = record["networks"].get(network, {}).get(metric)
+    return float("nan") if value is None else value
+
+
+def plot_front(evaluated: Sequence[dict], front: Sequence[dict], cost: str, metric: str, picture: Path) -> None:
+    """Every evaluation's `metric` against its `cost`, the front as a line. Items are dicts of metrics."""
+    figure, axis = plt.subplots(figsize=(8, 5))
+    axis.scatter([m[cost] for m in evaluated], [m[metric] for m in evaluated], s=14, alpha=0.5, label="evaluated")
+    ordered = sorted(front, key=lambda m: m[cost])
+    axis.plot([m[cost] for m in ordered], [m[metric] for m in ordered], "o-", color="C3", label="Pareto front")
+    axis.set_xlabel({"flops": "multiply-adds", "params": "parameters"}[cost])
+    axis.set_ylabel(f"{metric} on the search split, inherited weights")
+    axis.legend()
+    _save(figure, picture)
+
+
+def _save(figure: plt.Figure, picture: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(picture, dpi=110)
+    plt.close(figure)

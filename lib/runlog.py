@@ -1,0 +1,87 @@
+"""What a run writes while it goes: a JSONL log, a progress bar, optionally TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from lib.errors import UserError
+
+T = TypeVar("T")
+
+
+def progress(items: Iterable[T], description: str, total: int | None = None, initial: int = 0) -> tqdm:
+    """A progress bar with rate and time left on stderr; a line every 30 seconds where that is not a terminal."""
+    interval = 0.2 if sys.stderr.isatty() else 30.0
+    return tqdm(items, description, total=total, initial=initial, mininterval=interval, leave=False, dynamic_ncols=True)
+
+
+def say(message: str) -> None:
+    """Print a line to stdout without tearing a progress bar."""
+    tqdm.write(message, file=sys.stdout)
+    sys.stdout.flush()
+
+
+class RunLog:
+    """Appends one JSON object per line to `path`, each with its kind and the time; flushed line by line."""
+
+    def __init__(self, path: Path, tensorboard: bool = False):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._file = path.open("a", encoding="utf-8")
+        self._board = _tensorboard(path.parent / "tensorboard") if tensorboard else None
+
+    def write(self, kind: str, step: int, **values: object) -> None:
+        record = {"kind": kind, "step": step, "time": round(time.time(), 3), **finite(values)}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in _flatten(values):
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_log(path: Path) -> list[dict]:
+    """The records of a log; a line cut short by a crash is left out."""
+    records = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+    return records
+
+
+def finite(value: object) -> object:
+    """`value` with None in place of NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _flatten(values: dict, prefix: str = "") -> Iterable[tuple[str, float]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield f"{prefix}{name}", value
+
+
+def _tensorboard(folder: Path):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("--tensorboard: the package is missing; pip install tensorboard") from None
+    return SummaryWriter(str(folder))

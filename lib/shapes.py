@@ -1,0 +1,237 @@
+"""The built-in data set: drawn pictures of shapes, written to disk as VOC and as COCO files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torchvision.io import write_jpeg
+
+from lib.errors import UserError
+
+MARKER = "shapes.json"
+FORMAT = "shapes/1"
+SCALES = (0.28, 0.6)  # of the shorter side
+TILT = 0.25  # radians to either side
+FOLDERS = ("JPEGImages", "Annotations", "ImageSets", "annotations")
+
+
+def _circle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return np.hypot(u, v) - 1
+
+
+def _cross(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    u, v = np.abs(u), np.abs(v)
+    return np.maximum(np.maximum(u, v) - 1, np.minimum(u, v) - 0.32)
+
+
+def _square(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return np.maximum(np.abs(u), np.abs(v)) - 0.8
+
+
+def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    # Folded into one of ten equal wedges, the star's outline is the line from a tip to the next notch.
+    angle = np.abs((np.arctan2(v, u) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
+    tip, notch = np.array([1.0, 0.0]), 0.45 * np.array([np.cos(np.pi / 5), np.sin(np.pi / 5)])
+    edge = (notch - tip) / np.linalg.norm(notch - tip)
+    radius = np.hypot(u, v)
+    return (radius * np.cos(angle) - tip[0]) * edge[1] - radius * np.sin(angle) * edge[0]
+
+
+def _triangle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    angles = np.pi * np.array([1 / 2, 7 / 6, 11 / 6])
+    return np.max([u * np.cos(a) + v * np.sin(a) for a in angles], axis=0) - 0.5
+
+
+# Each is a distance to the outline of a shape of radius 1, negative inside. Colours are drawn apart: only form tells.
+SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "circle": _circle,
+    "cross": _cross,
+    "square": _square,
+    "star": _star,
+    "triangle": _triangle,
+}
+CLASSES = tuple(SHAPES)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A picture (H, W, 3) uint8 and its objects: (class name, (x1, y1, x2, y2)), continuous pixels from 0."""
+
+    pixels: np.ndarray
+    objects: list[tuple[str, tuple[int, int, int, int]]]
+
+
+def draw_picture(rng: np.random.Generator) -> Drawing:
+    """One picture of 160 to 224 pixels a side: texture, clutter, and none (in 5% of pictures) to 5 shapes."""
+    height, width = rng.integers(160, 225, size=2)
+    canvas = _background(rng, height, width)
+    _clutter(rng, canvas)
+    objects: list[tuple[str, tuple[int, int, int, int]]] = []
+    for _ in range(0 if rng.random() < 0.05 else rng.integers(1, 6)):
+        name = CLASSES[rng.integers(len(CLASSES))]
+        side = min(height, width) * np.exp(rng.uniform(*np.log(SCALES)))
+        alpha, box = _place(rng, SHAPES[name], side, (height, width), [b for _, b in objects])
+        if box is not None:
+            _paint(canvas, alpha, _contrasting_colour(rng, canvas, alpha))
+            objects.append((name, box))
+    canvas += rng.normal(0, rng.uniform(2, 8), size=canvas.shape).astype(np.float32)
+    return Drawing(canvas.clip(0, 255).astype(np.uint8), objects)
+
+
+def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """A gradient between two colours with a wavy texture on it, (H, W, 3) float32."""
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    first, second = rng.uniform(20, 235, size=(2, 3)).astype(np.float32)
+    angle, wave = rng.uniform(0, 2 * np.pi, size=2)
+    ramp = (x / width - 0.5) * np.cos(angle) + (y / height - 0.5) * np.sin(angle) + 0.5
+    ripple = np.sin((x * np.cos(wave) + y * np.sin(wave)) * rng.uniform(0.05, 0.6)) * rng.uniform(0, 18)
+    return first + (second - first) * ramp[..., None].astype(np.float32) + ripple[..., None].astype(np.float32)
+
+
+def _clutter(rng: np.random.Generator, canvas: np.ndarray) -> None:
+    """Lines and soft blobs, which belong to no class."""
+    height, width = canvas.shape[:2]
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    for _ in range(rng.integers(0, 6)):
+        centre_y, centre_x = rng.uniform(0, height), rng.uniform(0, width)
+        angle = rng.uniform(0, np.pi)
+        along = (x - centre_x) * np.cos(angle) + (y - centre_y) * np.sin(angle)
+        across = (y - centre_y) * np.cos(angle) - (x - centre_x) * np.sin(angle)
+        if rng.random() < 0.6:
+            outside = np.maximum(np.abs(along) - rng.uniform(10, 80), np.abs(across) - rng.uniform(0.7, 2.5))
+            alpha = np.clip(0.5 - outside, 0, 1)
+        else:
+            alpha = 0.8 * np.exp(-((along / rng.uniform(8, 30)) ** 2) - (across / rng.uniform(4, 15)) ** 2)
+        _paint(canvas, alpha, rng.uniform(0, 255, size=3))
+
+
+def _place(
+    rng: np.random.Generator, shape: Callable, side: float, size: tuple[int, int], taken: list[tuple]
+) -> tuple[np.ndarray, tuple[int, int, int, int] | None]:
+    """Coverage (H, W) of a turned, slightly stretched shape, and the tight box of its mask, occluded or not.
+
+    The box is None where ten tries found no place that leaves every earlier shape mostly visible.
+    """
+    height, width = size
+    for _ in range(10):
+        angle, stretch = rng.uniform(-TILT, TILT), np.exp(rng.uniform(-0.2, 0.2))
+        radius = side / 2
+        centre_x, centre_y = rng.uniform(radius, width - radius), rng.uniform(radius, height - radius)
+        y, x = np.ogrid[:height, :width]
+        x, y = (x + 0.5 - centre_x) / (radius * stretch), (y + 0.5 - centre_y) * stretch / radius
+        u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+        alpha = np.clip(0.5 - shape(u, v) * radius, 0, 1)
+        box = _tight_box(alpha >= 0.5)
+        if all(_covered(other, box) < 0.25 and _covered(box, other) < 0.5 for other in taken):
+            return alpha, box
+    return alpha, None
+
+
+def _tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def _covered(box: tuple, by: tuple) -> float:
+    """Share of `box` that lies under `by`."""
+    width = min(box[2], by[2]) - max(box[0], by[0])
+    height = min(box[3], by[3]) - max(box[1], by[1])
+    return max(width, 0) * max(height, 0) / ((box[2] - box[0]) * (box[3] - box[1]))
+
+
+def _contrasting_colour(rng: np.random.Generator, canvas: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """A random colour that can be told from what it will cover."""
+    around = canvas[alpha >= 0.5].mean(0)
+    while True:
+        colour = rng.uniform(0, 255, size=3)
+        if np.linalg.norm(colour - around) > 110:
+            return colour
+
+
+def _paint(canvas: np.ndarray, alpha: np.ndarray, colour: np.ndarray) -> None:
+    canvas += alpha[..., None].astype(np.float32) * (colour.astype(np.float32) - canvas)
+
+
+def write_shapes(root: str | Path, train: int, test: int, seed: int = 0) -> None:
+    """Write `train` + `test` pictures under `root`, unless these very ones are there already.
+
+    The folder is at once a VOC year (JPEGImages, Annotations, ImageSets/Main/{trainval,test}.txt) and a COCO set
+    (annotations/instances_{trainval,test}.json). The marker file says from the start whose folder it is, and only at
+    the end that it is complete. Raises UserError rather than write into a folder that holds something else.
+    """
+    root = Path(root)
+    settings = {"format": FORMAT, "train": train, "test": test, "seed": seed}
+    marker = root / MARKER
+    if marker.is_file():
+        if _read_marker(marker) == settings | {"complete": True}:
+            return
+    elif root.is_dir() and any(root.iterdir()):
+        raise UserError(f"{root}: expected the drawn shapes or an empty folder, found other files (data.root)")
+    root.mkdir(parents=True, exist_ok=True)
+    _write_marker(marker, settings | {"complete": False})
+    for folder in FOLDERS:
+        shutil.rmtree(root / folder, ignore_errors=True)
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Main", "annotations"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    for number, (name, count) in enumerate((("trainval", train), ("test", test))):
+        _write_set(root, name, count, seed=(seed, number))
+    _write_marker(marker, settings | {"complete": True})
+
+
+def _read_marker(marker: Path) -> object:
+    try:
+        return json.loads(marker.read_text())
+    except ValueError:
+        return None
+
+
+def _write_marker(marker: Path, content: dict) -> None:
+    part = marker.with_suffix(".part")
+    part.write_text(json.dumps(content))
+    part.replace(marker)
+
+
+def _write_set(root: Path, name: str, count: int, seed: tuple[int, int]) -> None:
+    """One image set, each picture from a seed of its own, so that more pictures leave the first ones as they were."""
+    images, annotations, stems = [], [], []
+    for number in range(1, count + 1):
+        drawing = draw_picture(np.random.default_rng([*seed, number]))
+        stem = f"{name}_{number:05d}"
+        height, width = drawing.pixels.shape[:2]
+        pixels = torch.from_numpy(drawing.pixels).permute(2, 0, 1).contiguous()
+        write_jpeg(pixels, str(root / "JPEGImages" / f"{stem}.jpg"), quality=92)
+        (root / "Annotations" / f"{stem}.xml").write_text(_voc_xml(stem, width, height, drawing.objects))
+        images.append({"id": number, "file_name": f"{stem}.jpg", "width": width, "height": height})
+        for class_name, (x1, y1, x2, y2) in drawing.objects:
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": number,
+                    "category_id": CLASSES.index(class_name) + 1,
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "area": (x2 - x1) * (y2 - y1),
+                    "iscrowd": 0,
+                }
+            )
+        stems.append(stem)
+    categories = [{"id": i, "name": class_name} for i, class_name in enumerate(CLASSES, start=1)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (root / "annotations" / f"instances_{name}.json").write_text(json.dumps(content))
+    (root / "ImageSets" / "Main" / f"{name}.txt").write_text("".join(f"{stem}\n" for stem in stems))
+
+
+def _voc_xml(stem: str, width: int, height: int, objects: list[tuple[str, tuple[int, int, int, int]]]) -> str:
+    """A VOC annotation; its boxes are 1-based and inclusive."""
+    boxes = "".join(
+        f"  <object>\n    <name>{name}</name>\n    <difficult>0</difficult>\n    <bndbox><xmin>{x1 + 1}</xmin>"
+        f"<ymin>{y1 + 1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox>\n  </object>\n"
+        for name, (x1, y1, x2, y2) in objects
+    )
+    size = f"<size><width>{width}</width><height>{height}</height><depth>3</depth></size>"
+    return f"<annotation>\n  <filename>{stem}.jpg</filename>\n  {size}\n{boxes}</annotation>\n"

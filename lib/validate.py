@@ -1,0 +1,117 @@
+"""What types cannot say: values of a configuration that contradict each other or that no backbone can serve."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+
+from lib.config import ChoiceSchedule, Config, TrainConfig, ValueSchedule
+from lib.errors import UserError
+
+
+def validate(config: Config) -> None:
+    """Raise UserError for the first contradiction, naming its key and what was expected."""
+    space = config.search_space
+    schedules = vars(space.schedule_cfg)
+    for name, schedule in schedules.items():
+        _check_schedule(f"search_space.schedule_cfg.{name}", schedule)
+    _check_schedule("supernet.distill.weight", config.supernet.distill.weight)
+    _check_choices(config)
+    _check_maps(config)
+    for name in ("supernet", "final"):
+        _check_training(name, getattr(config, name))
+    for name in ("num_epochs", "steps", "population_size", "tournament_size", "batch_size", "bn_images"):
+        _at_least(f"search.{name}", getattr(config.search, name), 1)
+    _at_least("supernet.samples", config.supernet.samples, 1)
+    _check_portion(config.data.data_portion)
+    if config.loss.unmatched_threshold > config.loss.matched_threshold:
+        _fail("loss.unmatched_threshold", "at most loss.matched_threshold", config.loss.unmatched_threshold)
+
+
+def _fail(key: str, expected: str, found: object) -> None:
+    raise UserError(f"{key}: expected {expected}, found {found}")
+
+
+def _at_least(key: str, value: float, minimum: float) -> None:
+    if value < minimum:
+        _fail(key, f"at least {minimum}", value)
+
+
+def _check_schedule(key: str, schedule: ChoiceSchedule | ValueSchedule) -> None:
+    boundary, value = schedule.boundary, schedule.value
+    if len(boundary) != len(value):
+        _fail(key, "as many values as boundaries", f"{len(boundary)} boundaries and {len(value)} values")
+    if not boundary or boundary[0] != 1 or any(a >= b for a, b in itertools.pairwise(boundary)):
+        _fail(f"{key}.boundary", "ascending epochs that begin with 1", boundary)
+    if isinstance(schedule, ChoiceSchedule) and not all(value):
+        _fail(f"{key}.value", "at least one choice at every boundary", value)
+
+
+def _check_choices(config: Config) -> None:
+    space = config.search_space
+    if len(space.expansions) != len(space.num_cell_groups):
+        _fail("search_space.expansions", f"{len(space.num_cell_groups)} values, one per stage", space.expansions)
+    kernels = config.backbone.kernels
+    if kernels and len(kernels) != len(space.num_cell_groups):
+        _fail("backbone.kernels", f"{len(space.num_cell_groups)} values, one per stage", kernels)
+    schedule = space.schedule_cfg
+    key = "search_space.schedule_cfg"
+    _within(f"{key}.depth_choice", _flat(schedule.depth_choice), 1, max(space.num_cell_groups), "blocks of any stage")
+    _within(f"{key}.width_choice", _flat(schedule.width_choice), 0.125, max(space.expansions), "any stage's expansion")
+    _odd_kernels(f"{key}.kernel_choice", [*_flat(schedule.kernel_choice)], max(kernels, default=7))
+    _odd_kernels("search_space.head_kernel_choice", space.head_kernel_choice, 7)
+    _odd_kernels("backbone.kernels", kernels, 7)
+    for size in space.image_size_choice:
+        _at_least("search_space.image_size_choice", size, 32)
+    for name in ("image_size_choice", "head_width_choice", "head_kernel_choice"):
+        if not getattr(space, name):
+            _fail(f"search_space.{name}", "at least one choice", "none")
+
+
+def _flat(schedule: ChoiceSchedule) -> list[float]:
+    return [choice for value in schedule.value for choice in value]
+
+
+def _within(key: str, values: Iterable[float], low: float, high: float, what: str) -> None:
+    for value in values:
+        if not low <= value <= high:
+            _fail(f"{key}.value", f"choices from {low:g} to {high:g}, the largest number of {what}", value)
+
+
+def _odd_kernels(key: str, kernels: Iterable[float], largest: int) -> None:
+    options = [k for k in (3, 5, 7) if k <= largest]
+    for kernel in kernels:
+        if kernel not in options:
+            _fail(key, f"kernels out of {', '.join(map(str, options))}, which the backbone can serve", kernel)
+
+
+def _check_maps(config: Config) -> None:
+    """As many extra blocks, lists of aspect ratios and scales as there are feature maps."""
+    extras = config.search_space.num_head
+    maps = len(config.backbone.feature_levels) + extras
+    _length("head.channels", config.head.channels, extras, "one per extra feature block (search_space.num_head)")
+    _length("head.aspect_ratios", config.head.aspect_ratios, maps, "one per feature map")
+    _length("head.scales", config.head.scales, maps + 1, "one per feature map and one more")
+    _length("head.variances", config.head.variances, 2, "for centres and sizes")
+
+
+def _length(key: str, values: Sequence, expected: int, why: str) -> None:
+    if len(values) != expected:
+        _fail(key, f"{expected} values, {why}", f"{len(values)}")
+
+
+def _check_training(name: str, config: TrainConfig) -> None:
+    _at_least(f"{name}.epochs", config.epochs, 1)
+    _at_least(f"{name}.eval_every", config.eval_every, 1)
+    _at_least(f"{name}.batch_size", config.batch_size, 2)
+    if not config.learning_rate > 0:
+        _fail(f"{name}.learning_rate", "a positive number", config.learning_rate)
+    if not 0 <= config.ema_decay < 1:
+        _fail(f"{name}.ema_decay", "a number from 0 to below 1", config.ema_decay)
+    if config.lr_schedule.T_0 != "auto":
+        _at_least(f"{name}.lr_schedule.T_0", config.lr_schedule.T_0, 1)
+
+
+def _check_portion(portion: Sequence[float]) -> None:
+    if len(portion) != 2 or not all(0 < p < 1 for p in portion) or sum(portion) > 1 + 1e-9:
+        _fail("data.data_portion", "two shares above 0 that sum to at most 1, for training and for scoring", portion)

@@ -1,0 +1,350 @@
+import logging
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_data import write_coco, write_voc
+from torch.utils.data import DataLoader, Dataset
+
+from lib import datasets
+from lib.config import DataConfig
+from lib.datasets import (
+    DetectionDataset,
+    EpochSampler,
+    UnreadableImage,
+    collate,
+    eval_loader,
+    load_records,
+    load_split,
+    save_split,
+    split_indices,
+    train_loader,
+)
+from lib.errors import UserError
+from lib.records import read_voc
+from lib.shapes import CLASSES
+from lib.transforms import eval_transform, train_transform
+
+OBJECTS = {f"{i:03d}": [("cat", 5, 5, 30, 25), ("dog", 20, 4, 40, 28, 1)][: i % 3] for i in range(10)}
+
+
+@pytest.fixture
+def records(tmp_path):
+    write_voc(tmp_path / "voc", OBJECTS)
+    return read_voc(tmp_path / "voc", ["trainval"], ["cat", "dog"])
+
+
+def voc_config(tmp_path, **options):
+    return DataConfig(dataset_type="voc", root=str(tmp_path), **options)
+
+
+# ------------------------------------------------------------------------------------------------------------ records
+
+
+def test_shapes_are_drawn_and_then_read(tmp_path):
+    data = DataConfig(root=str(tmp_path / "shapes"), shapes_train=4, shapes_test=2)
+    train, test = load_records(data, "train"), load_records(data, "test")
+    assert (len(train), len(test)) == (4, 2) and train.classes == test.classes == CLASSES
+
+
+def test_the_classes_of_the_test_set_are_those_of_the_training_set(tmp_path):
+    write_voc(tmp_path, {"a": [("ant", 1, 1, 9, 9)], "b": [("dog", 1, 1, 9, 9)]})
+    write_voc(tmp_path, {"c": [("dog", 1, 1, 9, 9)]}, "test")
+    test = load_records(voc_config(tmp_path), "test")
+    assert test.classes == ("ant", "dog") and test.labels.tolist() == [2]
+    write_voc(tmp_path, {"d": [("dig", 1, 1, 9, 9)]}, "test")
+    with pytest.raises(UserError, match=r"d\.xml: unknown class 'dig' \(did you mean 'dog'"):
+        load_records(voc_config(tmp_path), "test")
+
+
+def test_coco_is_read_from_the_paths_of_the_configuration(tmp_path):
+    write_voc(tmp_path, OBJECTS)
+    write_coco(tmp_path / "a" / "train.json", OBJECTS, {"dog": 9, "cat": 4})
+    write_coco(tmp_path / "a" / "test.json", {"001": OBJECTS["001"]}, {"dog": 9, "cat": 4})
+    data = DataConfig(
+        dataset_type="coco", root=str(tmp_path), train_annotations="a/train.json", train_images="JPEGImages"
+    )
+    data = replace(data, test_annotations="a/test.json", test_images="JPEGImages")
+    train, test = load_records(data, "train"), load_records(data, "test")
+    assert (len(train), len(test)) == (10, 1) and train.classes == test.classes == ("cat", "dog")
+    voc = load_records(voc_config(tmp_path), "train")
+    assert voc.fingerprint() == train.fingerprint()
+
+
+def test_num_classes_is_checked_against_the_data(tmp_path):
+    write_voc(tmp_path, OBJECTS)
+    assert len(load_records(voc_config(tmp_path, num_classes=2), "train")) == 10
+    with pytest.raises(UserError, match=r"data\.num_classes: 3, but .* has 2 classes \(cat, dog\)"):
+        load_records(voc_config(tmp_path, num_classes=3), "train")
+
+
+# -------------------------------------------------------------------------------------------------------------- split
+
+
+class Ids:
+    """All that the split asks of records."""
+
+    def __init__(self, ids):
+        self.ids = list(ids)
+
+    def __len__(self):
+        return len(self.ids)
+
+    def image_id(self, i):
+        return self.ids[i]
+
+
+@given(count=st.integers(2, 80), share=st.floats(0.05, 0.95), rest=st.floats(0.05, 1), seed=st.integers(0, 99))
+@settings(max_examples=50, deadline=None)
+def test_the_split_is_exact_and_never_leaks(count, share, rest, seed):
+    portions = [share, (1 - share) * rest]
+    records = Ids(f"image{i}" for i in range(count))
+    try:
+        train, search = split_indices(records, portions, seed)
+    except UserError:
+        assert min(portions) * count < 1
+        return
+    assert not set(train) & set(search)
+    assert len(train) == round(share * count) and len(train) + len(search) == round(sum(portions) * count)
+    if rest == 1:
+        assert sorted(train + search) == list(range(count))
+    backwards = Ids(reversed(records.ids))
+    again = split_indices(backwards, portions, seed)
+    for rows, others in zip((train, search), again, strict=True):
+        assert {records.ids[i] for i in rows} == {backwards.ids[i] for i in others}
+
+
+def test_the_split_follows_the_seed():
+    records = Ids(map(str, range(50)))
+    assert split_indices(records, [0.8, 0.2], 0) != split_indices(records, [0.8, 0.2], 1)
+
+
+@pytest.mark.parametrize("portions", [[0.9], [0.9, 0.2], [1.1, -0.1], [0.99, 0.01]])
+def test_a_wrong_portion_is_named(portions):
+    with pytest.raises(UserError, match=r"data\.data_portion"):
+        split_indices(Ids("abcdefghij"), portions, 0)
+
+
+def test_a_saved_split_comes_back_by_image_id(tmp_path, records):
+    train, search = split_indices(records, [0.7, 0.3], 0)
+    save_split(tmp_path / "split.json", records, train, search)
+    assert load_split(tmp_path / "split.json", records) == (train, search)
+    shifted = Ids(["extra", *records.ids])
+    assert load_split(tmp_path / "split.json", shifted) == ([i + 1 for i in train], [i + 1 for i in search])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"format": "split/1", "train": ["000"], "search": ["00x"]}', "image '00x' is not in the data"),
+        ('{"format": "split/1", "train": ["000"], "search": ["000"]}', "both sides"),
+        ('{"format": "split/2", "train": [], "search": []}', "split/2"),
+        ('{"format": "split/1"', "not a saved split"),
+        ("[]", "not a saved split"),
+    ],
+)
+def test_a_wrong_split_file_is_refused(tmp_path, records, content, message):
+    path = tmp_path / "split.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_split(path, records)
+    with pytest.raises(UserError, match="nowhere"):
+        load_split(tmp_path / "nowhere.json", records)
+
+
+# ----------------------------------------------------------------------------------------------------------- pictures
+
+
+def same(one, other):
+    return all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(one, other, strict=True))
+
+
+def test_a_sample_is_a_function_of_seed_epoch_and_row(records):
+    dataset = DetectionDataset(records, range(10), train_transform(32), seed=3)
+    first = dataset[1, 4]
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    assert same(dataset[1, 4], first)
+    assert torch.equal(torch.get_rng_state(), state)
+    other_seed = DetectionDataset(records, range(10), train_transform(32), seed=4)
+    assert not same(dataset[2, 4], first) and not same(other_seed[1, 4], first)
+
+
+def test_ignored_objects_are_not_trained_on(records):
+    dataset = DetectionDataset(records, range(10), eval_transform(32))
+    assert [len(dataset[0, row][2]) for row in range(3)] == [0, 1, 1]
+    assert records.target(2)["labels"].tolist() == [1, 2] and dataset[0, 2][2].tolist() == [1]
+
+
+def test_a_batch_is_padded_with_background(records):
+    dataset = DetectionDataset(records, range(10), eval_transform(32))
+    batch = collate([dataset[0, 0], dataset[0, 1]])
+    assert batch.images.shape == (2, 3, 32, 32) and batch.images.dtype == torch.uint8 and len(batch) == 2
+    assert batch.labels.tolist() == [[0], [1]]
+    torch.testing.assert_close(batch.boxes[1], torch.tensor([[5 / 48, 5 / 32, 30 / 48, 25 / 32]]))
+    assert batch.boxes[0].tolist() == [[0, 0, 0, 0]] and batch.index.tolist() == [0, 1]
+    empty = collate([dataset[0, 0], dataset[0, 3]])
+    assert empty.boxes.shape == (2, 0, 4) and empty.labels.shape == (2, 0)
+    assert torch.equal(batch.to("cpu").images, batch.images)
+
+
+def spoil(records, row):
+    path = Path(records.path(row))
+    path.write_bytes(path.read_bytes()[:200])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_jpeg_is_one_line_that_names_it(records, workers):
+    spoil(records, 3)
+    with pytest.raises(UserError) as error:
+        list(eval_loader(records, range(10), 32, 4, workers=workers))
+    assert "003.jpg: cannot be read" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_picture_of_another_size_or_none_is_named(records):
+    dataset = DetectionDataset(records, range(10), eval_transform(32))
+    records.sizes[1] = torch.tensor([32, 48])
+    with pytest.raises(UnreadableImage, match=r"001\.jpg: is 48 x 32 pixels, its annotation says 32 x 48"):
+        dataset[0, 1]
+    Path(records.path(2)).unlink()
+    with pytest.raises(UnreadableImage, match=r"002\.jpg: cannot be read: .*No such file"):
+        dataset[0, 2]
+
+
+def test_a_neighbour_stands_in_for_a_broken_picture_in_training(records, caplog):
+    spoil(records, 3)
+    spoil(records, 5)
+    dataset = DetectionDataset(records, [1, 3, 5, 8], eval_transform(32), on_error="skip")
+    with caplog.at_level(logging.WARNING):
+        rows = [dataset[epoch, row][3] for epoch in (1, 2) for row in (1, 3, 5, 8)]
+    assert rows == [1, 8, 8, 8] * 2
+    assert ["003.jpg" in m or "005.jpg" in m for m in caplog.messages] == [True, True]
+    spoil(records, 8)
+    last = DetectionDataset(records, [3, 5, 8], eval_transform(32), on_error="skip")
+    with pytest.raises(UserError, match="any other picture"):
+        last[1, 5]
+
+
+def test_a_broken_picture_is_black_in_evaluation(records, caplog):
+    spoil(records, 3)
+    batch = next(iter(eval_loader(records, [2, 3, 4], 32, 8, on_error="skip")))
+    assert batch.index.tolist() == [2, 3, 4]
+    assert batch.images[1].max() == 0 and batch.images[0].max() > 0
+    assert len(caplog.messages) == 1
+
+
+def test_cached_pictures_are_decoded_once_and_within_the_budget(records, monkeypatch):
+    monkeypatch.setattr(datasets, "CACHE_BYTES", 2 * 3 * 32 * 48)
+    dataset = DetectionDataset(records, range(10), train_transform(32), cache=True)
+    plain = DetectionDataset(records, range(10), train_transform(32))
+    expected = [plain[1, row] for row in range(3)]
+    assert all(same(dataset[1, row], expected[row]) for row in (0, 1, 2, 1, 0))
+    for row in range(3):
+        spoil(records, row)
+    assert all(same(dataset[1, row], expected[row]) for row in (0, 1))
+    with pytest.raises(UserError):
+        dataset[1, 2]
+
+
+# ------------------------------------------------------------------------------------------------------------ loaders
+
+
+def rows_of(sampler):
+    return [[row for _, row in batch] for batch in sampler]
+
+
+@given(
+    count=st.integers(1, 40),
+    batch=st.integers(1, 9),
+    world=st.integers(1, 4),
+    drop=st.booleans(),
+    epoch=st.integers(1, 9),
+)
+@settings(max_examples=80, deadline=None)
+def test_an_epoch_is_shared_out_evenly(count, batch, world, drop, epoch):
+    indices = [3 * i for i in range(count)]
+    ranks = [EpochSampler(indices, batch, 5, drop_last=drop, rank=rank, world=world) for rank in range(world)]
+    for sampler in ranks:
+        sampler.set_epoch(epoch)
+    batches = [rows_of(sampler) for sampler in ranks]
+    assert len({len(found) for found in batches}) == 1 and len(batches[0]) == len(ranks[0]) >= 1
+    seen = [row for found in batches for rows in found for row in rows]
+    dropping = drop and count >= batch * world
+    if dropping:
+        assert len(set(seen)) == len(seen) == count // (batch * world) * batch * world
+    else:
+        assert set(seen) == set(indices) and len(seen) - count < world
+    whole = EpochSampler(indices, batch * world, 5, drop_last=drop)
+    whole.set_epoch(epoch)
+    if dropping or count % world == 0:
+        joined = [{row for found in batches for row in found[k]} for k in range(len(whole))]
+        assert joined == [set(rows) for rows in rows_of(whole)]
+
+
+def test_the_order_is_a_function_of_seed_and_epoch():
+    sampler, other = EpochSampler(range(30), 4, 1), EpochSampler(range(30), 4, 2)
+    first = list(sampler)
+    assert {epoch for batch in first for epoch, _ in batch} == {1}
+    assert list(sampler) == first and rows_of(other) != rows_of(sampler)
+    sampler.set_epoch(2)
+    assert rows_of(sampler) != [[row for _, row in batch] for batch in first]
+    sampler.set_epoch(1, start_batch=5)
+    assert len(sampler) == 2 and list(sampler) == first[5:]
+    sampler.set_epoch(1)
+    assert list(sampler) == first and sampler.batches_per_epoch == 7
+
+
+def test_an_empty_training_set_is_a_user_error():
+    with pytest.raises(UserError, match="no image"):
+        EpochSampler([], 4, 1)
+
+
+def epochs_of(loader, start=0):
+    found = []
+    for epoch in (1, 2):
+        loader.batch_sampler.set_epoch(epoch, start if epoch == 1 else 0)
+        found += [(batch.images, batch.boxes, batch.labels, batch.index) for batch in loader]
+    return found
+
+
+def test_workers_and_a_resume_change_nothing(records):
+    options = {"seed": 1, "image_size": 24, "batch_size": 3}
+    alone = epochs_of(train_loader(records, range(10), **options))
+    shared = epochs_of(train_loader(records, range(10), workers=2, cache=True, **options))
+    resumed = epochs_of(train_loader(records, range(10), **options), start=2)
+    assert len(alone) == 6
+    assert all(same(a, b) for a, b in zip(alone, shared, strict=True))
+    assert all(same(a, b) for a, b in zip(alone[2:], resumed, strict=True))
+    assert not same(alone[0], alone[3])
+
+
+def test_loading_takes_nothing_from_the_global_generator(records):
+    loader = train_loader(records, range(10), 24, 3)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    list(loader)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_evaluation_goes_through_every_picture_in_order(records):
+    batches = list(eval_loader(records, [7, 0, 9, 2, 4], 24, 2))
+    assert [batch.index.tolist() for batch in batches] == [[7, 0], [9, 2], [4]]
+    assert list(eval_loader(records, [], 24, 2)) == []
+
+
+class Worker(Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, i):
+        return torch.get_num_threads(), signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
+def test_workers_have_one_thread_and_leave_ctrl_c_to_the_main_process():
+    loader = DataLoader(Worker(), num_workers=1, collate_fn=list, worker_init_fn=datasets._start_worker)
+    assert next(iter(loader)) == [(1, True)]
+    assert signal.getsignal(signal.SIGINT) != signal.SIG_IGN

@@ -1,0 +1,358 @@
+"""Controllers: no repeats, asynchrony, exhaustion, replay, aging; Pareto fronts against slow and obvious loops."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lib.errors import UserError
+from lib.evolution import (
+    Individual,
+    ParetoEvolution,
+    RandomSearch,
+    RegularizedEvolution,
+    SpaceExhausted,
+    crowding_distances,
+    dominates,
+    every_genotype,
+    insert_into_fronts,
+    make_controller,
+    pareto_front,
+)
+from lib.genotype import BlockChoices, Genotype, SearchSpace, StageChoices
+
+NAMES = ["random", "evo", "pareto-evo"]
+
+
+def make_space(stages: int = 1, kind: type[SearchSpace] = SearchSpace) -> SearchSpace:
+    """2 * (6 + 6**2)**stages genotypes: 84 with one stage."""
+    stage = StageChoices((1, 2), BlockChoices((3, 4, 6), (3, 5)))
+    return kind("mbv3_backbone", (64, 96), (stage,) * stages, (BlockChoices((0.5,), (3,)),))
+
+
+def flops(genotype: Genotype) -> int:
+    return genotype.image_size * sum(b.expand * b.kernel**2 for stage in genotype.stages for b in stage)
+
+
+def metrics(genotype: Genotype) -> dict[str, float]:
+    """A toy with a conflict: larger is better, with returns that diminish and a taste for 5x5 kernels."""
+    kernels = sum(b.kernel == 5 for stage in genotype.stages for b in stage)
+    return {"AP": math.log(flops(genotype)) + 0.1 * kernels, "flops": flops(genotype)}
+
+
+def everything_fits(genotype: Genotype) -> bool:
+    return True
+
+
+def make(name: str, space: SearchSpace | None = None, feasible=everything_fits, seed: int = 0, **options):
+    options = {"population_size": 10, "tournament_size": 3, **options}
+    return make_controller(name, space or make_space(), seed, feasible, **options)
+
+
+def search(controller, steps: int) -> list[Genotype]:
+    asked = []
+    for _ in range(steps):
+        asked.append(controller.ask())
+        controller.tell(asked[-1], metrics(asked[-1]))
+    return asked
+
+
+class ParentSpy(SearchSpace):
+    """A space that notes who became a parent."""
+
+    parents: list[Genotype] = []  # noqa: RUF012 - emptied by each test that reads it
+
+    def mutate(self, parent, rng, probability=0.1):
+        self.parents.append(parent)
+        return super().mutate(parent, rng, probability)
+
+    def crossover(self, a, b, rng):
+        self.parents.extend((a, b))
+        return super().crossover(a, b, rng)
+
+
+# What all controllers share
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_small_space_is_proposed_once_in_full_then_ends(name):
+    controller = make(name)
+    asked = search(controller, make_space().size())
+    assert len(set(asked)) == len(asked)
+    assert set(asked) == set(every_genotype(make_space()))
+    for _ in range(2):
+        with pytest.raises(SpaceExhausted):
+            controller.ask()
+
+
+def test_every_genotype_lists_each_once():
+    listed = list(every_genotype(make_space(2)))
+    assert len(listed) == len(set(listed)) == make_space(2).size()
+    assert all(genotype in make_space(2) for genotype in listed)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_and_all_genotypes_within_the_budget_are_proposed(name):
+    limit = sorted(map(flops, every_genotype(make_space())))[30]
+    fits = {g for g in every_genotype(make_space()) if flops(g) <= limit}
+    controller = make(name, feasible=lambda g: flops(g) <= limit)
+    assert set(search(controller, len(fits))) == fits
+    with pytest.raises(SpaceExhausted):
+        controller.ask()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_space_with_one_genotype(name):
+    single = SearchSpace("mbv3_backbone", (64,), (StageChoices((1,), BlockChoices((3,), (3,))),), ())
+    controller = make(name, single, population_size=1)
+    assert search(controller, 1) == [single.smallest()]
+    with pytest.raises(SpaceExhausted):
+        controller.ask()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_budget_that_nothing_meets_is_an_error_not_a_loop(name):
+    with pytest.raises(UserError, match="no sub-network within the budget"):
+        make(name, make_space(5), feasible=lambda g: False).ask()
+
+
+@pytest.mark.parametrize("corner", ["smallest", "largest"])
+def test_a_tight_budget_is_met_in_a_large_space(corner):
+    """By chance, about one sample in 42**8 would do: the smallest itself, or one choice away from it."""
+    space = make_space(8)
+    limit = flops(getattr(space, corner)())
+    controller = make("evo", space, feasible=lambda g: abs(flops(g) - limit) <= 0.05 * limit)
+    assert len(set(search(controller, 5))) == 5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_many_asks_before_their_tells_which_come_in_any_order(name):
+    controller, rng = make(name, make_space(4)), random.Random(0)
+    running, asked = [], []
+    for _ in range(150):
+        while len(running) < 8:
+            running.append(controller.ask())
+            asked.append(running[-1])
+        genotype = running.pop(rng.randrange(len(running)))
+        controller.tell(genotype, metrics(genotype))
+    assert len(set(asked)) == len(asked)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_asks_without_any_tell_never_stop_or_repeat(name):
+    controller = make(name, make_space(3))
+    assert len({controller.ask() for _ in range(50)}) == 50
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_seed_and_calls_give_the_same_search(name):
+    runs = [search(make(name, make_space(4), seed=seed), 60) for seed in (1, 1, 2)]
+    assert runs[0] == runs[1]
+    assert runs[0] != runs[2]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_replay_continues_as_if_never_interrupted(name):
+    whole = search(make(name, make_space(4)), 60)
+    resumed = make(name, make_space(4))
+    for genotype in whole[:37]:
+        resumed.tell(genotype, metrics(genotype))
+    assert search(resumed, 23) == whole[37:]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_was_told_without_asking_is_not_asked(name):
+    controller, known = make(name), list(every_genotype(make_space()))[:60]
+    for genotype in known:
+        controller.tell(genotype, metrics(genotype))
+    assert not set(search(controller, 24)) & set(known)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_seeds_come_first_each_once_unless_known_or_too_dear(name):
+    space = make_space(3)
+    seeds = [space.largest(), space.smallest(), space.smallest(), space.sample(random.Random(5))]
+    controller = make(name, space, seeds=seeds, feasible=lambda g: g != space.largest())
+    controller.tell(seeds[3], metrics(seeds[3]))
+    asked = search(controller, 20)
+    assert asked[0] == space.smallest()
+    assert not {space.largest(), seeds[3]} & set(asked)
+
+
+def test_seeds_and_tells_outside_the_space_are_refused():
+    stranger = make_space(2).smallest()
+    with pytest.raises(UserError, match="number of stages is 2"):
+        make("random", seeds=[stranger])
+    with pytest.raises(UserError, match="number of stages is 2"):
+        make("random").tell(stranger, {"AP": 1.0, "flops": 1.0})
+
+
+@pytest.mark.parametrize("name", ["evo", "pareto-evo"])
+@pytest.mark.parametrize("how", ["failure", "nan"])
+def test_a_failed_genotype_is_neither_proposed_again_nor_a_parent(name, how):
+    ParentSpy.parents.clear()
+    space = make_space(3, ParentSpy)
+    controller, failed, asked = make(name, space), set(), []
+    for step in range(80):
+        asked.append(controller.ask())
+        if step % 3 == 0:
+            failed.add(asked[-1])
+            if how == "failure":
+                controller.tell_failure(asked[-1])
+            else:
+                controller.tell(asked[-1], {"AP": math.nan, "flops": 1})
+        else:
+            controller.tell(asked[-1], metrics(asked[-1]))
+    assert len(set(asked)) == len(asked)
+    assert ParentSpy.parents
+    assert not failed & set(ParentSpy.parents)
+
+
+@pytest.mark.parametrize("name", ["evo", "pareto-evo"])
+def test_when_all_evaluations_fail_the_search_goes_on_at_random(name):
+    controller = make(name, make_space(3))
+    asked = set()
+    for _ in range(40):
+        asked.add(controller.ask())
+        controller.tell_failure(max(asked, key=str))
+    assert len(asked) == 40
+
+
+def test_names_that_nobody_knows():
+    with pytest.raises(UserError, match=r"unknown controller 'pareto_evo' .did you mean 'pareto-evo'"):
+        make("pareto_evo")
+    with pytest.raises(UserError, match=r"no metric 'AP' .did you mean 'mAP'"):
+        make("evo").tell(make_space().smallest(), {"mAP": 0.5})
+    with pytest.raises(UserError, match=r"no metric 'flop' .did you mean 'flops'"):
+        make("pareto-evo", costs=["flop"]).tell(make_space().smallest(), metrics(make_space().smallest()))
+
+
+# Regularized evolution
+
+
+def test_the_oldest_dies_even_if_it_is_the_best():
+    ParentSpy.parents.clear()
+    space = make_space(3, ParentSpy)
+    controller = RegularizedEvolution(space, 0, everything_fits, population_size=3, tournament_size=3)
+    best, *others = (space.sample(random.Random(i)) for i in range(4))
+    for score, genotype in zip([1.0, 0.1, 0.2, 0.3], [best, *others], strict=True):
+        controller.tell(genotype, {"AP": score})
+    for _ in range(10):
+        controller.ask()
+    assert set(ParentSpy.parents) == {others[2]}  # the best of the three youngest wins every full tournament
+
+
+def test_a_second_tell_does_not_make_an_individual_young_again():
+    ParentSpy.parents.clear()
+    space = make_space(3, ParentSpy)
+    controller = RegularizedEvolution(space, 0, everything_fits, population_size=2, tournament_size=2)
+    best, *others = (space.sample(random.Random(i)) for i in range(3))
+    for score, genotype in [(1.0, best), (0.1, others[0]), (1.0, best), (0.2, others[1])]:
+        controller.tell(genotype, {"AP": score})
+    controller.ask()
+    assert set(ParentSpy.parents) == {others[1]}
+
+
+@pytest.mark.parametrize(("probability", "used"), [(0.0, {"mutate"}), (1.0, {"crossover"})])
+def test_mutation_and_crossover_are_both_there(monkeypatch, probability, used):
+    calls = set()
+    for method in ("mutate", "crossover"):
+        original = getattr(SearchSpace, method)
+        monkeypatch.setattr(
+            SearchSpace, method, lambda *a, _o=original, _m=method, **k: (calls.add(_m), _o(*a, **k))[1]
+        )
+    search(make("evo", make_space(4), crossover_probability=probability), 25)
+    assert calls == used
+
+
+def test_evolution_beats_random_search():
+    space, steps, seeds = make_space(6), 200, range(4)
+
+    def best(name: str, seed: int) -> float:
+        return max(metrics(g)["AP"] for g in search(make(name, space, seed=seed, population_size=30), steps))
+
+    for seed in seeds:
+        assert best("evo", seed) > best("random", seed)
+
+
+# Pareto fronts
+
+POINTS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6), st.integers(0, 6)), max_size=40)
+
+
+def slow_front(points: list[tuple]) -> list[tuple]:
+    """Non-dominated points, all maximised: the definition, spelled out."""
+
+    def beaten(p):
+        return any(all(q[i] >= p[i] for i in range(len(p))) and any(q[i] > p[i] for i in range(len(p))) for q in points)
+
+    return [p for p in points if not beaten(p)]
+
+
+@settings(deadline=None, max_examples=100)
+@given(POINTS)
+def test_pareto_front_against_the_definition(points):
+    records = [{"metrics": {"AP": ap, "flops": f, "params": p}} for ap, f, p in points]
+    for costs in (["flops"], ["flops", "params"], []):
+        front = pareto_front(records, "AP", costs)
+        as_points = [(r["metrics"]["AP"], *(-r["metrics"][c] for c in costs)) for r in records]
+        found = [(r["metrics"]["AP"], *(-r["metrics"][c] for c in costs)) for r in front]
+        assert sorted(found) == sorted(slow_front(as_points))
+        assert all(any(r is record for record in records) for r in front)
+        if costs:
+            assert [r["metrics"]["flops"] for r in front] == sorted(r["metrics"]["flops"] for r in front)
+
+
+@settings(deadline=None, max_examples=100)
+@given(POINTS)
+def test_fronts_built_one_by_one_equal_fronts_peeled_off(points):
+    fronts: list[list[Individual]] = []
+    for point in points:
+        insert_into_fronts(fronts, Individual(None, point))
+    rest, peeled = list(points), []
+    while rest:
+        peeled.append(sorted(slow_front(rest)))
+        rest = [p for p in rest if p not in peeled[-1]]
+    assert [sorted(member.values for member in front) for front in fronts] == peeled
+
+
+def test_crowding_distances_by_hand():
+    """The middle points' neighbours span 3/4 and 3/4 of the first objective, 4/6 and 5/6 of the second."""
+    front = [(0.0, 6.0), (1.0, 5.0), (3.0, 2.0), (4.0, 0.0)]
+    assert crowding_distances(front) == [math.inf, pytest.approx(3 / 4 + 4 / 6), pytest.approx(3 / 4 + 5 / 6), math.inf]
+    assert crowding_distances([(1.0, 1.0)] * 3).count(0.0) == 1  # no span at all: no division by zero
+
+
+def test_dominance_needs_one_strict_advantage():
+    assert dominates((2, 1), (1, 1))
+    assert not dominates((1, 1), (1, 1))
+    assert not dominates((2, 0), (1, 1))
+
+
+def test_pareto_evolution_keeps_the_front_of_all_it_was_told():
+    controller = make("pareto-evo", make_space(4), population_size=150)
+    asked = search(controller, 300)
+    front = pareto_front([{"genotype": g, "metrics": metrics(g)} for g in asked], "AP", ["flops"])
+    assert 1 < len(front) <= 150
+    survivors = {member.genotype for rank in controller._fronts for member in rank}
+    assert len(survivors) == 150
+    assert {record["genotype"] for record in front} <= survivors
+
+
+def test_pareto_evolution_finds_a_better_front_than_random_search():
+    def volume(controller) -> float:
+        """Area dominated within flops <= the largest net's and AP >= the smallest net's, by sweeping the front."""
+        space = make_space(6)
+        records = [{"metrics": metrics(g)} for g in search(controller, 300)]
+        points = [(r["metrics"]["flops"], r["metrics"]["AP"]) for r in pareto_front(records, "AP", ["flops"])]
+        ends = [f for f, _ in points[1:]] + [flops(space.largest())]
+        floor = metrics(space.smallest())["AP"]
+        return sum((end - f) * (ap - floor) for (f, ap), end in zip(points, ends, strict=True))
+
+    for seed in range(3):
+        evolved = ParetoEvolution(make_space(6), seed, everything_fits, costs=["flops"], population_size=40)
+        assert volume(evolved) > volume(RandomSearch(make_space(6), seed, everything_fits))

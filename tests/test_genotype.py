@@ -1,0 +1,252 @@
+"""Genotypes and their space: canonical, hashable, the traps of mutation, JSON and aw_nas round trips, messages."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lib.errors import UserError
+from lib.genotype import Block, BlockChoices, Genotype, SearchSpace, StageChoices, parse
+
+
+def make_space(**changes) -> SearchSpace:
+    """Two fixed and two elastic dimensions of each kind: 2 * 1 * (4**2 + 4**3) * 2 = 320 genotypes."""
+    fields = {
+        "backbone_type": "mbv3_backbone",
+        "image_size": (64, 96),
+        "stages": (
+            StageChoices((1,), BlockChoices((1,), (3,))),
+            StageChoices((2, 3), BlockChoices((3, 6), (3, 5))),
+        ),
+        "head": (BlockChoices((0.5,), (3,)), BlockChoices((0.25, 0.5), (3,))),
+    }
+    return SearchSpace(**{**fields, **changes})
+
+
+def brute_force(space: SearchSpace) -> set[Genotype]:
+    """Every depth vector times every value of every block of the deepest net, inactive blocks cut off afterwards."""
+    deepest = [max(s.depth) for s in space.stages]
+    per_block = [
+        itertools.product(s.block.expand, s.block.kernel)
+        for s, depth in zip(space.stages, deepest, strict=True)
+        for _ in range(depth)
+    ]
+    found = set()
+    depth_vectors = list(itertools.product(*(s.depth for s in space.stages)))
+    heads = list(itertools.product(*(itertools.product(h.expand, h.kernel) for h in space.head)))
+    for values in itertools.product(*per_block):
+        blocks = iter(values)
+        full = [[Block(*next(blocks)) for _ in range(depth)] for depth in deepest]
+        for depths, head, size in itertools.product(depth_vectors, heads, space.image_size):
+            stages = tuple(tuple(stage[:d]) for stage, d in zip(full, depths, strict=True))
+            found.add(Genotype(size, space.backbone_type, stages, tuple(Block(*b) for b in head)))
+    return found
+
+
+RNGS = st.integers(0, 10**6).map(random.Random)
+
+
+def test_size_equals_the_number_of_different_genotypes():
+    everything = brute_force(make_space())
+    assert make_space().size() == len(everything) == 320
+    assert all(genotype in make_space() for genotype in everything)
+
+
+def test_sampling_reaches_every_genotype_and_nothing_else():
+    space, rng = make_space(), random.Random(0)
+    assert {space.sample(rng) for _ in range(20_000)} == brute_force(space)
+
+
+def test_smallest_and_largest():
+    smallest, largest = make_space().smallest(), make_space().largest()
+    assert smallest.depths == (1, 2)
+    assert largest.depths == (1, 3)
+    assert smallest.stages[1] == (Block(3, 3),) * 2
+    assert largest.stages[1] == (Block(6, 5),) * 3
+    assert (smallest.image_size, largest.image_size) == (64, 96)
+    assert (smallest.head[1].expand, largest.head[1].expand) == (0.25, 0.5)
+
+
+@settings(deadline=None, max_examples=60)
+@given(RNGS, st.sampled_from([0.0, 0.1, 1.0]))
+def test_a_mutant_is_in_the_space_and_never_its_parent(rng, probability):
+    space = make_space()
+    parent = space.sample(rng)
+    for _ in range(20):
+        child = space.mutate(parent, rng, probability)
+        assert child in space
+        assert child != parent
+        parent = child
+
+
+def test_mutation_from_every_parent_can_change_every_choice():
+    space, rng = make_space(), random.Random(1)
+    parent = space.smallest()
+    children = [space.mutate(parent, rng, 0.0) for _ in range(500)]
+    assert {c.image_size for c in children} == {64, 96}
+    assert {c.depths for c in children} == {(1, 2), (1, 3)}
+    assert {c.head[1].expand for c in children} == {0.25, 0.5}
+    assert {c.stages[1][j] for c in children for j in range(2)} == {Block(3, 3), Block(6, 3), Block(3, 5)}
+
+
+def test_mutation_never_picks_a_choice_with_a_single_value():
+    """With one elastic choice in the space, every mutation must change that one."""
+    only_head = make_space(image_size=(64,), stages=(StageChoices((2,), BlockChoices((3,), (3,))),))
+    parent, rng = only_head.smallest(), random.Random(0)
+    for _ in range(50):
+        assert only_head.mutate(parent, rng, 0.0) == only_head.largest()
+
+
+def test_mutation_of_a_space_with_a_single_genotype_is_an_error():
+    fixed = make_space(image_size=(64,), stages=(), head=())
+    with pytest.raises(ValueError, match="single genotype"):
+        fixed.mutate(fixed.smallest(), random.Random(0))
+
+
+def test_mutation_keeps_the_blocks_that_stay():
+    space, rng = make_space(), random.Random(2)
+    parent = space.largest()
+    grown_or_shrunk = [c for c in (space.mutate(parent, rng, 0.0) for _ in range(300)) if c.depths != parent.depths]
+    assert grown_or_shrunk
+    assert all(c.stages[1] == parent.stages[1][:2] for c in grown_or_shrunk)
+
+
+@settings(deadline=None, max_examples=60)
+@given(RNGS)
+def test_crossover_takes_each_choice_from_a_parent(rng):
+    space = make_space()
+    a, b = space.sample(rng), space.sample(rng)
+    child = space.crossover(a, b, rng)
+    assert child in space
+    assert child.image_size in (a.image_size, b.image_size)
+    assert child.depths[1] in (a.depths[1], b.depths[1])
+    for j, block in enumerate(child.stages[1]):
+        donors = [p.stages[1][j] for p in (a, b) if j < p.depths[1]]
+        assert block.expand in {d.expand for d in donors}
+        assert block.kernel in {d.kernel for d in donors}
+    assert space.crossover(a, a, rng) == a
+
+
+def test_crossover_can_give_either_depth_to_either_parents_blocks():
+    space, rng = make_space(), random.Random(3)
+    children = {space.crossover(space.smallest(), space.largest(), rng) for _ in range(300)}
+    assert {c.depths[1] for c in children} == {2, 3}
+    assert {c.stages[1][0] for c in children} == {Block(e, k) for e in (3, 6) for k in (3, 5)}
+    assert {c.stages[1][2] for c in children if c.depths[1] == 3} == {Block(6, 5)}
+
+
+def test_equal_networks_are_equal_genotypes_whatever_their_inactive_blocks_were():
+    text = "cell_0=1, cell_0_block_0=(6, 3), cell_0_block_1=({}, 5)"
+    one, other = (parse(text.format(expand), "mbv3_backbone", 64, []) for expand in (3, 6))
+    assert one == other
+    assert hash(one) == hash(other)
+    assert one.stages == ((Block(6, 3),),)
+
+
+def test_equal_genotypes_are_written_alike():
+    """A ledger's key is made from the JSON form: 6 from YAML and 6.0 from elsewhere must not be two evaluations."""
+    one = make_space().largest()
+    other = replace(one, stages=(one.stages[0], tuple(Block(float(b.expand), b.kernel) for b in one.stages[1])))
+    assert one == other
+    assert json.dumps(one.to_dict()) == json.dumps(other.to_dict())
+    assert str(one) == str(other)
+
+
+@settings(deadline=None, max_examples=60)
+@given(RNGS)
+def test_json_round_trip(rng):
+    genotype = make_space().sample(rng)
+    data = json.loads(json.dumps({**genotype.to_dict(), "metrics": {"AP": 0.5}, "supernet": {}, "config": {}}))
+    assert Genotype.from_dict(data) == genotype
+
+
+def test_string_round_trip():
+    odd = make_space(head=(BlockChoices((1 / 3, 1e-05), (3,)),))  # needs all of its digits, and an exponent
+    for genotype in (*brute_force(make_space()), odd.smallest(), odd.largest()):
+        assert parse(str(genotype), genotype.backbone_type, 0, []) == genotype
+
+
+def test_string_spelling_is_that_of_aw_nas():
+    text = "image_size=300, cell_0=1, cell_1=2, cell_0_block_0=(1, 3), cell_1_block_0=(6, 7), cell_1_block_1=(4, 5)"
+    text += ", head_0=(0.5, 3)"
+    genotype = parse(text, "mbv2_backbone", 0, [])
+    assert genotype == Genotype(300, "mbv2_backbone", ((Block(1, 3),), (Block(6, 7), Block(4, 5))), (Block(0.5, 3),))
+    assert str(genotype) == text
+
+
+def test_older_strings_take_size_and_head_from_the_caller():
+    genotype = parse("'cell_0=1, cell_0_block_0=(1,3)'\n", "mbv2_backbone", 320, [Block(0.5, 3)])
+    assert genotype == Genotype(320, "mbv2_backbone", ((Block(1, 3),),), (Block(0.5, 3),))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no cell_0"),
+        ("cell_0=2, cell_0_block_0=(1, 3)", "cell_0=2, but cell_0_block_1 is missing"),
+        ("cell_0=1, cell_0_block_0=(1, 3), nonsense", "cannot read 'nonsense'"),
+        ("cell_0=1, cell_0_block_0=(1.2.3, 3)", "cannot read"),
+        ("cell_0=1, cell_0_block_0=(1, 3), image_sise=300", "unknown item 'image_sise' .did you mean 'image_size'"),
+        ("cell_0=1, cell_0_block_0=(1, 3), cel_0_block_0=(6, 3)", "unknown item 'cel_0_block_0'"),
+        ("cell_0=1, cell_0_block_0=(1, 3), head_1=(0.5, 3)", "unknown item 'head_1' .did you mean 'head_0'"),
+        ("cell_0=1, cell_0_block_0=(1, 3), cell_2=1, cell_2_block_0=(1, 3)", "unknown item 'cell_2'"),
+    ],
+)
+def test_unreadable_strings_say_why(text, message):
+    with pytest.raises(UserError, match=message):
+        parse(text, "mbv3_backbone", 300, [])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.pop("format"), 'expected a JSON object with "format": "genotype/1"'),
+        (lambda d: d.pop("image_size"), "'image_size' is missing"),
+        (lambda d: d["backbone"].pop("stages"), "'stages' is missing"),
+        (lambda d: d["head"][0].pop("kernel"), "'kernel' is missing"),
+        (lambda d: d.update(image_size="300"), "image_size must be an integer, found '300'"),
+        (lambda d: d["head"][0].update(expand=-1), "expand must be a positive number, found -1"),
+        (lambda d: d["head"][0].update(kernel=3.5), "kernel must be an integer, found 3.5"),
+        (lambda d: d.update(head=None), "genotype: "),
+        (lambda d: d.update(backbone=[]), "genotype: "),
+        (lambda d: d["backbone"].update(stages=["ab"]), "genotype: "),
+    ],
+)
+def test_unreadable_json_says_why(change, message):
+    data = make_space().smallest().to_dict()
+    change(data)
+    with pytest.raises(UserError, match=message):
+        Genotype.from_dict(data)
+
+
+def test_json_that_is_no_object():
+    with pytest.raises(UserError, match="found 'list'"):
+        Genotype.from_dict([])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"backbone_type": "mbv2_backbone"}, "backbone type is mbv2_backbone, the search space has mbv3_backbone"),
+        ({"image_size": 80}, "image_size is 80, the search space has 64, 96"),
+        ({"stages": ((Block(1, 3),),)}, "number of stages is 1, the search space has 2"),
+        ({"stages": ((Block(1, 3),), (Block(3, 3),))}, "depth of stage 1 is 1, the search space has 2, 3"),
+        ({"stages": ((Block(1, 5),), (Block(3, 3),) * 2)}, "kernel of stage 0 block 0 is 5"),
+        ({"stages": ((Block(1, 3),), (Block(3, 3), Block(4, 3)))}, "expand of stage 1 block 1 is 4"),
+        ({"head": ()}, "number of head blocks is 0, the search space has 2"),
+        ({"head": (Block(0.5, 3), Block(0.75, 3))}, "expand of head block 1 is 0.75, the search space has 0.25, 0.5"),
+        ({"head": (Block(0.5, 5), Block(0.5, 3))}, "kernel of head block 0 is 5, the search space has 3"),
+    ],
+)
+def test_check_names_the_first_choice_outside_the_space(changes, message):
+    space = make_space()
+    outside = replace(space.smallest(), **changes)
+    assert outside not in space
+    with pytest.raises(UserError, match=message):
+        space.check(outside)

@@ -1,0 +1,73 @@
+"""Prior boxes against a slow loop and torchvision's generator."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+from torchvision.models.detection.image_list import ImageList
+from torchvision.ops import box_convert
+
+from lib.errors import UserError
+from lib.priors import prior_boxes, priors_per_cell
+
+SIZES = [(19, 19), (10, 10), (5, 5), (3, 3), (2, 2), (1, 1)]
+SCALES = [0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.05]
+RATIOS = [[2], [2, 3], [2, 3], [2, 3], [2], [2]]
+
+
+def slow_priors(sizes, scales, ratios, clip):
+    boxes = []
+    for k, (height, width) in enumerate(sizes):
+        for i in range(height):
+            for j in range(width):
+                shapes = [(scales[k], scales[k]), (math.sqrt(scales[k] * scales[k + 1]),) * 2]
+                for r in ratios[k]:
+                    shapes.append((scales[k] * math.sqrt(r), scales[k] / math.sqrt(r)))
+                    shapes.append((scales[k] / math.sqrt(r), scales[k] * math.sqrt(r)))
+                for w, h in shapes:
+                    cx, cy = (j + 0.5) / width, (i + 0.5) / height
+                    corners = [cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2]
+                    if clip:
+                        corners = [min(max(x, 0.0), 1.0) for x in corners]
+                    x1, y1, x2, y2 = corners
+                    boxes.append([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1])
+    return torch.tensor(boxes)
+
+
+def test_reference_config_has_2268_priors():
+    assert priors_per_cell(RATIOS) == [4, 6, 6, 6, 4, 4]
+    assert prior_boxes(SIZES, SCALES, RATIOS).shape == (2268, 4)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_equals_the_slow_loop(clip):
+    sizes, scales, ratios = [(3, 5), (2, 2), (1, 1)], [0.2, 0.5, 0.9, 1.05], [[2], [2, 3], []]
+    torch.testing.assert_close(prior_boxes(sizes, scales, ratios, clip), slow_priors(sizes, scales, ratios, clip))
+
+
+def test_unclipped_equals_torchvision():
+    generator = DefaultBoxGenerator(RATIOS, scales=SCALES, clip=False)
+    images = ImageList(torch.zeros(1, 3, 300, 300), [(300, 300)])
+    (expected,) = generator(images, [torch.zeros(1, 1, *size) for size in SIZES])
+    priors = box_convert(prior_boxes(SIZES, SCALES, RATIOS, clip=False), "cxcywh", "xyxy") * 300
+    torch.testing.assert_close(priors, expected, rtol=1e-5, atol=1e-3)
+
+
+def test_clip_cuts_corners_off():
+    """The first prior of a 19 x 19 level, 0.15 wide around (0.5 / 19, 0.5 / 19), keeps its far corner."""
+    clipped, whole = (prior_boxes(SIZES, SCALES, RATIOS, clip)[0] for clip in (True, False))
+    far = (whole[:2] + whole[2:] / 2)[0].item()
+    torch.testing.assert_close(clipped, torch.tensor([far / 2, far / 2, far, far]))
+    corners = box_convert(prior_boxes(SIZES, SCALES, RATIOS), "cxcywh", "xyxy")
+    assert corners.min() >= -1e-6
+    assert corners.max() <= 1 + 1e-6
+
+
+def test_lists_that_differ_in_length_are_named():
+    with pytest.raises(UserError, match="scales: expected 7 values"):
+        prior_boxes(SIZES, SCALES[:-1], RATIOS)
+    with pytest.raises(UserError, match="aspect_ratios: expected 6 lists"):
+        prior_boxes(SIZES, SCALES, RATIOS[:-1])

@@ -1,0 +1,119 @@
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import torch
+from torchvision.ops import masks_to_boxes
+
+from lib import shapes
+from lib.errors import UserError
+from lib.records import read_coco, read_voc
+from lib.shapes import CLASSES, SHAPES, draw_picture, write_shapes
+
+
+def hashes(root):
+    return {
+        file.relative_to(root).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(root.rglob("*"))
+        if file.is_file()
+    }
+
+
+def test_the_same_seed_gives_the_same_files_and_another_seed_others(tmp_path):
+    write_shapes(tmp_path / "a", 3, 2, seed=7)
+    write_shapes(tmp_path / "b", 3, 2, seed=7)
+    write_shapes(tmp_path / "c", 3, 2, seed=8)
+    first, second, other = (hashes(tmp_path / name) for name in "abc")
+    assert first == second
+    pictures = [name for name in first if name.endswith(".jpg")]
+    assert len(pictures) == 5
+    assert len({first[name] for name in pictures} | {other[name] for name in pictures}) == 10
+
+
+def test_more_pictures_leave_the_first_ones_as_they_were(tmp_path):
+    write_shapes(tmp_path / "few", 2, 1, seed=0)
+    write_shapes(tmp_path / "more", 3, 2, seed=0)
+    few, more = hashes(tmp_path / "few"), hashes(tmp_path / "more")
+    assert all(more[name] == few[name] for name in few if name.endswith((".jpg", ".xml")))
+
+
+def test_it_is_read_the_same_as_voc_and_as_coco(tmp_path):
+    write_shapes(tmp_path, 12, 2, seed=0)
+    voc = read_voc(tmp_path, ["trainval"], CLASSES)
+    coco = read_coco(tmp_path / "annotations" / "instances_trainval.json", tmp_path / "JPEGImages")
+    assert voc.fingerprint() == coco.fingerprint()
+    assert voc.classes == coco.classes == CLASSES
+    assert not voc.dropped and len(voc) == 12 and len(voc.boxes) > 12
+
+
+def test_an_interrupted_writing_is_done_again(tmp_path, monkeypatch):
+    write_shapes(tmp_path / "whole", 2, 2)
+
+    def stop_at_the_test_set(root, name, count, seed, write=shapes._write_set):
+        if name == "test":
+            raise KeyboardInterrupt
+        write(root, name, count, seed)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shapes, "_write_set", stop_at_the_test_set)
+        write_shapes(tmp_path / "cut", 2, 2)
+    write_shapes(tmp_path / "cut", 2, 2)
+    assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
+
+
+def test_what_is_there_is_kept_and_other_settings_rewrite_it(tmp_path):
+    write_shapes(tmp_path, 3, 1)
+    picture = tmp_path / "JPEGImages" / "trainval_00001.jpg"
+    before = picture.stat().st_mtime_ns
+    write_shapes(tmp_path, 3, 1)
+    assert picture.stat().st_mtime_ns == before
+    write_shapes(tmp_path, 2, 1, seed=1)
+    assert {p.name for p in (tmp_path / "JPEGImages").iterdir()} == {
+        "trainval_00001.jpg",
+        "trainval_00002.jpg",
+        "test_00001.jpg",
+    }
+    assert json.loads((tmp_path / shapes.MARKER).read_text())["seed"] == 1
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path):
+    (tmp_path / "JPEGImages").mkdir()
+    (tmp_path / "JPEGImages" / "mine.jpg").write_text("precious")
+    with pytest.raises(UserError, match=r"data\.root"):
+        write_shapes(tmp_path, 1, 1)
+    assert (tmp_path / "JPEGImages" / "mine.jpg").read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_boxes_are_the_tight_boxes_of_the_masks(name):
+    for seed in range(5):
+        alpha, box = shapes._place(np.random.default_rng(seed), SHAPES[name], 40, (160, 200), [])
+        x1, y1, x2, y2 = masks_to_boxes(torch.from_numpy(alpha >= 0.5)[None])[0].tolist()  # inclusive corners
+        assert box == (x1, y1, x2 + 1, y2 + 1)
+        assert 25 <= max(box[2] - box[0], box[3] - box[1]) <= 50
+
+
+def test_pictures_vary_as_promised():
+    drawings = [draw_picture(np.random.default_rng([3, i])) for i in range(60)]
+    sizes = [drawing.pixels.shape[:2] for drawing in drawings]
+    objects = [(d, name, box) for d in drawings for name, box in d.objects]
+    assert len(set(sizes)) > 50 and all(160 <= side <= 224 for size in sizes for side in size)
+    assert {name for _, name, _ in objects} == set(CLASSES)
+    assert any(not d.objects for d in drawings) and any(len(d.objects) > 2 for d in drawings)
+    shares = [max(x2 - x1, y2 - y1) / min(d.pixels.shape[:2]) for d, _, (x1, y1, x2, y2) in objects]
+    assert min(shares) < 0.15 and 0.45 < max(shares) < 0.7
+    for d, _, (x1, y1, x2, y2) in objects:
+        assert 0 <= x1 < x2 <= d.pixels.shape[1] and 0 <= y1 < y2 <= d.pixels.shape[0]
+
+
+def test_colours_do_not_tell_the_classes():
+    """The mean colour of each class's pixels lies near the mean of all, compared to the spread within a class."""
+    colours = {name: [] for name in CLASSES}
+    for i in range(150):
+        drawing = draw_picture(np.random.default_rng([4, i]))
+        for name, (x1, y1, x2, y2) in drawing.objects:
+            colours[name].append(drawing.pixels[(y1 + y2) // 2, (x1 + x2) // 2])
+    means = np.array([np.mean(found, axis=0) for found in colours.values()])
+    spread = np.mean([np.std(found, axis=0) for found in colours.values()])
+    assert np.abs(means - means.mean(0)).max() < spread / 2

@@ -1,0 +1,62 @@
+"""VOC and COCO folders of a few small pictures, for the tests that read data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torchvision.io import write_jpeg
+
+Objects = Sequence[tuple]  # (name, x1, y1, x2, y2) continuous pixels from 0, and optionally 1 for difficult or crowd
+
+
+def write_picture(path: Path, width: int = 48, height: int = 32) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = torch.randint(0, 256, (3, height, width), generator=torch.Generator().manual_seed(len(path.name)))
+    write_jpeg(pixels.to(torch.uint8), str(path))
+
+
+def write_voc(
+    folder: Path, objects: Mapping[str, Objects], name: str = "trainval", size: tuple[int, int] = (48, 32)
+) -> None:
+    """One VOC year (or bare folder) with the pictures `objects` by stem, of size (width, height)."""
+    (folder / "Annotations").mkdir(parents=True, exist_ok=True)
+    for stem, boxes in objects.items():
+        write_picture(folder / "JPEGImages" / f"{stem}.jpg", *size)
+        elements = "".join(
+            f"<object><name>{label}</name><difficult>{int(bool(rest))}</difficult><bndbox><xmin>{x1 + 1}</xmin>"
+            f"<ymin>{y1 + 1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>"
+            for label, x1, y1, x2, y2, *rest in boxes
+        )
+        header = f"<size><width>{size[0]}</width><height>{size[1]}</height></size>"
+        (folder / "Annotations" / f"{stem}.xml").write_text(f"<annotation>{header}{elements}</annotation>")
+    sets = folder / "ImageSets" / "Main"
+    sets.mkdir(parents=True, exist_ok=True)
+    (sets / f"{name}.txt").write_text("".join(f"{stem}\n" for stem in objects))
+
+
+def write_coco(
+    path: Path, objects: Mapping[str, Objects], category_ids: Mapping[str, int], size: tuple[int, int] = (48, 32)
+) -> None:
+    """An instances JSON of pictures that are there already; image ids run from 10."""
+    image_ids = {stem: 10 + i for i, stem in enumerate(objects)}
+    boxes = [(stem, box) for stem, found in objects.items() for box in found]
+    annotations = [
+        {
+            "id": number,
+            "image_id": image_ids[stem],
+            "category_id": category_ids[label],
+            "bbox": [x1, y1, x2 - x1, y2 - y1],
+            "area": (x2 - x1) * (y2 - y1),
+            "iscrowd": int(bool(rest)),
+        }
+        for number, (stem, (label, x1, y1, x2, y2, *rest)) in enumerate(boxes, start=1)
+    ]
+    width, height = size
+    images = [{"id": i, "file_name": f"{s}.jpg", "width": width, "height": height} for s, i in image_ids.items()]
+    categories = [{"id": i, "name": label} for label, i in category_ids.items()]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
