@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import pickle
 import random
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -21,26 +24,37 @@ def save(path: Path, payload: dict) -> None:
 
     The bytes go to a temporary file in the same folder, reach the disk, and only then take the name.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with _replacing(path) as file:
+        torch.save({"format": FORMAT, **payload}, file)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file in the same way."""
+    with _replacing(path) as file:
+        file.write(text.encode())
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to that becomes `path` if all goes well, and else leaves no trace."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
-            torch.save({"format": FORMAT, **payload}, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot write the checkpoint ({error.strerror or error})") from None
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+    except RuntimeError as error:
+        if not isinstance(error.__context__, OSError):
+            raise
+        # torch's zip writer hides what stopped it, a full disk for one, behind an error of its own
+        raise UserError(f"{path}: cannot be written ({error.__context__.strerror})") from None
     finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small text file atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def load(path: Path, mmap: bool = False) -> dict:
@@ -49,8 +63,13 @@ def load(path: Path, mmap: bool = False) -> dict:
         payload = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: not a readable checkpoint ({' '.join(str(error).split())[:120]})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (RuntimeError, EOFError, ValueError, LookupError, pickle.UnpicklingError):
+        # torch's messages advise to switch the safe loading off, or name an index
+        raise UserError(
+            f"{path}: not a readable checkpoint: cut short, damaged, or with objects other than tensors and plain data"
+        ) from None
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         found = payload.get("format") if isinstance(payload, dict) else type(payload).__name__
         raise UserError(f"{path}: expected a checkpoint of format '{FORMAT}', found {found!r}")

@@ -255,7 +255,7 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     data: dict = {}
     if path is not None:
         data = _read_yaml(Path(path))
-        data.setdefault("name", Path(path).stem)
+        data["name"] = data.get("name") or Path(path).stem
     return from_dict(with_overrides(data, overrides), str(path) if path else "configuration")
 
 

@@ -315,7 +315,7 @@ def train_loader(
     world: int = 1,
 ) -> DataLoader:
     """Augmented batches in an order drawn anew each epoch; `loader.batch_sampler.set_epoch` before each."""
-    transform = train_transform(image_size)
+    transform = train_transform(image_size, augment)
     dataset = DetectionDataset(records, indices, transform, seed=seed, on_error=on_error, cache=cache)
     sampler = EpochSampler(indices, batch_size, seed, rank=rank, world=world)
     return _loader(dataset, sampler, workers, device)

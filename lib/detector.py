@@ -116,7 +116,7 @@ class ElasticSSD(nn.Module):
         return self.predictors(features)
 
     def extract(self, genotype: Genotype) -> SSD:
-        """The sub-network as a plain module with a copy of its weights: `extract(g)(x)` equals `self(x, g)`."""
+        """The sub-network as a plain module of its own, in the same mode: `extract(g)(x)` equals `self(x, g)`."""
         self.space.check(genotype)
         return SSD(
             image_size=genotype.image_size,
@@ -125,7 +125,7 @@ class ElasticSSD(nn.Module):
             extras=[extract_segment(s) for s in self.extras.segments(genotype)],
             predictors=copy.deepcopy(self.predictors),
             priors=self.priors(genotype.image_size).clone(),
-        )
+        ).train(self.training)
 
     def cost(self, genotype: Genotype) -> Cost:
         """Multiply-adds and parameters of the whole detector. Each block is counted once, then looked up."""

@@ -69,7 +69,8 @@ def _cosine_restarts(config: LRScheduleConfig, epochs: int, restarts: Sequence[i
 
 
 def _multistep(config: LRScheduleConfig, _epochs: int, _restarts: Sequence[int]) -> Callable[[float], float]:
-    return lambda epoch: config.gamma ** bisect.bisect_right(config.milestones, epoch)
+    milestones = sorted(config.milestones)
+    return lambda epoch: config.gamma ** bisect.bisect_right(milestones, epoch)
 
 
 def build_ema(model: nn.Module, decay: float) -> AveragedModel:

@@ -19,9 +19,9 @@ def plot_training(log: Path, picture: Path, metric: str, phases: Sequence[int] =
     train = {r["step"]: r for r in records if r["kind"] == "train"}  # a resumed epoch replaces the one cut short
     scores = {r["step"]: r for r in records if r["kind"] == "eval"}
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 7), sharex=True)
-    for name in next(iter(train.values()), {"losses": {}})["losses"]:
+    for name in _names(train, "losses"):  # distillation may begin later than the others
         top.plot(list(train), [r["losses"].get(name) for r in train.values()], label=name)
-    for name in next(iter(scores.values()), {"networks": {}})["networks"]:
+    for name in _names(scores, "networks"):
         bottom.plot(list(scores), [_value(r, name, metric) for r in scores.values()], marker=".", label=name)
     top.set_ylabel("loss")
     bottom.set_ylabel(metric)
@@ -29,9 +29,14 @@ def plot_training(log: Path, picture: Path, metric: str, phases: Sequence[int] =
     for axis in (top, bottom):
         for epoch in phases:
             axis.axvline(epoch, linestyle=":", color="grey")
-        if axis.lines:
+        if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
     _save(figure, picture)
+
+
+def _names(records: dict[int, dict], field: str) -> list[str]:
+    """What any of the records has in `field`, in order of appearance."""
+    return list(dict.fromkeys(name for record in records.values() for name in record[field]))
 
 
 def _value(record: dict, network: str, metric: str) -> float:

@@ -36,6 +36,8 @@ class RunLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._file = path.open("a", encoding="utf-8")
+        if path.stat().st_size and path.read_bytes()[-1:] != b"\n":
+            self._file.write("\n")  # the line that a crash cut short stays alone
         self._board = _tensorboard(path.parent / "tensorboard") if tensorboard else None
 
     def write(self, kind: str, step: int, **values: object) -> None:
@@ -68,6 +70,8 @@ def finite(value: object) -> object:
     """`value` with None in place of NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -23,12 +23,14 @@ def build(kind: type[T], data: object) -> T:
 
 
 def leaf_paths(kind: type, prefix: str = "") -> list[str]:
-    """Every key of a dataclass of dataclasses as a dotted path."""
+    """Every key of a dataclass of dataclasses as a dotted path, aliases among them."""
     hints = typing.get_type_hints(kind)
     paths = []
     for f in fields(kind):
-        path = f"{prefix}{f.name}"
-        paths += leaf_paths(hints[f.name], f"{path}.") if is_dataclass(hints[f.name]) else [path]
+        if is_dataclass(hints[f.name]):
+            paths += leaf_paths(hints[f.name], f"{prefix}{f.name}.")
+        else:
+            paths += [prefix + name for name in (f.name, *f.metadata.values())]
     return paths
 
 

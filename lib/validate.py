@@ -23,6 +23,7 @@ def validate(config: Config) -> None:
     for name in ("num_epochs", "steps", "population_size", "tournament_size", "batch_size", "bn_images"):
         _at_least(f"search.{name}", getattr(config.search, name), 1)
     _at_least("supernet.samples", config.supernet.samples, 1)
+    _at_least("data.workers", config.data.workers, 0)
     _check_portion(config.data.data_portion)
     if config.loss.unmatched_threshold > config.loss.matched_threshold:
         _fail("loss.unmatched_threshold", "at most loss.matched_threshold", config.loss.unmatched_threshold)
@@ -49,6 +50,12 @@ def _check_schedule(key: str, schedule: ChoiceSchedule | ValueSchedule) -> None:
 
 def _check_choices(config: Config) -> None:
     space = config.search_space
+    if not space.num_cell_groups:
+        _fail("search_space.num_cell_groups", "the number of blocks of each stage", "none")
+    for blocks in space.num_cell_groups:
+        _at_least("search_space.num_cell_groups", blocks, 1)
+    for expansion in space.expansions:
+        _at_least("search_space.expansions", expansion, 1)
     if len(space.expansions) != len(space.num_cell_groups):
         _fail("search_space.expansions", f"{len(space.num_cell_groups)} values, one per stage", space.expansions)
     kernels = config.backbone.kernels
@@ -56,11 +63,18 @@ def _check_choices(config: Config) -> None:
         _fail("backbone.kernels", f"{len(space.num_cell_groups)} values, one per stage", kernels)
     schedule = space.schedule_cfg
     key = "search_space.schedule_cfg"
-    _within(f"{key}.depth_choice", _flat(schedule.depth_choice), 1, max(space.num_cell_groups), "blocks of any stage")
-    _within(f"{key}.width_choice", _flat(schedule.width_choice), 0.125, max(space.expansions), "any stage's expansion")
-    _odd_kernels(f"{key}.kernel_choice", [*_flat(schedule.kernel_choice)], max(kernels, default=7))
+    _whole(f"{key}.depth_choice.value", _flat(schedule.depth_choice))
+    _whole(f"{key}.kernel_choice.value", _flat(schedule.kernel_choice))
+    most, widest = max(space.num_cell_groups), max(space.expansions)
+    _within(f"{key}.depth_choice.value", _flat(schedule.depth_choice), 1, most, "blocks of the deepest stage")
+    _within(f"{key}.width_choice.value", _flat(schedule.width_choice), 0.125, widest, "expansion of the widest stage")
+    _within("search_space.head_width_choice", space.head_width_choice, 0.125, 8, "largest expand ratio")
+    _odd_kernels(f"{key}.kernel_choice.value", [*_flat(schedule.kernel_choice)], max(kernels, default=7))
     _odd_kernels("search_space.head_kernel_choice", space.head_kernel_choice, 7)
     _odd_kernels("backbone.kernels", kernels, 7)
+    for stride in config.backbone.strides:
+        if stride not in (1, 2):
+            _fail("backbone.strides", "strides of 1 and 2", stride)
     for size in space.image_size_choice:
         _at_least("search_space.image_size_choice", size, 32)
     for name in ("image_size_choice", "head_width_choice", "head_kernel_choice"):
@@ -75,7 +89,13 @@ def _flat(schedule: ChoiceSchedule) -> list[float]:
 def _within(key: str, values: Iterable[float], low: float, high: float, what: str) -> None:
     for value in values:
         if not low <= value <= high:
-            _fail(f"{key}.value", f"choices from {low:g} to {high:g}, the largest number of {what}", value)
+            _fail(key, f"choices from {low:g} to {high:g} ({what})", value)
+
+
+def _whole(key: str, values: Iterable[float]) -> None:
+    for value in values:
+        if not isinstance(value, int):
+            _fail(key, "integers", value)
 
 
 def _odd_kernels(key: str, kernels: Iterable[float], largest: int) -> None:
@@ -108,6 +128,7 @@ def _check_training(name: str, config: TrainConfig) -> None:
         _fail(f"{name}.learning_rate", "a positive number", config.learning_rate)
     if not 0 <= config.ema_decay < 1:
         _fail(f"{name}.ema_decay", "a number from 0 to below 1", config.ema_decay)
+    _at_least(f"{name}.lr_schedule.warmup_steps", config.lr_schedule.warmup_steps, 0)
     if config.lr_schedule.T_0 != "auto":
         _at_least(f"{name}.lr_schedule.T_0", config.lr_schedule.T_0, 1)
 

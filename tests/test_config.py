@@ -1,0 +1,314 @@
+"""Configuration: defaults < YAML < --set, one line for every mistake, round trips, the reference recipe's numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lib import config
+from lib.config import Config
+from lib.errors import UserError
+from lib.validate import validate
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+SCHEDULE = "search_space.schedule_cfg"
+
+
+def mistake(*overrides: str, path: Path | None = None) -> str:
+    """The message that loading and validating end with: one line."""
+    with pytest.raises(UserError) as caught:
+        validate(config.load(path, overrides))
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_defaults_then_yaml_then_set(tmp_path):
+    path = write(tmp_path, "supernet: {epochs: 7, batch_size: 4}\n")
+    settings = config.load(path, ["supernet.epochs=9", "seed=3"])
+    assert settings.supernet.epochs == 9
+    assert settings.supernet.batch_size == 4
+    assert settings.supernet.momentum == Config().supernet.momentum
+    assert settings.final == Config().final
+    assert settings.seed == 3
+
+
+def test_the_last_set_wins_and_the_data_given_is_left_alone():
+    data = {"supernet": {"epochs": 7}}
+    assert config.with_overrides(data, ["supernet.epochs=8", "supernet.epochs=9"]) == {"supernet": {"epochs": 9}}
+    assert data == {"supernet": {"epochs": 7}}
+
+
+def test_a_partial_section_keeps_the_defaults_of_its_own_kind():
+    """`final` shares TrainConfig with `supernet`, whose learning rate is another."""
+    settings = config.from_dict({"final": {"lr_schedule": {"warmup_steps": 5}}})
+    assert settings.final.learning_rate == 0.001
+    assert settings.final.lr_schedule.type == Config().final.lr_schedule.type
+    assert settings.final.lr_schedule.warmup_steps == 5
+
+
+def test_two_configurations_share_no_lists():
+    config.load(None).data.classes.append("cat")
+    assert config.load(None).data.classes == []
+
+
+@pytest.mark.parametrize(
+    ("text", "name"), [("", "mine"), ("name: other", "other"), ("name: ''", "mine"), ("# nothing but a remark", "mine")]
+)
+def test_the_name_is_the_files_unless_given(tmp_path, text, name):
+    assert config.load(write(tmp_path, text)).name == name
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "nearest"),
+    [
+        ("batch_size=4", "batch_size", "supernet.batch_size"),
+        ("head.num_head=4", "head.num_head", "search_space.num_head"),
+        ("T_max=4", "T_max", "supernet.lr_schedule.T_max"),
+        ("supernet.epoch=4", "supernet.epoch", "supernet.epochs"),
+        ("supernet.distill.wieght.boundary=[1]", "supernet.distill.wieght", "supernet.distill.weight"),
+        ("surch.steps=4", "surch", "search"),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest_valid_one(override, key, nearest):
+    text = mistake(override)
+    assert f": {key}: unknown key" in text
+    assert f"did you mean '{nearest}'?" in text
+
+
+def test_a_key_unlike_any_other_lists_the_valid_ones():
+    assert "valid: type, alpha, gamma" in mistake("loss.zzzzzzzz=1").replace("loss.", "")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("supernet.epochs=2.5", "supernet.epochs: expected an integer, found 2.5"),
+        ("supernet.epochs=true", "supernet.epochs: expected an integer, found True"),
+        ("supernet.epochs=ten", "supernet.epochs: expected an integer, found 'ten'"),
+        ("supernet.learning_rate=fast", "supernet.learning_rate: expected a number, found 'fast'"),
+        ("supernet.learning_rate=false", "supernet.learning_rate: expected a number, found False"),
+        ("supernet.learning_rate=", "supernet.learning_rate: expected a number, found None"),
+        ("supernet.sort_channels=1", "supernet.sort_channels: expected true or false, found 1"),
+        ("data.root=2007", "data.root: expected a string, found 2007"),
+        ("data.classes=cat", "data.classes: expected a list, found 'cat'"),
+        ("data.classes=[cat, 3]", "data.classes[1]: expected a string, found 3"),
+        ("head.aspect_ratios=[2, [3]]", "head.aspect_ratios[0]: expected a list, found 2"),
+        (
+            "search.controller=evolution",
+            "search.controller: expected one of random, evo, pareto-evo, found 'evolution'",
+        ),
+        ("search.costs=[flops, time]", "search.costs[1]: expected one of flops, params, found 'time'"),
+        ("supernet.lr_schedule.T_0=soon", "supernet.lr_schedule.T_0: expected an integer or 'auto', found 'soon'"),
+        ("supernet=3", "supernet: expected a section with keys, found 3"),
+    ],
+)
+def test_a_wrong_type_names_key_expectation_and_value(override, expected):
+    assert mistake(override) == f"configuration: {expected}"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("supernet.epochs", "expected key.path=value"),
+        ("=3", "expected key.path=value"),
+        ("data.classes=[a", "not valid YAML"),
+        ("seed.x=3", "'seed' is a value, not a section"),
+    ],
+)
+def test_a_broken_override_is_shown(override, expected):
+    start = ["seed=1", override]
+    text = mistake(*start)
+    assert text.startswith(f"--set {override}: ")
+    assert expected in text
+
+
+def test_numbers_that_yaml_reads_as_strings():
+    assert config.load(None, ["supernet.weight_decay=1e-4"]).supernet.weight_decay == 1e-4
+    assert yaml.safe_load("1e-4") == "1e-4"
+
+
+@pytest.mark.parametrize("name", ["T_0", "T_max"])
+@pytest.mark.parametrize("value", [80, "auto"])
+def test_the_reference_name_of_the_restart_period(name, value):
+    assert config.load(None, [f"supernet.lr_schedule.{name}={value}"]).supernet.lr_schedule.T_0 == value
+
+
+def test_whole_numbers_stay_whole_in_lists_of_numbers():
+    values = config.load(None, [f"{SCHEDULE}.width_choice.value=[[6],[6,4.5],[6,3]]"])
+    values = values.search_space.schedule_cfg.width_choice.value
+    assert values == [[6], [6, 4.5], [6, 3]]
+    assert [type(v) for v in values[1]] == [int, float]
+
+
+@pytest.mark.parametrize("name", ["kernel_choice", "width_choice", "depth_choice"])
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("boundary=[1]", "expected as many values as boundaries"),
+        ("boundary=[1,2,3,4]", "expected as many values as boundaries, found 4 boundaries"),
+        ("boundary=[]", "expected as many values as boundaries"),
+    ],
+)
+def test_schedules_whose_boundaries_and_values_differ_in_length(name, change, expected):
+    text = mistake(f"{SCHEDULE}.{name}.{change}")
+    assert text.startswith(f"{SCHEDULE}.{name}: ")
+    assert expected in text
+
+
+@pytest.mark.parametrize("boundary", ["[2,5]", "[1,1]", "[5,1]", "[0,3]"])
+def test_boundaries_ascend_from_1(boundary):
+    assert f"{SCHEDULE}.kernel_choice.boundary: " in mistake(f"{SCHEDULE}.kernel_choice.boundary={boundary}")
+    weight = "supernet.distill.weight"
+    assert f"{weight}.boundary: " in mistake(f"{weight}.boundary={boundary}", f"{weight}.value=[0,0.1]")
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        (f"{SCHEDULE}.depth_choice.value=[[5],[4],[3]]", f"{SCHEDULE}.depth_choice.value"),
+        (f"{SCHEDULE}.depth_choice.value=[[4],[4],[0]]", f"{SCHEDULE}.depth_choice.value"),
+        (f"{SCHEDULE}.depth_choice.value=[[4],[4],[1.5]]", f"{SCHEDULE}.depth_choice.value"),
+        (f"{SCHEDULE}.width_choice.value=[[8],[6],[3]]", f"{SCHEDULE}.width_choice.value"),
+        (f"{SCHEDULE}.width_choice.value=[[6],[6],[0]]", f"{SCHEDULE}.width_choice.value"),
+        (f"{SCHEDULE}.width_choice.value=[[6],[],[3]]", f"{SCHEDULE}.width_choice.value"),
+        (f"{SCHEDULE}.kernel_choice.value=[[9],[3]]", f"{SCHEDULE}.kernel_choice.value"),
+        (f"{SCHEDULE}.kernel_choice.value=[[4],[3]]", f"{SCHEDULE}.kernel_choice.value"),
+        (f"{SCHEDULE}.kernel_choice.value=[[7.0],[3]]", f"{SCHEDULE}.kernel_choice.value"),
+        ("backbone.kernels=[3,5,5,5,5,5]", f"{SCHEDULE}.kernel_choice.value"),
+        ("backbone.kernels=[3,7]", "backbone.kernels"),
+        ("backbone.kernels=[3,7,7,7,7,8]", "backbone.kernels"),
+        ("backbone.strides=[1,2,2,3,1,2]", "backbone.strides"),
+        ("search_space.num_cell_groups=[]", "search_space.num_cell_groups"),
+        ("search_space.num_cell_groups=[1,0,4,4,4,4]", "search_space.num_cell_groups"),
+        ("search_space.expansions=[1,6]", "search_space.expansions"),
+        ("search_space.expansions=[0,6,6,6,6,6]", "search_space.expansions"),
+        ("search_space.head_kernel_choice=[2]", "search_space.head_kernel_choice"),
+        ("search_space.head_width_choice=[]", "search_space.head_width_choice"),
+        ("search_space.head_width_choice=[0]", "search_space.head_width_choice"),
+        ("search_space.image_size_choice=[]", "search_space.image_size_choice"),
+        ("search_space.image_size_choice=[16]", "search_space.image_size_choice"),
+    ],
+)
+def test_choices_that_no_stage_can_serve(override, key):
+    assert mistake(override).startswith(f"{key}: expected ")
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("search.num_epochs=0", "search.num_epochs"),
+        ("search.steps=0", "search.steps"),
+        ("search.population_size=0", "search.population_size"),
+        ("supernet.samples=0", "supernet.samples"),
+        ("supernet.epochs=0", "supernet.epochs"),
+        ("final.eval_every=0", "final.eval_every"),
+        ("final.batch_size=1", "final.batch_size"),
+        ("final.learning_rate=0", "final.learning_rate"),
+        ("final.learning_rate=.nan", "final.learning_rate"),
+        ("final.ema_decay=1", "final.ema_decay"),
+        ("final.lr_schedule.T_0=0", "final.lr_schedule.T_0"),
+        ("final.lr_schedule.warmup_steps=-1", "final.lr_schedule.warmup_steps"),
+        ("data.workers=-1", "data.workers"),
+        ("data.data_portion=[0.9,0.2]", "data.data_portion"),
+        ("data.data_portion=[1,0]", "data.data_portion"),
+        ("data.data_portion=[0.9]", "data.data_portion"),
+        ("loss.unmatched_threshold=0.6", "loss.unmatched_threshold"),
+    ],
+)
+def test_numbers_out_of_range(override, key):
+    assert mistake(override).startswith(f"{key}: expected ")
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("head.channels=[512,256]", "head.channels: expected 4 values"),
+        ("search_space.num_head=3", "head.channels: expected 3 values"),
+        ("head.aspect_ratios=[[2]]", "head.aspect_ratios: expected 6 values"),
+        ("backbone.feature_levels=[3,4,5]", "head.aspect_ratios: expected 7 values"),
+        ("head.scales=[0.1,0.2]", "head.scales: expected 7 values"),
+        ("head.variances=[0.1]", "head.variances: expected 2 values"),
+    ],
+)
+def test_as_many_head_settings_as_feature_maps(override, key):
+    assert mistake(override).startswith(key)
+
+
+def test_files_that_are_no_configuration(tmp_path):
+    assert "no such configuration file" in mistake(path=tmp_path / "none.yaml")
+    path = write(tmp_path, "supernet: [1\n")
+    assert "no such" in mistake(path=tmp_path / "min.yaml")
+    assert f"did you mean '{path}'?" in mistake(path=tmp_path / "min.yaml")
+    assert mistake(path=path).startswith(f"{path}: not valid YAML")
+    assert "expected keys and values, found list" in mistake(path=write(tmp_path, "- 1\n"))
+    assert "cannot be read" in mistake(path=tmp_path)
+    path.write_bytes(b"name: \xff\xfe\n")
+    assert "cannot be read" in mistake(path=path)
+    assert mistake(path=write(tmp_path, "supernet: {epoch: 3}")).startswith(f"{path}: supernet.epoch: unknown key")
+
+
+def test_round_trips():
+    settings = config.load(
+        None, ["supernet.lr_schedule.T_0=3", "data.classes=[a,b]", f"{SCHEDULE}.kernel_choice.boundary=[1,9]"]
+    )
+    assert config.from_dict(config.to_dict(settings)) == settings
+    assert config.from_dict(yaml.safe_load(config.dump(settings))) == settings
+    assert settings != Config()
+    validate(config.load(None, ["search.num_epochs=1"]))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_shipped_file_is_valid(path):
+    settings = config.load(path)
+    validate(settings)
+    assert settings.name == path.stem
+
+
+def test_the_defaults_are_the_reference_recipe():
+    settings = Config()
+    validate(settings)
+    space, schedule = settings.search_space, settings.search_space.schedule_cfg
+    assert space.num_cell_groups == [1, 4, 4, 4, 4, 4]
+    assert space.expansions == [1, 6, 6, 6, 6, 6]
+    assert (space.image_size_choice, space.num_head) == ([300], 4)
+    assert (space.head_width_choice, space.head_kernel_choice) == ([0.5], [3])
+    assert vars(schedule.kernel_choice) == {"boundary": [1, 81], "value": [[7, 5], [7, 5, 3]]}
+    assert vars(schedule.width_choice) == {"boundary": [1, 161, 241], "value": [[6], [6, 4], [6, 4, 3]]}
+    assert vars(schedule.depth_choice) == {"boundary": [1, 321, 401], "value": [[4], [4, 3], [4, 3, 2]]}
+    assert settings.backbone.backbone_type == "mbv3_backbone"
+    assert settings.backbone.mult_ratio == 1
+    assert settings.backbone.feature_levels == [4, 5]
+    assert settings.backbone.pixel_mean == settings.backbone.pixel_std == [128] * 3
+    head = settings.head
+    assert head.channels == [512, 256, 256, 128]
+    assert head.aspect_ratios == [[2], [2, 3], [2, 3], [2, 3], [2], [2]]
+    assert head.scales == [0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.05]
+    assert (head.predictor, head.clip, head.variances) == ("ssdlite", True, [0.1, 0.2])
+    loss = settings.loss
+    assert (loss.type, loss.alpha, loss.gamma, loss.loc_coef) == ("focal", 0.25, 2, 1)
+    assert (loss.matched_threshold, loss.unmatched_threshold) == (0.5, 0.4)
+    post = settings.postprocess
+    assert (post.confidence_threshold, post.nms_threshold, post.top_k) == (0.01, 0.5, 200)
+
+
+def test_the_defaults_train_and_search_as_the_reference_recipe():
+    supernet, search, final = Config().supernet, Config().search, Config().final
+    assert (supernet.epochs, supernet.batch_size, supernet.optimizer) == (500, 32, "sgd")
+    assert (supernet.learning_rate, supernet.momentum, supernet.weight_decay) == (0.005, 0.9, 1e-4)
+    assert (supernet.sampling, supernet.samples) == ("uniform", 1)
+    distill = supernet.distill
+    assert (distill.beta, distill.gamma, distill.temperature, distill.priors) == (1.5, 1, 2, "positive")
+    assert (search.controller, search.population_size, search.tournament_size, search.steps) == ("evo", 100, 10, 16)
+    assert (final.epochs, final.batch_size, final.learning_rate) == (200, 32, 0.001)
+    assert (final.momentum, final.weight_decay, final.clip_grad_norm) == (0.9, 1e-4, 5)
+    assert (final.lr_schedule.type, final.lr_schedule.eta_min) == ("cosine", 0)
+    assert (final.base_net_lr, final.freeze_base_net, final.eval_every) == (5e-4, False, 10)

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from lib import checkpoint
+from lib.config import to_dict
+from lib.engine import Trainer
+from lib.errors import UserError
+from lib.genotype import Genotype
+from lib.genotype_file import is_genotype_string, parse_genotype_string, read_genotype_file
+from lib.models import load_detector, load_supernet, load_weights
+
+CPU = torch.device("cpu")
+CLASSES = ["cat", "dog", "eel"]
+
+
+@pytest.fixture
+def supernet(tiny_detector, tiny_config, tmp_path):
+    """A detector and its checkpoint, written as supernet_train.py writes it, two epochs done."""
+    config, detector = tiny_config(), tiny_detector()
+    trainer = Trainer(detector, config.supernet, CPU, 4)
+    trainer.epoch, trainer.step = 3, 8
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, {**trainer.state_dict(), "config": to_dict(config), "classes": CLASSES})
+    return detector, path
+
+
+def change(path, **values):
+    payload = checkpoint.load(path)
+    checkpoint.save(path, {**payload, **values})
+
+
+# ------------------------------------------------------------------------------------------------------------- models
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_a_supernet_comes_back(supernet, tiny_config, mmap):
+    detector, path = supernet
+    loaded = load_supernet(path, mmap)
+    assert loaded.classes == tuple(CLASSES) and loaded.epoch == 2 and loaded.config == tiny_config()
+    state = loaded.detector.state_dict()
+    assert all(torch.equal(t, state[name]) for name, t in detector.state_dict().items())
+
+
+@pytest.mark.parametrize(("epoch", "batch", "trained", "widths"), [(2, 0, 1, (6,)), (2, 3, 2, (3, 6)), (1, 2, 1, (6,))])
+def test_a_supernets_space_is_that_of_the_last_epoch_it_trained(supernet, epoch, batch, trained, widths):
+    """Narrow blocks open at epoch 2: before, no search may use them."""
+    _, path = supernet
+    change(path, epoch=epoch, batch=batch)
+    loaded = load_supernet(path)
+    assert loaded.epoch == trained and loaded.space.stages[1].block.expand == widths
+    assert loaded.detector.space.stages[1].block.expand == (3, 6)
+
+
+def test_the_moving_average_is_what_is_loaded(tiny_detector, tiny_config, tmp_path):
+    config, detector = tiny_config(supernet__ema_decay=0.9), tiny_detector()
+    trainer = Trainer(detector, config.supernet, CPU, 4)
+    with torch.no_grad():
+        trainer.averaged.predictors.boxes[0][-1].bias.fill_(42.0)
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, {**trainer.state_dict(), "config": to_dict(config), "classes": CLASSES})
+    assert (load_supernet(path).detector.predictors.boxes[0][-1].bias == 42).all()
+
+
+def test_a_detector_comes_back_in_evaluation_mode(tiny_detector, tiny_config, tmp_path):
+    detector = tiny_detector()
+    genotype = detector.space.smallest()
+    model, path = detector.extract(genotype).eval(), tmp_path / "best.pt"
+    payload = {
+        "model": model.state_dict(),
+        "config": to_dict(tiny_config()),
+        "genotype": genotype.to_dict(),
+        "classes": CLASSES,
+        "category_ids": [1, 7, 9],
+        "epoch": 5,
+    }
+    checkpoint.save(path, payload)
+    loaded = load_detector(path)
+    assert (loaded.genotype, loaded.classes, loaded.category_ids) == (genotype, tuple(CLASSES), (1, 7, 9))
+    assert loaded.epoch == 5 and not any(m.training for m in loaded.model.modules())
+    x = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    with torch.no_grad():
+        assert all(map(torch.equal, loaded.model(x), model(x)))
+    with pytest.raises(UserError, match=r"best\.pt: not a supernet's checkpoint; expected last\.pt of supernet_train"):
+        load_supernet(path)
+
+
+def test_a_supernet_is_no_detector(supernet):
+    with pytest.raises(UserError, match=r"last\.pt: not a detector's checkpoint; expected best\.pt of final_train"):
+        load_detector(supernet[1])
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a checkpoint"], ids=["missing", "empty", "text"])
+def test_a_file_that_is_no_checkpoint_is_named_in_one_line(tmp_path, content):
+    path = tmp_path / "odd.pt"
+    if content is not None:
+        path.write_bytes(content)
+    for load in (load_supernet, load_detector):
+        with pytest.raises(UserError, match=r"odd\.pt: ") as caught:
+            load(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_weights_of_another_network_are_refused_in_one_line(supernet, tiny_detector):
+    _, path = supernet
+    other = tiny_detector(backbone__mult_ratio=0.25)
+    with pytest.raises(UserError, match=r"last\.pt: does not fit the configured network: .*size mismatch") as caught:
+        load_weights(other, checkpoint.load(path), path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+# ----------------------------------------------------------------------------------------------------- genotype files
+
+
+@pytest.fixture
+def genotype(tiny_detector) -> Genotype:
+    return tiny_detector().space.smallest()
+
+
+def test_a_genotype_file_and_a_member_of_a_front(genotype, tmp_path):
+    one, front = tmp_path / "best.json", tmp_path / "pareto.json"
+    one.write_text(json.dumps({**genotype.to_dict(), "metrics": {"AP": 0.5}}))
+    members = [{**genotype.to_dict(), "metrics": {"AP": ap}} for ap in (0.1, 0.2)]
+    front.write_text(json.dumps({"format": "pareto/1", "front": members}))
+    assert Genotype.from_dict(read_genotype_file(one)) == genotype
+    assert read_genotype_file(front, 1) == members[1]
+    for index in (None, 2, -1):
+        with pytest.raises(UserError, match=r"pareto\.json: a front of 2 genotypes; pick one with --index 0 to 1"):
+            read_genotype_file(front, index)
+    with pytest.raises(UserError, match=r"best\.json: --index is for a front"):
+        read_genotype_file(one, 0)
+
+
+@pytest.mark.parametrize("content", [None, b"{", b"\xff\xfe"], ids=["missing", "cut short", "not text"])
+def test_an_unreadable_genotype_file_is_named(tmp_path, content):
+    path = tmp_path / "odd.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"odd\.json: (cannot be read|not valid JSON)"):
+        read_genotype_file(path)
+
+
+def test_the_aw_nas_spelling(tiny_detector, genotype):
+    space = tiny_detector().space
+    assert is_genotype_string(str(genotype)) and not is_genotype_string("runs/best.json")
+    assert parse_genotype_string(str(genotype), space) == genotype
+    short = ", ".join(item for item in str(genotype).split(", ") if not item.startswith("image_size"))
+    assert parse_genotype_string(short, space).image_size == 64
+    without_head = str(genotype).partition(", head_0")[0]
+    assert parse_genotype_string(without_head, space).head == space.largest().head

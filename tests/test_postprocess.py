@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torchvision.ops import box_iou, nms
+
+from lib.boxes import decode
+from lib.config import PostprocessConfig
+from lib.postprocess import Detections, class_scores, postprocess
+
+VARIANCES = (0.1, 0.2)
+
+
+def random_output(batch=3, priors=60, classes=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.rand(priors, 2, generator=generator)
+    sizes = 0.1 + 0.4 * torch.rand(priors, 2, generator=generator)
+    logits = 2 * torch.randn(batch, priors, classes + 1, generator=generator)
+    offsets = torch.randn(batch, priors, 4, generator=generator)
+    return logits, offsets, torch.cat((centres, sizes), 1)
+
+
+def slow(logits, offsets, priors, config, loss_type):
+    """One image and one class at a time."""
+    results = []
+    for image_logits, image_offsets in zip(logits, offsets, strict=True):
+        found = []
+        for label in range(1, image_logits.shape[1]):
+            candidates = []
+            for prior in range(len(priors)):
+                row = image_logits[prior]
+                if loss_type == "focal":
+                    score = 1 / (1 + torch.exp(-row[label]))
+                else:
+                    score = torch.exp(row[label]) / torch.exp(row).sum()
+                if score > config.confidence_threshold:
+                    box = decode(image_offsets[prior : prior + 1], priors[prior : prior + 1], VARIANCES)[0]
+                    candidates.append((float(score), box.clamp(0, 1)))
+            candidates.sort(key=lambda c: -c[0])
+            candidates = candidates[: config.pre_nms_top_k]
+            if candidates:
+                boxes, scores = torch.stack([b for _, b in candidates]), torch.tensor([s for s, _ in candidates])
+                kept = nms(boxes, scores, config.nms_threshold).tolist()
+                found += [(candidates[k][0], label, candidates[k][1]) for k in kept]
+        found.sort(key=lambda item: -item[0])
+        results.append(found[: config.top_k])
+    return results
+
+
+@pytest.mark.parametrize("loss_type", ["focal", "multibox"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        PostprocessConfig(),
+        PostprocessConfig(confidence_threshold=0.3, nms_threshold=0.3, top_k=20),
+        PostprocessConfig(pre_nms_top_k=7, top_k=10),
+        PostprocessConfig(confidence_threshold=0.9),
+    ],
+    ids=["defaults", "strict", "few", "nearly none"],
+)
+def test_against_a_slow_loop(config, loss_type):
+    logits, offsets, priors = random_output()
+    expected = slow(logits, offsets, priors, config, loss_type)
+    found = postprocess(logits, offsets, priors, config, loss_type, VARIANCES)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.labels.tolist() == [label for _, label, _ in theirs]
+        torch.testing.assert_close(mine.scores, torch.tensor([score for score, _, _ in theirs]))
+        boxes = torch.stack([box for *_, box in theirs]) if theirs else torch.zeros(0, 4)
+        torch.testing.assert_close(mine.boxes, boxes)
+
+
+def test_scores_leave_the_background_out():
+    logits = torch.tensor([[0.3, 1.0, -2.0]])
+    assert torch.allclose(class_scores(logits, "focal"), torch.sigmoid(logits)[:, 1:])
+    assert torch.allclose(class_scores(logits, "multibox"), torch.softmax(logits, -1)[:, 1:])
+    assert class_scores(logits.bfloat16(), "multibox").dtype == torch.float32
+
+
+def test_nothing_above_the_threshold_is_an_empty_result():
+    logits, offsets, priors = random_output()
+    found = postprocess(logits - 100, offsets, priors, PostprocessConfig(), "focal", VARIANCES)
+    assert [tuple(map(len, d)) for d in found] == [(0, 0, 0)] * 3 and found[0].boxes.shape == (0, 4)
+
+
+def test_one_empty_image_takes_nothing_from_its_neighbours():
+    logits, offsets, priors = random_output()
+    logits[1] -= 100
+    config = PostprocessConfig()
+    found = postprocess(logits, offsets, priors, config, "focal", VARIANCES)
+    assert len(found[1].scores) == 0 and len(found[0].scores) and len(found[2].scores)
+
+
+@pytest.mark.parametrize("loss_type", ["focal", "multibox"])
+def test_a_batch_equals_its_images_one_by_one(loss_type):
+    logits, offsets, priors = random_output(5)
+    config = PostprocessConfig(top_k=30)
+    together = postprocess(logits, offsets, priors, config, loss_type, VARIANCES)
+    for i, mine in enumerate(together):
+        (alone,) = postprocess(logits[i : i + 1], offsets[i : i + 1], priors, config, loss_type, VARIANCES)
+        assert all(torch.equal(a, b) for a, b in zip(mine, alone, strict=True))
+
+
+def test_boxes_lie_in_the_image_best_first_and_top_k_of_them():
+    logits, offsets, priors = random_output(priors=400)
+    config = PostprocessConfig(top_k=25, nms_threshold=0.9)
+    for found in postprocess(logits, 5 * offsets, priors, config, "focal", VARIANCES):
+        assert isinstance(found, Detections) and len(found.scores) == 25
+        assert found.boxes.min() == 0 and found.boxes.max() == 1
+        assert (found.boxes[:, 2:] >= found.boxes[:, :2]).all()
+        assert torch.equal(found.scores, found.scores.sort(descending=True).values)
+        assert set(found.labels.tolist()) <= {1, 2, 3, 4}
+
+
+def test_suppression_is_within_a_class_and_an_image():
+    logits = torch.full((2, 2, 3), -9.0)
+    logits[:, 0, 1], logits[:, 1, 1], logits[:, 1, 2] = 3.0, 2.0, 2.5  # the same box twice as class 1, once as class 2
+    priors = torch.tensor([[0.5, 0.5, 0.4, 0.4], [0.5, 0.5, 0.4, 0.39]])
+    found = postprocess(logits, torch.zeros(2, 2, 4), priors, PostprocessConfig(), "focal", VARIANCES)
+    assert [d.labels.tolist() for d in found] == [[1, 2], [1, 2]]
+    assert box_iou(found[0].boxes, found[0].boxes).min() > 0.9

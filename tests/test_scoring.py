@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from lib import checkpoint
+from lib.config import to_dict
+from lib.datasets import load_records, split_indices
+from lib.engine import Trainer, detect, measure, recalibrate
+from lib.scoring import Scorer, load_scoring_data, prepare_scoring_data, save_scoring_data, scoring_worker
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def config(tiny_config, tmp_path_factory):
+    root = tmp_path_factory.mktemp("shapes")
+    return tiny_config(data__root=root, postprocess__confidence_threshold=0.001)
+
+
+@pytest.fixture(scope="module")
+def split(config):
+    records = load_records(config.data, "train")
+    return records, *split_indices(records, config.data.data_portion, 0)
+
+
+@pytest.fixture(scope="module")
+def data(config, split):
+    return prepare_scoring_data(*split, config)
+
+
+def same(a, b):
+    """Equal, where nan equals itself."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return a == b or (math.isnan(a) and math.isnan(b))
+
+
+def test_the_pictures_are_those_of_their_split(config, split, data):
+    records, train, search = split
+    assert data["bn_images"].shape == (8, 3, 64, 64) and data["images"].shape == (len(search), 3, 64, 64)
+    assert data["images"].dtype == torch.uint8 and len(data["truth"]) == len(data["sizes"]) == len(search) == 6
+    assert data["sizes"] == [records.sizes[i].tolist() for i in search]
+    for row, truth in zip(search, data["truth"], strict=True):
+        assert torch.equal(truth["boxes"], records.target(row)["boxes"])
+    seen = {image.numpy().tobytes() for image in data["images"]}
+    assert len(seen) == len(search) and not seen & {image.numpy().tobytes() for image in data["bn_images"]}
+    assert len(train) > len(data["bn_images"])
+
+
+def test_fewer_pictures_of_the_search_split_on_demand(tiny_config, config, split):
+    fewer = tiny_config(data__root=config.data.root, search__images=2)
+    assert len(prepare_scoring_data(*split, fewer)["images"]) == 2
+
+
+def test_pictures_are_prepared_at_the_largest_size(tiny_config, config, split):
+    sizes = tiny_config(data__root=config.data.root, search_space__image_size_choice=[96, 64], search__images=2)
+    assert prepare_scoring_data(*split, sizes)["images"].shape[-1] == 96
+
+
+def test_a_score_does_not_depend_on_what_was_scored_before(tiny_detector, config, data):
+    detector = tiny_detector(5)
+    space = detector.space
+    before = {name: t.clone() for name, t in detector.state_dict().items()}
+    scorer = Scorer(data, config, CPU)
+    first = scorer(detector, space.smallest())
+    other = scorer(detector, space.largest())
+    assert same(first, scorer(detector, space.smallest()))
+    assert same(first, Scorer(data, config, CPU)(tiny_detector(5), space.smallest()))
+    assert first["flops"] < other["flops"] and first["params"] < other["params"]
+    assert all(torch.equal(t, before[name]) for name, t in detector.state_dict().items())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_score_does_not_depend_on_the_supernets_statistics_or_mode(tiny_detector, config, data, training):
+    """Its running statistics are those of other sub-networks."""
+    scores = []
+    for shift in (0.0, 3.0):
+        detector = tiny_detector(5).train(training)
+        for name, buffer in detector.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.add_(shift)
+        scores.append(Scorer(data, config, CPU)(detector, detector.space.smallest()))
+    assert same(*scores)
+
+
+def test_a_score_is_that_of_the_recalibrated_extract(tiny_detector, config, data):
+    detector = tiny_detector(5)
+    genotype = detector.space.largest()
+    plain = detector.extract(genotype)
+    recalibrate(plain, data["bn_images"].split(4), CPU)
+    found = detect(plain, data["images"].split(6), config, CPU)
+    expected = measure(found, data["truth"], data["sizes"], data["classes"])
+    score = Scorer(data, config, CPU)(detector, genotype)
+    assert {"AP", "AP50", "mAP", "flops", "params", "per_class"} <= score.keys()
+    cost = detector.cost(genotype)
+    assert (score["flops"], score["params"]) == cost
+    for name in ("AP", "AP50", "mAP"):
+        assert score[name] == pytest.approx(expected[name], abs=1e-6)
+
+
+def test_statistics_come_from_whole_batches_only(tiny_detector, config, data):
+    """A last batch of one picture would count as much as one of four."""
+    detector = tiny_detector(5)
+    more = {**data, "bn_images": torch.cat((data["bn_images"], torch.zeros(1, 3, 64, 64, dtype=torch.uint8)))}
+    scores = [Scorer(d, config, CPU)(detector, detector.space.smallest()) for d in (data, more)]
+    assert same(*scores)
+    few = {**data, "bn_images": data["bn_images"][:2]}  # less than one batch is one batch
+    assert math.isfinite(Scorer(few, config, CPU)(detector, detector.space.smallest())["AP"])
+
+
+def test_the_file_that_workers_share_holds_the_same(tmp_path, data):
+    save_scoring_data(data, tmp_path / "images.pt")
+    loaded = load_scoring_data(tmp_path / "images.pt")
+    for name in ("bn_images", "images"):
+        assert torch.equal(loaded[name], data[name])
+    assert loaded["sizes"] == data["sizes"] and loaded["classes"] == data["classes"]
+    for mine, theirs in zip(loaded["truth"], data["truth"], strict=True):
+        assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
+
+
+def test_a_worker_scores_as_the_scorer_does(tiny_detector, tiny_config, config, data, tmp_path):
+    detector = tiny_detector(5)
+    supernet, images = tmp_path / "last.pt", tmp_path / "images.pt"
+    state = Trainer(detector, config.supernet, CPU, 4).state_dict()
+    checkpoint.save(supernet, {**state, "config": to_dict(config), "classes": data["classes"]})
+    save_scoring_data(data, images)
+    score = scoring_worker("cpu", str(supernet), str(images), to_dict(config))
+    genotype = detector.space.smallest()
+    expected = Scorer(data, config, CPU)(detector, genotype)
+    found = score(genotype.to_dict())
+    assert "per_class" not in found and found["AP"] == expected["AP"] and found["flops"] == expected["flops"]
+    assert all(value is None or math.isfinite(value) for value in found.values())
