@@ -139,7 +139,7 @@ def test_numbers_that_yaml_reads_as_strings():
 @pytest.mark.parametrize("name", ["T_0", "T_max"])
 @pytest.mark.parametrize("value", [80, "auto"])
 def test_the_reference_name_of_the_restart_period(name, value):
-    assert config.load(None, [f"supernet.lr_schedule.{name}={value}"]).supernet.lr_schedule.T_0 == value
+    assert value == config.load(None, [f"supernet.lr_schedule.{name}={value}"]).supernet.lr_schedule.T_0
 
 
 def test_whole_numbers_stay_whole_in_lists_of_numbers():

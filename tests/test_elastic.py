@@ -1,4 +1,4 @@
-"""Elastic layers: any slice equals the plain layer cut from it, kernels through their matrices, sorting by importance."""
+"""Elastic layers: a slice equals the plain layer cut from it; kernels through their matrices; sorting."""
 
 from __future__ import annotations
 

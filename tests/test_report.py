@@ -76,9 +76,7 @@ def test_the_front_is_drawn(tmp_path, cost):
 
 def test_the_plan_says_sizes_costs_and_priors(tiny_detector, tiny_config):
     detector = tiny_detector()
-    assert plan.describe_split(10, range(7), range(3)) == (
-        "split: 10 images, 7 train the supernet, 3 score candidates"
-    )
+    assert plan.describe_split(10, range(7), range(3)) == ("split: 10 images, 7 train the supernet, 3 score candidates")
     first, smallest, largest = plan.describe_space(detector, detector.space)
     # five stages of one or two blocks, each of 2 widths and 2 kernels
     assert first == f"search space: {float((4 + 16) ** 5):.4g} sub-networks of mbv3_backbone"
