@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -180,10 +179,10 @@ def write_results(search: Search, folder: Path, supernet: Path) -> None:
 def pick_workers(gpus: str | None, config: Config) -> tuple[list[str], int | None]:
     """The device of each worker, and CPU threads per worker where it is the CPU.
 
-    `--gpus` is `0,1,2`, `cpu` or `cpu,cpu`. Without it: the configured `gpu_ids` that exist, every GPU, or else the CPU.
+    `--gpus` is `0,1,2`, `cpu` or `cpu,cpu`. Without it: the configured `gpu_ids` that exist, every GPU, or the CPU.
     `search.parallelism` workers are dealt out over the devices.
     """
-    count, cores = torch.cuda.device_count(), os.cpu_count() or 1
+    count, cores = torch.cuda.device_count(), torch.get_num_threads()  # which OMP_NUM_THREADS bounds
     wanted = config.search.parallelism
     if gpus is None:
         ids = [i for i in config.search.gpu_ids if i < count] or list(range(count))

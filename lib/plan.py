@@ -36,6 +36,6 @@ def describe_priors(detector: ElasticSSD, config: Config) -> list[str]:
 
 def describe_training(name: str, config: TrainConfig, images: int, steps_per_epoch: int) -> str:
     return (
-        f"{name}: {config.epochs} epochs of {steps_per_epoch} steps, batches of {config.batch_size} of {images} images, "
+        f"{name}: {config.epochs} epochs of {steps_per_epoch} steps, batches of {config.batch_size}, {images} images, "
         f"{config.optimizer}, learning rate {config.learning_rate:g} ({config.lr_schedule.type})"
     )

@@ -205,5 +205,5 @@ def test_settings_that_do_not_fit_are_named(options, message):
 
 def test_a_wrong_number_of_stages_is_named():
     config = Config(backbone=BackboneConfig(backbone_type="mbv2_backbone"))
-    with pytest.raises(UserError, match="search_space.num_cell_groups: expected 7 stages, found 6"):
+    with pytest.raises(UserError, match=r"search_space\.num_cell_groups: expected 7 stages, found 6"):
         make_backbone(config)
