@@ -167,7 +167,8 @@ def write_metrics(folder: Path, metrics: dict, identity: dict, test: Records) ->
 
 def train(args: argparse.Namespace) -> None:
     """The whole of stage 3, from a genotype to a detector."""
-    name = args.genotype or "best.json"
+    configured = cli.read_config(args, "final").final.genotypes if args.cfg else ""
+    name = args.genotype or configured or "best.json"
     source = {} if is_genotype_string(name) else read_genotype_file(find_genotype(name), args.index)
     config = cli.read_config(args, "final", source.get("config"))
     folder = cli.run_folder(args, config, "final")
@@ -241,7 +242,7 @@ def evaluate_again(args: argparse.Namespace) -> None:
     metrics = evaluate(detector.model.to(device, memory_format=torch.channels_last), test, config, device)
     for name, value in metrics.items():
         if name != "per_class":
-            print(f"{name:6} {value:.6f}")
+            print(f"{name:11} {value:.6f}")
     for name, values in metrics["per_class"].items():
         print(f"  {name}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in values.items()))
     print(f"detector: {folder / 'best.pt'}, epoch {detector.epoch}, {len(test)} test images")

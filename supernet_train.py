@@ -27,7 +27,7 @@ from lib.elastic import sort_hidden_channels
 from lib.engine import Losses, Trainer, train_epoch
 from lib.genotype import Genotype, SearchSpace
 from lib.losses import DetectionLoss, adaptive_distillation
-from lib.models import load_weights
+from lib.models import load_backbone, load_weights
 from lib.preflight import preflight
 from lib.report import plot_training
 from lib.runlog import RunLog, say
@@ -140,6 +140,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.dry_run:
         return
     cli.refuse_to_overwrite(folder / "last.pt", args.resume)
+    if config.backbone.pretrained_path:
+        count = load_backbone(detector, Path(config.backbone.pretrained_path))
+        print(f"backbone: {count} tensors from {config.backbone.pretrained_path}")
     if args.load:
         path = supernet_checkpoint(args.load)
         load_weights(detector, checkpoint.load(path), path)

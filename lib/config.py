@@ -105,7 +105,7 @@ class BackboneConfig:
     )  # largest kernel per stage; [] = 3 in stages of expansion 1, else 7
     mult_ratio: float = 1.0
     feature_levels: list[int] = field(default_factory=lambda: [4, 5])  # log2 of the strides that feed the head
-    pretrained_path: str = ""
+    pretrained_path: str = ""  # a supernet's checkpoint of this project whose backbone is the start
     pixel_mean: list[float] = field(default_factory=lambda: [128.0, 128.0, 128.0])  # input is (x - mean) / std
     pixel_std: list[float] = field(default_factory=lambda: [128.0, 128.0, 128.0])
 

@@ -165,10 +165,14 @@ def to_pixels(detections: Detections, width: int, height: int) -> dict[str, Tens
 def measure(
     detections: Sequence[Detections], truth: Sequence[dict], sizes: Sequence[tuple[int, int]], classes: Sequence[str]
 ) -> dict:
-    """COCO's twelve numbers, VOC's mAP, and both per class. `truth` and `sizes` (width, height) are per picture."""
+    """COCO's twelve numbers, VOC's mAP over all points and over VOC 2007's 11, both APs per class.
+
+    `truth` and `sizes` (width, height) are per picture.
+    """
     found = [to_pixels(d, *size) for d, size in zip(detections, sizes, strict=True)]
     coco = coco_metrics(truth, found, len(classes))
     voc = voc_metrics(truth, found, len(classes))
+    eleven = voc_metrics(truth, found, len(classes), method="11point")["mAP"]
     pairs = zip(classes, coco.pop("per_class"), voc.pop("per_class"), strict=True)
     per_class = {name: {"AP": coco_ap, "mAP": voc_ap} for name, coco_ap, voc_ap in pairs}
-    return {**coco, "mAP": voc["mAP"], "per_class": per_class}
+    return {**coco, "mAP": voc["mAP"], "mAP_11point": eleven, "per_class": per_class}

@@ -32,8 +32,13 @@ def small_config(**backbone) -> Config:
 
 
 def make_backbone(config: Config) -> tuple[ElasticBackbone, SearchSpace]:
+    torch.manual_seed(0)
     space = full_space(config)
-    return ElasticBackbone(config.backbone, space.stages), space
+    backbone = ElasticBackbone(config.backbone, space.stages)
+    for module in backbone.modules():
+        if isinstance(module, ElasticDepthwiseConv):
+            nn.init.kaiming_normal_(module.weight)
+    return backbone, space
 
 
 def randomise_norms(module: nn.Module) -> None:

@@ -62,7 +62,7 @@ def test_make_divisible_equals_torchvisions(value, divisor):
     assert make_divisible(value, divisor) == _make_divisible(value, divisor)
 
 
-@pytest.mark.parametrize(("c_in", "c_out"), itertools.product((3, 8), (5, 8, 16)))
+@pytest.mark.parametrize(("c_in", "c_out"), list(itertools.product((3, 8), (5, 8, 16))))
 def test_conv_extract(c_in, c_out):
     conv = ElasticConv1x1(8, 16)
     plain = conv.extract(c_in, c_out)
@@ -110,7 +110,7 @@ def test_evaluation_leaves_the_statistics_alone():
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize(("channels", "size"), itertools.product((3, 6), KERNELS))
+@pytest.mark.parametrize(("channels", "size"), list(itertools.product((3, 6), KERNELS)))
 def test_depthwise_extract(channels, size, stride):
     conv = randomise(ElasticDepthwiseConv(6, KERNELS, stride))
     plain = conv.extract(channels, size)
@@ -275,7 +275,7 @@ def test_sorting_twice_is_sorting_once():
 
 
 OPTIMIZERS = {
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, weight_decay=0.01),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
 }
 
