@@ -96,17 +96,21 @@ class Search:
     def learn(self, result: Result) -> None:
         """Record a result and tell the controller."""
         genotype = self.running.pop(result.job_id)
+        objective = self.config.search.objective
+        error = result.error
+        if not error and result.value[objective] is None:
+            error = f"{objective} is undefined: the search split holds no object"
         record = {
             "key": result.job_id,
             "search": self.identity["search"],
             "genotype": genotype.to_dict(),
             "metrics": result.value or {},
-            "status": "failed" if result.error else "ok",
+            "status": "failed" if error else "ok",
             "seconds": round(result.seconds, 3),
             "worker": result.worker,
             "epoch": self.epoch,
             "time": round(time.time(), 3),
-            **({"error": result.error} if result.error else {}),
+            **({"error": error} if error else {}),
         }
         self.ledger.append(record)
         self._tell(record)

@@ -177,6 +177,8 @@ def train(args: argparse.Namespace) -> None:
     records = load_records(config.data, "train", config.seed)
     config.data.classes = list(records.classes)
     test = load_records(config.data, "test", config.seed)
+    if bool(test.ignore.all()):
+        raise UserError(f"{config.data.root}: none of the {len(test)} test images has an object to find")
     network = initial_model(args, config, source, records.classes)
     genotype = Genotype.from_dict(source) if source else parse_genotype_string(name, network.space)
     model, cost = network.extract(genotype), network.cost(genotype)

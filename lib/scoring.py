@@ -17,6 +17,7 @@ from lib.config import from_dict as config_from_dict
 from lib.datasets import eval_loader
 from lib.detector import ElasticSSD
 from lib.engine import detect, measure, recalibrate
+from lib.errors import UserError
 from lib.genotype import Genotype
 from lib.models import load_supernet
 from lib.records import Records
@@ -30,6 +31,8 @@ def prepare_scoring_data(records: Records, train: Sequence[int], search: Sequenc
     BatchNorm is re-estimated on the first `search.bn_images` of the training split, so no score sees its own pictures.
     """
     search = search[: config.search.images] if config.search.images else search
+    if all(bool(target["ignore"].all()) for target in records.ground_truth(search)):
+        raise UserError(f"data.data_portion: none of the {len(search)} images that score candidates has an object")
     size = max(config.search_space.image_size_choice)
     return {
         "bn_images": _pictures(records, train[: config.search.bn_images], size, config),

@@ -11,7 +11,7 @@ from tiny_data import write_coco, write_voc
 from torch.utils.data import DataLoader, Dataset
 
 from lib import datasets
-from lib.config import DataConfig
+from lib.config import AugmentConfig, DataConfig
 from lib.datasets import (
     DetectionDataset,
     EpochSampler,
@@ -348,3 +348,16 @@ def test_workers_have_one_thread_and_leave_ctrl_c_to_the_main_process():
     loader = DataLoader(Worker(), num_workers=1, collate_fn=list, worker_init_fn=datasets._start_worker)
     assert next(iter(loader)) == [(1, True)]
     assert signal.getsignal(signal.SIGINT) != signal.SIG_IGN
+
+
+def test_the_configured_augmentation_is_the_one_that_is_used(records):
+    off = AugmentConfig(zoom_out=0, iou_crop=0, distort=0, flip=0)
+    plain = {
+        int(i): image
+        for b in eval_loader(records, range(10), 24, 5)
+        for i, image in zip(b.index, b.images, strict=True)
+    }
+    for augment, unchanged in ((off, True), (None, False)):
+        batches = list(train_loader(records, range(10), 24, 5, augment=augment))
+        pairs = [(plain[int(i)], image) for b in batches for i, image in zip(b.index, b.images, strict=True)]
+        assert len(pairs) == 10 and all(torch.equal(a, b) for a, b in pairs) == unchanged

@@ -9,6 +9,7 @@ from lib import checkpoint
 from lib.config import to_dict
 from lib.datasets import load_records, split_indices
 from lib.engine import Trainer, detect, measure, recalibrate
+from lib.errors import UserError
 from lib.scoring import Scorer, load_scoring_data, prepare_scoring_data, save_scoring_data, scoring_worker
 
 CPU = torch.device("cpu")
@@ -58,6 +59,14 @@ def test_fewer_pictures_of_the_search_split_on_demand(tiny_config, config, split
 def test_pictures_are_prepared_at_the_largest_size(tiny_config, config, split):
     sizes = tiny_config(data__root=config.data.root, search_space__image_size_choice=[96, 64], search__images=2)
     assert prepare_scoring_data(*split, sizes)["images"].shape[-1] == 96
+
+
+def test_pictures_without_any_object_cannot_score(config, split):
+    """A mean over nothing is not a number, and no search can tell such candidates apart."""
+    records, train, _ = split
+    empty = [i for i in range(len(records)) if len(records.target(i)["labels"]) == 0]
+    with pytest.raises(UserError, match=r"data\.data_portion: none of the 1 images"):
+        prepare_scoring_data(records, train, empty[:1], config)
 
 
 def test_a_score_does_not_depend_on_what_was_scored_before(tiny_detector, config, data):

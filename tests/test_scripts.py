@@ -1,230 +1,449 @@
-"""The three scripts as a user runs them: as subprocesses, in an empty folder, on a tiny set of drawn shapes."""
+"""The three scripts, as a user runs them: whole, wrong, killed and resumed."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-import shutil
+import os
+import re
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import yaml
-from conftest import command, environment, run_script, tiny_settings
+from tiny_data import write_voc
+from tiny_runs import REPOSITORY, environment, finish, run, start, tiny_settings
+from torchvision.io import decode_image, read_file
 
-SCRIPTS = ("supernet_train.py", "async_search.py", "final_train.py")
+import supernet_train
+from lib import checkpoint
+from lib.config import DistillConfig, SupernetConfig
+from lib.datasets import Batch
+from lib.genotype import Genotype
+from lib.losses import DetectionLoss
 
-
-def write_config(folder: Path, **changes: object) -> Path:
-    path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump(tiny_settings(**changes)))
-    return path
-
-
-def succeed(script: str, *arguments: object, cwd: Path) -> str:
-    done = run_script(script, *arguments, cwd=cwd)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+SUPERNET, SEARCH, FINAL = "supernet_train.py", "async_search.py", "final_train.py"
 
 
-def fail(script: str, *arguments: object, cwd: Path) -> str:
-    """The message of a command that a user got wrong: one line, no traceback."""
-    done = run_script(script, *arguments, cwd=cwd)
-    assert done.returncode == 2, done.stdout + done.stderr
-    lines = done.stderr.strip().splitlines()
-    assert "Traceback" not in done.stderr
-    assert lines[-1].startswith("error: ")
-    return lines[-1]
-
-
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which all three stages ran, each with as few flags as a user needs."""
+@pytest.fixture(scope="module")
+def flow(tmp_path_factory):
+    """A folder in which the three stages ran one after the other, with no flag that a newcomer would not use."""
     folder = tmp_path_factory.mktemp("flow")
-    succeed("supernet_train.py", "--cfg", write_config(folder), cwd=folder)
-    succeed("async_search.py", "--gpus", "cpu", cwd=folder)
-    succeed("final_train.py", "--genotype", "best.json", cwd=folder)
-    return folder
+    settings = tiny_settings(data__root=folder / "shapes")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(settings))
+    printed = {
+        SUPERNET: run(folder, SUPERNET, "--cfg", "tiny.yaml"),
+        SEARCH: run(folder, SEARCH, "--gpus", "cpu"),
+        FINAL: run(folder, FINAL, "--genotype", "best.json"),
+    }
+    return folder, printed
 
 
-@pytest.fixture
-def workplace(trained: Path, tmp_path: Path) -> Path:
-    """A copy of the trained folder that a test may change."""
-    return Path(shutil.copytree(trained, tmp_path / "copy"))
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def test_every_stage_writes_what_it_says(trained: Path) -> None:
-    runs = trained / "runs" / "tiny"
+def wait_for(process, condition, what):
+    """Poll often: what is waited for lasts a fraction of a second."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, f"ended before {what}: {process.stderr.read()}"
+        assert time.monotonic() < deadline, f"{what} never came"
+        time.sleep(0.005)
+
+
+def kill(process):
+    process.kill()
+    process.wait()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+def assert_equal_state(a, b, path="payload"):
+    """Every tensor bit by bit, every number exactly."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_equal_state(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal_state(x, y, f"{path}[{i}]")
+    else:
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, path
+
+
+# ----------------------------------------------------------------------------------------------------- the whole flow
+
+
+def test_each_stage_leaves_its_files(flow):
+    folder, printed = flow
     expected = {
-        "supernet": ["last.pt", "split.json", "config.yaml", "log.jsonl", "curves.png"],
-        "search": ["best.json", "pareto.json", "evals.jsonl", "front.png", "config.yaml"],
-        "final": ["best.pt", "last.pt", "metrics.json", "log.jsonl", "curves.png", "config.yaml"],
+        "supernet": {"last.pt", "split.json", "config.yaml", "log.jsonl", "curves.png"},
+        "search": {"best.json", "pareto.json", "evals.jsonl", "front.png", "config.yaml"},
+        "final": {"best.pt", "last.pt", "metrics.json", "config.yaml", "log.jsonl", "curves.png"},
     }
     for stage, names in expected.items():
-        assert [name for name in names if not (runs / stage / name).is_file()] == []
-    best = json.loads((runs / "search" / "best.json").read_text())
-    assert best["format"] == "genotype/1"
-    assert {"AP", "AP50", "flops", "params"} <= best["metrics"].keys()
-    assert len(best["supernet"]["sha256"]) == 64
-    assert best["config"]["name"] == "tiny"
-    assert not (runs / "search" / "images.pt").exists()
+        assert {p.name for p in (folder / "runs" / "tiny" / stage).iterdir()} == names
+        for picture in (folder / "runs" / "tiny" / stage).glob("*.png"):
+            assert decode_image(read_file(str(picture))).float().std() > 1
+    assert "next: python async_search.py" in printed[SUPERNET]
+    assert "next: python final_train.py" in printed[SEARCH]
+    assert "search epoch 3: 3 evaluations" in printed[SEARCH]  # numbered on from the supernet's two
 
 
-def test_no_image_trains_and_scores(trained: Path) -> None:
-    split = json.loads((trained / "runs" / "tiny" / "supernet" / "split.json").read_text())
-    assert len(split["train"]) == 18 and len(split["search"]) == 6
+def test_the_split_does_not_leak(flow):
+    folder, _ = flow
+    split = json.loads((folder / "runs/tiny/supernet/split.json").read_text())
+    assert (len(split["train"]), len(split["search"])) == (36, 12)
     assert not set(split["train"]) & set(split["search"])
 
 
-def test_eval_only_reproduces_the_metrics(trained: Path) -> None:
-    printed = succeed("final_train.py", "--eval-only", cwd=trained)
-    metrics = json.loads((trained / "runs" / "tiny" / "final" / "metrics.json").read_text())
-    for name in ("AP", "AP50", "AR100", "mAP", "mAP_11point"):
-        assert f"{name:11} {metrics[name]:.6f}" in printed
+def test_the_genotype_file_holds_all_that_the_next_stage_needs(flow):
+    folder, _ = flow
+    search = folder / "runs/tiny/search"
+    best, pareto = (json.loads((search / name).read_text()) for name in ("best.json", "pareto.json"))
+    supernet = folder / best["supernet"]["path"]
+    assert best["supernet"]["sha256"] == checkpoint.sha256(supernet)
+    assert {"AP", "AP50", "mAP", "flops", "params"} <= best["metrics"].keys()
+    assert best["config"] == yaml.safe_load((search / "config.yaml").read_text()) and best["config"]["name"] == "tiny"
+    evaluations = read_lines(search / "evals.jsonl")
+    assert len(evaluations) == len({e["key"] for e in evaluations}) == 6
+    assert best["metrics"]["AP"] == max(e["metrics"]["AP"] for e in evaluations)
+    genotypes = [Genotype.from_dict(e["genotype"]) for e in evaluations]
+    assert Genotype.from_dict(best) in genotypes and len(set(genotypes)) == 6
+    costs = [member["metrics"]["flops"] for member in pareto["front"]]
+    assert costs == sorted(costs) and pareto["front"][-1]["metrics"]["AP"] == best["metrics"]["AP"]
 
 
-def test_predict_draws_and_lists_detections(trained: Path, tmp_path: Path) -> None:
-    pictures = trained / "data" / "shapes" / "JPEGImages"
-    broken = tmp_path / "broken.jpg"
-    broken.write_bytes(b"no picture")
-    out = tmp_path / "drawn"
-    arguments = ("--predict", pictures, broken, "--out", out, "--threshold", "0.01")
-    printed = succeed("final_train.py", *arguments, cwd=trained)
-    assert "broken.jpg" in printed
-    assert len(list(out.glob("*.jpg"))) == 32
-    results = json.loads((out / "detections.json").read_text())
-    assert {"image_id", "category_id", "bbox", "score"} == results[0].keys()
+def test_the_logs_follow_the_schedules(flow):
+    folder, printed = flow
+    supernet = read_lines(folder / "runs/tiny/supernet/log.jsonl")
+    losses = {r["step"]: r["losses"].keys() for r in supernet if r["kind"] == "train"}
+    assert losses == {1: {"cls", "loc"}, 2: {"cls", "loc", "distill"}}  # distillation has its weight from epoch 2
+    (panel,) = (r["networks"] for r in supernet if r["kind"] == "eval")
+    assert list(panel) == ["smallest", "largest"] and panel["smallest"]["flops"] < panel["largest"]["flops"]
+    assert "hidden channels of 11 blocks sorted" in printed[SUPERNET]  # narrower ones open at epoch 2
+    assert [r["step"] for r in read_lines(folder / "runs/tiny/final/log.jsonl") if r["kind"] == "eval"] == [1, 2]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_dry_run_prints_the_plan_and_writes_nothing(script: str, workplace: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in workplace.rglob("*") if path.is_file()}
-    arguments = ("--cfg", workplace / "tiny.yaml") if script == "supernet_train.py" else ()
-    printed = succeed(script, *arguments, "--dry-run", "--train-dir", "elsewhere", cwd=workplace)
-    assert "multiply-adds" in printed
-    assert {path: path.stat().st_mtime_ns for path in workplace.rglob("*") if path.is_file()} == before
+def test_eval_only_reproduces_the_metrics_to_the_digit(flow):
+    folder, _ = flow
+    metrics = json.loads((folder / "runs/tiny/final/metrics.json").read_text())
+    printed = run(folder, FINAL, "--eval-only")
+    found = dict(re.findall(r"^(\w+) +(\S+)$", printed, re.MULTILINE))
+    for name, text in found.items():
+        assert text == ("nan" if metrics[name] is None else f"{metrics[name]:.6f}")
+    assert {"AP", "AP50", "AR100", "mAP"} <= found.keys() and float(found["AR100"]) > 0
+    assert "8 test images" in printed and metrics["test_images"] == 8
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_teaches(script: str, tmp_path: Path) -> None:
-    printed = succeed(script, "--help", cwd=tmp_path)
-    assert f"python {script}" in printed and "--resume" in printed
+def test_predict_draws_pictures_and_writes_detections(flow):
+    folder, _ = flow
+    run(folder, FINAL, "--predict", "shapes/JPEGImages/test_0000*.jpg", "--out", "seen", "--threshold", "0")
+    sources = sorted(p.name for p in (folder / "shapes" / "JPEGImages").glob("test_0000*.jpg"))
+    assert sorted(p.name for p in (folder / "seen").glob("*.jpg")) == sources and len(sources) >= 7
+    detections = json.loads((folder / "seen" / "detections.json").read_text())
+    for name in sources:
+        image, drawn = (decode_image(read_file(str(folder / d / name))) for d in ("shapes/JPEGImages", "seen"))
+        assert image.shape == drawn.shape and (image.int() - drawn.int()).abs().max() > 60
+        _, height, width = image.shape
+        boxes = [d["bbox"] for d in detections if d["image_id"] == name.removesuffix(".jpg")]
+        assert boxes and all(
+            x >= 0 and y >= 0 and x + w <= width + 0.1 and y + h <= height + 0.1 for x, y, w, h in boxes
+        )
+    assert {d["category_id"] for d in detections} <= {1, 2, 3, 4, 5}
 
 
-def test_mistakes_are_one_line(workplace: Path) -> None:
-    cfg = workplace / "tiny.yaml"
-    train = ("supernet_train.py", "--cfg", cfg)
-    assert "supernet.batch_sizes: unknown key" in fail(*train, "--set", "supernet.batch_sizes=3", cwd=workplace)
-    assert "tiny.yaml" in fail("supernet_train.py", "--cfg", workplace / "tinny.yaml", cwd=workplace)
-    voc = ("--set", "data.dataset_type=voc", "--data", "nowhere")
-    assert "nowhere" in fail(*train, *voc, cwd=workplace)
-    assert "data.num_classes" in fail(*train, "--set", "data.num_classes=7", cwd=workplace)
-    assert "--resume" in fail(*train, cwd=workplace)
-    assert "sub-networks have" in fail("async_search.py", "--max-flops", "1000", cwd=workplace)
-    assert "search.num_epochs" in fail("async_search.py", "--set", "search.num_epochs=0", cwd=workplace)
-    assert "bst.json" in fail("final_train.py", "--genotype", "bst.json", cwd=workplace)
+# ------------------------------------------------------------------------------- runs that end before any work begins
 
 
-def test_search_without_a_supernet_says_what_to_do(tmp_path: Path) -> None:
-    assert "supernet_train.py" in fail("async_search.py", cwd=tmp_path)
+PLANS = {  # what each script's plan must say
+    SUPERNET: [
+        *("48 images, 36 train", "search space: 3.2e+06", "smallest: ", "largest: ", "priors at 64 px: 84"),
+        *("epochs of 9 steps", "from epoch 1:", "from epoch 2:"),
+    ],
+    SEARCH: ["trained to epoch 2 of 2", "48 images, 36 train", "search space: 3.2e+06", "2 epochs of 3 evaluations"],
+    FINAL: ["test set: 8 images", "genotype: image_size=64", "multiply-adds", "priors at 64 px: 84"],
+}
+MISTAKES = {
+    "an unknown key": ([SUPERNET, "--set", "supernet.epoch=3"], "supernet.epoch.*epochs"),
+    "a wrong type": ([SUPERNET, "--set", "supernet.epochs=many"], "supernet.epochs.*many"),
+    "a missing configuration": ([SUPERNET, "--cfg", "tini.yaml"], r"tini\.yaml.*tiny\.yaml"),
+    "a missing data folder": (
+        [SUPERNET, "--set", "data.dataset_type=voc", "--data", "nowhere", "--train-dir", "new"],
+        "nowhere",
+    ),
+    "a wrong number of classes": ([SUPERNET, "--set", "data.num_classes=3"], r"data\.num_classes: 3.* 5 classes"),
+    "a run that is there already": ([SUPERNET], r"last\.pt exists: --resume"),
+    "no epoch of search": ([SEARCH, "--set", "search.num_epochs=0"], "search.num_epochs"),
+    "a budget out of reach": ([SEARCH, "--max-flops", "1000"], r"search\.max_flops: 1000.*sub-networks have .* to "),
+    "a device that is not there": ([SEARCH, "--gpus", "7"], "--gpus 7.*0 CUDA devices"),
+    "another network": ([SEARCH, "--set", "backbone.mult_ratio=0.25"], "backbone: differs from that of the supernet"),
+    "no such genotype": ([FINAL, "--genotype", "bets.json"], r"bets\.json: no such genotype file here nor in runs"),
+    "no picture": ([FINAL, "--predict", "nothing.jpg"], r"nothing\.jpg: no picture"),
+    "an empty test set": (
+        [FINAL, "--set", "data.dataset_type=voc", "--data", "bare", "--set", "data.classes=[cat]", "--from-scratch"],
+        "none of the 1 test images has an object",
+    ),
+}
 
 
-def test_a_second_search_reuses_every_evaluation(workplace: Path) -> None:
-    ledger = workplace / "runs" / "tiny" / "search" / "evals.jsonl"
-    before = ledger.read_bytes()
-    assert before.count(b"\n") == 6
-    # A random search proposes the same genotypes again, whatever it was told meanwhile.
-    arguments = ("async_search.py", "--gpus", "cpu", "--controller", "random")
-    succeed(*arguments, cwd=workplace)
-    once = ledger.read_bytes()
-    assert once.startswith(before)
-    succeed(*arguments, cwd=workplace)
-    assert ledger.read_bytes() == once
+@pytest.fixture(scope="module")
+def outcomes(flow):
+    """How many short runs ended, two at a time; none of them may change the folder."""
+    folder, _ = flow
+    write_voc(folder / "bare", {"a": [("cat", 1, 1, 20, 20)]})
+    write_voc(folder / "bare", {"b": []}, "test")
+    (folder / "empty").mkdir()
+    before = listing(folder)
+    commands: dict = {("dry", script): [script, "--cfg", "tiny.yaml", "--dry-run"] for script in PLANS}
+    commands |= {("help", script): [script, "--help"] for script in PLANS}
+    for name, (arguments, _) in MISTAKES.items():
+        given = [] if "--cfg" in arguments or arguments[0] != SUPERNET else ["--cfg", "tiny.yaml"]
+        commands[name] = [*arguments, *given]
+    jobs = {key: (folder, arguments) for key, arguments in commands.items()}
+    jobs["no supernet"] = (folder / "empty", [SEARCH])
+    jobs["no detector"] = (folder / "empty", [FINAL, "--eval-only"])
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(lambda job: finish(start(job[0], *job[1])), jobs.values())
+        ended = dict(zip(jobs, found, strict=True))
+    return ended, before == listing(folder)
 
 
-def test_a_front_member_and_a_genotype_string_can_be_trained(workplace: Path) -> None:
-    succeed("final_train.py", "--genotype", "pareto.json", "--index", "0", "--train-dir", "a", cwd=workplace)
-    best = json.loads((workplace / "runs" / "tiny" / "search" / "best.json").read_text())
-    cells = [f"cell_{i}={len(stage)}" for i, stage in enumerate(best["backbone"]["stages"])]
-    blocks = [
-        f"cell_{i}_block_{j}=({b['expand']}, {b['kernel']})"
-        for i, stage in enumerate(best["backbone"]["stages"])
-        for j, b in enumerate(stage)
-    ]
-    text = ", ".join([*cells, *blocks])
-    flags = ("--cfg", workplace / "tiny.yaml", "--from-scratch", "--train-dir", "b", "--dry-run")
-    assert text in succeed("final_train.py", "--genotype", text, *flags, cwd=workplace)
+def listing(folder):
+    return {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
 
 
-# --------------------------------------------------------------------------------------------------------- interrupted
+@pytest.mark.parametrize("script", PLANS)
+def test_a_dry_run_prints_the_plan(outcomes, script):
+    done = outcomes[0]["dry", script]
+    assert done.returncode == 0, done.stderr
+    for words in PLANS[script]:
+        assert words in done.stdout
 
 
-def interrupt(arguments: list[str], cwd: Path, when: Callable[[], bool], number: signal.Signals) -> int:
-    """Start a command, send it a signal once `when()` holds, and wait for its end; its return code."""
-    process = subprocess.Popen(
-        arguments, cwd=cwd, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+@pytest.mark.parametrize("script", PLANS)
+def test_help_explains_the_flags(outcomes, script):
+    done = outcomes[0]["help", script]
+    assert done.returncode == 0 and f"python {script}" in done.stdout
+    for flag in ("--cfg", "--set", "--train-dir", "--load", "--resume", "--save-every", "--device", "--seed"):
+        assert flag in done.stdout
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line(outcomes, name):
+    assert_one_line(outcomes[0][name], MISTAKES[name][1])
+
+
+def test_stages_without_the_one_before_say_so(outcomes):
+    assert_one_line(outcomes[0]["no supernet"], r"no supernet run found: .*supernet_train\.py")
+    assert_one_line(outcomes[0]["no detector"], r"no detector found: .*final_train\.py")
+
+
+def assert_one_line(done, pattern):
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and re.search(pattern, lines[0]), done.stderr
+
+
+def test_none_of_these_runs_changed_a_file(outcomes):
+    assert outcomes[1]
+
+
+# ------------------------------------------------------------------------------------------------- killed and resumed
+
+
+def interrupted(folder, script, arguments, ready, stop):
+    """The checkpoints of a run and of one that `stop(process)` ended once `ready(its folder)`, then resumed."""
+    whole = start(folder, script, *arguments, "--train-dir", "whole")
+    process = start(folder, script, *arguments, "--train-dir", "broken")
+    wait_for(process, lambda: ready(folder / "broken"), "the moment to stop")
+    stop(process)
+    halfway = checkpoint.load(folder / "broken" / "last.pt")
+    printed = run(folder, script, *arguments, "--train-dir", "broken", "--resume")
+    assert "resumed broken/last.pt" in printed
+    done = finish(whole)
+    assert done.returncode == 0, done.stderr
+    return halfway, *(checkpoint.load(folder / name / "last.pt") for name in ("broken", "whole"))
+
+
+@pytest.fixture
+def arguments(flow, tmp_path):
+    """A folder of its own on the same pictures."""
+    settings = tiny_settings(data__root=flow[0] / "shapes")
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings))
+    return ["--cfg", "tiny.yaml", "--set", "supernet.batch_size=2", "--set", "supernet.eval_every=9"]
+
+
+def test_a_killed_supernet_goes_on_bit_by_bit(arguments, tmp_path):
+    """Killed in epoch 2 or soon after, where channels are sorted, with a moving average and AdamW's two moments."""
+    more = ["supernet.epochs=4", "supernet.ema_decay=0.9", "supernet.optimizer=adamw"]
+    options = [*arguments, *(part for key in more for part in ("--set", key))]
+    halfway, broken, whole = interrupted(tmp_path, SUPERNET, options, lambda f: (f / "last.pt").exists(), kill)
+    assert halfway["epoch"] < 5 and broken["epoch"] == 5 and broken["step"] == 4 * 18
+    assert_equal_state(broken, whole)
+
+
+def test_ctrl_c_within_an_epoch_goes_on_bit_by_bit(arguments, tmp_path):
+    def interrupt(process):
+        time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        done = finish(process)
+        assert done.returncode == 0 and "--resume goes on" in done.stdout, done.stderr
+
+    options = [*arguments, "--set", "supernet.epochs=3", "--set", "supernet.sampling=sandwich"]
+    first_epoch_done = lambda f: len(read_lines_so_far(f / "log.jsonl")) == 1  # noqa: E731
+    halfway, broken, whole = interrupted(tmp_path, SUPERNET, options, first_epoch_done, interrupt)
+    assert halfway["epoch"] == 2 and 0 < halfway["batch"] < 18
+    assert_equal_state(broken, whole)
+
+
+def test_a_killed_final_training_goes_on_bit_by_bit(flow, arguments, tmp_path):
+    folder, _ = flow
+    (tmp_path / "runs").symlink_to(folder / "runs")
+    options = ["--genotype", folder / "runs/tiny/search/best.json", "--set", "final.epochs=4"]
+    halfway, broken, whole = interrupted(tmp_path, FINAL, options, lambda f: (f / "last.pt").exists(), kill)
+    assert halfway["epoch"] < 5 and broken["epoch"] == 5
+    assert_equal_state(broken, whole)
+    metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("broken", "whole")]
+    assert metrics[0] == metrics[1]
+
+
+def read_lines_so_far(path):
+    with contextlib.suppress(FileNotFoundError):
+        return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return []
+
+
+def test_a_killed_search_has_every_evaluation_once(flow, tmp_path):
+    folder, _ = flow
+    options = ["--load", folder / "runs/tiny/supernet", "--gpus", "cpu", "--train-dir", tmp_path / "search"]
+    options += ["--set", "search.num_epochs=3", "--set", "search.steps=8"]
+    evaluations = tmp_path / "search" / "evals.jsonl"
+    process = start(tmp_path, SEARCH, *options)
+    wait_for(process, lambda: len(read_lines_so_far(evaluations)) >= 2, "two evaluations")
+    kill(process)
+    found = len(read_lines_so_far(evaluations))
+    assert 2 <= found < 24
+    printed = run(tmp_path, SEARCH, *options, "--resume")
+    assert f"{found} evaluations of this search" in printed
+    records = read_lines(evaluations)
+    assert len(records) == len({r["key"] for r in records}) == 24
+    assert len({Genotype.from_dict(r["genotype"]) for r in records}) == 24
+    assert all(r["status"] == "ok" for r in records) and not (tmp_path / "search" / "images.pt").exists()
+    again = run(tmp_path, SEARCH, *options, "--resume")  # nothing is left to do
+    assert "24 evaluations of this search" in again and len(read_lines(evaluations)) == 24
+
+
+def test_a_second_search_pays_for_nothing_twice(flow, tmp_path):
+    folder, _ = flow
+    options = ["--load", folder / "runs/tiny/supernet", "--gpus", "cpu", "--train-dir", tmp_path / "search"]
+    evaluations = tmp_path / "search" / "evals.jsonl"
+    run(tmp_path, SEARCH, *options, "--controller", "random")
+    first, best = read_lines(evaluations), (tmp_path / "search" / "best.json").read_text()
+    (tmp_path / "search" / "best.json").unlink()
+    run(tmp_path, SEARCH, *options, "--controller", "random")
+    assert read_lines(evaluations) == first and len(first) == 6
+    assert (tmp_path / "search" / "best.json").read_text() == best
+    run(tmp_path, SEARCH, *options, "--controller", "pareto-evo")  # starts from the same random ones
+    records = read_lines(evaluations)
+    assert records[:6] == first and len(records) < 12
+    assert len({r["key"] for r in records}) == len(records)
+
+
+# ------------------------------------------------------------------------------------------------- the supernet's step
+
+
+def test_importing_the_scripts_runs_nothing(tmp_path):
+    code = "import supernet_train, async_search, final_train; print('fine')"
+    environ = {**environment(), "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environ, capture_output=True, text=True, check=True
     )
-    deadline = time.monotonic() + 120
-    while not when():
-        assert process.poll() is None, "the command ended before it could be interrupted"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(number)
-    return process.wait(timeout=60)
+    assert done.stdout == "fine\n" and not os.listdir(tmp_path)  # noqa: PTH208
 
 
-def lines(path: Path, kind: str = "") -> int:
-    return path.read_text().count(kind or "\n") if path.exists() else 0
+def test_the_genotypes_of_a_step_are_a_function_of_seed_and_step(tiny_detector):
+    space = tiny_detector(search_space__image_size_choice=[64, 96]).space
+    config = SupernetConfig(samples=2)
+    draws = [supernet_train.step_genotypes(space, config, 0, step) for step in range(20)]
+    assert draws == [supernet_train.step_genotypes(space, config, 0, step) for step in range(20)]
+    assert draws != [supernet_train.step_genotypes(space, config, 1, step) for step in range(20)]
+    assert len({tuple(draw) for draw in draws}) == 20 and all(len(draw) == 2 for draw in draws)
+    assert {g.image_size for draw in draws for g in draw} == {64, 96}
+    for draw in draws:
+        assert len({g.image_size for g in draw}) == 1
+        for genotype in draw:
+            space.check(genotype)
 
 
-def same(a: object, b: object) -> bool:
-    """Whether two checkpoints hold the same numbers, bit by bit."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+def test_the_sandwich_has_the_largest_first_and_the_smallest(tiny_detector):
+    space = tiny_detector().space
+    largest, smallest, *others = supernet_train.step_genotypes(space, SupernetConfig(sampling="sandwich"), 0, 5)
+    assert (largest, smallest) == (space.largest(), space.smallest()) and len(others) == 1
 
 
-def weights(path: Path) -> dict:
-    payload = torch.load(path, weights_only=True)
-    return {name: payload[name] for name in ("model", "optimizer", "ema", "epoch", "batch", "step")}
+def step_losses(detector, weight, genotypes, objects=1, loss_type="focal"):
+    """The losses of one step, and which sub-networks ran for them."""
+    ran = []
+    hook = detector.register_forward_pre_hook(lambda _module, inputs: ran.append((inputs[1], torch.is_grad_enabled())))
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8, generator=generator)
+    boxes = torch.tensor([0.2, 0.2, 0.7, 0.8]).expand(4, objects, 4)
+    batch = Batch(images, boxes, torch.ones(4, objects, dtype=torch.int64), torch.arange(4))
+    loss = DetectionLoss(type=loss_type)
+    losses = list(supernet_train.supernet_losses(detector, loss, batch, genotypes, DistillConfig(), weight))
+    hook.remove()
+    return losses, ran
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_an_interrupted_supernet_equals_an_uninterrupted_one(number: signal.Signals, tmp_path: Path) -> None:
-    cfg = write_config(tmp_path, data__workers=1, supernet__epochs=3, supernet__ema_decay=0.9)
-    succeed("supernet_train.py", "--cfg", cfg, "--train-dir", "whole", cwd=tmp_path)
-    arguments = ("supernet_train.py", "--cfg", cfg, "--train-dir", "part")
-    log = tmp_path / "part" / "log.jsonl"
-    code = interrupt(command(*arguments), tmp_path, lambda: lines(log, '"train"') >= 1, number)
-    assert code == (-9 if number == signal.SIGKILL else 0)
-    assert weights(tmp_path / "part" / "last.pt")["epoch"] < 4
-    succeed(*arguments, "--resume", cwd=tmp_path)
-    assert same(weights(tmp_path / "whole" / "last.pt"), weights(tmp_path / "part" / "last.pt"))
+def test_a_teacher_without_weight_is_never_run(tiny_detector):
+    detector = tiny_detector().train()
+    small, large = detector.space.smallest(), detector.space.largest()
+    losses, ran = step_losses(detector, 0.0, [small, small])
+    assert ran == [(small, True)] * 2 and all(item.keys() == {"cls", "loc"} for item in losses)
+    losses, ran = step_losses(detector, 0.5, [small, small])
+    assert ran == [(large, False), (small, True), (small, True)]
+    assert all(item.keys() == {"cls", "loc", "distill"} and item["distill"] > 0 for item in losses)
+    losses, ran = step_losses(detector, 0.5, [large, small])  # the sandwich: the largest runs once, and is not taught
+    assert ran == [(large, True), (small, True)]
+    assert [set(item) for item in losses] == [{"cls", "loc"}, {"cls", "loc", "distill"}]
 
 
-def test_a_killed_final_training_equals_an_uninterrupted_one(workplace: Path) -> None:
-    base = ("final_train.py", "--set", "final.epochs=3", "--set", "data.workers=1", "--set", "final.eval_every=3")
-    succeed(*base, "--train-dir", "whole", cwd=workplace)
-    log = workplace / "part" / "log.jsonl"
-    last = workplace / "part" / "last.pt"
-    killed = command(*base, "--train-dir", "part")
-    assert interrupt(killed, workplace, lambda: lines(log) >= 1 and last.exists(), signal.SIGKILL) == -9
-    succeed(*base, "--train-dir", "part", "--resume", cwd=workplace)
-    assert same(weights(workplace / "whole" / "last.pt"), weights(last))
-    assert same(*(torch.load(workplace / run / "best.pt", weights_only=True)["model"] for run in ("whole", "part")))
+def test_the_weight_scales_the_distillation_and_nothing_else(tiny_detector):
+    once, twice = (
+        step_losses(tiny_detector().train(), weight, [tiny_detector().space.smallest()])[0][0] for weight in (0.1, 0.2)
+    )
+    torch.testing.assert_close(twice["distill"], 2 * once["distill"])
+    assert twice["cls"] == once["cls"] and twice["loc"] == once["loc"]
 
 
-def test_a_killed_search_has_every_evaluation_once(workplace: Path) -> None:
-    arguments = ("async_search.py", "--gpus", "cpu", "--train-dir", "part", "--set", "search.num_epochs=4")
-    ledger = workplace / "part" / "evals.jsonl"
-    assert interrupt(command(*arguments), workplace, lambda: lines(ledger) >= 2, signal.SIGKILL) == -9
-    survived = ledger.read_text().splitlines()[:2]
-    succeed(*arguments, "--resume", cwd=workplace)
-    records = [json.loads(line) for line in ledger.read_text().splitlines()]
-    assert ledger.read_text().splitlines()[:2] == survived
-    assert len({record["key"] for record in records}) == len(records) == 12
+def test_the_losses_of_a_step_are_averaged_over_its_networks(tiny_detector):
+    small = tiny_detector().space.smallest()
+    (alone,), _ = step_losses(tiny_detector().train(), 0.0, [small])
+    (half, _), _ = step_losses(tiny_detector().train(), 0.0, [small, small])
+    torch.testing.assert_close(2 * half["cls"], alone["cls"])
+
+
+@pytest.mark.parametrize("loss_type", ["focal", "multibox"])
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_a_batch_without_objects_has_finite_losses_and_a_gradient(tiny_detector, loss_type, weight):
+    detector = tiny_detector().train()
+    genotypes = [detector.space.largest(), detector.space.smallest()]
+    losses, _ = step_losses(detector, weight, genotypes, objects=0, loss_type=loss_type)
+    total = sum(value for item in losses for value in item.values())
+    total.backward()
+    gradient = detector.predictors.classes[0][-1].weight.grad
+    assert total.isfinite() and gradient.isfinite().all() and gradient.abs().sum() > 0
+
+
+def test_the_panel_is_always_the_same(tiny_detector):
+    space = tiny_detector().space
+    panel = supernet_train.panel(space, 2, 0)
+    assert list(panel) == ["smallest", "random 1", "random 2", "largest"] and panel == supernet_train.panel(space, 2, 0)
+    assert (panel["smallest"], panel["largest"]) == (space.smallest(), space.largest())

@@ -1,0 +1,187 @@
+"""Checkpoints: always whole, data only, every random generator restored, one line for a file that cannot be read."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lib import checkpoint
+from lib.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        checkpoint.load(path)
+    text = str(caught.value)
+    assert text.startswith(f"{path}: ")
+    assert "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_round_trip(tmp_path, mmap):
+    path = tmp_path / "new" / "folder" / "last.pt"
+    payload = {"epoch": 3, "lr": 0.1, "ema": None, "names": ["a", "b"], "model": {"w": torch.arange(6).view(2, 3)}}
+    checkpoint.save(path, payload)
+    loaded = checkpoint.load(path, mmap)
+    assert torch.equal(loaded["model"].pop("w"), payload["model"].pop("w"))
+    assert loaded == {"format": "checkpoint/1", **payload}
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), RuntimeError("odd")])
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, error):
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, {"epoch": 1})
+
+    def failing(_payload, file):
+        file.write(b"half of it")
+        raise error
+
+    monkeypatch.setattr(torch, "save", failing)
+    with pytest.raises(UserError if isinstance(error, OSError) else type(error)) as caught:
+        checkpoint.save(path, {"epoch": 2})
+    if isinstance(error, OSError):
+        assert str(caught.value) == f"{path}: cannot be written (No space left on device)"
+    monkeypatch.undo()
+    assert checkpoint.load(path)["epoch"] == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_old_file_has_its_name_until_the_new_one_is_whole(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, {"epoch": 1})
+    seen, save = [], torch.save
+
+    def watching(payload, file):
+        save(payload, file)
+        seen.append(checkpoint.load(path)["epoch"])
+
+    monkeypatch.setattr(torch, "save", watching)
+    checkpoint.save(path, {"epoch": 2})
+    assert seen == [1]
+    assert checkpoint.load(path)["epoch"] == 2
+
+
+def test_a_disk_that_fills_up_is_one_line(tmp_path):
+    """A limit on the file size stands in for the disk; torch hides the reason behind a RuntimeError of its own."""
+    pytest.importorskip("resource")
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, {"epoch": 1})
+    script = f"""
+import resource, signal, torch
+from pathlib import Path
+from lib import checkpoint, runtime
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+runtime.run(lambda: checkpoint.save(Path({str(path)!r}), {{"w": torch.zeros(10**6)}}))
+"""
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr == f"error: {path}: cannot be written (File too large)\n"
+    assert checkpoint.load(path)["epoch"] == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("write", [lambda p: checkpoint.save(p, {}), lambda p: checkpoint.write_text(p, "x")])
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, write):
+    (tmp_path / "file").write_text("here")
+    with pytest.raises(UserError, match="cannot be written"):
+        write(tmp_path / "file" / "last.pt")
+    with pytest.raises(UserError, match="cannot be written"):
+        write(tmp_path / "file" / "deeper" / "last.pt")
+
+
+def test_write_text_replaces_the_file(tmp_path):
+    path = tmp_path / "new" / "best.json"
+    for text in ("one\n", "zwölf\n"):
+        checkpoint.write_text(path, text)
+        assert path.read_bytes() == text.encode()
+    assert list(path.parent.iterdir()) == [path]
+
+
+class Trap:
+    """Would run code if it were unpickled."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("trap-was-sprung"),)
+
+
+def test_objects_are_refused_and_their_code_does_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "evil.pt"
+    torch.save({"format": checkpoint.FORMAT, "x": Trap()}, path)
+    text = refusal(path)
+    assert "objects other than tensors and plain data" in text
+    assert "weights_only" not in text  # torch's own message advises to switch the safety off
+    assert not Path("trap-was-sprung").exists()
+
+
+def test_a_missing_file_and_a_folder(tmp_path):
+    assert "no such checkpoint" in refusal(tmp_path / "none.pt")
+    assert "cannot be read" in refusal(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_cut_and_damaged_files(tmp_path):
+    good, bad = tmp_path / "good.pt", tmp_path / "bad.pt"
+    checkpoint.save(good, {"w": torch.zeros(50)})
+    whole, rng = good.read_bytes(), random.Random(0)
+    contents = [b"", b"hello there", b"{}", *(whole[: rng.randrange(len(whole))] for _ in range(20))]
+    contents += [rng.randbytes(rng.randrange(1, 60)) for _ in range(200)]
+    for content in contents:
+        bad.write_bytes(content)
+        assert "not a readable checkpoint" in refusal(bad)
+
+
+@pytest.mark.parametrize(
+    ("payload", "found"),
+    [({"model": {}}, "found None"), ([1], "found 'list'"), ({"format": "checkpoint/9"}, "found 'checkpoint/9'")],
+)
+def test_another_format_is_named(tmp_path, payload, found):
+    torch.save(payload, tmp_path / "other.pt")
+    text = refusal(tmp_path / "other.pt")
+    assert "expected a checkpoint of format 'checkpoint/1'" in text
+    assert found in text
+
+
+def draws() -> list:
+    """From every generator; an odd number of Gaussians, whose second half Python and NumPy keep for later."""
+    return [
+        random.random(),
+        random.gauss(0, 1),
+        random.sample(range(100), 5),
+        np.random.rand(3).tolist(),
+        float(np.random.standard_normal()),
+        torch.rand(3).tolist(),
+        torch.randperm(7).tolist(),
+    ]
+
+
+def test_random_states_round_trip_through_a_file(tmp_path):
+    draws()
+    checkpoint.save(tmp_path / "last.pt", {"random": checkpoint.random_states()})
+    expected = [draws(), draws()]
+    assert expected[0] != expected[1]
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    checkpoint.restore_random_states(checkpoint.load(tmp_path / "last.pt")["random"])
+    assert [draws(), draws()] == expected
+
+
+@pytest.mark.parametrize("size", [0, 1, (1 << 20) + 7])
+def test_sha256(tmp_path, size):
+    content = random.Random(size).randbytes(size)
+    (tmp_path / "file").write_bytes(content)
+    expected = hashlib.sha256(content).hexdigest()
+    assert checkpoint.sha256(tmp_path / "file") == expected
+    with (tmp_path / "file").open("rb") as file:
+        assert checkpoint._digest(file) == expected  # Python 3.10's way
