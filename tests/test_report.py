@@ -89,4 +89,4 @@ def test_the_plan_says_sizes_costs_and_priors(tiny_detector, tiny_config):
 
 def test_the_plan_says_how_long_training_is(tiny_config):
     line = plan.describe_training("final", tiny_config().final, 24, 6)
-    assert line == "final: 2 epochs of 6 steps, batches of 4 of 24 images, sgd, learning rate 0.01 (cosine)"
+    assert line == "final: 2 epochs of 6 steps, batches of 4, 24 images, sgd, learning rate 0.01 (cosine)"

@@ -42,7 +42,7 @@ def same(a, b):
 def test_the_pictures_are_those_of_their_split(config, split, data):
     records, train, search = split
     assert data["bn_images"].shape == (8, 3, 64, 64) and data["images"].shape == (len(search), 3, 64, 64)
-    assert data["images"].dtype == torch.uint8 and len(data["truth"]) == len(data["sizes"]) == len(search) == 6
+    assert data["images"].dtype == torch.uint8 and len(data["truth"]) == len(data["sizes"]) == len(search) == 12
     assert data["sizes"] == [records.sizes[i].tolist() for i in search]
     for row, truth in zip(search, data["truth"], strict=True):
         assert torch.equal(truth["boxes"], records.target(row)["boxes"])

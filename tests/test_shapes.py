@@ -102,7 +102,7 @@ def test_pictures_vary_as_promised():
     assert {name for _, name, _ in objects} == set(CLASSES)
     assert any(not d.objects for d in drawings) and any(len(d.objects) > 2 for d in drawings)
     shares = [max(x2 - x1, y2 - y1) / min(d.pixels.shape[:2]) for d, _, (x1, y1, x2, y2) in objects]
-    assert min(shares) < 0.15 and 0.45 < max(shares) < 0.7
+    assert 0.2 < min(shares) < 0.3 and 0.6 < max(shares) < 0.8
     for d, _, (x1, y1, x2, y2) in objects:
         assert 0 <= x1 < x2 <= d.pixels.shape[1] and 0 <= y1 < y2 <= d.pixels.shape[0]
 
