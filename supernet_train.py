@@ -30,7 +30,7 @@ from lib.losses import DetectionLoss, adaptive_distillation
 from lib.models import load_backbone, load_weights
 from lib.preflight import preflight
 from lib.report import plot_training
-from lib.runlog import RunLog, say
+from lib.runlog import RunLog, read_log, say
 from lib.runs import remember, supernet_checkpoint
 from lib.runtime import StopRequest, pick_device, run, seed_everything
 from lib.schedule import boundaries, describe_openings, first_narrower_epoch, space_at, value_at
@@ -103,6 +103,10 @@ def score_panel(detector: ElasticSSD, scorer: Scorer, config: Config, epoch: int
     metric = config.search.objective
     scores = ", ".join(f"{name} {m[metric]:.3f}" for name, m in networks.items())
     say(f"epoch {epoch}: {metric} on the search split: {scores}")
+
+
+def scored_epochs(log: Path) -> set[int]:
+    return {record["step"] for record in read_log(log) if record["kind"] == "eval"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -182,7 +186,14 @@ def train_supernet(
     def save(path: Path) -> None:
         checkpoint.save(path, {**trainer.state_dict(), "config": to_dict(config), "classes": list(classes)})
 
+    def score_if_due(epoch: int) -> None:
+        if epoch and (epoch % settings.eval_every == 0 or epoch == settings.epochs):
+            score_panel(trainer.averaged, scorer, config, epoch, log)
+            plot_training(log.path, folder / "curves.png", config.search.objective, phases)
+
     with StopRequest() as stop:
+        if trainer.batch == 0 and trainer.epoch - 1 not in scored_epochs(log.path):
+            score_if_due(trainer.epoch - 1)  # a run that was killed while it scored
         while trainer.epoch <= settings.epochs and not stop.requested:
             epoch = trainer.epoch
             space = space_at(config, epoch)
@@ -204,9 +215,7 @@ def train_supernet(
             log.write("train", epoch, losses=losses, lr=trainer.scheduler.get_last_lr()[0])
             if settings.save_every and epoch % settings.save_every == 0:
                 save(folder / f"epoch_{epoch:04d}.pt")
-            if epoch % settings.eval_every == 0 or epoch == settings.epochs:
-                score_panel(trainer.averaged, scorer, config, epoch, log)
-                plot_training(log.path, folder / "curves.png", config.search.objective, phases)
+            score_if_due(epoch)
     log.close()
     return trainer.epoch > settings.epochs
 

@@ -10,11 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torchvision.io import write_jpeg
+from torchvision.ops import nms
 from torchvision.utils import draw_bounding_boxes
 
 from lib.errors import UserError
 from lib.postprocess import Detections
 
+SAME_PLACE = 0.6  # IoU from which two detections are of one place
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp")
 
 
@@ -41,8 +43,10 @@ def class_colours(count: int) -> list[tuple[int, int, int]]:
 
 def draw(image: Tensor, detections: Detections, classes: Sequence[str], threshold: float) -> Tensor:
     """`image` (3, H, W) uint8 with the detections from `threshold` on: a box and a label in the colour of its class."""
-    keep = detections.scores >= threshold
-    if not keep.any():
+    sure = (detections.scores >= threshold).nonzero()[:, 0]
+    # A place shows one label: the classes that came second there would be drawn over the best one.
+    keep = sure[nms(detections.boxes[sure], detections.scores[sure], SAME_PLACE)]
+    if len(keep) == 0:
         return image
     height, width = image.shape[-2:]
     boxes = detections.boxes[keep] * torch.tensor([width, height, width, height])
