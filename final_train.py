@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from lib import checkpoint, cli, plan
 from lib.config import Config, to_dict
-from lib.datasets import Batch, UnreadableImage, eval_loader, load_records, read_picture, train_loader
+from lib.datasets import Batch, UnreadableImage, configured_train_loader, eval_loader, load_records, read_picture
 from lib.detector import SSD, ElasticSSD
 from lib.engine import Losses, Trainer, detect, measure, recalibrate, to_pixels, train_epoch
 from lib.errors import UserError
@@ -182,18 +182,8 @@ def train(args: argparse.Namespace) -> None:
     network = initial_model(args, config, source, records.classes)
     genotype = Genotype.from_dict(source) if source else parse_genotype_string(name, network.space)
     model, cost = network.extract(genotype), network.cost(genotype)
-    loader = train_loader(
-        records,
-        range(len(records)),
-        genotype.image_size,
-        config.final.batch_size,
-        seed=config.seed,
-        augment=config.data.augment,
-        workers=config.data.workers,
-        on_error=config.data.on_error,
-        cache=config.data.cache,
-        device=device,
-    )
+    everything, batch_size = range(len(records)), config.final.batch_size
+    loader = configured_train_loader(records, everything, genotype.image_size, batch_size, config, device)
     for line in (
         *preflight(records, range(len(records)), model.priors, config.loss.matched_threshold),
         f"test set: {len(test)} images",

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from lib import checkpoint, cli, plan
 from lib.config import Config, DistillConfig, SupernetConfig, to_dict
-from lib.datasets import Batch, load_records, save_split, split_indices, train_loader
+from lib.datasets import Batch, configured_train_loader, load_records, save_split, split_indices
 from lib.detector import ElasticSSD
 from lib.elastic import sort_hidden_channels
 from lib.engine import Losses, Trainer, train_epoch
@@ -120,18 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     train, search = split_indices(records, config.data.data_portion, config.seed)
     detector = ElasticSSD(config, len(records.classes))
     size = max(config.search_space.image_size_choice)
-    loader = train_loader(
-        records,
-        train,
-        size,
-        config.supernet.batch_size,
-        seed=config.seed,
-        augment=config.data.augment,
-        workers=config.data.workers,
-        on_error=config.data.on_error,
-        cache=config.data.cache,
-        device=device,
-    )
+    loader = configured_train_loader(records, train, size, config.supernet.batch_size, config, device)
     for line in (
         *preflight(records, range(len(records)), detector.priors(size), config.loss.matched_threshold),
         plan.describe_split(len(records), train, search),

@@ -23,7 +23,7 @@ from lib.shapes import CLASSES, write_shapes
 from lib.transforms import Transform, eval_transform, train_transform
 
 if TYPE_CHECKING:
-    from lib.config import AugmentConfig, DataConfig
+    from lib.config import AugmentConfig, Config, DataConfig
 
 logger = logging.getLogger(__name__)
 
@@ -319,6 +319,25 @@ def train_loader(
     dataset = DetectionDataset(records, indices, transform, seed=seed, on_error=on_error, cache=cache)
     sampler = EpochSampler(indices, batch_size, seed, rank=rank, world=world)
     return _loader(dataset, sampler, workers, device)
+
+
+def configured_train_loader(
+    records: Records, indices: Sequence[int], image_size: int, batch_size: int, config: Config, device: torch.device
+) -> DataLoader:
+    """`train_loader` as `config.data` says."""
+    data = config.data
+    return train_loader(
+        records,
+        indices,
+        image_size,
+        batch_size,
+        seed=config.seed,
+        augment=data.augment,
+        workers=data.workers,
+        on_error=data.on_error,
+        cache=data.cache,
+        device=device,
+    )
 
 
 def eval_loader(
