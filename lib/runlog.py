@@ -33,12 +33,12 @@ class RunLog:
     """Appends one JSON object per line to `path`, each with its kind and the time; flushed line by line."""
 
     def __init__(self, path: Path, tensorboard: bool = False):
+        self._board = _tensorboard(path.parent / "tensorboard") if tensorboard else None
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._file = path.open("a", encoding="utf-8")
         if path.stat().st_size and path.read_bytes()[-1:] != b"\n":
             self._file.write("\n")  # the line that a crash cut short stays alone
-        self._board = _tensorboard(path.parent / "tensorboard") if tensorboard else None
 
     def write(self, kind: str, step: int, **values: object) -> None:
         record = {"kind": kind, "step": step, "time": round(time.time(), 3), **finite(values)}

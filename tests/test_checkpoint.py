@@ -72,6 +72,16 @@ def test_the_old_file_has_its_name_until_the_new_one_is_whole(tmp_path, monkeypa
     assert checkpoint.load(path)["epoch"] == 2
 
 
+def test_a_process_that_has_the_old_file_mapped_keeps_it(tmp_path):
+    """The new one is another file that takes the name; written over, the old bytes would change under their readers."""
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, {"w": torch.zeros(1000)})
+    mapped = checkpoint.load(path, mmap=True)["w"]
+    checkpoint.save(path, {"w": torch.ones(1000)})
+    assert not mapped.any()
+    assert checkpoint.load(path)["w"].all()
+
+
 def test_a_disk_that_fills_up_is_one_line(tmp_path):
     """A limit on the file size stands in for the disk; torch hides the reason behind a RuntimeError of its own."""
     pytest.importorskip("resource")

@@ -105,6 +105,7 @@ def test_a_missing_tensorboard_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match="pip install tensorboard"):
         RunLog(tmp_path / "log.jsonl", tensorboard=True)
+    assert not any(tmp_path.iterdir())
 
 
 def test_progress_and_lines_do_not_mix(capsys):
@@ -170,6 +171,8 @@ def test_a_genotype_that_is_nowhere_names_where_it_was_sought(folder):
     search = runs.stage_folder("x", "search")
     search.mkdir(parents=True)
     (search / "best.json").touch()
+    (search / "other").mkdir()
+    (search / "other" / "best.json").touch()
     runs.remember("search", search)
     with pytest.raises(UserError, match=f"^bst.json: no such genotype file here nor in {search}; "):
         runs.find_genotype("bst.json")
