@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -31,7 +31,7 @@ from lib.models import Supernet, load_supernet
 from lib.report import plot_front
 from lib.runlog import progress, say
 from lib.runs import last_run, remember, supernet_checkpoint
-from lib.runtime import StopRequest, run
+from lib.runtime import StopRequest, pick_device, run
 from lib.scoring import prepare_scoring_data, save_scoring_data, scoring_worker
 
 CPU_WORKERS = 8  # at most, where nothing else is asked for
@@ -96,21 +96,17 @@ class Search:
     def learn(self, result: Result) -> None:
         """Record a result and tell the controller."""
         genotype = self.running.pop(result.job_id)
-        objective = self.config.search.objective
-        error = result.error
-        if not error and result.value[objective] is None:
-            error = f"{objective} is undefined: the search split holds no object"
         record = {
             "key": result.job_id,
             "search": self.identity["search"],
             "genotype": genotype.to_dict(),
             "metrics": result.value or {},
-            "status": "failed" if error else "ok",
+            "status": "failed" if result.error else "ok",
             "seconds": round(result.seconds, 3),
             "worker": result.worker,
             "epoch": self.epoch,
             "time": round(time.time(), 3),
-            **({"error": error} if error else {}),
+            **({"error": result.error} if result.error else {}),
         }
         self.ledger.append(record)
         self._tell(record)
@@ -119,7 +115,9 @@ class Search:
         return [record for record in self.told if record["status"] == "ok"]
 
 
-def search_loop(search: Search, dispatcher: Dispatcher, folder: Path, stop: StopRequest, write) -> None:
+def search_loop(
+    search: Search, dispatcher: Dispatcher, stop: StopRequest, write: Callable[[], None], save_every: int
+) -> None:
     """Keep every worker supplied; each result triggers the next proposal, nothing waits for a generation to end."""
     bar = progress(None, "search", total=search.total, initial=len(search.told))
     epoch = search.epoch
@@ -130,7 +128,8 @@ def search_loop(search: Search, dispatcher: Dispatcher, folder: Path, stop: Stop
         bar.update(len(search.told) - bar.n)
         if search.epoch > epoch and search.succeeded():
             say(progress_line(search, epoch))
-            write()
+            if (search.epoch - search.first_epoch) % save_every == 0:
+                write()
             epoch = search.epoch
         if not dispatcher.pending:
             break
@@ -180,6 +179,14 @@ def write_results(search: Search, folder: Path, supernet: Path) -> None:
     plot_front(*metrics, settings.costs[0], settings.objective, folder / "front.png")
 
 
+def devices_of(device: str) -> str | None:
+    """--device as --gpus would say it; None where the machine is to decide."""
+    if device == "auto":
+        return None
+    picked = pick_device(device)
+    return "cpu" if picked.type == "cpu" else str(picked.index or 0)
+
+
 def pick_workers(gpus: str | None, config: Config) -> tuple[list[str], int | None]:
     """The device of each worker, and CPU threads per worker where it is the CPU.
 
@@ -223,7 +230,9 @@ def budget_check(supernet: Supernet, config: Config):
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = cli.make_parser(__doc__, "folder of the supernet run (default: the last one)")
+    parser = cli.make_parser(
+        __doc__, "folder of the supernet run (default: the last one)", "write best.json and the front every N epochs"
+    )
     add = parser.add_argument
     add("--gpus", metavar="LIST", help="workers: 0,1,2,3 or cpu or cpu,cpu (default: what the machine has)")
     add("--controller", choices=["random", "evo", "pareto-evo"], help="how candidates are proposed")
@@ -253,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     supernet = load_supernet(path)
     config = read_search_config(args, supernet)
     folder = cli.run_folder(args, config, "search")
-    devices, threads = pick_workers(args.gpus, config)
+    devices, threads = pick_workers(args.gpus or devices_of(args.device), config)
     feasible = budget_check(supernet, config)
     config.data.classes = list(supernet.classes)
     records = load_records(config.data, "train", config.seed)
@@ -290,7 +299,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         save_scoring_data(prepare_scoring_data(records, train, candidates, config), images)
         setup = (str(path), str(images), to_dict(config))
         with Dispatcher(scoring_worker, setup, devices, threads_per_worker=threads) as dispatcher:
-            search_loop(search, dispatcher, folder, stop, lambda: write_results(search, folder, path))
+            search_loop(search, dispatcher, stop, lambda: write_results(search, folder, path), args.save_every or 1)
     images.unlink(missing_ok=True)
     if not search.succeeded():
         raise UserError(f"no evaluation succeeded; see {folder / 'evals.jsonl'}")

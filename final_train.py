@@ -270,6 +270,7 @@ def predict(args: argparse.Namespace) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__, "supernet run to inherit from; with --eval-only and --predict: the detector")
+    cli.add_tensorboard(parser)
     add = parser.add_argument
     add("--genotype", metavar="FILE", help="best.json, pareto.json with --index, or an aw_nas genotype string")
     add("--index", metavar="K", type=int, help="which member of a front, cheapest first, from 0")

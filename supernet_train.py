@@ -111,6 +111,7 @@ def scored_epochs(log: Path) -> set[int]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.make_parser(__doc__, "start from the supernet of an earlier run (its folder)")
+    cli.add_tensorboard(parser)
     args = parser.parse_args(argv)
     config = cli.read_config(args, "supernet")
     folder = cli.run_folder(args, config, "supernet")

@@ -19,7 +19,10 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=32, width=110)
 
 
-def make_parser(description: str, load_help: str) -> argparse.ArgumentParser:
+SAVE_HELP = "keep a checkpoint every N epochs, beside the last one"
+
+
+def make_parser(description: str, load_help: str, save_help: str = SAVE_HELP) -> argparse.ArgumentParser:
     """A parser with the flags that every stage has; `description` is the script's docstring."""
     parser = argparse.ArgumentParser(description=description, formatter_class=_Formatter)
     add = parser.add_argument
@@ -29,12 +32,15 @@ def make_parser(description: str, load_help: str) -> argparse.ArgumentParser:
     add("--train-dir", metavar="DIR", type=Path, help="where this run writes (default: runs/NAME/STAGE)")
     add("--load", metavar="DIR", type=Path, help=load_help)
     add("--resume", action="store_true", help="continue the run in --train-dir; starts it where there is none")
-    add("--save-every", metavar="N", type=int, help="keep a checkpoint every N epochs, beside the last one")
+    add("--save-every", metavar="N", type=int, help=save_help)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--seed", type=int, help="seed of everything random (default: the configuration's)")
     add("--dry-run", action="store_true", help="check everything, print the plan and stop")
-    add("--tensorboard", action="store_true", help="also log for TensorBoard")
     return parser
+
+
+def add_tensorboard(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tensorboard", action="store_true", help="also log for TensorBoard")
 
 
 def overrides(args: argparse.Namespace, stage: str) -> list[str]:
