@@ -26,6 +26,7 @@ from lib.dispatcher import Dispatcher, Result
 from lib.errors import UserError
 from lib.evolution import Controller, SpaceExhausted, make_controller, pareto_front
 from lib.genotype import Genotype
+from lib.genotype_file import read_genotype_files
 from lib.ledger import Ledger, evaluation_key
 from lib.models import Supernet, load_supernet
 from lib.report import plot_front
@@ -229,12 +230,38 @@ def budget_check(supernet: Supernet, config: Config):
     return feasible
 
 
+def start_genotypes(
+    files: Sequence[Path] | None, folder: Path, supernet: Supernet, feasible: Callable[[Genotype], bool]
+) -> list[Genotype]:
+    """What the search evaluates first: the genotypes of --start-from, else the pretrained one if the supernet has one.
+
+    Those that are not open in the supernet or over the budget are left out, with a note.
+    """
+    pretrained = folder / "pretrained_genotype.json"
+    files = files or ([pretrained] if pretrained.exists() else [])
+    starts = []
+    for path in files:
+        for data in read_genotype_files(path):
+            genotype = Genotype.from_dict(data)
+            try:
+                supernet.space.check(genotype)
+            except UserError as error:
+                say(f"{path}: left out: {error}")
+                continue
+            if feasible(genotype):
+                starts.append(genotype)
+            else:
+                say(f"{path}: left out: over the budget")
+    return starts
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(
         __doc__, "folder of the supernet run (default: the last one)", "write best.json and the front every N epochs"
     )
     add = parser.add_argument
     add("--gpus", metavar="LIST", help="workers: 0,1,2,3 or cpu or cpu,cpu (default: what the machine has)")
+    add("--start-from", metavar="FILE", nargs="+", type=Path, help="genotypes or fronts to evaluate first")
     add("--controller", choices=["random", "evo", "pareto-evo"], help="how candidates are proposed")
     add("--max-flops", type=float, help="budget: multiply-adds of the whole detector, e.g. 300e6")
     add("--max-params", type=float, help="budget: parameters of the whole detector")
@@ -291,7 +318,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         remember("search", folder)
         names = ("objective", "costs", "population_size", "tournament_size", "mutation_probability")
         options = {name: getattr(settings, name) for name in (*names, "crossover_probability")}
-        controller = make_controller(settings.controller, supernet.space, config.seed, feasible, **options)
+        starts = start_genotypes(args.start_from, path.parent, supernet, feasible)
+        controller = make_controller(
+            settings.controller, supernet.space, config.seed, feasible, seeds=starts, **options
+        )
         search = Search(controller, ledger, config, identity, supernet.epoch + 1)
         if args.resume:
             search.replay()

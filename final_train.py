@@ -33,6 +33,7 @@ from lib.losses import DetectionLoss
 from lib.models import Detector, load_detector, load_supernet
 from lib.pictures import coco_results, draw, find_pictures, write_picture
 from lib.preflight import preflight
+from lib.pretrained import as_table, load_pretrained
 from lib.records import Records
 from lib.report import plot_training
 from lib.runlog import RunLog, finite, progress, say
@@ -57,9 +58,14 @@ def evaluate(model: SSD, records: Records, config: Config, device: torch.device)
 
 
 def initial_model(args: argparse.Namespace, config: Config, source: dict, classes: Sequence[str]) -> ElasticSSD:
-    """The network to cut the genotype from: the supernet's weights, or fresh ones with --from-scratch."""
-    if args.from_scratch:
-        return ElasticSSD(config, len(classes))
+    """The network to cut the genotype from: the supernet's weights, or fresh or pretrained ones if a flag says so."""
+    if args.from_scratch or args.from_pretrained:
+        network = ElasticSSD(config, len(classes))
+        if args.from_pretrained:
+            if not config.backbone.pretrained_path:
+                raise UserError("--from-pretrained: backbone.pretrained_path names nothing; --set it, or the YAML may")
+            print("\n".join(as_table(load_pretrained(network, config).rows)))
+        return network
     named = source.get("supernet", {}).get("path") or config.final.supernet_state_dict
     if not args.load and not named:
         raise UserError("the genotype names no supernet: name its run with --load DIR, or use --from-scratch")
@@ -198,7 +204,7 @@ def train(args: argparse.Namespace) -> None:
     cli.refuse_to_overwrite(folder / "last.pt", args.resume)
     cli.save_config(config, folder)
     remember("final", folder)
-    if not args.from_scratch:
+    if not args.from_scratch:  # a pretrained backbone too has statistics of another training
         recalibrate(model.to(device), _some_images(records, genotype.image_size, config), device)
     training = FinalTraining(args, config, folder, model, genotype, cost._asdict(), loader, test, device)
     if not training.run():
@@ -275,6 +281,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--genotype", metavar="FILE", help="best.json, pareto.json with --index, or an aw_nas genotype string")
     add("--index", metavar="K", type=int, help="which member of a front, cheapest first, from 0")
     add("--from-scratch", action="store_true", help="start from random weights instead of the supernet's")
+    add("--from-pretrained", action="store_true", help="start from backbone.pretrained_path, not from the supernet")
     add("--eval-only", action="store_true", help="evaluate a trained detector on the test set and stop")
     add("--predict", metavar="PATH", nargs="+", help="detect on these pictures, folders or globs and stop")
     add("--out", metavar="DIR", type=Path, default=Path("drawn"), help="where --predict writes (default: drawn)")

@@ -12,6 +12,7 @@ runs/NAME/supernet. The next command is async_search.py.
 from __future__ import annotations
 
 import argparse
+import json
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,15 +23,19 @@ from torch.utils.data import DataLoader
 from lib import checkpoint, cli, plan
 from lib.config import Config, DistillConfig, SupernetConfig, to_dict
 from lib.datasets import Batch, configured_train_loader, load_records, save_split, split_indices
-from lib.detector import ElasticSSD
+from lib.detector import SSD, ElasticSSD
 from lib.elastic import sort_hidden_channels
 from lib.engine import Losses, Trainer, train_epoch
+from lib.errors import UserError
 from lib.genotype import Genotype, SearchSpace
+from lib.genotype_file import read_genotype_file
 from lib.losses import DetectionLoss, adaptive_distillation
-from lib.models import load_backbone, load_weights
+from lib.models import load_detector, load_weights
+from lib.panel import PanelLog, describe_opening, make_panel
 from lib.preflight import preflight
+from lib.pretrained import as_table, load_pretrained
 from lib.report import plot_training
-from lib.runlog import RunLog, read_log, say
+from lib.runlog import RunLog, say
 from lib.runs import remember, supernet_checkpoint
 from lib.runtime import StopRequest, pick_device, run, seed_everything
 from lib.schedule import boundaries, describe_openings, first_narrower_epoch, space_at, value_at
@@ -41,13 +46,14 @@ def step_genotypes(space: SearchSpace, config: SupernetConfig, seed: int, step: 
     """The sub-networks of one step, a function of (seed, step) alone, so that a resumed run draws the same.
 
     Under the sandwich rule (Yu and Huang, ICCV 2019) the largest comes first, then the smallest, then random ones.
-    All of a step have the same image size, so that they share prior boxes and can teach one another.
+    All of a step have the same image size, so that they share prior boxes and can teach one another; none is there
+    twice, since its losses would only be averaged with themselves.
     """
     rng = random.Random(f"{seed}-{step}")
     size = rng.choice(space.image_size)
     ends = [space.largest(), space.smallest()] if config.sampling == "sandwich" else []
     drawn = [*ends, *(space.sample(rng) for _ in range(config.samples))]
-    return [_at_size(genotype, size) for genotype in drawn]
+    return list(dict.fromkeys(_at_size(genotype, size) for genotype in drawn))
 
 
 def _at_size(genotype: Genotype, image_size: int) -> Genotype:
@@ -61,52 +67,48 @@ def supernet_losses(
     genotypes: Sequence[Genotype],
     distill: DistillConfig,
     weight: float,
+    teacher: SSD | None = None,
 ) -> Iterator[Losses]:
     """The losses of each sub-network in turn, averaged over them; the caller back-propagates one before the next runs.
 
-    With a distillation `weight`, the largest sub-network teaches the others. It is run for that only if it is not
-    among `genotypes` already.
+    With a distillation `weight`, `teacher` teaches them all; without one, the largest sub-network teaches the others,
+    and is run for that only if it is not among `genotypes` already.
     """
     priors = detector.priors(genotypes[0].image_size)
     targets = loss.match(batch.boxes, batch.labels, priors)
     largest = _at_size(detector.space.largest(), genotypes[0].image_size)
     teacher_logits = None
     for genotype in genotypes:
-        if weight and teacher_logits is None and genotype != largest:
+        taught = weight and (teacher is not None or genotype != largest)
+        if taught and teacher_logits is None:
             with torch.no_grad():
-                teacher_logits, _ = detector(batch.images, largest)
+                teacher_logits, _ = teacher(batch.images) if teacher is not None else detector(batch.images, largest)
         logits, offsets = detector(batch.images, genotype)
         losses = loss(logits, offsets, targets)
-        if genotype == largest:
-            teacher_logits = logits.detach()
-        elif weight:
+        if taught:
             mask = targets.positive if distill.priors == "positive" else targets.prior_labels >= 0
             losses["distill"] = weight * adaptive_distillation(
                 logits, teacher_logits, mask, loss.type, distill.beta, distill.gamma, distill.temperature
             )
+        elif weight:
+            teacher_logits = logits.detach()
         yield {name: value / len(genotypes) for name, value in losses.items()}
 
 
-def panel(space: SearchSpace, size: int, seed: int) -> dict[str, Genotype]:
-    """The sub-networks whose AP is followed: always the same ones, whether open yet or not."""
-    rng = random.Random(seed)
-    middle = {f"random {i + 1}": space.sample(rng) for i in range(size)}
-    return {"smallest": space.smallest(), **middle, "largest": space.largest()}
-
-
-def score_panel(detector: ElasticSSD, scorer: Scorer, config: Config, epoch: int, log: RunLog) -> None:
-    """Score the panel on the search split, log it and print one line."""
-    networks = {}
-    for name, genotype in panel(detector.space, config.supernet.panel, config.seed).items():
-        networks[name] = scorer(detector, genotype)
-    log.write("eval", epoch, networks=networks)
-    metric = config.search.objective
-    scores = ", ".join(f"{name} {m[metric]:.3f}" for name, m in networks.items())
-    say(f"epoch {epoch}: {metric} on the search split: {scores}")
-
-
-def scored_epochs(log: Path) -> set[int]:
-    return {record["step"] for record in read_log(log) if record["kind"] == "eval"}
+def load_teacher(config: Config, detector: ElasticSSD, classes: Sequence[str], device: torch.device) -> SSD | None:
+    """The detector that `supernet.distill.teacher` names; it must have the supernet's classes and prior boxes."""
+    name = config.supernet.distill.teacher
+    if not name:
+        return None
+    teacher = load_detector(Path(name))
+    if teacher.classes != tuple(classes):
+        raise UserError(
+            f"supernet.distill.teacher: {name} knows {', '.join(teacher.classes)}, not {', '.join(classes)}"
+        )
+    for size in detector.space.image_size:
+        if not torch.equal(teacher.model.priors, detector.priors(size)):
+            raise UserError(f"supernet.distill.teacher: {name} has other prior boxes than the supernet at {size} px")
+    return teacher.model.to(device, memory_format=torch.channels_last)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -120,6 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     records = load_records(config.data, "train", config.seed)
     train, search = split_indices(records, config.data.data_portion, config.seed)
     detector = ElasticSSD(config, len(records.classes))
+    pretrained = start_from_pretrained(detector, config, folder, args.resume)
     size = max(config.search_space.image_size_choice)
     loader = configured_train_loader(records, train, size, config.supernet.batch_size, config, device)
     for line in (
@@ -134,20 +137,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.dry_run:
         return
     cli.refuse_to_overwrite(folder / "last.pt", args.resume)
-    if config.backbone.pretrained_path:
-        count = load_backbone(detector, Path(config.backbone.pretrained_path))
-        print(f"backbone: {count} tensors from {config.backbone.pretrained_path}")
     if args.load:
         path = supernet_checkpoint(args.load)
         load_weights(detector, checkpoint.load(path), path)
     cli.save_config(config, folder)
     save_split(folder / "split.json", records, train, search)
+    if pretrained:
+        content = {**pretrained.to_dict(), "supernet": {"path": str(folder / "last.pt")}, "config": to_dict(config)}
+        checkpoint.write_text(folder / "pretrained_genotype.json", json.dumps(content, indent=1) + "\n")
+        print(f"wrote {folder / 'pretrained_genotype.json'}, the sub-network that holds the pretrained one")
     scorer = Scorer(prepare_scoring_data(records, train, search, config), config, device)
-    finished = train_supernet(args, config, folder, detector, loader, scorer, records.classes, device)
+    teacher = load_teacher(config, detector, records.classes, device)
+    finished = train_supernet(args, config, folder, detector, loader, scorer, records.classes, pretrained, teacher)
     if finished:
         print(f"wrote {folder / 'last.pt'}, {folder / 'curves.png'}\nnext: python async_search.py --load {folder}")
     else:
         print(f"stopped; everything is in {folder / 'last.pt'}, the same command with --resume goes on")
+
+
+def start_from_pretrained(detector: ElasticSSD, config: Config, folder: Path, resume: bool) -> Genotype | None:
+    """Put the configured pretrained network into `detector`; the sub-network that holds it. A resumed run has it."""
+    if not config.backbone.pretrained_path:
+        return None
+    if resume and (folder / "last.pt").exists():
+        return Genotype.from_dict(read_genotype_file(folder / "pretrained_genotype.json"))
+    embedding = load_pretrained(detector, config)
+    print("\n".join(as_table(embedding.rows)))
+    return embedding.genotype
 
 
 def train_supernet(
@@ -158,13 +174,14 @@ def train_supernet(
     loader: DataLoader,
     scorer: Scorer,
     classes: Sequence[str],
-    device: torch.device,
+    pretrained: Genotype | None,
+    teacher: SSD | None,
 ) -> bool:
     """Epochs from where the run stands to the last one, a checkpoint after each; whether the last one was reached."""
     settings, sampler = config.supernet, loader.batch_sampler
     phases = boundaries(config.search_space.schedule_cfg, settings.epochs)
     sort_epoch = first_narrower_epoch(config.search_space.schedule_cfg) if settings.sort_channels else None
-    trainer = Trainer(detector, settings, device, sampler.batches_per_epoch, phases)
+    trainer = Trainer(detector, settings, scorer.device, sampler.batches_per_epoch, phases)
     last = folder / "last.pt"
     if args.resume and last.exists():
         trainer.load_state_dict(checkpoint.load(last))
@@ -172,17 +189,28 @@ def train_supernet(
     loss = DetectionLoss(**vars(config.loss), variances=tuple(config.head.variances))
     log = RunLog(folder / "log.jsonl", args.tensorboard)
     remember("supernet", folder)
+    panel = PanelLog(
+        make_panel(detector.space, settings.panel, config.seed, pretrained),
+        lambda genotype: scorer(trainer.averaged, genotype),
+        log,
+        config.search.objective,
+        phases,
+        epochs=settings.epochs,
+        every=settings.eval_every,
+        tolerance=settings.interference_tolerance,
+        openings=lambda epoch: describe_opening(config.search_space.schedule_cfg, epoch),
+    )
 
     def save(path: Path) -> None:
         checkpoint.save(path, {**trainer.state_dict(), "config": to_dict(config), "classes": list(classes)})
 
     def score_if_due(epoch: int) -> None:
-        if epoch and (epoch % settings.eval_every == 0 or epoch == settings.epochs):
-            score_panel(trainer.averaged, scorer, config, epoch, log)
+        if panel.due(epoch):
+            panel.score(epoch)
             plot_training(log.path, folder / "curves.png", config.search.objective, phases)
 
     with StopRequest() as stop:
-        if trainer.batch == 0 and trainer.epoch - 1 not in scored_epochs(log.path):
+        if trainer.batch == 0:
             score_if_due(trainer.epoch - 1)  # a run that was killed while it scored
         while trainer.epoch <= settings.epochs and not stop.requested:
             epoch = trainer.epoch
@@ -194,7 +222,7 @@ def train_supernet(
 
             def forward(batch: Batch, space=space, weight=weight) -> Iterator[Losses]:
                 genotypes = step_genotypes(space, settings, config.seed, trainer.step)
-                return supernet_losses(detector, loss, batch, genotypes, settings.distill, weight)
+                return supernet_losses(detector, loss, batch, genotypes, settings.distill, weight, teacher)
 
             sampler.set_epoch(epoch, trainer.batch)
             detector.train()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from lib.config import BackboneConfig
-from lib.elastic import ACTIVATIONS, ElasticInvertedResidual, Segment, make_divisible, run_segment
+from lib.elastic import ACTIVATIONS, ElasticInvertedResidual, Segment, make_conv, make_divisible, run_segment
 from lib.errors import UserError
 from lib.genotype import Genotype, StageChoices
 
@@ -60,7 +60,8 @@ class ElasticBackbone(nn.Module):
         layer_channels = list(config.layer_channels or table.layer_channels)
         _check_lengths(len(stages), strides, layer_channels, table)
         channels = [make_divisible(c * config.mult_ratio) for c in layer_channels]
-        self.stem = _conv_norm(3, channels[0], 3, 2, table.stem_activation)
+        same_padding = config.padding == "tf_same"
+        self.stem = _conv_norm(3, channels[0], 3, 2, table.stem_activation, same_padding)
         self.stages = nn.ModuleList()
         self.levels: list[int] = []  # of each stage
         level, width = 1, channels[0]
@@ -78,6 +79,7 @@ class ElasticBackbone(nn.Module):
                         kernels=choices.block.kernel,
                         activation=table.activations[i],
                         squeeze_excitation=table.squeeze_excitation[i],
+                        same_padding=same_padding,
                     )
                 )
                 width = channels[i + 1]
@@ -90,6 +92,9 @@ class ElasticBackbone(nn.Module):
         last_stage = {level: i for i, level in enumerate(self.levels)}  # of each level
         self._taps = [last_stage[level] for level in self.feature_levels[:-1]]
         self.feature_channels = [*(channels[i + 1] for i in self._taps), width]
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eps = config.norm_eps
 
     def segments(self, genotype: Genotype) -> list[Segment]:
         """What `genotype` runs: one segment per feature level, each ending in that level's feature map."""
@@ -111,8 +116,10 @@ class ElasticBackbone(nn.Module):
         return features
 
 
-def _conv_norm(in_channels: int, out_channels: int, kernel: int, stride: int, activation: str) -> nn.Sequential:
-    conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=False)
+def _conv_norm(
+    in_channels: int, out_channels: int, kernel: int, stride: int, activation: str, same_padding: bool = False
+) -> nn.Sequential:
+    conv = make_conv(in_channels, out_channels, kernel, stride, same_padding)
     return nn.Sequential(conv, nn.BatchNorm2d(out_channels), ACTIVATIONS[activation]())
 
 

@@ -58,8 +58,17 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
 
 def load(path: Path, mmap: bool = False) -> dict:
     """Read a checkpoint onto the CPU. `mmap` maps the file, so that processes share its memory."""
+    payload = read(path, mmap)
+    if not isinstance(payload, dict) or payload.get("format") != FORMAT:
+        found = payload.get("format") if isinstance(payload, dict) else type(payload).__name__
+        raise UserError(f"{path}: expected a checkpoint of format '{FORMAT}', found {found!r}")
+    return payload
+
+
+def read(path: Path, mmap: bool = False) -> object:
+    """Tensors and plain data of any file that torch.save wrote, onto the CPU."""
     try:
-        payload = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise UserError(f"{path}: no such checkpoint") from None
     except OSError as error:
@@ -69,10 +78,14 @@ def load(path: Path, mmap: bool = False) -> dict:
         raise UserError(
             f"{path}: not a readable checkpoint: cut short, damaged, or with objects other than tensors and plain data"
         ) from None
-    if not isinstance(payload, dict) or payload.get("format") != FORMAT:
-        found = payload.get("format") if isinstance(payload, dict) else type(payload).__name__
-        raise UserError(f"{path}: expected a checkpoint of format '{FORMAT}', found {found!r}")
-    return payload
+
+
+def weights(payload: dict) -> dict:
+    """The weights of a checkpoint: the moving average where there is one, else those that were trained."""
+    average, prefix = payload.get("ema"), "module."
+    if not average:
+        return payload["model"]
+    return {name[len(prefix) :]: tensor for name, tensor in average.items() if name.startswith(prefix)}
 
 
 def random_states() -> dict:

@@ -105,7 +105,10 @@ class BackboneConfig:
     )  # largest kernel per stage; [] = 3 in stages of expansion 1, else 7
     mult_ratio: float = 1.0
     feature_levels: list[int] = field(default_factory=lambda: [4, 5])  # log2 of the strides that feed the head
-    pretrained_path: str = ""  # a supernet's checkpoint of this project whose backbone is the start
+    padding: Literal["symmetric", "tf_same"] = "symmetric"  # tf_same: as TensorFlow pads at stride 2
+    norm_eps: float = 1e-5  # of BatchNorm in the backbone
+    pretrained_path: str = ""  # where the weights start: a file, a run's folder, or a name (lib/sources.py)
+    pretrained_head: bool = True  # also extra blocks and predictors, where that file has them and they fit
     pixel_mean: list[float] = field(default_factory=lambda: [128.0, 128.0, 128.0])  # input is (x - mean) / std
     pixel_std: list[float] = field(default_factory=lambda: [128.0, 128.0, 128.0])
 
@@ -140,6 +143,7 @@ class DistillConfig:
     """Adaptive distillation (Tang et al., 2019) of the classification scores; `weight` by epoch."""
 
     weight: ValueSchedule = field(default_factory=ValueSchedule)
+    teacher: str = ""  # a detector's best.pt; "" = the largest sub-network as it is at that step
     beta: float = 1.5
     gamma: float = 1.0
     temperature: float = 2.0
@@ -175,7 +179,9 @@ class TrainConfig:
     epochs: int = 200
     batch_size: int = 32
     optimizer: Literal["sgd", "adamw"] = "sgd"
+    accumulate: int = 1  # batches per optimizer step
     learning_rate: float = 0.005
+    backbone_learning_rate: float = 0.0  # 0 = learning_rate
     momentum: float = 0.9
     weight_decay: float = 1e-4
     decay_norm_and_bias: bool = True
@@ -195,7 +201,8 @@ class SupernetConfig(TrainConfig):
     sampling: Literal["uniform", "sandwich"] = "uniform"
     samples: int = 1
     sort_channels: bool = True  # by importance, once, before narrower widths open
-    panel: int = 3  # random sub-networks scored beside the smallest and the largest at each evaluation
+    panel: int = 3  # random sub-networks scored beside the smallest, the largest and the pretrained one
+    interference_tolerance: float = 0.05  # loss of the largest, in the objective, since a phase opened: else a warning
     distill: DistillConfig = field(default_factory=DistillConfig)
 
 

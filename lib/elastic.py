@@ -31,6 +31,28 @@ def make_divisible(value: float, divisor: int = 8) -> int:
     return rounded + divisor if rounded < 0.9 * value else rounded
 
 
+def pad_same(x: Tensor, kernel: int, stride: int) -> Tensor:
+    """Pad (B, C, H, W) as TensorFlow's SAME does: of an odd amount, the larger half is at the bottom and the right."""
+    amounts = [max((-(-n // stride) - 1) * stride + kernel - n, 0) for n in (x.shape[3], x.shape[2])]
+    return F.pad(x, [side for amount in amounts for side in (amount // 2, amount - amount // 2)])
+
+
+class SamePadConv2d(nn.Conv2d):
+    """Convolution with TensorFlow's SAME padding."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(pad_same(x, self.kernel_size[0], self.stride[0]))
+
+
+def make_conv(
+    in_channels: int, out_channels: int, kernel: int, stride: int, same_padding: bool, groups: int = 1
+) -> nn.Conv2d:
+    """A convolution without bias, padded on all sides alike or as TensorFlow does; the output's size is the same."""
+    if same_padding:
+        return SamePadConv2d(in_channels, out_channels, kernel, stride, groups=groups, bias=False)
+    return nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False)
+
+
 class ElasticConv1x1(nn.Conv2d):
     """1x1 convolution without bias from the first input channels to the first `out_channels` output channels."""
 
@@ -66,9 +88,10 @@ class ElasticDepthwiseConv(nn.Module):
     that starts as the identity: 3x3 is cut from the transformed 5x5, so every matrix on the way learns.
     """
 
-    def __init__(self, channels: int, kernels: Sequence[int], stride: int):
+    def __init__(self, channels: int, kernels: Sequence[int], stride: int, same_padding: bool = False):
         super().__init__()
         self.stride = stride
+        self.same_padding = same_padding and stride > 1  # at stride 1 both paddings are the same
         self.weight = nn.Parameter(torch.empty(channels, 1, max(kernels), max(kernels)))
         for size in range(max(kernels) - 2, min(kernels) - 1, -2):
             self.register_parameter(f"{size + 2}to{size}_matrix", nn.Parameter(torch.eye(size * size)))
@@ -83,11 +106,13 @@ class ElasticDepthwiseConv(nn.Module):
         return weight
 
     def forward(self, x: Tensor, size: int) -> Tensor:
-        c = x.shape[1]
-        return F.conv2d(x, self.kernel(c, size), stride=self.stride, padding=size // 2, groups=c)
+        c, padding = x.shape[1], size // 2
+        if self.same_padding:
+            x, padding = pad_same(x, size, self.stride), 0
+        return F.conv2d(x, self.kernel(c, size), stride=self.stride, padding=padding, groups=c)
 
     def extract(self, channels: int, size: int) -> nn.Conv2d:
-        conv = nn.Conv2d(channels, channels, size, self.stride, size // 2, groups=channels, bias=False)
+        conv = make_conv(channels, channels, size, self.stride, self.same_padding, groups=channels)
         return _copy(conv, weight=self.kernel(channels, size))
 
 
@@ -142,6 +167,7 @@ class ElasticInvertedResidual(nn.Module):
         kernels: Sequence[int],
         activation: str,
         squeeze_excitation: bool = False,
+        same_padding: bool = False,
     ):
         super().__init__()
         self.in_channels, self.out_channels = in_channels, out_channels
@@ -151,7 +177,7 @@ class ElasticInvertedResidual(nn.Module):
         if max(expands) != 1:
             self.expand = ElasticConv1x1(in_channels, hidden)
             self.expand_norm = ElasticBatchNorm(hidden)
-        self.depthwise = ElasticDepthwiseConv(hidden, kernels, stride)
+        self.depthwise = ElasticDepthwiseConv(hidden, kernels, stride, same_padding)
         self.depthwise_norm = ElasticBatchNorm(hidden)
         self.squeeze_excitation = ElasticSqueezeExcitation(hidden) if squeeze_excitation else None
         self.project = ElasticConv1x1(hidden, out_channels)

@@ -37,13 +37,17 @@ class Trainer:
         model: nn.Module,
         config: TrainConfig,
         device: torch.device,
-        steps_per_epoch: int,
+        batches_per_epoch: int,
         restarts: Sequence[int] = (1,),
         backbone_lr: float | None = None,
     ):
         self.model = model.to(device, memory_format=torch.channels_last)
         self.config, self.device = config, device
+        self.batches_per_epoch = batches_per_epoch
+        if backbone_lr is None and config.backbone_learning_rate:
+            backbone_lr = config.backbone_learning_rate
         self.optimizer = build_optimizer(model, config, backbone_lr)
+        steps_per_epoch = -(-batches_per_epoch // config.accumulate)
         self.scheduler = build_scheduler(self.optimizer, config, steps_per_epoch, restarts)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.ema = build_ema(model, config.ema_decay) if config.ema_decay else None
@@ -54,9 +58,20 @@ class Trainer:
         """The weights to evaluate and ship: the moving average, or the model itself where there is none."""
         return self.ema.module if self.ema is not None else self.model
 
+    @property
+    def between_steps(self) -> bool:
+        """Whether no batch is waiting for others to share an optimizer step with."""
+        return self.batch % self.config.accumulate == 0
+
     def update(self, losses: Iterator[Losses]) -> dict[str, float]:
-        """One optimizer step on the sum of `losses`: each item is back-propagated before the next is computed."""
-        self.optimizer.zero_grad(set_to_none=True)
+        """Back-propagate one batch: the sum of `losses`, each item before the next is computed.
+
+        The optimizer steps after every `accumulate` batches, and after the last one of an epoch, on their mean.
+        """
+        if self.between_steps:
+            self.optimizer.zero_grad(set_to_none=True)
+        first = self.batch - self.batch % self.config.accumulate
+        shared = min(self.config.accumulate, self.batches_per_epoch - first)  # batches of this optimizer step
         sums: dict[str, float] = defaultdict(float)
         dtype = PRECISIONS[self.config.precision]
         while True:
@@ -64,11 +79,20 @@ class Trainer:
                 item = next(losses, None)
             if item is None:
                 break
-            total = sum(item.values())
+            total = sum(item.values()) / shared
             self.scaler.scale(total).backward()
             for name, value in item.items():
                 sums[name] += value.item()
         self._check_finite(sums)
+        self.batch += 1
+        if self.batch == first + shared:
+            self._step()
+        if self.batch == self.batches_per_epoch:
+            self.epoch, self.batch = self.epoch + 1, 0
+        return dict(sums)
+
+    def _step(self) -> None:
+        """One optimizer step on the gradients that have gathered."""
         if self.config.clip_grad_norm:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad_norm)
@@ -78,7 +102,6 @@ class Trainer:
         if self.ema is not None:
             self.ema.update_parameters(self.model)
         self.step += 1
-        return dict(sums)
 
     def _check_finite(self, sums: dict[str, float]) -> None:
         bad = [name for name, value in sums.items() if not math.isfinite(value)]
@@ -119,20 +142,17 @@ def train_epoch(
 ) -> dict[str, float]:
     """Train until the epoch ends or `stop` is requested; the mean of each loss. `loader` gives the batches left."""
     sums: dict[str, float] = defaultdict(float)
-    left, done = len(loader), 0
+    done = 0
     bar = progress(loader, f"epoch {trainer.epoch}/{trainer.config.epochs}")
     for batch in bar:
         losses = trainer.update(forward(batch.to(trainer.device)))
-        trainer.batch += 1
         done += 1
         for name, value in losses.items():
             sums[name] += value
         bar.set_postfix({name: f"{value / done:.3f}" for name, value in sums.items()}, refresh=False)
-        if stop.requested and done < left:
+        if stop.requested and trainer.between_steps:
             bar.close()
             break
-    else:
-        trainer.epoch, trainer.batch = trainer.epoch + 1, 0
     return {name: value / max(done, 1) for name, value in sums.items()}
 
 

@@ -11,13 +11,8 @@ from lib.genotype import Genotype, SearchSpace, parse
 
 def read_genotype_file(path: Path, index: int | None = None) -> dict:
     """The content of a genotype file; of a front the member number `index`, cheapest first."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if isinstance(data, dict) and data.get("format") == "pareto/1":
+    data = _read(path)
+    if _is_front(data):
         members = data["front"]
         if index is None or not 0 <= index < len(members):
             raise UserError(
@@ -27,6 +22,25 @@ def read_genotype_file(path: Path, index: int | None = None) -> dict:
     if index is not None:
         raise UserError(f"{path}: --index is for a front (pareto.json), and this is a single genotype")
     return data
+
+
+def read_genotype_files(path: Path) -> list[dict]:
+    """The genotype of a file, or every member of its front."""
+    data = _read(path)
+    return data["front"] if _is_front(data) else [data]
+
+
+def _read(path: Path) -> object:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+
+
+def _is_front(data: object) -> bool:
+    return isinstance(data, dict) and data.get("format") == "pareto/1"
 
 
 def is_genotype_string(text: str) -> bool:

@@ -64,26 +64,7 @@ def load_detector(path: Path) -> Detector:
 def load_weights(model: nn.Module, payload: dict, path: Path) -> None:
     """The weights of a checkpoint, its moving average where there is one, into `model`."""
     try:
-        model.load_state_dict(_weights(payload))
+        model.load_state_dict(checkpoint.weights(payload))
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: does not fit the configured network: {reason[:300]}") from None
-
-
-def _weights(payload: dict) -> dict:
-    average, prefix = payload.get("ema"), "module."
-    if not average:
-        return payload["model"]
-    return {name[len(prefix) :]: tensor for name, tensor in average.items() if name.startswith(prefix)}
-
-
-def load_backbone(detector: ElasticSSD, path: Path) -> int:
-    """The backbone's weights of a supernet's checkpoint, whatever its head and classes; how many tensors they are."""
-    state = _weights(checkpoint.load(path))
-    backbone = {name: tensor for name, tensor in state.items() if name.startswith("backbone.")}
-    mine = {name: t for name, t in detector.state_dict().items() if name.startswith("backbone.")}
-    wrong = sorted(name for name in mine if name not in backbone or backbone[name].shape != mine[name].shape)
-    if wrong:
-        raise UserError(f"{path}: its backbone does not fit the configured one, e.g. {wrong[0]} ({len(wrong)} in all)")
-    detector.load_state_dict(backbone, strict=False)
-    return len(backbone)

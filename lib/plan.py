@@ -34,8 +34,11 @@ def describe_priors(detector: ElasticSSD, config: Config) -> list[str]:
     return lines
 
 
-def describe_training(name: str, config: TrainConfig, images: int, steps_per_epoch: int) -> str:
+def describe_training(name: str, config: TrainConfig, images: int, batches_per_epoch: int) -> str:
+    batches = f"batches of {config.batch_size}"
+    if config.accumulate > 1:
+        batches = f"{config.accumulate} {batches}"
     return (
-        f"{name}: {config.epochs} epochs of {steps_per_epoch} steps, batches of {config.batch_size}, {images} images, "
-        f"{config.optimizer}, learning rate {config.learning_rate:g} ({config.lr_schedule.type})"
+        f"{name}: {config.epochs} epochs of {-(-batches_per_epoch // config.accumulate)} steps, {batches}, "
+        f"{images} images, {config.optimizer}, learning rate {config.learning_rate:g} ({config.lr_schedule.type})"
     )

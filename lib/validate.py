@@ -124,6 +124,8 @@ def _check_training(name: str, config: TrainConfig) -> None:
     _at_least(f"{name}.epochs", config.epochs, 1)
     _at_least(f"{name}.eval_every", config.eval_every, 1)
     _at_least(f"{name}.batch_size", config.batch_size, 2)
+    _at_least(f"{name}.accumulate", config.accumulate, 1)
+    _at_least(f"{name}.backbone_learning_rate", config.backbone_learning_rate, 0)
     if not config.learning_rate > 0:
         _fail(f"{name}.learning_rate", "a positive number", config.learning_rate)
     if not 0 <= config.ema_decay < 1:

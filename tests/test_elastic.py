@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn import functional as F
 from torchvision.models._utils import _make_divisible
 
 from lib.elastic import (
@@ -119,6 +120,35 @@ def test_depthwise_extract(channels, size, stride):
     assert plain.kernel_size == (size, size)
     assert torch.equal(plain(x), conv(x, size))
     assert plain(x).shape[-1] == (9 + stride - 1) // stride
+
+
+@pytest.mark.parametrize("side", [8, 9])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_same_padding_equals_tensorflows_rule(side, kernel):
+    """Output i begins at 2 i - floor(total / 2); at stride 1, and on odd sides, that is the centred padding."""
+    conv = randomise(ElasticDepthwiseConv(2, KERNELS, 2, same_padding=True))
+    x = torch.randn(1, 2, side, side)
+    out = -(-side // 2)
+    before = max((out - 1) * 2 + kernel - side, 0) // 2
+    roomy = F.pad(x, (before, 8, before, 8))
+    weight = conv.kernel(2, kernel)
+    slow = torch.stack(
+        [
+            torch.stack(
+                [
+                    (roomy[0, :, 2 * i : 2 * i + kernel, 2 * j : 2 * j + kernel] * weight[:, 0]).sum((1, 2))
+                    for j in range(out)
+                ],
+                -1,
+            )
+            for i in range(out)
+        ],
+        1,
+    )
+    torch.testing.assert_close(conv(x, kernel)[0], slow)
+    torch.testing.assert_close(conv.extract(2, kernel)(x)[0], slow)
+    centred = randomise(ElasticDepthwiseConv(2, KERNELS, 2))
+    assert torch.allclose(conv(x, kernel), centred(x, kernel)) == (side == 9) and conv(x, kernel).shape[-1] == out
 
 
 def slow_kernel(conv: ElasticDepthwiseConv, size: int) -> torch.Tensor:

@@ -23,7 +23,7 @@ def network(seed=0):
 
 
 def trainer(model, **options):
-    return Trainer(model, TrainConfig(**{"epochs": 3, "learning_rate": 0.1, **options}), CPU, steps_per_epoch=4)
+    return Trainer(model, TrainConfig(**{"epochs": 3, "learning_rate": 0.1, **options}), CPU, batches_per_epoch=4)
 
 
 def inputs(seed=0, count=4):
@@ -80,6 +80,28 @@ def test_each_loss_is_back_propagated_before_the_next_is_computed():
     assert seen == [False, True, True]
 
 
+@pytest.mark.parametrize("options", [{}, {"optimizer": "adamw", "clip_grad_norm": 1.0}])
+def test_accumulated_batches_are_one_step_on_their_mean(options):
+    """Four batches an epoch in threes: one step on three batches, one on the last, again in the next epoch."""
+    model, other = network(), network()
+    for net in (model, other):
+        net[1].eval()
+    gathering, plain = trainer(model, accumulate=3, **options), trainer(other, **options)
+    plain.scheduler = gathering.scheduler = torch.optim.lr_scheduler.LambdaLR(plain.optimizer, lambda step: 1.0)
+    for epoch in range(2):
+        for group in ([0, 1, 2], [3]):
+            for seed in group:
+                before = [p.clone() for p in model.parameters()]
+                gathering.update(losses_of(model, 10 * epoch + seed))
+                moved = not all(map(torch.equal, before, model.parameters()))
+                assert moved == (seed == group[-1])
+            whole = [item for seed in group for item in losses_of(other, 10 * epoch + seed)]
+            plain.batch = 0
+            plain.update(iter([{"sum": sum(sum(item.values()) for item in whole) / len(group)}]))
+            torch.testing.assert_close(list(model.parameters()), list(other.parameters()))
+    assert (gathering.step, gathering.epoch, gathering.batch) == (4, 3, 0)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_is_named_and_changes_no_weight(value):
     model = network()
@@ -134,7 +156,7 @@ def test_a_restored_trainer_goes_on_bit_by_bit(options):
     for t, m in ((whole, model), (resumed, other)):
         for seed in (3, 4):
             t.update(losses_of(m, seed))
-    assert (resumed.epoch, resumed.batch, resumed.step) == (1, 0, 5)
+    assert (resumed.epoch, resumed.batch, resumed.step) == (2, 1, 5)
     a, b = whole.state_dict(), resumed.state_dict()
     del a["random"], b["random"]  # making `other` drew numbers
     assert states_equal(a, b)
@@ -169,6 +191,13 @@ def test_a_stop_ends_the_epoch_after_its_step(stop_after, position):
 
     train_epoch(t, Loader(), forward, stop)
     assert (t.epoch, t.batch) == position
+
+
+def test_a_stop_waits_for_the_batches_that_share_a_step():
+    model = network()
+    t, stop = trainer(model, accumulate=2), SimpleNamespace(requested=True)
+    train_epoch(t, Loader(), lambda batch: losses_of(model, 0), stop)
+    assert (t.epoch, t.batch, t.step) == (1, 2, 1)
 
 
 # -------------------------------------------------------------------------------------------------------- recalibrate

@@ -10,8 +10,8 @@ from lib.config import to_dict
 from lib.engine import Trainer
 from lib.errors import UserError
 from lib.genotype import Genotype
-from lib.genotype_file import is_genotype_string, parse_genotype_string, read_genotype_file
-from lib.models import load_backbone, load_detector, load_supernet, load_weights
+from lib.genotype_file import is_genotype_string, parse_genotype_string, read_genotype_file, read_genotype_files
+from lib.models import load_detector, load_supernet, load_weights
 
 CPU = torch.device("cpu")
 CLASSES = ["cat", "dog", "eel"]
@@ -127,6 +127,7 @@ def test_a_genotype_file_and_a_member_of_a_front(genotype, tmp_path):
     front.write_text(json.dumps({"format": "pareto/1", "front": members}))
     assert Genotype.from_dict(read_genotype_file(one)) == genotype
     assert read_genotype_file(front, 1) == members[1]
+    assert read_genotype_files(front) == members and read_genotype_files(one) == [read_genotype_file(one)]
     for index in (None, 2, -1):
         with pytest.raises(UserError, match=r"pareto\.json: a front of 2 genotypes; pick one with --index 0 to 1"):
             read_genotype_file(front, index)
@@ -151,20 +152,3 @@ def test_the_aw_nas_spelling(tiny_detector, genotype):
     assert parse_genotype_string(short, space).image_size == 64
     without_head = str(genotype).partition(", head_0")[0]
     assert parse_genotype_string(without_head, space).head == space.largest().head
-
-
-def test_a_backbone_is_taken_whatever_the_head_and_the_classes(tiny_detector, tmp_path):
-    source = tiny_detector(num_classes=3)
-    path = tmp_path / "last.pt"
-    checkpoint.save(path, {"model": source.state_dict(), "ema": None})
-    target = tiny_detector(num_classes=5, head__predictor="plain")
-    before = target.predictors.classes[0][-1].weight.clone()
-    for parameter in target.backbone.parameters():
-        torch.nn.init.zeros_(parameter)
-    assert load_backbone(target, path) == len(source.backbone.state_dict())
-    for name, tensor in target.backbone.state_dict().items():
-        assert torch.equal(tensor, source.backbone.state_dict()[name])
-    assert torch.equal(target.predictors.classes[0][-1].weight, before)
-    wider = tiny_detector(backbone__mult_ratio=0.5)
-    with pytest.raises(UserError, match="does not fit"):
-        load_backbone(wider, path)

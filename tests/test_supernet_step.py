@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import supernet_train
-from lib.config import DistillConfig, SupernetConfig
+from lib import checkpoint
+from lib.config import DistillConfig, SupernetConfig, to_dict
 from lib.datasets import Batch
+from lib.errors import UserError
 from lib.losses import DetectionLoss
 
 
@@ -31,7 +33,14 @@ def test_the_sandwich_has_the_largest_first_and_the_smallest(tiny_detector):
     assert (largest, smallest) == (space.largest(), space.smallest()) and len(others) == 1
 
 
-def step_losses(detector, weight, genotypes, objects=1, loss_type="focal"):
+def test_a_sub_network_that_is_drawn_twice_is_trained_once(tiny_detector):
+    """Before any choice opens, the three of a sandwich are the same."""
+    space = tiny_detector(search_space__schedule_cfg__depth_choice="{boundary: [1], value: [[2]]}").space
+    closed = type(space)(space.backbone_type, space.image_size, (), space.head)
+    assert len(supernet_train.step_genotypes(closed, SupernetConfig(sampling="sandwich", samples=3), 0, 1)) == 1
+
+
+def step_losses(detector, weight, genotypes, objects=1, loss_type="focal", teacher=None):
     """The losses of one step, and which sub-networks ran for them."""
     ran = []
     hook = detector.register_forward_pre_hook(lambda _module, inputs: ran.append((inputs[1], torch.is_grad_enabled())))
@@ -40,7 +49,8 @@ def step_losses(detector, weight, genotypes, objects=1, loss_type="focal"):
     boxes = torch.tensor([0.2, 0.2, 0.7, 0.8]).expand(4, objects, 4)
     batch = Batch(images, boxes, torch.ones(4, objects, dtype=torch.int64), torch.arange(4))
     loss = DetectionLoss(type=loss_type)
-    losses = list(supernet_train.supernet_losses(detector, loss, batch, genotypes, DistillConfig(), weight))
+    settings = DistillConfig()
+    losses = list(supernet_train.supernet_losses(detector, loss, batch, genotypes, settings, weight, teacher))
     hook.remove()
     return losses, ran
 
@@ -56,6 +66,37 @@ def test_a_teacher_without_weight_is_never_run(tiny_detector):
     losses, ran = step_losses(detector, 0.5, [large, small])  # the sandwich: the largest runs once, and is not taught
     assert ran == [(large, True), (small, True)]
     assert [set(item) for item in losses] == [{"cls", "loc"}, {"cls", "loc", "distill"}]
+
+
+def test_a_given_teacher_teaches_the_largest_too_and_runs_once(tiny_detector):
+    detector = tiny_detector().train()
+    small, large = detector.space.smallest(), detector.space.largest()
+    teacher, calls = tiny_detector().extract(large).eval(), []
+    teacher.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    losses, ran = step_losses(detector, 0.5, [large, small], teacher=teacher)
+    assert ran == [(large, True), (small, True)] and calls == [False]
+    assert all(item.keys() == {"cls", "loc", "distill"} for item in losses)
+    step_losses(detector, 0.0, [large, small], teacher=teacher)
+    assert calls == [False]
+
+
+def test_a_teacher_with_other_classes_or_priors_is_refused(tiny_detector, tiny_config, tmp_path):
+    detector = tiny_detector()
+    genotype, path = detector.space.smallest(), tmp_path / "best.pt"
+    content = {"model": detector.extract(genotype).state_dict(), "genotype": genotype.to_dict(), "epoch": 1}
+    shared = {"config": to_dict(tiny_config()), "classes": ["a", "b", "c"], "category_ids": [1, 2, 3]}
+    checkpoint.save(path, {**content, **shared})
+    config = tiny_config(supernet__distill__teacher=str(path))
+    cpu = torch.device("cpu")
+    images = torch.zeros(1, 3, 64, 64)
+    teacher = supernet_train.load_teacher(config, detector, ["a", "b", "c"], cpu)
+    assert torch.equal(teacher(images)[0], detector(images, genotype)[0])
+    with pytest.raises(UserError, match=r"best\.pt knows a, b, c, not a, b, d"):
+        supernet_train.load_teacher(config, detector, ["a", "b", "d"], cpu)
+    other = tiny_detector(head__scales="[0.1, 0.4, 0.6, 0.9]")
+    with pytest.raises(UserError, match=r"best\.pt has other prior boxes than the supernet at 64 px"):
+        supernet_train.load_teacher(config, other, ["a", "b", "c"], cpu)
+    assert supernet_train.load_teacher(tiny_config(), detector, [], cpu) is None
 
 
 def test_the_weight_scales_the_distillation_and_nothing_else(tiny_detector):
@@ -83,10 +124,3 @@ def test_a_batch_without_objects_has_finite_losses_and_a_gradient(tiny_detector,
     total.backward()
     gradient = detector.predictors.classes[0][-1].weight.grad
     assert total.isfinite() and gradient.isfinite().all() and gradient.abs().sum() > 0
-
-
-def test_the_panel_is_always_the_same(tiny_detector):
-    space = tiny_detector().space
-    panel = supernet_train.panel(space, 2, 0)
-    assert list(panel) == ["smallest", "random 1", "random 2", "largest"] and panel == supernet_train.panel(space, 2, 0)
-    assert (panel["smallest"], panel["largest"]) == (space.smallest(), space.largest())

@@ -1,0 +1,82 @@
+"""The sub-networks whose AP is followed in stage 1, and a warning where opening a phase hurts the largest."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+
+from lib.config import ScheduleConfig
+from lib.genotype import Genotype, SearchSpace
+from lib.runlog import RunLog, read_log, say
+
+LARGEST = "largest"
+
+
+def make_panel(space: SearchSpace, size: int, seed: int, pretrained: Genotype | None = None) -> dict[str, Genotype]:
+    """Always the same ones, whether open yet or not: the ends, `size` random ones, the one that was pretrained."""
+    rng = random.Random(seed)
+    middle = {f"random {i + 1}": space.sample(rng) for i in range(size)}
+    start = {"pretrained": pretrained} if pretrained else {}
+    return {"smallest": space.smallest(), **middle, **start, LARGEST: space.largest()}
+
+
+class PanelLog:
+    """Scores the panel when it is due: every `every` epochs, at the last, and on both sides of each phase's opening."""
+
+    def __init__(
+        self,
+        panel: Mapping[str, Genotype],
+        score: Callable[[Genotype], dict],
+        log: RunLog,
+        metric: str,
+        phases: Sequence[int],
+        epochs: int,
+        every: int,
+        tolerance: float,
+        openings: Callable[[int], str],
+    ):
+        self.panel, self._score, self._log, self._metric = panel, score, log, metric
+        self._phases = [epoch for epoch in phases if epoch > 1]
+        self._tolerance, self._openings = tolerance, openings
+        around = {epoch + side for epoch in self._phases for side in (-1, 0)}
+        self._due = {epoch for epoch in range(1, epochs + 1) if epoch % every == 0} | around | {epochs}
+
+    def due(self, epoch: int) -> bool:
+        """Whether `epoch`, which has ended, is one to score and has not been scored."""
+        return epoch in self._due and epoch not in self._scores()
+
+    def score(self, epoch: int) -> None:
+        """Score every network of the panel, log it, print one line, and a warning if there is cause for one."""
+        networks = {name: self._score(genotype) for name, genotype in self.panel.items()}
+        self._log.write("eval", epoch, networks=networks)
+        scores = ", ".join(f"{name} {metrics[self._metric]:.3f}" for name, metrics in networks.items())
+        say(f"epoch {epoch}: {self._metric} on the search split: {scores}")
+        self._warn(epoch)
+
+    def _scores(self) -> dict[int, dict]:
+        return {r["step"]: r["networks"] for r in read_log(self._log.path) if r["kind"] == "eval"}
+
+    def _warn(self, epoch: int) -> None:
+        """Once a phase: the largest sub-network lost more than the tolerance since that phase opened."""
+        opened = max((phase for phase in self._phases if phase <= epoch), default=None)
+        warned = {r["phase"] for r in read_log(self._log.path) if r["kind"] == "interference"}
+        scores = self._scores()
+        if opened is None or opened in warned or opened - 1 not in scores:
+            return
+        before, now = (scores[e][LARGEST][self._metric] for e in (opened - 1, epoch))
+        if before - now > self._tolerance:
+            self._log.write("interference", epoch, phase=opened, before=before, now=now)
+            say(
+                f"warning: the largest sub-network fell from {self._metric} {before:.3f} to {now:.3f} since the phase "
+                f"of epoch {opened} opened ({self._openings(opened)}); a longer phase before it, distillation "
+                "(supernet.distill.weight) or supernet.sampling=sandwich may help"
+            )
+
+
+def describe_opening(schedule: ScheduleConfig, epoch: int) -> str:
+    """What opens at an epoch, in the configuration's words: `width_choice [6, 4]`."""
+    parts = []
+    for name, choice in vars(schedule).items():
+        if epoch in choice.boundary:
+            parts.append(f"{name} {choice.value[choice.boundary.index(epoch)]}")
+    return ", ".join(parts)

