@@ -133,6 +133,30 @@ def test_bf16_computes_in_bf16_and_keeps_the_weights_in_fp32():
     assert not torch.equal(before, model[0].weight) and not t.scaler.is_enabled()
 
 
+def test_fp16_scales_the_loss_and_clips_the_true_gradient():
+    """The scaled gradient is 256 times larger: clipped before it is unscaled, the step would be nothing."""
+    half, single = network(), network()
+    for model, precision in ((half, "fp16"), (single, "fp32")):
+        t = trainer(model, precision=precision, clip_grad_norm=0.1)
+        t.scaler = torch.amp.GradScaler("cpu", init_scale=256.0, enabled=precision == "fp16")
+        for seed in range(3):
+            t.update(losses_of(model, seed))
+    start = network()
+    for a, b, before in zip(half.parameters(), single.parameters(), start.parameters(), strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a - before, b - before, rtol=0.05, atol=2e-4)
+    assert (single[4].weight - start[4].weight).abs().max() > 2e-3
+
+
+def test_an_overflow_in_fp16_skips_the_step_and_halves_the_scale():
+    model = network()
+    t, before = trainer(model, precision="fp16"), copy.deepcopy(model.state_dict())
+    t.update(iter([{"a": model[4].weight.sum() * 1e37}]))
+    assert torch.equal(model[4].weight, before["4.weight"]) and t.scaler.get_scale() == 32768 and t.step == 1
+    t.update(losses_of(model, 0))
+    assert not torch.equal(model[4].weight, before["4.weight"])
+
+
 def test_the_moving_average_follows_the_weights():
     model = network()
     t = trainer(model, ema_decay=0.5)
