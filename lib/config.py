@@ -313,7 +313,7 @@ def _apply_override(data: dict, override: str) -> None:
     if not equals or not key.strip():
         raise UserError(f"--set {override}: expected key.path=value, e.g. supernet.epochs=10")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.safe_load(text) if text.strip() else ""
     except yaml.YAMLError:
         raise UserError(f"--set {override}: the value is not valid YAML") from None
     *path, leaf = key.strip().split(".")

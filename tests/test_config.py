@@ -131,6 +131,11 @@ def test_a_broken_override_is_shown(override, expected):
     assert expected in text
 
 
+def test_an_override_without_a_value_is_the_empty_string():
+    """As one would take a path out of a configuration."""
+    assert config.load(None, ["backbone.pretrained_path="]).backbone.pretrained_path == ""
+
+
 def test_numbers_that_yaml_reads_as_strings():
     assert config.load(None, ["supernet.weight_decay=1e-4"]).supernet.weight_decay == 1e-4
     assert yaml.safe_load("1e-4") == "1e-4"
