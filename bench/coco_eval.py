@@ -1,9 +1,10 @@
-"""How long COCO's evaluation takes: lib/coco_eval.py against pycocotools, on the same detections, with one thread.
+"""How long COCO's evaluation takes: lib/coco_eval.py against pycocotools, on the same detections.
 
     OMP_NUM_THREADS=1 python bench/coco_eval.py --out coco_eval.json
 
 Both run in turns, and all of their numbers must agree to 1e-9. "small" is what a search does for every candidate,
-"large" has the size of COCO's val2017. Prints a table and writes JSON.
+"large" has the size of COCO's val2017. Times are CPU times, which other programs on the machine disturb least.
+Prints a table and writes JSON.
 """
 
 from __future__ import annotations
@@ -59,9 +60,9 @@ def record(boxes: np.ndarray, labels: np.ndarray, **columns: torch.Tensor) -> di
 
 
 def seconds(function, *arguments, **options) -> tuple[float, dict]:
-    start = time.perf_counter()
+    start = time.process_time()
     result = function(*arguments, **options)
-    return time.perf_counter() - start, result
+    return time.process_time() - start, result
 
 
 def compare(name: str, runs: int) -> dict:
