@@ -4,6 +4,7 @@
     python final_train.py --genotype runs/bccd/search/best.json
     python final_train.py --genotype pareto.json --index 2 --set final.epochs=50
     python final_train.py --eval-only                         # the last detector on the test set again
+    python final_train.py --eval-only --pycocotools           # with pycocotools' own numbers
     python final_train.py --predict 'photos/*.jpg' --out drawn
 
 Writes best.pt (the detector), last.pt, metrics.json, log.jsonl and curves.png to runs/NAME/final.
@@ -47,14 +48,15 @@ def detection_losses(model: SSD, loss: DetectionLoss, batch: Batch) -> Iterator[
     yield loss(logits, offsets, loss.match(batch.boxes, batch.labels, model.priors))
 
 
-def evaluate(model: SSD, records: Records, config: Config, device: torch.device) -> dict:
+def evaluate(model: SSD, records: Records, config: Config, device: torch.device, by_pycocotools: bool = False) -> dict:
     """Metrics of a detector on every image of `records`."""
     everything = range(len(records))
     options = {"workers": config.data.workers, "on_error": config.data.on_error, "device": device}
     loader = eval_loader(records, everything, model.image_size, config.final.batch_size, **options)
     images = (batch.images for batch in progress(loader, "evaluate"))
     found = detect(model, images, config, device)
-    return measure(found, records.ground_truth(everything), records.sizes.tolist(), records.classes)
+    truth, sizes = records.ground_truth(everything), records.sizes.tolist()
+    return measure(found, truth, sizes, records.classes, reference=by_pycocotools)
 
 
 def initial_model(args: argparse.Namespace, config: Config, source: dict, classes: Sequence[str]) -> ElasticSSD:
@@ -237,7 +239,8 @@ def evaluate_again(args: argparse.Namespace) -> None:
     config = cli.read_config(args, "final", to_dict(detector.config))
     device = pick_device(args.device)
     test = load_records(config.data, "test", config.seed)
-    metrics = evaluate(detector.model.to(device, memory_format=torch.channels_last), test, config, device)
+    model = detector.model.to(device, memory_format=torch.channels_last)
+    metrics = evaluate(model, test, config, device, args.pycocotools)
     for name, value in metrics.items():
         if name != "per_class":
             print(f"{name:11} {value:.6f}")
@@ -283,6 +286,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--from-scratch", action="store_true", help="start from random weights instead of the supernet's")
     add("--from-pretrained", action="store_true", help="start from backbone.pretrained_path, not from the supernet")
     add("--eval-only", action="store_true", help="evaluate a trained detector on the test set and stop")
+    add(
+        "--pycocotools",
+        action="store_true",
+        help="with --eval-only: have pycocotools find COCO's numbers",
+    )
     add("--predict", metavar="PATH", nargs="+", help="detect on these pictures, folders or globs and stop")
     add("--out", metavar="DIR", type=Path, default=Path("drawn"), help="where --predict writes (default: drawn)")
     add("--threshold", type=float, default=0.4, help="lowest score that --predict draws (default: 0.4)")
@@ -291,6 +299,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
+    if args.pycocotools and not args.eval_only:
+        raise UserError("--pycocotools: goes with --eval-only")
     if args.predict:
         predict(args)
     elif args.eval_only:

@@ -183,16 +183,19 @@ def to_pixels(detections: Detections, width: int, height: int) -> dict[str, Tens
 
 
 def measure(
-    detections: Sequence[Detections], truth: Sequence[dict], sizes: Sequence[tuple[int, int]], classes: Sequence[str]
+    detections: Sequence[Detections],
+    truth: Sequence[dict],
+    sizes: Sequence[tuple[int, int]],
+    classes: Sequence[str],
+    reference: bool = False,
 ) -> dict:
     """COCO's twelve numbers, VOC's mAP over all points and over VOC 2007's 11, both APs per class.
 
-    `truth` and `sizes` (width, height) are per picture.
+    `truth` and `sizes` (width, height) are per picture. With `reference` COCO's numbers are found by pycocotools.
     """
     found = [to_pixels(d, *size) for d, size in zip(detections, sizes, strict=True)]
-    coco = coco_metrics(truth, found, len(classes))
+    coco = coco_metrics(truth, found, len(classes), reference)
     voc = voc_metrics(truth, found, len(classes))
-    eleven = voc_metrics(truth, found, len(classes), method="11point")["mAP"]
-    pairs = zip(classes, coco.pop("per_class"), voc.pop("per_class"), strict=True)
+    pairs = zip(classes, coco.pop("per_class"), voc["per_class"], strict=True)
     per_class = {name: {"AP": coco_ap, "mAP": voc_ap} for name, coco_ap, voc_ap in pairs}
-    return {**coco, "mAP": voc["mAP"], "mAP_11point": eleven, "per_class": per_class}
+    return {**coco, "mAP": voc["mAP"], "mAP_11point": voc["mAP_11point"], "per_class": per_class}

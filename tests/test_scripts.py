@@ -127,10 +127,11 @@ def test_the_logs_follow_the_schedules(flow):
     assert [r["step"] for r in read_lines(folder / "runs/tiny/final/log.jsonl") if r["kind"] == "eval"] == [1, 2]
 
 
-def test_eval_only_reproduces_the_metrics_to_the_digit(flow):
+@pytest.mark.parametrize("flags", [[], ["--pycocotools"]])
+def test_eval_only_reproduces_the_metrics_to_the_digit(flow, flags):
     folder, _ = flow
     metrics = json.loads((folder / "runs/tiny/final/metrics.json").read_text())
-    printed = run(folder, FINAL, "--eval-only")
+    printed = run(folder, FINAL, "--eval-only", *flags)
     found = dict(re.findall(r"^(\w+) +(\S+)$", printed, re.MULTILINE))
     for name, text in found.items():
         assert text == ("nan" if metrics[name] is None else f"{metrics[name]:.6f}")
@@ -208,6 +209,7 @@ MISTAKES = {
     "a run that is there already": ([SUPERNET], r"last\.pt exists: --resume"),
     "no epoch of search": ([SEARCH, "--set", "search.num_epochs=0"], "search.num_epochs"),
     "a budget out of reach": ([SEARCH, "--max-flops", "1000"], r"search\.max_flops: 1000.*sub-networks have .* to "),
+    "pycocotools without an evaluation": ([FINAL, "--pycocotools"], "--pycocotools: goes with --eval-only"),
     "a device that is not there": ([SEARCH, "--gpus", "7"], "--gpus 7.*0 CUDA devices"),
     "another network": ([SEARCH, "--set", "backbone.mult_ratio=0.25"], "backbone: differs from that of the supernet"),
     "no such genotype": ([FINAL, "--genotype", "bets.json"], r"bets\.json: no such genotype file here nor in runs"),
