@@ -4,6 +4,7 @@
     python supernet_train.py --cfg configs/bccd.yaml --data /path/to/bccd
     python supernet_train.py --cfg configs/voc_mbv3.yaml --dry-run
     python supernet_train.py --cfg configs/bccd.yaml --resume # go on after any interruption
+    torchrun --nproc_per_node=4 supernet_train.py             # the same training on four GPUs
 
 Writes last.pt (the supernet), split.json (which images train, which score candidates), log.jsonl and curves.png to
 runs/NAME/supernet. The next command is async_search.py.
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from lib import checkpoint, cli, plan
+from lib import checkpoint, cli, distributed, plan
 from lib.config import Config, DistillConfig, SupernetConfig, to_dict
 from lib.datasets import Batch, configured_train_loader, load_records, save_split, split_indices
 from lib.detector import ElasticSSD
@@ -80,10 +81,11 @@ def supernet_losses(
         if genotype == largest:
             teacher_logits = logits.detach()
         elif weight:
-            mask = targets.positive if distill.priors == "positive" else targets.prior_labels >= 0
-            losses["distill"] = weight * adaptive_distillation(
-                logits, teacher_logits, mask, loss.type, distill.beta, distill.gamma, distill.temperature
-            )
+            mask, normalizer = targets.positive, targets.positive_normalizer
+            if distill.priors == "all":
+                mask, normalizer = targets.prior_labels >= 0, targets.counted_normalizer
+            options = distill.beta, distill.gamma, distill.temperature, normalizer
+            losses["distill"] = weight * adaptive_distillation(logits, teacher_logits, mask, loss.type, *options)
         yield {name: value / len(genotypes) for name, value in losses.items()}
 
 
@@ -95,10 +97,10 @@ def panel(space: SearchSpace, size: int, seed: int) -> dict[str, Genotype]:
 
 
 def score_panel(detector: ElasticSSD, scorer: Scorer, config: Config, epoch: int, log: RunLog) -> None:
-    """Score the panel on the search split, log it and print one line."""
-    networks = {}
-    for name, genotype in panel(detector.space, config.supernet.panel, config.seed).items():
-        networks[name] = scorer(detector, genotype)
+    """Score the panel on the search split, dealt out to the processes, log it and print one line."""
+    followed = panel(detector.space, config.supernet.panel, config.seed)
+    scored = distributed.collect([scorer(detector, g) for g in distributed.deal(list(followed.values()))])
+    networks = dict(zip(followed, scored, strict=False))  # only the main process has the scores
     log.write("eval", epoch, networks=networks)
     metric = config.search.objective
     scores = ", ".join(f"{name} {m[metric]:.3f}" for name, m in networks.items())
@@ -113,9 +115,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.make_parser(__doc__, "start from the supernet of an earlier run (its folder)")
     cli.add_tensorboard(parser)
     args = parser.parse_args(argv)
+    device = pick_device(args.device)
+    distributed.join(device)
     config = cli.read_config(args, "supernet")
     folder = cli.run_folder(args, config, "supernet")
-    device = pick_device(args.device)
     seed_everything(config.seed)
     records = load_records(config.data, "train", config.seed)
     train, search = split_indices(records, config.data.data_portion, config.seed)
@@ -166,10 +169,11 @@ def train_supernet(
     sort_epoch = first_narrower_epoch(config.search_space.schedule_cfg) if settings.sort_channels else None
     trainer = Trainer(detector, settings, device, sampler.batches_per_epoch, phases)
     last = folder / "last.pt"
-    if args.resume and last.exists():
-        trainer.load_state_dict(checkpoint.load(last))
+    if args.resume and (payload := checkpoint.load_if_any(last)):
+        trainer.load_state_dict(payload)
         print(f"resumed {last} at epoch {trainer.epoch}, step {trainer.step}")
-    loss = DetectionLoss(**vars(config.loss), variances=tuple(config.head.variances))
+    variances = tuple(config.head.variances)
+    loss = DetectionLoss(**vars(config.loss), variances=variances, normalizers=distributed.normalizers)
     log = RunLog(folder / "log.jsonl", args.tensorboard)
     remember("supernet", folder)
 
@@ -179,10 +183,11 @@ def train_supernet(
     def score_if_due(epoch: int) -> None:
         if epoch and (epoch % settings.eval_every == 0 or epoch == settings.epochs):
             score_panel(trainer.averaged, scorer, config, epoch, log)
-            plot_training(log.path, folder / "curves.png", config.search.objective, phases)
+            if distributed.world().main:
+                plot_training(log.path, folder / "curves.png", config.search.objective, phases)
 
     with StopRequest() as stop:
-        if trainer.batch == 0 and trainer.epoch - 1 not in scored_epochs(log.path):
+        if trainer.batch == 0 and trainer.epoch - 1 not in distributed.from_main(scored_epochs(log.path)):
             score_if_due(trainer.epoch - 1)  # a run that was killed while it scored
         while trainer.epoch <= settings.epochs and not stop.requested:
             epoch = trainer.epoch

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader
 
-from lib import checkpoint
+from lib import checkpoint, distributed
 from lib.config import Config, TrainConfig
 from lib.datasets import Batch
 from lib.detector import SSD
@@ -21,6 +21,7 @@ from lib.optim import build_ema, build_optimizer, build_scheduler
 from lib.postprocess import Detections, postprocess
 from lib.runlog import progress
 from lib.runtime import StopRequest
+from lib.sync_norm import local_norms, synchronise_norms
 
 Losses = dict[str, Tensor]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -30,6 +31,8 @@ class Trainer:
     """Optimisation of one model: optimizer, schedule, precision, clipping, moving average, and where it stands.
 
     `epoch` and `batch` are the next ones to do (epochs from 1, batches from 0), `step` counts optimizer steps.
+    In a job of several processes the weights and all that belongs to them stay the same in each; running statistics
+    differ, unless BatchNorm is synchronised, and the main process's are saved.
     """
 
     def __init__(
@@ -42,6 +45,9 @@ class Trainer:
         backbone_lr: float | None = None,
     ):
         self.model = model.to(device, memory_format=torch.channels_last)
+        distributed.copy_from_main(model)
+        if config.sync_batch_norm and distributed.world().size > 1:
+            synchronise_norms(model)
         self.config, self.device = config, device
         self.optimizer = build_optimizer(model, config, backbone_lr)
         self.scheduler = build_scheduler(self.optimizer, config, steps_per_epoch, restarts)
@@ -68,7 +74,9 @@ class Trainer:
             self.scaler.scale(total).backward()
             for name, value in item.items():
                 sums[name] += value.item()
+        sums = distributed.mean_of(sums)
         self._check_finite(sums)
+        distributed.average_gradients(self.model.parameters())
         if self.config.clip_grad_norm:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad_norm)
@@ -78,7 +86,7 @@ class Trainer:
         if self.ema is not None:
             self.ema.update_parameters(self.model)
         self.step += 1
-        return dict(sums)
+        return sums
 
     def _check_finite(self, sums: dict[str, float]) -> None:
         bad = [name for name, value in sums.items() if not math.isfinite(value)]
@@ -123,6 +131,7 @@ def train_epoch(
     bar = progress(loader, f"epoch {trainer.epoch}/{trainer.config.epochs}")
     for batch in bar:
         losses = trainer.update(forward(batch.to(trainer.device)))
+        stop.agree()
         trainer.batch += 1
         done += 1
         for name, value in losses.items():
@@ -138,17 +147,19 @@ def train_epoch(
 
 def recalibrate(model: nn.Module, images: Iterable[Tensor], device: torch.device) -> None:
     """Reset the BatchNorm statistics and re-estimate them as the cumulative average over batches of images."""
-    update_bn(images, model, device)
+    with local_norms(model):
+        update_bn(images, model, device)
 
 
 @torch.inference_mode()
 def detect(model: SSD, images: Iterable[Tensor], config: Config, device: torch.device) -> list[Detections]:
-    """Detections of every image of the batches (B, 3, H, W), in order."""
+    """Detections of every image of the batches (B, 3, H, W), in order, on the CPU."""
     model.eval()
     found: list[Detections] = []
     for batch in images:
         logits, offsets = model(batch.to(device, non_blocking=True))
-        found += postprocess(logits, offsets, model.priors, config.postprocess, config.loss.type, config.head.variances)
+        options = config.postprocess, config.loss.type, config.head.variances
+        found += (Detections(*(t.cpu() for t in d)) for d in postprocess(logits, offsets, model.priors, *options))
     return found
 
 
@@ -156,9 +167,9 @@ def to_pixels(detections: Detections, width: int, height: int) -> dict[str, Tens
     """Detections of one picture with boxes in its pixels, as the metrics take them."""
     scale = torch.tensor([width, height, width, height], dtype=torch.float32)
     return {
-        "boxes": detections.boxes.cpu() * scale,
-        "scores": detections.scores.cpu(),
-        "labels": detections.labels.cpu(),
+        "boxes": detections.boxes * scale,
+        "scores": detections.scores,
+        "labels": detections.labels,
     }
 
 

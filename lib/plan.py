@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lib import distributed
 from lib.config import Config, TrainConfig
 from lib.detector import ElasticSSD
 from lib.genotype import SearchSpace
@@ -35,7 +36,9 @@ def describe_priors(detector: ElasticSSD, config: Config) -> list[str]:
 
 
 def describe_training(name: str, config: TrainConfig, images: int, steps_per_epoch: int) -> str:
+    processes = distributed.world().size
+    shared = f" over {processes} processes" if processes > 1 else ""
     return (
-        f"{name}: {config.epochs} epochs of {steps_per_epoch} steps, batches of {config.batch_size}, {images} images, "
-        f"{config.optimizer}, learning rate {config.learning_rate:g} ({config.lr_schedule.type})"
+        f"{name}: {config.epochs} epochs of {steps_per_epoch} steps, batches of {config.batch_size}{shared}, "
+        f"{images} images, {config.optimizer}, learning rate {config.learning_rate:g} ({config.lr_schedule.type})"
     )
