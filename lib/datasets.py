@@ -22,6 +22,7 @@ from lib import distributed
 from lib.checkpoint import write_text
 from lib.errors import UserError, did_you_mean
 from lib.records import Records, find_voc_sets, read_coco, read_voc
+from lib.runtime import die_with_parent
 from lib.shapes import CLASSES, write_shapes
 from lib.transforms import Transform, eval_transform, train_transform
 
@@ -383,6 +384,7 @@ def _loader(dataset: DetectionDataset, batches: object, workers: int, device: to
 def _start_worker(worker: int) -> None:
     """One thread, the main process has the others. Signals are for the main process to act on: Ctrl-C, and the SIGTERM
     that torchrun sends to the whole group of processes."""
+    die_with_parent()
     torch.set_num_threads(1)
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -18,10 +18,11 @@ from lib import distributed
 from lib.errors import UserError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+PR_SET_PDEATHSIG = 1  # sys/prctl.h
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:N` as a device that this machine has. Under torchrun each process has its own GPU."""
+    """`auto`, `cpu`, `cuda` or `cuda:N` as a device that this machine has. Several processes have a GPU each."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if distributed.world().size > 1 and name.startswith("cuda"):
@@ -51,6 +52,15 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_THRESHOLD, 2**30)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def die_with_parent() -> None:
+    """Ask Linux to kill this process when the one that forked it ends, however that ends.
+
+    A child has its parent's sockets open: as long as it lives, the parent's peers do not see that the parent is gone.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class StopRequest:
@@ -96,8 +106,9 @@ def run(main: Callable[[], None]) -> None:
         main()
         distributed.leave()
     except (UserError, distributed.PeerLost) as error:
+        lost = isinstance(error, distributed.PeerLost)
         if distributed.first_to_report():
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UserError) else 1)
+            print("\n" * lost + f"error: {error}", file=sys.stderr)  # the lost one may have left a progress bar
+        sys.exit(1 if lost else 2)
     except KeyboardInterrupt:
         sys.exit(130)
