@@ -21,7 +21,7 @@ from lib.optim import build_ema, build_optimizer, build_scheduler
 from lib.postprocess import Detections, postprocess
 from lib.runlog import progress
 from lib.runtime import StopRequest
-from lib.sync_norm import local_norms, synchronise_norms
+from lib.sync_norm import synchronise_norms
 
 Losses = dict[str, Tensor]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -147,8 +147,7 @@ def train_epoch(
 
 def recalibrate(model: nn.Module, images: Iterable[Tensor], device: torch.device) -> None:
     """Reset the BatchNorm statistics and re-estimate them as the cumulative average over batches of images."""
-    with local_norms(model):
-        update_bn(images, model, device)
+    update_bn(images, model, device)
 
 
 @torch.inference_mode()
