@@ -282,6 +282,7 @@ def read_search_config(args: argparse.Namespace, supernet: Supernet) -> Config:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
+    cli.refuse_torchrun("async_search.py")
     source = args.load or last_run("supernet")
     if source is None:
         raise UserError("no supernet run found: train one with supernet_train.py, or name its folder with --load")

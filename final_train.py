@@ -3,6 +3,7 @@
     python final_train.py                                     # the last search's best.json
     python final_train.py --genotype runs/bccd/search/best.json
     python final_train.py --genotype pareto.json --index 2 --set final.epochs=50
+    torchrun --nproc_per_node=4 final_train.py                # the same training on four GPUs
     python final_train.py --eval-only                         # the last detector on the test set again
     python final_train.py --eval-only --pycocotools           # with pycocotools' own numbers
     python final_train.py --predict 'photos/*.jpg' --out drawn
@@ -22,7 +23,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lib import checkpoint, cli, plan
+from lib import checkpoint, cli, distributed, plan
 from lib.config import Config, to_dict
 from lib.datasets import Batch, UnreadableImage, configured_train_loader, eval_loader, load_records, read_picture
 from lib.detector import SSD, ElasticSSD
@@ -49,14 +50,17 @@ def detection_losses(model: SSD, loss: DetectionLoss, batch: Batch) -> Iterator[
 
 
 def evaluate(model: SSD, records: Records, config: Config, device: torch.device, by_pycocotools: bool = False) -> dict:
-    """Metrics of a detector on every image of `records`."""
+    """Metrics of a detector on every image of `records`. The processes share the batches, and all get the metrics."""
     everything = range(len(records))
-    options = {"workers": config.data.workers, "on_error": config.data.on_error, "device": device}
+    options = {"workers": config.data.workers, "on_error": config.data.on_error, "device": device, "shared": True}
     loader = eval_loader(records, everything, model.image_size, config.final.batch_size, **options)
-    images = (batch.images for batch in progress(loader, "evaluate"))
-    found = detect(model, images, config, device)
-    truth, sizes = records.ground_truth(everything), records.sizes.tolist()
-    return measure(found, truth, sizes, records.classes, reference=by_pycocotools)
+    found = [detect(model, [batch.images], config, device) for batch in progress(loader, "evaluate")]
+    found = [image for batch in distributed.collect(found) for image in batch]
+    metrics = {}
+    if distributed.world().main:
+        truth, sizes = records.ground_truth(everything), records.sizes.tolist()
+        metrics = measure(found, truth, sizes, records.classes, reference=by_pycocotools)
+    return distributed.from_main(metrics)
 
 
 def initial_model(args: argparse.Namespace, config: Config, source: dict, classes: Sequence[str]) -> ElasticSSD:
@@ -109,8 +113,7 @@ class FinalTraining:
         self.trainer = Trainer(model, config.final, device, steps, backbone_lr=backbone_lr)
         self.best: dict = {}
         last = folder / "last.pt"
-        if args.resume and last.exists():
-            payload = checkpoint.load(last)
+        if args.resume and (payload := checkpoint.load_if_any(last)):
             if Genotype.from_dict(payload["genotype"]) != genotype:
                 raise UserError(f"{last}: holds another genotype; choose another folder with --train-dir")
             self.trainer.load_state_dict(payload)
@@ -121,7 +124,8 @@ class FinalTraining:
     def run(self) -> bool:
         """Train to the last epoch; whether it was reached."""
         trainer, settings = self.trainer, self.config.final
-        loss = DetectionLoss(**vars(self.config.loss), variances=tuple(self.config.head.variances))
+        variances = tuple(self.config.head.variances)
+        loss = DetectionLoss(**vars(self.config.loss), variances=variances, normalizers=distributed.normalizers)
         with StopRequest() as stop:
             while trainer.epoch <= settings.epochs and not stop.requested:
                 epoch = trainer.epoch
@@ -142,11 +146,13 @@ class FinalTraining:
 
     def score(self, epoch: int) -> None:
         """Evaluate on the test set; a new best is written to best.pt and metrics.json."""
+        distributed.copy_from_main(self.trainer.averaged)  # BatchNorm's statistics, which it saves
         metrics = evaluate(self.trainer.averaged, self.test, self.config, self.device)
         self.log.write("eval", epoch, networks={"detector": metrics})
         scores = ", ".join(f"{name} {metrics[name]:.4f}" for name in ("AP", "AP50", "mAP"))
         say(f"epoch {epoch}: {scores} on the test set")
-        plot_training(self.log.path, self.folder / "curves.png", "AP")
+        if distributed.world().main:
+            plot_training(self.log.path, self.folder / "curves.png", "AP")
         if metrics["AP"] > self.best.get("AP", -1.0):
             self.best = finite({**metrics, **self.cost, "epoch": epoch})
             checkpoint.save(self.folder / "best.pt", {**self.identity(), "model": self.trainer.averaged.state_dict()})
@@ -173,14 +179,13 @@ def write_metrics(folder: Path, metrics: dict, identity: dict, test: Records) ->
     )
 
 
-def train(args: argparse.Namespace) -> None:
+def train(args: argparse.Namespace, device: torch.device) -> None:
     """The whole of stage 3, from a genotype to a detector."""
     configured = cli.read_config(args, "final").final.genotypes if args.cfg else ""
     name = args.genotype or configured or "best.json"
     source = {} if is_genotype_string(name) else read_genotype_file(find_genotype(name), args.index)
     config = cli.read_config(args, "final", source.get("config"))
     folder = cli.run_folder(args, config, "final")
-    device = pick_device(args.device)
     seed_everything(config.seed)
     records = load_records(config.data, "train", config.seed)
     config.data.classes = list(records.classes)
@@ -233,11 +238,10 @@ def trained_detector(args: argparse.Namespace) -> tuple[Detector, Path]:
     return load_detector(path), path.parent
 
 
-def evaluate_again(args: argparse.Namespace) -> None:
+def evaluate_again(args: argparse.Namespace, device: torch.device) -> None:
     """--eval-only: the detector on the test set, as metrics.json has it."""
     detector, folder = trained_detector(args)
     config = cli.read_config(args, "final", to_dict(detector.config))
-    device = pick_device(args.device)
     test = load_records(config.data, "test", config.seed)
     model = detector.model.to(device, memory_format=torch.channels_last)
     metrics = evaluate(model, test, config, device, args.pycocotools)
@@ -249,10 +253,10 @@ def evaluate_again(args: argparse.Namespace) -> None:
     print(f"detector: {folder / 'best.pt'}, epoch {detector.epoch}, {len(test)} test images")
 
 
-def predict(args: argparse.Namespace) -> None:
+def predict(args: argparse.Namespace, device: torch.device) -> None:
     """--predict: draw detections on pictures, and write them all to one JSON in COCO's results format."""
+    cli.refuse_torchrun("--predict")
     detector, _ = trained_detector(args)
-    device = pick_device(args.device)
     model = detector.model.to(device, memory_format=torch.channels_last)
     transform = eval_transform(model.image_size)
     empty = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
@@ -301,12 +305,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     if args.pycocotools and not args.eval_only:
         raise UserError("--pycocotools: goes with --eval-only")
+    device = pick_device(args.device)
+    distributed.join(device)
     if args.predict:
-        predict(args)
+        predict(args, device)
     elif args.eval_only:
-        evaluate_again(args)
+        evaluate_again(args, device)
     else:
-        train(args)
+        train(args, device)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
     python supernet_train.py --cfg configs/bccd.yaml --data /path/to/bccd
     python supernet_train.py --cfg configs/voc_mbv3.yaml --dry-run
     python supernet_train.py --cfg configs/bccd.yaml --resume # go on after any interruption
+    torchrun --nproc_per_node=4 supernet_train.py             # the same training on four GPUs
 
 Writes last.pt (the supernet), split.json (which images train, which score candidates), log.jsonl and curves.png to
 runs/NAME/supernet. The next command is async_search.py.
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from lib import checkpoint, cli, plan
+from lib import checkpoint, cli, distributed, plan
 from lib.config import Config, DistillConfig, SupernetConfig, to_dict
 from lib.datasets import Batch, configured_train_loader, load_records, save_split, split_indices
 from lib.detector import SSD, ElasticSSD
@@ -29,7 +30,7 @@ from lib.engine import Losses, Trainer, train_epoch
 from lib.errors import UserError
 from lib.genotype import Genotype, SearchSpace
 from lib.genotype_file import read_genotype_file
-from lib.losses import DetectionLoss, adaptive_distillation
+from lib.losses import DetectionLoss
 from lib.models import load_detector, load_weights
 from lib.panel import PanelLog, describe_opening, make_panel
 from lib.preflight import preflight
@@ -86,10 +87,8 @@ def supernet_losses(
         logits, offsets = detector(batch.images, genotype)
         losses = loss(logits, offsets, targets)
         if taught:
-            mask = targets.positive if distill.priors == "positive" else targets.prior_labels >= 0
-            losses["distill"] = weight * adaptive_distillation(
-                logits, teacher_logits, mask, loss.type, distill.beta, distill.gamma, distill.temperature
-            )
+            options = distill.priors, distill.beta, distill.gamma, distill.temperature
+            losses["distill"] = weight * loss.distillation(logits, teacher_logits, targets, *options)
         elif weight:
             teacher_logits = logits.detach()
         yield {name: value / len(genotypes) for name, value in losses.items()}
@@ -115,9 +114,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.make_parser(__doc__, "start from the supernet of an earlier run (its folder)")
     cli.add_tensorboard(parser)
     args = parser.parse_args(argv)
+    device = pick_device(args.device)
+    distributed.join(device)
     config = cli.read_config(args, "supernet")
     folder = cli.run_folder(args, config, "supernet")
-    device = pick_device(args.device)
     seed_everything(config.seed)
     records = load_records(config.data, "train", config.seed)
     train, search = split_indices(records, config.data.data_portion, config.seed)
@@ -159,8 +159,10 @@ def start_from_pretrained(detector: ElasticSSD, config: Config, folder: Path, re
     """Put the configured pretrained network into `detector`; the sub-network that holds it. A resumed run has it."""
     if not config.backbone.pretrained_path:
         return None
-    if resume and (folder / "last.pt").exists():
-        return Genotype.from_dict(read_genotype_file(folder / "pretrained_genotype.json"))
+    written = folder / "pretrained_genotype.json"
+    resumes = distributed.world().main and resume and (folder / "last.pt").exists()
+    if known := distributed.from_main(read_genotype_file(written) if resumes else None):
+        return Genotype.from_dict(known)
     embedding = load_pretrained(detector, config)
     print("\n".join(as_table(embedding.rows)))
     return embedding.genotype
@@ -183,10 +185,11 @@ def train_supernet(
     sort_epoch = first_narrower_epoch(config.search_space.schedule_cfg) if settings.sort_channels else None
     trainer = Trainer(detector, settings, scorer.device, sampler.batches_per_epoch, phases)
     last = folder / "last.pt"
-    if args.resume and last.exists():
-        trainer.load_state_dict(checkpoint.load(last))
+    if args.resume and (payload := checkpoint.load_if_any(last)):
+        trainer.load_state_dict(payload)
         print(f"resumed {last} at epoch {trainer.epoch}, step {trainer.step}")
-    loss = DetectionLoss(**vars(config.loss), variances=tuple(config.head.variances))
+    variances = tuple(config.head.variances)
+    loss = DetectionLoss(**vars(config.loss), variances=variances, normalizers=distributed.normalizers)
     log = RunLog(folder / "log.jsonl", args.tensorboard)
     remember("supernet", folder)
     panel = PanelLog(

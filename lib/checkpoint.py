@@ -1,4 +1,7 @@
-"""Checkpoints: written atomically, loaded as data only, with the state of every random generator."""
+"""Checkpoints: written atomically, loaded as data only, with the state of every random generator.
+
+Of the processes of a job, only the main one writes.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
+from lib import distributed
 from lib.errors import UserError
 
 FORMAT = "checkpoint/1"
@@ -23,14 +27,16 @@ def save(path: Path, payload: dict) -> None:
 
     The bytes go to a temporary file in the same folder, reach the disk, and only then take the name.
     """
-    with _replacing(path) as file:
-        torch.save({"format": FORMAT, **payload}, file)
+    if distributed.world().main:
+        with _replacing(path) as file:
+            torch.save({"format": FORMAT, **payload}, file)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a small text file in the same way."""
-    with _replacing(path) as file:
-        file.write(text.encode())
+    if distributed.world().main:
+        with _replacing(path) as file:
+            file.write(text.encode())
 
 
 @contextlib.contextmanager
@@ -86,6 +92,11 @@ def weights(payload: dict) -> dict:
     if not average:
         return payload["model"]
     return {name[len(prefix) :]: tensor for name, tensor in average.items() if name.startswith(prefix)}
+
+
+def load_if_any(path: Path) -> dict | None:
+    """The checkpoint, None where there is none; every process of a job has what the main one found."""
+    return distributed.from_main(load(path) if distributed.world().main and path.exists() else None)
 
 
 def random_states() -> dict:

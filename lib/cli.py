@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lib import checkpoint, config
+from lib import checkpoint, config, distributed
 from lib.config import Config
 from lib.errors import UserError
 from lib.runs import stage_folder
-from lib.validate import validate
+from lib.validate import validate, validate_shares
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "shapes.yaml"
 
@@ -63,7 +63,15 @@ def read_config(args: argparse.Namespace, stage: str, inherited: dict | None = N
     else:
         settings = config.load(DEFAULT_CONFIG, overrides(args, stage))
     validate(settings)
+    if stage != "search":
+        validate_shares(stage, getattr(settings, stage), distributed.world().size)
     return settings
+
+
+def refuse_torchrun(command: str) -> None:
+    """Raise UserError if several processes run a command that is for one."""
+    if distributed.world().size > 1:
+        raise UserError(f"{command} runs in one process: start it without torchrun")
 
 
 def run_folder(args: argparse.Namespace, settings: Config, stage: str) -> Path:

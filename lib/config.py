@@ -177,7 +177,7 @@ class TrainConfig:
     """What training a supernet and training one detector have in common."""
 
     epochs: int = 200
-    batch_size: int = 32
+    batch_size: int = 32  # over all processes
     optimizer: Literal["sgd", "adamw"] = "sgd"
     accumulate: int = 1  # batches per optimizer step
     learning_rate: float = 0.005
@@ -189,6 +189,7 @@ class TrainConfig:
     clip_grad_norm: float = 0.0  # 0 = no clipping
     ema_decay: float = 0.0  # 0 = no moving average of the weights
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    sync_batch_norm: bool = False  # of several processes: BatchNorm over the whole batch instead of each one's share
     eval_every: int = 10  # epochs
     save_every: int = 0  # epochs between checkpoints that are kept; 0 = only the last one
 

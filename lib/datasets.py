@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,11 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 from torchvision.io import ImageReadMode, decode_image, read_file
 
+from lib import distributed
+from lib.checkpoint import write_text
 from lib.errors import UserError, did_you_mean
 from lib.records import Records, find_voc_sets, read_coco, read_voc
+from lib.runtime import die_with_parent
 from lib.shapes import CLASSES, write_shapes
 from lib.transforms import Transform, eval_transform, train_transform
 
@@ -43,7 +47,8 @@ def load_records(data: DataConfig, split: Literal["train", "test"], seed: int = 
     root = Path(data.root)
     classes: Sequence[str] = data.classes
     if data.dataset_type == "shapes":
-        write_shapes(root, data.shapes_train, data.shapes_test, seed)
+        with distributed.in_turns():
+            write_shapes(root, data.shapes_train, data.shapes_test, seed)
         classes = classes or CLASSES  # a handful of pictures need not show them all
     if split == "test" and not classes:
         classes = load_records(data, "train", seed).classes
@@ -85,11 +90,8 @@ def split_indices(records: Records, data_portion: Sequence[float], seed: int) ->
 
 def save_split(path: str | Path, records: Records, train: Sequence[int], search: Sequence[int]) -> None:
     """Write the split as JSON with image ids, which outlast a new order of the rows."""
-    path = Path(path)
     ids = {name: [records.image_id(i) for i in part] for name, part in (("train", train), ("search", search))}
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps({"format": SPLIT_FORMAT, **ids}))
-    part.replace(path)
+    write_text(Path(path), json.dumps({"format": SPLIT_FORMAT, **ids}))
 
 
 def load_split(path: str | Path, records: Records) -> tuple[list[int], list[int]]:
@@ -324,19 +326,21 @@ def train_loader(
 def configured_train_loader(
     records: Records, indices: Sequence[int], image_size: int, batch_size: int, config: Config, device: torch.device
 ) -> DataLoader:
-    """`train_loader` as `config.data` says."""
-    data = config.data
+    """`train_loader` as `config.data` says; of several processes, each has its share of every batch."""
+    data, world = config.data, distributed.world()
     return train_loader(
         records,
         indices,
         image_size,
-        batch_size,
+        batch_size // world.size,
         seed=config.seed,
         augment=data.augment,
         workers=data.workers,
         on_error=data.on_error,
         cache=data.cache,
         device=device,
+        rank=world.rank,
+        world=world.size,
     )
 
 
@@ -350,13 +354,17 @@ def eval_loader(
     on_error: str = "raise",
     cache: bool = False,
     device: torch.device | str = "cpu",
+    shared: bool = False,
 ) -> DataLoader:
-    """Resized pictures in the order of `indices`, each once; the last batch may be smaller."""
+    """Resized pictures in the order of `indices`, each once; the last batch may be smaller.
+
+    With `shared`, the batches are dealt out to the processes of the job.
+    """
     transform = eval_transform(image_size)
     dataset = DetectionDataset(records, indices, transform, training=False, on_error=on_error, cache=cache)
     keys = [(0, int(row)) for row in indices]
     batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
-    return _loader(dataset, batches, workers, device)
+    return _loader(dataset, distributed.deal(batches) if shared else batches, workers, device)
 
 
 def _loader(dataset: DetectionDataset, batches: object, workers: int, device: torch.device | str) -> DataLoader:
@@ -374,6 +382,9 @@ def _loader(dataset: DetectionDataset, batches: object, workers: int, device: to
 
 
 def _start_worker(worker: int) -> None:
-    """One thread, the main process has the others; Ctrl-C is for the main process to act on."""
+    """One thread, the main process has the others. Signals are for the main process to act on: Ctrl-C, and the SIGTERM
+    that torchrun sends to the whole group of processes."""
+    die_with_parent()
     torch.set_num_threads(1)
+    os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

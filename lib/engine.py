@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader
 
-from lib import checkpoint
+from lib import checkpoint, distributed
 from lib.config import Config, TrainConfig
 from lib.datasets import Batch
 from lib.detector import SSD
@@ -21,6 +21,7 @@ from lib.optim import build_ema, build_optimizer, build_scheduler
 from lib.postprocess import Detections, postprocess
 from lib.runlog import progress
 from lib.runtime import StopRequest
+from lib.sync_norm import synchronise_norms
 
 Losses = dict[str, Tensor]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -30,6 +31,8 @@ class Trainer:
     """Optimisation of one model: optimizer, schedule, precision, clipping, moving average, and where it stands.
 
     `epoch` and `batch` are the next ones to do (epochs from 1, batches from 0), `step` counts optimizer steps.
+    In a job of several processes the weights and all that belongs to them stay the same in each; running statistics
+    differ, unless BatchNorm is synchronised, and the main process's are saved.
     """
 
     def __init__(
@@ -42,6 +45,9 @@ class Trainer:
         backbone_lr: float | None = None,
     ):
         self.model = model.to(device, memory_format=torch.channels_last)
+        distributed.copy_from_main(model)
+        if config.sync_batch_norm and distributed.world().size > 1:
+            synchronise_norms(model)
         self.config, self.device = config, device
         self.batches_per_epoch = batches_per_epoch
         if backbone_lr is None and config.backbone_learning_rate:
@@ -83,16 +89,18 @@ class Trainer:
             self.scaler.scale(total).backward()
             for name, value in item.items():
                 sums[name] += value.item()
+        sums = distributed.mean_of(sums)
         self._check_finite(sums)
         self.batch += 1
         if self.batch == first + shared:
             self._step()
         if self.batch == self.batches_per_epoch:
             self.epoch, self.batch = self.epoch + 1, 0
-        return dict(sums)
+        return sums
 
     def _step(self) -> None:
         """One optimizer step on the gradients that have gathered."""
+        distributed.average_gradients(self.model.parameters())
         if self.config.clip_grad_norm:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad_norm)
@@ -146,6 +154,7 @@ def train_epoch(
     bar = progress(loader, f"epoch {trainer.epoch}/{trainer.config.epochs}")
     for batch in bar:
         losses = trainer.update(forward(batch.to(trainer.device)))
+        stop.agree()
         done += 1
         for name, value in losses.items():
             sums[name] += value
@@ -163,12 +172,13 @@ def recalibrate(model: nn.Module, images: Iterable[Tensor], device: torch.device
 
 @torch.inference_mode()
 def detect(model: SSD, images: Iterable[Tensor], config: Config, device: torch.device) -> list[Detections]:
-    """Detections of every image of the batches (B, 3, H, W), in order."""
+    """Detections of every image of the batches (B, 3, H, W), in order, on the CPU."""
     model.eval()
     found: list[Detections] = []
     for batch in images:
         logits, offsets = model(batch.to(device, non_blocking=True))
-        found += postprocess(logits, offsets, model.priors, config.postprocess, config.loss.type, config.head.variances)
+        options = config.postprocess, config.loss.type, config.head.variances
+        found += (Detections(*(t.cpu() for t in d)) for d in postprocess(logits, offsets, model.priors, *options))
     return found
 
 
@@ -176,9 +186,9 @@ def to_pixels(detections: Detections, width: int, height: int) -> dict[str, Tens
     """Detections of one picture with boxes in its pixels, as the metrics take them."""
     scale = torch.tensor([width, height, width, height], dtype=torch.float32)
     return {
-        "boxes": detections.boxes.cpu() * scale,
-        "scores": detections.scores.cpu(),
-        "labels": detections.labels.cpu(),
+        "boxes": detections.boxes * scale,
+        "scores": detections.scores,
+        "labels": detections.labels,
     }
 
 

@@ -8,6 +8,7 @@ and on a batch without any object they are finite and have a gradient.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -74,8 +75,15 @@ def _best_priors(iou: Tensor) -> tuple[Tensor, Tensor]:
         best_iou[image, obj], best[image, obj] = iou[image, obj].max(1)
 
 
-def focal_loss(logits: Tensor, prior_labels: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
-    """Sigmoid focal loss over classes 1..C (Lin et al. 2017, equation 5), summed, per positive prior.
+def at_least_one(counts: Tensor) -> Tensor:
+    """What sums over as many priors are divided by."""
+    return counts.float().clamp(min=1)
+
+
+def focal_loss(
+    logits: Tensor, prior_labels: Tensor, alpha: float = 0.25, gamma: float = 2.0, normalizer: Tensor | None = None
+) -> Tensor:
+    """Sigmoid focal loss over classes 1..C (Lin et al. 2017, equation 5), summed, per positive prior or `normalizer`.
 
     Column 0 plays no part: a background prior is one whose classes are all absent.
     """
@@ -85,7 +93,8 @@ def focal_loss(logits: Tensor, prior_labels: Tensor, alpha: float = 0.25, gamma:
     own = x[image, prior, prior_labels[image, prior] - 1]  # (N,), the logits of what is present
     corrected = alpha * _AbsentFocal.apply(-own, gamma) - (1 - alpha) * _AbsentFocal.apply(own, gamma)
     # All classes as if absent, then the few present ones put right: no one-hot target is ever built.
-    return ((absent * (prior_labels >= 0)).sum() + corrected.sum()) / max(1, len(image))
+    total = (absent * (prior_labels >= 0)).sum() + corrected.sum()
+    return total / (at_least_one((prior_labels > 0).sum()) if normalizer is None else normalizer)
 
 
 class _AbsentFocal(torch.autograd.Function):
@@ -108,11 +117,13 @@ class _AbsentFocal(torch.autograd.Function):
         return derivative * gradient, None
 
 
-def multibox_loss(logits: Tensor, prior_labels: Tensor, neg_pos_ratio: int = 3) -> Tensor:
+def multibox_loss(
+    logits: Tensor, prior_labels: Tensor, neg_pos_ratio: int = 3, normalizer: Tensor | None = None
+) -> Tensor:
     """Softmax cross entropy of the positives and of each image's hardest negatives (SSD, Liu et al. 2016, section 2.2).
 
     An image has `neg_pos_ratio` negatives a positive; one without positives has as many as if it had one, so that it
-    still teaches what background looks like. Summed, per positive prior.
+    still teaches what background looks like. Summed, per positive prior or `normalizer`.
     """
     target = prior_labels.clamp(min=0)
     loss = F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="none").view_as(target)  # (B, P)
@@ -121,7 +132,8 @@ def multibox_loss(logits: Tensor, prior_labels: Tensor, neg_pos_ratio: int = 3) 
     # A loss is never below 0: zeros in place of what is no negative are sorted last and add nothing.
     hardest = loss.masked_fill(prior_labels != 0, 0).sort(1, descending=True).values
     mined = hardest * (torch.arange(hardest.shape[1], device=hardest.device) < count)
-    return (loss[positive].sum() + mined.sum()) / positive.sum().clamp(min=1)
+    total = loss[positive].sum() + mined.sum()
+    return total / (at_least_one(positive.sum()) if normalizer is None else normalizer)
 
 
 class Targets(NamedTuple):
@@ -129,6 +141,8 @@ class Targets(NamedTuple):
 
     prior_labels: Tensor  # (B, P)
     offsets: Tensor  # (N, 4), of the positive priors, image by image
+    positive_normalizer: Tensor  # scalar that sums over the positive priors are divided by
+    counted_normalizer: Tensor  # the same for all priors but the ignored ones
 
     @property
     def positive(self) -> Tensor:
@@ -138,7 +152,11 @@ class Targets(NamedTuple):
 
 class DetectionLoss:
     """The detector's loss: `targets = loss.match(boxes, labels, priors)` once a batch, then for each network
-    `loss(logits, offsets, targets)`."""
+    `loss(logits, offsets, targets)`.
+
+    `normalizers` makes of the batch's numbers of priors what sums over them are divided by. A batch that is a share of
+    a larger one has its divisors from the whole.
+    """
 
     def __init__(
         self,
@@ -151,6 +169,7 @@ class DetectionLoss:
         unmatched_threshold: float = 0.4,
         loc_coef: float = 1.0,
         variances: tuple[float, float] = VARIANCES,
+        normalizers: Callable[[Tensor], Tensor] = at_least_one,
     ) -> None:
         if type not in TYPES:
             raise UserError(f"loss type is '{type}', expected one of {', '.join(TYPES)}{did_you_mean(type, TYPES)}")
@@ -166,6 +185,7 @@ class DetectionLoss:
         self.unmatched_threshold = unmatched_threshold
         self.loc_coef = loc_coef
         self.variances = variances
+        self.normalizers = normalizers
 
     @torch.no_grad()
     def match(self, boxes: Tensor, labels: Tensor, priors_cxcywh: Tensor) -> Targets:
@@ -174,18 +194,37 @@ class DetectionLoss:
         prior_labels, object_index = match(boxes, labels, priors_cxcywh, *thresholds)
         image, prior = (prior_labels > 0).nonzero(as_tuple=True)
         offsets = encode(boxes[image, object_index[image, prior]], priors_cxcywh[prior], self.variances)
-        return Targets(prior_labels, offsets)
+        counts = torch.stack([(prior_labels > 0).sum(), (prior_labels >= 0).sum()])
+        return Targets(prior_labels, offsets, *self.normalizers(counts))
 
     def __call__(self, logits: Tensor, offsets: Tensor, targets: Targets) -> dict[str, Tensor]:
         """`cls` and `loc`, scalars to be added; logits (B, P, C + 1), offsets (B, P, 4). `loc` is smooth L1 of the
         positives, summed, per positive prior, times `loc_coef`."""
+        normalizer = targets.positive_normalizer
         if self.type == "focal":
-            cls = focal_loss(logits, targets.prior_labels, self.alpha, self.gamma)
+            cls = focal_loss(logits, targets.prior_labels, self.alpha, self.gamma, normalizer)
         else:
-            cls = multibox_loss(logits, targets.prior_labels, self.neg_pos_ratio)
+            cls = multibox_loss(logits, targets.prior_labels, self.neg_pos_ratio, normalizer)
         predicted = offsets[targets.positive].float()  # (N, 4)
         loc = F.smooth_l1_loss(predicted, targets.offsets.float(), reduction="sum", beta=SMOOTH_L1_BETA)
-        return {"cls": cls, "loc": self.loc_coef * loc / max(1, len(predicted))}
+        return {"cls": cls, "loc": self.loc_coef * loc / normalizer}
+
+    def distillation(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        targets: Targets,
+        priors: str = "positive",
+        beta: float = 1.5,
+        gamma: float = 1.0,
+        temperature: float = 2.0,
+    ) -> Tensor:
+        """Adaptive distillation on the "positive" priors, or on "all" but the ignored ones."""
+        mask, normalizer = targets.positive, targets.positive_normalizer
+        if priors == "all":
+            mask, normalizer = targets.prior_labels >= 0, targets.counted_normalizer
+        options = beta, gamma, temperature, normalizer
+        return adaptive_distillation(student_logits, teacher_logits, mask, self.type, *options)
 
 
 def adaptive_distillation(
@@ -196,8 +235,11 @@ def adaptive_distillation(
     beta: float = 1.5,
     gamma: float = 1.0,
     temperature: float = 2.0,
+    normalizer: Tensor | None = None,
 ) -> Tensor:
-    """Adaptive distillation over the priors in `mask` (B, P), summed, per prior (Tang et al. 2019, equations 3 to 5).
+    """Adaptive distillation over the priors in `mask` (B, P) (Tang et al. 2019, equations 3 to 5).
+
+    Summed, per prior of the mask or `normalizer`.
 
     KL(teacher || student) times (1 - exp(-(KL + beta * entropy of the teacher)))^gamma: priors that the student gets
     wrong, or that the teacher finds hard, weigh more. `kind` "focal" takes each class 1..C on its own (sigmoid),
@@ -216,7 +258,8 @@ def adaptive_distillation(
     entropy = -(q * log_q).sum(-1)
     # Rounding may leave a divergence just below 0, where a power is not a number.
     weight = -torch.expm1(-(divergence.detach() + beta * entropy).clamp(min=0))
-    return temperature**2 * (weight.pow(gamma) * divergence).sum() / max(1, len(student))
+    total = temperature**2 * (weight.pow(gamma) * divergence).sum()
+    return total / (at_least_one(mask.sum()) if normalizer is None else normalizer)
 
 
 def focal_prior_bias(probability: float = 0.01) -> float:

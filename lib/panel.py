@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 
+from lib import distributed
 from lib.config import ScheduleConfig
 from lib.genotype import Genotype, SearchSpace
 from lib.runlog import RunLog, read_log, say
@@ -43,11 +44,17 @@ class PanelLog:
 
     def due(self, epoch: int) -> bool:
         """Whether `epoch`, which has ended, is one to score and has not been scored."""
-        return epoch in self._due and epoch not in self._scores()
+        return epoch in self._due and not distributed.from_main(epoch in self._scores())
 
     def score(self, epoch: int) -> None:
-        """Score every network of the panel, log it, print one line, and a warning if there is cause for one."""
-        networks = {name: self._score(genotype) for name, genotype in self.panel.items()}
+        """Score every network of the panel, log it, print one line, and a warning if there is cause for one.
+
+        The networks are dealt out to the processes of the job, if it has several; the main one logs.
+        """
+        scored = distributed.collect([self._score(g) for g in distributed.deal(list(self.panel.values()))])
+        if not distributed.world().main:
+            return
+        networks = dict(zip(self.panel, scored, strict=True))
         self._log.write("eval", epoch, networks=networks)
         scores = ", ".join(f"{name} {metrics[self._metric]:.3f}" for name, metrics in networks.items())
         say(f"epoch {epoch}: {self._metric} on the search split: {scores}")

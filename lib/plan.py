@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lib import distributed
 from lib.config import Config, TrainConfig
 from lib.detector import ElasticSSD
 from lib.genotype import SearchSpace
@@ -35,9 +36,11 @@ def describe_priors(detector: ElasticSSD, config: Config) -> list[str]:
 
 
 def describe_training(name: str, config: TrainConfig, images: int, batches_per_epoch: int) -> str:
-    batches = f"batches of {config.batch_size}"
+    batches, processes = f"batches of {config.batch_size}", distributed.world().size
     if config.accumulate > 1:
         batches = f"{config.accumulate} {batches}"
+    if processes > 1:
+        batches = f"{batches} over {processes} processes"
     return (
         f"{name}: {config.epochs} epochs of {-(-batches_per_epoch // config.accumulate)} steps, {batches}, "
         f"{images} images, {config.optimizer}, learning rate {config.learning_rate:g} ({config.lr_schedule.type})"

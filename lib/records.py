@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lib import distributed
 from lib.errors import UserError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -161,7 +162,8 @@ class _Faults:
     def __call__(self, message: str) -> None:
         if not self.skip:
             raise UserError(message)
-        logger.warning("%s; skipped", message)
+        if distributed.world().main:
+            logger.warning("%s; skipped", message)
 
 
 def _listing(folder: Path) -> set[str]:

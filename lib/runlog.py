@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterable
@@ -12,6 +13,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from lib import distributed
 from lib.errors import UserError
 
 T = TypeVar("T")
@@ -20,7 +22,8 @@ T = TypeVar("T")
 def progress(items: Iterable[T], description: str, total: int | None = None, initial: int = 0) -> tqdm:
     """A progress bar with rate and time left on stderr; a line every 30 seconds where that is not a terminal."""
     interval = 0.2 if sys.stderr.isatty() else 30.0
-    return tqdm(items, description, total=total, initial=initial, mininterval=interval, leave=False, dynamic_ncols=True)
+    options = {"mininterval": interval, "leave": False, "dynamic_ncols": True, "disable": not distributed.world().main}
+    return tqdm(items, description, total=total, initial=initial, **options)
 
 
 def say(message: str) -> None:
@@ -30,12 +33,17 @@ def say(message: str) -> None:
 
 
 class RunLog:
-    """Appends one JSON object per line to `path`, each with its kind and the time; flushed line by line."""
+    """Appends one JSON object per line to `path`, each with its kind and the time; flushed line by line.
+
+    Of the processes of a job, only the main one writes.
+    """
 
     def __init__(self, path: Path, tensorboard: bool = False):
+        self.path = path
+        if not distributed.world().main:
+            path, tensorboard = Path(os.devnull), False
         self._board = _tensorboard(path.parent / "tensorboard") if tensorboard else None
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
         self._file = path.open("a", encoding="utf-8")
         if path.stat().st_size and path.read_bytes()[-1:] != b"\n":
             self._file.write("\n")  # the line that a crash cut short stays alone

@@ -14,15 +14,21 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from lib import distributed
 from lib.errors import UserError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+PR_SET_PDEATHSIG = 1  # sys/prctl.h
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:N` as a device that this machine has."""
+    """`auto`, `cpu`, `cuda` or `cuda:N` as a device that this machine has. Several processes have a GPU each."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if distributed.world().size > 1 and name.startswith("cuda"):
+        if name != "cuda":
+            raise UserError(f"--device {name}: expected auto, cpu or cuda, since each process takes a GPU of its own")
+        name = f"cuda:{distributed.world().local_rank}"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise UserError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
     device = torch.device(name)
@@ -48,14 +54,24 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def die_with_parent() -> None:
+    """Ask Linux to kill this process when the one that forked it ends, however that ends.
+
+    A child has its parent's sockets open: as long as it lives, the parent's peers do not see that the parent is gone.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 class StopRequest:
     """Turns the first SIGINT or SIGTERM into `requested`, so that a loop can save and leave; the second one ends it.
 
-    A context manager; the handlers that were there before come back at its end.
+    A context manager; the handlers that were there before come back at its end. In a job of several processes,
+    `requested` changes in `agree` alone, and so after the same step in all of them.
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = self._signalled = False
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -67,20 +83,32 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def agree(self) -> None:
+        """To be called by all processes after each step."""
+        self.requested = distributed.any_of(self._signalled)
+
     def _on_signal(self, number: int, _frame: object) -> None:
-        if self.requested:
+        if self._signalled:
             os._exit(128 + number)
-        self.requested = True
-        print("\nStopping after this step; once more to stop at once.", file=sys.stderr, flush=True)
+        self._signalled = True
+        self.requested = self.requested or distributed.world().size == 1
+        if distributed.world().main:
+            print("\nStopping after this step; once more to stop at once.", file=sys.stderr, flush=True)
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's main function. A user's mistake is one line on stderr and exit status 2."""
+    """Run a script's main function. A user's mistake is one line on stderr and exit status 2, a lost process status 1.
+
+    Several processes say it once.
+    """
     keep_freed_memory()
     try:
         main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        distributed.leave()
+    except (UserError, distributed.PeerLost) as error:
+        lost = isinstance(error, distributed.PeerLost)
+        if distributed.first_to_report():
+            print("\n" * lost + f"error: {error}", file=sys.stderr)  # the lost one may have left a progress bar
+        sys.exit(1 if lost else 2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -135,6 +135,15 @@ def _check_training(name: str, config: TrainConfig) -> None:
         _at_least(f"{name}.lr_schedule.T_0", config.lr_schedule.T_0, 1)
 
 
+def validate_shares(name: str, config: TrainConfig, processes: int) -> None:
+    """Every process has the same share of a batch, and BatchNorm needs two images."""
+    if config.batch_size % processes:
+        _fail(f"{name}.batch_size", f"a multiple of the {processes} processes", config.batch_size)
+    if not config.sync_batch_norm and config.batch_size < 2 * processes:
+        expected = f"at least 2 images for each of the {processes} processes, or {name}.sync_batch_norm"
+        _fail(f"{name}.batch_size", expected, config.batch_size)
+
+
 def _check_portion(portion: Sequence[float]) -> None:
     if len(portion) != 2 or not all(0 < p < 1 for p in portion) or sum(portion) > 1 + 1e-9:
         _fail("data.data_portion", "two shares above 0 that sum to at most 1, for training and for scoring", portion)

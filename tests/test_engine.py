@@ -198,7 +198,7 @@ class Loader(list):
 
 def test_an_epoch_counts_its_batches_and_averages_its_losses():
     model = network()
-    t, stop = trainer(model), SimpleNamespace(requested=False)
+    t, stop = trainer(model), SimpleNamespace(requested=False, agree=lambda: None)
     means = train_epoch(t, Loader(), lambda i: iter([{"a": model[4].weight.sum() * 0 + float(i)}]), stop)
     assert means == {"a": 1.5} and (t.epoch, t.batch, t.step) == (2, 0, 4)
 
@@ -207,7 +207,7 @@ def test_an_epoch_counts_its_batches_and_averages_its_losses():
 def test_a_stop_ends_the_epoch_after_its_step(stop_after, position):
     """On the last batch nothing is left to stop: the epoch is over."""
     model = network()
-    t, stop = trainer(model), SimpleNamespace(requested=False)
+    t, stop = trainer(model), SimpleNamespace(requested=False, agree=lambda: None)
 
     def forward(i):
         stop.requested = i == stop_after

@@ -1,0 +1,213 @@
+"""What the processes of tests/test_distributed.py do, and what the test's own process does alone, to compare."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from pathlib import Path
+
+import torch
+from tiny_runs import tiny_settings
+from torch import nn
+
+import final_train
+import supernet_train
+from lib import config, distributed
+from lib.datasets import configured_train_loader, load_records, split_indices
+from lib.detector import ElasticSSD
+from lib.engine import Trainer
+from lib.losses import DetectionLoss
+from lib.panel import PanelLog, make_panel
+from lib.records import Records
+from lib.runlog import RunLog, read_log
+from lib.runtime import StopRequest
+from lib.scoring import Scorer, prepare_scoring_data
+from lib.sync_norm import SyncBatchNorm, synchronise_norms
+
+CPU = torch.device("cpu")
+PROCESSES = 2
+STEPS = 5
+MULTIBOX = {"loss__type": "multibox", "supernet__distill__priors": "all"}
+CASES = {  # what is trained: the script, whether BatchNorm is fixed, and changes of the configuration
+    "supernet fixed": ("supernet", True, {}),
+    "supernet synchronised": ("supernet", False, MULTIBOX),
+    "supernet local": ("supernet", False, MULTIBOX | {"supernet__sync_batch_norm": False}),
+    "final fixed": ("final", True, {"loss__type": "multibox"}),
+    "final synchronised": ("final", False, {}),
+}
+
+
+def be_one_of_several(rank: int, port: int, folder: Path) -> None:
+    """Everything, in one start of the processes: what each found goes to `folder`."""
+    torch.set_num_threads(1)
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": rank, "RANK": rank, "WORLD_SIZE": PROCESSES}
+    os.environ.update({name: str(value) for name, value in where.items()})
+    distributed.join(CPU)
+    found = {"messages": messages(), "norms": norms(), "stops": stops(), "reports": distributed.first_to_report()}
+    found["trained"] = {name: train(folder, name) for name in CASES}  # the first one draws the data
+    found |= {"metrics": evaluate(folder), "panel": score_panel(folder, f"panel of {rank}")}
+    torch.save(found, folder / f"{rank}.pt")
+    lose_a_process(folder)
+
+
+def settings(folder: Path, **changes: object) -> config.Config:
+    both = {"batch_size": 8, "ema_decay": 0.9, "sync_batch_norm": True, "clip_grad_norm": 20.0}
+    keys = {f"{stage}__{key}": value for stage in ("supernet", "final") for key, value in both.items()}
+    keys |= {"supernet__sampling": "sandwich", "data__root": folder / "shapes", "data__workers": 0}
+    return config.from_dict(tiny_settings(**keys | {"data__shapes_test": 7} | changes))
+
+
+def load(c: config.Config, split: str) -> Records:
+    return load_records(c.data, split, c.seed)
+
+
+def random_detector(c: config.Config) -> ElasticSSD:
+    """With random statistics, as after a training."""
+    torch.manual_seed(0)
+    detector = ElasticSSD(c, num_classes=5)
+    for module in detector.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    return detector
+
+
+def train(folder: Path, case: str) -> dict:
+    """Five steps of a script's own."""
+    stage, fixed, changes = CASES[case]
+    c = settings(folder, **changes)
+    records, detector = load(c, "train"), random_detector(c)
+    model = detector if stage == "supernet" else detector.extract(detector.space.smallest())
+    if not fixed:  # the last maps have a pixel an image: steps through their statistics magnify float32's rounding
+        model.double()
+    training = getattr(c, stage)
+    loader = configured_train_loader(records, range(len(records)), 64, training.batch_size, c, CPU)
+    trainer = Trainer(model, training, CPU, loader.batch_sampler.batches_per_epoch)
+    loss = DetectionLoss(**vars(c.loss), normalizers=distributed.normalizers)
+    start = flat(model)
+    model.train()
+    if fixed:
+        final_train.freeze_norms(model)
+    losses = []
+    for batch, _ in zip(loader, range(STEPS), strict=False):
+        if stage == "supernet":
+            genotypes = supernet_train.step_genotypes(detector.space, c.supernet, c.seed, trainer.step)
+            items = supernet_train.supernet_losses(detector, loss, batch, genotypes, c.supernet.distill, 0.5)
+        else:
+            items = final_train.detection_losses(model, loss, batch)
+        losses.append(trainer.update(items))
+    states = {"model": model.state_dict(), "ema": trainer.ema.state_dict()}
+    return {**states, "losses": losses, "images": len(batch), "moved": (flat(model) - start).abs().max().item()}
+
+
+def flat(model: nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def evaluate(folder: Path) -> dict:
+    """The metrics of a detector on seven pictures in batches of two."""
+    c = settings(folder, final__batch_size=2)
+    detector = random_detector(c)
+    return final_train.evaluate(detector.extract(detector.space.largest()), load(c, "test"), c, CPU)
+
+
+def score_panel(folder: Path, name: str) -> list[dict]:
+    """What is logged about three sub-networks of a supernet whose BatchNorm is synchronised."""
+    c = settings(folder, supernet__panel=1)
+    records, detector = load(c, "train"), random_detector(c)
+    synchronise_norms(detector)
+    split = split_indices(records, c.data.data_portion, c.seed)
+    log = RunLog(folder / name / "log.jsonl")
+    scorer = Scorer(prepare_scoring_data(records, *split, c), c, CPU)
+    networks = make_panel(detector.space, 1, c.seed)
+    options = {"phases": [], "epochs": 1, "every": 1, "tolerance": 1.0, "openings": str}
+    panel = PanelLog(networks, lambda genotype: scorer(detector, genotype), log, "AP", **options)
+    assert panel.due(1)
+    panel.score(1)
+    assert not panel.due(1)
+    log.close()
+    return [record["networks"] for record in read_log(log.path)]
+
+
+def messages() -> dict:
+    """Each of the small exchanges."""
+    rank = distributed.world().rank
+    distributed.BUCKET = 50  # so that the gradients fill several
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(3, 1), nn.Linear(2, 2)).to(memory_format=torch.channels_last)
+    for number, parameter in enumerate(net.parameters()):
+        parameter.data.fill_(rank + number)
+        if number < 4:  # the last layer did not run
+            numbers = torch.arange(1.0, parameter.numel() + 1).view_as(parameter)
+            parameter.grad = torch.zeros_like(parameter).copy_(numbers * (1 + 2 * rank))
+    distributed.average_gradients(net.parameters())
+    distributed.copy_from_main(net)
+    distributed.BUCKET = 2**23
+    with distributed.in_turns():
+        time.sleep(0.2 if rank == 0 else 0)
+        left = time.monotonic()
+    return {
+        "gradients": [p.grad for p in net.parameters()],
+        "copied": [p.detach().unique().tolist() for p in net.parameters()],
+        "collected": distributed.collect([2 * item for item in distributed.deal("abcde")]),
+        "dealt": distributed.deal("abcde"),
+        "few": distributed.collect(distributed.deal(["alone"])),
+        "told": distributed.from_main({"rank": rank}),
+        "mean": distributed.mean_of({"a": 1.0 + rank, "b": 4.0 * rank}),
+        "any": [distributed.any_of(flag) for flag in (False, rank == 1, True)],
+        "normalizers": distributed.normalizers(torch.tensor([3 * rank, 0])).tolist(),
+        "left": left,
+    }
+
+
+def share(x: torch.Tensor) -> torch.Tensor:
+    """This process's part of a batch."""
+    return x.chunk(distributed.world().size)[distributed.world().rank]
+
+
+def norms() -> dict:
+    """A batch far from 0 through two synchronised layers; of the first, four of its six channels."""
+    generator = torch.Generator().manual_seed(0)
+    images, weight = (torch.randn(6, 4, 5, 5, generator=generator) * 3 + mean for mean in (50.0, 0.0))
+    x = share(images).requires_grad_()
+    net = nn.Sequential(nn.BatchNorm2d(6), nn.Sequential(nn.BatchNorm2d(4)))
+    for number, parameter in enumerate(net.parameters()):
+        parameter.data += 0.1 * torch.arange(len(parameter)) * (number + 1)
+    synchronise_norms(net)
+    first, second = net[0], net[1][0]
+    y = second(first(x).relu())
+    (y.square() * share(weight)).mean().backward()
+    distributed.average_gradients(net.parameters())
+    plain = copy.deepcopy(net)
+    assert not any(isinstance(module, SyncBatchNorm) for module in plain.modules())
+    local = plain[1](x.detach()).detach()
+    return {"y": y.detach(), "x": x.grad, "net": net.state_dict(), "local": local} | {
+        "gradients": [p.grad for p in net.parameters()]
+    }
+
+
+def stops() -> list[bool]:
+    """One process has the signal, before the second of three steps."""
+    seen = []
+    with StopRequest() as stop:
+        for step in range(3):
+            if step == 1 and distributed.world().rank == 1:
+                os.kill(os.getpid(), 15)
+            seen.append(stop.requested)
+            stop.agree()
+            seen.append(stop.requested)
+    return seen
+
+
+def lose_a_process(folder: Path) -> None:
+    """What the main process finds in a forward and in a backward pass once the other is gone."""
+    x = torch.ones(2, requires_grad=True)
+    y = distributed.stack(x).sum()
+    distributed.any_of(False)
+    if not distributed.world().main:
+        os._exit(0)
+    for name, call in {"backward": y.backward, "forward": lambda: distributed.any_of(False)}.items():
+        try:
+            call()
+        except distributed.PeerLost as error:
+            (folder / name).write_text(str(error))
