@@ -7,6 +7,7 @@
     python final_train.py --eval-only                         # the last detector on the test set again
     python final_train.py --eval-only --pycocotools           # with pycocotools' own numbers
     python final_train.py --predict 'photos/*.jpg' --out drawn
+    python final_train.py --export onnx --int8                # detector.onnx, detector_int8.onnx, export.json
 
 Writes best.pt (the detector), last.pt, metrics.json, log.jsonl and curves.png to runs/NAME/final.
 """
@@ -15,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -23,25 +23,27 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lib import checkpoint, cli, distributed, plan
+from lib import checkpoint, cli, distributed, inference, parity, plan
 from lib.config import Config, to_dict
-from lib.datasets import Batch, UnreadableImage, configured_train_loader, eval_loader, load_records, read_picture
+from lib.datasets import Batch, configured_train_loader, eval_loader, load_records
 from lib.detector import SSD, ElasticSSD
-from lib.engine import Losses, Trainer, detect, measure, recalibrate, to_pixels, train_epoch
+from lib.engine import Losses, Trainer, detect, measure, recalibrate, train_epoch
 from lib.errors import UserError
+from lib.export import export_graph
 from lib.genotype import Genotype
 from lib.genotype_file import is_genotype_string, parse_genotype_string, read_genotype_file
+from lib.inference import draw_pictures
 from lib.losses import DetectionLoss
-from lib.models import Detector, load_detector, load_supernet
-from lib.pictures import coco_results, draw, find_pictures, write_picture
+from lib.models import load_detector, load_supernet
+from lib.pictures import find_pictures
 from lib.preflight import preflight
 from lib.pretrained import as_table, load_pretrained
+from lib.quantize import quantize
 from lib.records import Records
 from lib.report import plot_training
 from lib.runlog import RunLog, finite, progress, say
 from lib.runs import find_genotype, last_run, remember, supernet_checkpoint
 from lib.runtime import StopRequest, pick_device, run, seed_everything
-from lib.transforms import eval_transform
 
 
 def detection_losses(model: SSD, loss: DetectionLoss, batch: Batch) -> Iterator[Losses]:
@@ -229,18 +231,18 @@ def _some_images(records: Records, image_size: int, config: Config) -> Iterator[
     return (batch.images for batch in loader if len(batch) == config.search.batch_size or len(chosen) == len(batch))
 
 
-def trained_detector(args: argparse.Namespace) -> tuple[Detector, Path]:
-    """The detector of --load (a file or a run's folder), else of --train-dir, else of the last run; and its folder."""
+def detector_path(args: argparse.Namespace) -> Path:
+    """The detector of --load (a file or a run's folder), else of --train-dir, else of the last run."""
     where = args.load or args.train_dir or last_run("final")
     if where is None:
         raise UserError("no detector found: train one with final_train.py, or name its best.pt with --load")
-    path = where / "best.pt" if where.is_dir() else where
-    return load_detector(path), path.parent
+    return where / "best.pt" if where.is_dir() else where
 
 
 def evaluate_again(args: argparse.Namespace, device: torch.device) -> None:
     """--eval-only: the detector on the test set, as metrics.json has it."""
-    detector, folder = trained_detector(args)
+    path = detector_path(args)
+    detector = load_detector(path)
     config = cli.read_config(args, "final", to_dict(detector.config))
     test = load_records(config.data, "test", config.seed)
     model = detector.model.to(device, memory_format=torch.channels_last)
@@ -250,39 +252,32 @@ def evaluate_again(args: argparse.Namespace, device: torch.device) -> None:
             print(f"{name:11} {value:.6f}")
     for name, values in metrics["per_class"].items():
         print(f"  {name}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in values.items()))
-    print(f"detector: {folder / 'best.pt'}, epoch {detector.epoch}, {len(test)} test images")
+    print(f"detector: {path}, epoch {detector.epoch}, {len(test)} test images")
 
 
-def predict(args: argparse.Namespace, device: torch.device) -> None:
-    """--predict: draw detections on pictures, and write them all to one JSON in COCO's results format."""
-    cli.refuse_torchrun("--predict")
-    detector, _ = trained_detector(args)
-    model = detector.model.to(device, memory_format=torch.channels_last)
-    transform = eval_transform(model.image_size)
-    empty = torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
-    results: list[dict] = []
-    drawn, start = 0, time.perf_counter()
-    for path in progress(find_pictures(args.predict), "predict"):
-        try:
-            image = read_picture(str(path))
-        except UnreadableImage as error:
-            say(f"skipped: {error}")
-            continue
-        small, *_ = transform(image, *empty)
-        (found,) = detect(model, [small[None]], detector.config, device)
-        pixels = to_pixels(found, image.shape[2], image.shape[1])
-        categories = [detector.category_ids[k - 1] for k in pixels["labels"].tolist()]
-        results += coco_results(path.stem, pixels["boxes"], pixels["scores"], categories)
-        write_picture(draw(image, found, detector.classes, args.threshold), args.out / f"{path.stem}.jpg")
-        drawn += 1
-    args.out.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text(args.out / "detections.json", json.dumps(results) + "\n")
-    rate = drawn / (time.perf_counter() - start)
-    print(f"wrote {drawn} pictures and detections.json to {args.out} ({rate:.1f} images/s)")
+def export_detector(args: argparse.Namespace) -> None:
+    """--export: detector.onnx beside the checkpoint, if it passes the gate of lib/parity.py, and export.json."""
+    path = detector_path(args)
+    loaded = load_detector(path)
+    config = cli.read_config(args, "final", to_dict(loaded.config))
+    detector = loaded._replace(config=config)
+    test = load_records(config.data, "test", config.seed)
+    graph, name = export_graph(detector, nms=not args.no_nms), "detector_raw" if args.no_nms else "detector"
+    exact, small = (path.with_name(f"{name}{suffix}.onnx") for suffix in ("", "_int8"))
+    reports = {exact.name: parity.write_verified(graph, exact, detector, test)}
+    if args.int8:
+        records = load_records(config.data, "train", config.seed)
+        quantized = quantize(graph, _some_images(records, detector.model.image_size, config))
+        reports[small.name] = parity.write_measured(quantized, small, detector, test, reports[exact.name]["AP"])
+    parity.record(reports, path.parent)
+    for file, report in reports.items():
+        print(f"wrote {path.with_name(file)}, {report['bytes'] / 1e6:.2f} MB: {parity.describe(report)}")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = cli.make_parser(__doc__, "supernet run to inherit from; with --eval-only and --predict: the detector")
+    parser = cli.make_parser(
+        __doc__, "supernet run to inherit from; with --eval-only, --export, --predict: the detector"
+    )
     cli.add_tensorboard(parser)
     add = parser.add_argument
     add("--genotype", metavar="FILE", help="best.json, pareto.json with --index, or an aw_nas genotype string")
@@ -296,6 +291,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="with --eval-only: have pycocotools find COCO's numbers",
     )
     add("--predict", metavar="PATH", nargs="+", help="detect on these pictures, folders or globs and stop")
+    add(
+        "--export",
+        choices=["onnx"],
+        help="write a trained detector as detector.onnx, checked on the test set, and stop",
+    )
+    add("--no-nms", action="store_true", help="with --export: scores and boxes of all priors, as detector_raw.onnx")
+    add("--int8", action="store_true", help="with --export: a quantised file as well, with its AP")
     add("--out", metavar="DIR", type=Path, default=Path("drawn"), help="where --predict writes (default: drawn)")
     add("--threshold", type=float, default=0.4, help="lowest score that --predict draws (default: 0.4)")
     return parser
@@ -305,10 +307,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     if args.pycocotools and not args.eval_only:
         raise UserError("--pycocotools: goes with --eval-only")
+    if (args.no_nms or args.int8) and not args.export:
+        raise UserError("--no-nms and --int8 go with --export onnx")
     device = pick_device(args.device)
     distributed.join(device)
     if args.predict:
-        predict(args, device)
+        cli.refuse_torchrun("--predict")
+        pictures = find_pictures(args.predict)
+        draw_pictures(inference.load(detector_path(args), args.device), pictures, args.out, args.threshold)
+    elif args.export:
+        cli.refuse_torchrun("--export")
+        export_detector(args)
     elif args.eval_only:
         evaluate_again(args, device)
     else:

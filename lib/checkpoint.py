@@ -28,20 +28,20 @@ def save(path: Path, payload: dict) -> None:
     The bytes go to a temporary file in the same folder, reach the disk, and only then take the name.
     """
     if distributed.world().main:
-        with _replacing(path) as file:
+        with replacing(path) as file:
             torch.save({"format": FORMAT, **payload}, file)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a small text file in the same way."""
     if distributed.world().main:
-        with _replacing(path) as file:
+        with replacing(path) as file:
             file.write(text.encode())
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to that becomes `path` if all goes well, and else leaves no trace."""
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, `.name` being its name until then, that becomes `path` if all goes well and else goes."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

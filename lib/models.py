@@ -50,6 +50,8 @@ def load_supernet(path: Path, mmap: bool = False) -> Supernet:
 
 def load_detector(path: Path) -> Detector:
     """Read best.pt (or last.pt) of final_train.py."""
+    if path.suffix == ".onnx":
+        raise UserError(f"{path}: an exported detector; expected the checkpoint that it comes from, best.pt")
     payload = checkpoint.load(path)
     if "genotype" not in payload:
         raise UserError(f"{path}: not a detector's checkpoint; expected best.pt of final_train.py")

@@ -1,13 +1,16 @@
-"""Fixtures of several test files: a tiny configuration and its detector."""
+"""Fixtures of several test files: a tiny configuration, its supernet, a detector cut from it."""
 
 from __future__ import annotations
+
+import random
 
 import pytest
 import torch
 from tiny_runs import tiny_settings
 
-from lib import config
+from lib import checkpoint, config
 from lib.detector import ElasticSSD
+from lib.models import Detector
 
 
 @pytest.fixture(scope="session")
@@ -34,3 +37,36 @@ def tiny_detector(tiny_config):
         return detector
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_trained(tiny_config, tiny_detector):
+    """`tiny_trained(...)`: a finished detector as load_detector gives it, with confident and varied predictions."""
+
+    def make(**changes: object) -> Detector:
+        network = tiny_detector(**changes)
+        genotype = network.space.sample(random.Random(1))
+        model = network.extract(genotype)
+        with torch.no_grad():
+            for net in (*model.predictors.classes, *model.predictors.boxes):
+                net[-1].weight.normal_(0, 0.5)
+            for net in model.predictors.classes:
+                net[-1].bias.normal_(-2, 0.5)
+        return Detector(model.eval(), tiny_config(**changes), genotype, ("cat", "dog", "eel"), (1, 7, 9), 5)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_trained, tmp_path_factory):
+    """The best.pt of a run of final_train.py that ended with `tiny_trained()`."""
+    detector, path = tiny_trained(), tmp_path_factory.mktemp("trained") / "best.pt"
+    identity = {
+        "genotype": detector.genotype.to_dict(),
+        "config": config.to_dict(detector.config),
+        "classes": list(detector.classes),
+        "category_ids": list(detector.category_ids),
+        "epoch": detector.epoch,
+    }
+    checkpoint.save(path, {**identity, "model": detector.model.state_dict()})
+    return path

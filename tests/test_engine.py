@@ -219,7 +219,7 @@ def test_a_stop_ends_the_epoch_after_its_step(stop_after, position):
 
 def test_a_stop_waits_for_the_batches_that_share_a_step():
     model = network()
-    t, stop = trainer(model, accumulate=2), SimpleNamespace(requested=True)
+    t, stop = trainer(model, accumulate=2), SimpleNamespace(requested=True, agree=lambda: None)
     train_epoch(t, Loader(), lambda batch: losses_of(model, 0), stop)
     assert (t.epoch, t.batch, t.step) == (1, 2, 1)
 
