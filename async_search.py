@@ -4,6 +4,8 @@
     python async_search.py --gpus 0,1,2,3 --max-flops 300e6
     python async_search.py --load runs/bccd/supernet --gpus cpu,cpu --controller pareto-evo
     python async_search.py --resume                           # go on after any interruption
+    python async_search.py --measure-latency cpu              # writes latency_cpu.json, by which a search knows latency
+    python async_search.py --latency-table runs/bccd/search/latency_cpu.json --max-latency 12
 
 Writes best.json (the genotype to train), pareto.json (the front), evals.jsonl (every evaluation) and front.png to
 runs/NAME/search. The next command is final_train.py.
@@ -20,13 +22,15 @@ from pathlib import Path
 import torch
 
 from lib import checkpoint, cli, plan
-from lib.config import Config, to_dict
+from lib.budget import Budget, limits_of
+from lib.config import Config, SearchConfig, to_dict
 from lib.datasets import load_records, load_split
 from lib.dispatcher import Dispatcher, Result
 from lib.errors import UserError
-from lib.evolution import Controller, SpaceExhausted, make_controller, pareto_front
+from lib.evolution import Controller, RandomSearch, SpaceExhausted, make_controller, pareto_front
 from lib.genotype import Genotype
 from lib.genotype_file import read_genotype_files
+from lib.latency import Coster, LatencyTable, load_table, measure_table
 from lib.ledger import Ledger, evaluation_key
 from lib.models import Supernet, load_supernet
 from lib.report import plot_front
@@ -41,11 +45,14 @@ CPU_WORKERS = 8  # at most, where nothing else is asked for
 class Search:
     """One search: the ask, submit, tell loop over a ledger.
 
-    What the ledger already holds is told at once and never evaluated again.
+    What the ledger already holds is told at once and never evaluated again. Its records are told with the costs that
+    `costs` gives: a predicted latency is the table's, not the evaluation's.
     """
 
-    def __init__(self, controller: Controller, ledger: Ledger, config: Config, identity: dict, first_epoch: int):
-        self.controller, self.ledger, self.config = controller, ledger, config
+    def __init__(
+        self, controller: Controller, ledger: Ledger, config: Config, costs: Coster, identity: dict, first_epoch: int
+    ):
+        self.controller, self.ledger, self.config, self.costs = controller, ledger, config, costs
         self.identity, self.first_epoch = identity, first_epoch
         self.total = config.search.num_epochs * config.search.steps
         self.asked = 0
@@ -71,6 +78,7 @@ class Search:
     def _tell(self, record: dict) -> None:
         genotype = Genotype.from_dict(record["genotype"])
         if record["status"] == "ok":
+            record = {**record, "metrics": {**record["metrics"], **self.costs(genotype)}}
             self.controller.tell(genotype, record["metrics"])
         else:
             self.controller.tell_failure(genotype)
@@ -144,16 +152,17 @@ def search_loop(
 def progress_line(search: Search, epoch: int) -> str:
     objective = search.config.search.objective
     best = best_record(search)["metrics"]
+    latency = f", {best['latency_ms']:.2f} ms" if "latency_ms" in best else ""
     return (
         f"search epoch {epoch}: {len(search.told)} evaluations, best {objective} {best[objective]:.4f} "
-        f"at {best['flops'] / 1e6:.1f} M multiply-adds"
+        f"at {best['flops'] / 1e6:.1f} M multiply-adds{latency}"
     )
 
 
 def best_record(search: Search) -> dict:
     """Highest objective, the cheapest among equals."""
-    objective = search.config.search.objective
-    return max(search.succeeded(), key=lambda r: (r["metrics"][objective], -r["metrics"]["flops"]))
+    objective, cost = search.config.search.objective, search.config.search.costs[0]
+    return max(search.succeeded(), key=lambda r: (r["metrics"][objective], -r["metrics"][cost]))
 
 
 def write_results(search: Search, folder: Path, supernet: Path) -> None:
@@ -211,23 +220,39 @@ def pick_workers(gpus: str | None, config: Config) -> tuple[list[str], int | Non
     return devices, max(1, cores // on_cpu) if on_cpu else None
 
 
-def budget_check(supernet: Supernet, config: Config):
-    """Whether a genotype is within the budget. Raises UserError at once if even the smallest is not."""
-    limits = {"flops": config.search.max_flops, "params": config.search.max_params}
-    limits = {name: limit for name, limit in limits.items() if limit}
-    smallest, largest = (supernet.detector.cost(g) for g in (supernet.space.smallest(), supernet.space.largest()))
-    for name, limit in limits.items():
-        low, high = getattr(smallest, name), getattr(largest, name)
-        if low > limit:
-            raise UserError(
-                f"search.max_{name}: {limit:.4g} is out of reach, sub-networks have {low:.4g} to {high:.4g}"
-            )
+def counts_latency(settings: SearchConfig) -> bool:
+    """Whether the search minimises or bounds latency."""
+    return "latency_ms" in (*settings.costs, *limits_of(settings))
 
-    def feasible(genotype: Genotype) -> bool:
-        cost = supernet.detector.cost(genotype)
-        return all(getattr(cost, name) <= limit for name, limit in limits.items())
 
-    return feasible
+def read_latency_table(supernet: Supernet, config: Config) -> LatencyTable | None:
+    """The configured table. Raises UserError if there is none and the search needs it."""
+    settings = config.search
+    if settings.latency_table:
+        return load_table(Path(settings.latency_table), supernet.detector)
+    if counts_latency(settings):
+        raise UserError(
+            "search: latency as a cost or in the budget needs --latency-table FILE, which --measure-latency writes"
+        )
+    return None
+
+
+def measure_latency(args: argparse.Namespace, supernet: Supernet, config: Config, folder: Path) -> None:
+    """Write the latency table of a device and say how good it is."""
+    device = pick_device(args.measure_latency, "--measure-latency")
+    path = folder / f"latency_{str(device).replace(':', '_')}.json"
+    if args.dry_run:
+        print(f"latency: times sub-networks on {device} and writes {path}")
+        return
+    table = measure_table(supernet.detector, config, device, config.search.latency_threads, config.seed)
+    table.save(path)
+    costs = Coster(supernet.detector, table)
+    low, high = (costs(g)["latency_ms"] for g in (supernet.space.smallest(), supernet.space.largest()))
+    print(table.describe())
+    print(f"predicted: {low:.2f} ms for the smallest sub-network, {high:.2f} ms for the largest")
+    load = f" --load {args.load}" if args.load else ""
+    print(f"wrote {path}")
+    print(f"next: python async_search.py{load} --latency-table {path} --max-latency {(low + high) / 2:.3g}")
 
 
 def start_genotypes(
@@ -265,14 +290,23 @@ def make_parser() -> argparse.ArgumentParser:
     add("--controller", choices=["random", "evo", "pareto-evo"], help="how candidates are proposed")
     add("--max-flops", type=float, help="budget: multiply-adds of the whole detector, e.g. 300e6")
     add("--max-params", type=float, help="budget: parameters of the whole detector")
+    add("--max-latency", type=float, metavar="MS", help="budget: predicted milliseconds, before NMS (--latency-table)")
+    add("--latency-table", metavar="FILE", help="latency of blocks, as --measure-latency wrote it")
+    add(
+        "--measure-latency",
+        metavar="DEVICE",
+        nargs="?",
+        const="auto",
+        help="write such a table for this machine's cpu or cuda:0 to the run's folder, and stop",
+    )
     return parser
 
 
 def read_search_config(args: argparse.Namespace, supernet: Supernet) -> Config:
     """The supernet's configuration, or --cfg's, which must describe the same network."""
-    for flag in ("controller", "max_flops", "max_params"):
-        if (value := getattr(args, flag)) is not None:
-            args.set.append(f"search.{flag}={value}")
+    keys = {"controller": args.controller, "max_flops": args.max_flops, "max_params": args.max_params}
+    keys |= {"max_latency_ms": args.max_latency, "latency_table": args.latency_table}
+    args.set += [f"search.{key}={value}" for key, value in keys.items() if value is not None]
     config = cli.read_config(args, "search", to_dict(supernet.config))
     for section in ("search_space", "backbone", "head", "loss"):
         if getattr(config, section) != getattr(supernet.config, section):
@@ -290,8 +324,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     supernet = load_supernet(path)
     config = read_search_config(args, supernet)
     folder = cli.run_folder(args, config, "search")
+    if args.measure_latency:
+        measure_latency(args, supernet, config, folder)
+        return
     devices, threads = pick_workers(args.gpus or devices_of(args.device), config)
-    feasible = budget_check(supernet, config)
+    table = read_latency_table(supernet, config)
+    costs = Coster(supernet.detector, table)
+    budget = Budget(costs, supernet.space, limits_of(config.search))
+    RandomSearch(supernet.space, config.seed, budget, budget=str(budget)).ask()  # raises where nothing fits
     config.data.classes = list(supernet.classes)
     records = load_records(config.data, "train", config.seed)
     train, candidates = load_split(path.parent / "split.json", records)
@@ -299,6 +339,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"supernet: {path}, trained to epoch {supernet.epoch} of {supernet.config.supernet.epochs}",
         plan.describe_split(len(records), train, candidates),
         *plan.describe_space(supernet.detector, supernet.space),
+        *([table.describe()] if table else []),
+        f"budget: {budget}",
         f"search: {config.search.controller}, {config.search.num_epochs} epochs of {config.search.steps} evaluations "
         f"from epoch {supernet.epoch + 1}, workers on {', '.join(devices)}",
     ):
@@ -306,9 +348,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.dry_run:
         return
     settings = config.search
-    shared = (config.seed, settings.controller, settings.objective, settings.costs, settings.max_flops)
+    shared = (config.seed, settings.controller, settings.objective, settings.costs, limits_of(settings))
+    measured = checkpoint.sha256(Path(settings.latency_table)) if counts_latency(settings) else "no latency"
     identity = {
-        "search": f"{shared}-{settings.max_params}",
+        "search": f"{shared}-{measured}",
         "supernet_sha256": checkpoint.sha256(path),
         "split_sha256": checkpoint.sha256(path.parent / "split.json"),
         "settings": {"bn_images": settings.bn_images, "images": settings.images, "batch_size": settings.batch_size},
@@ -319,11 +362,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         remember("search", folder)
         names = ("objective", "costs", "population_size", "tournament_size", "mutation_probability")
         options = {name: getattr(settings, name) for name in (*names, "crossover_probability")}
-        starts = start_genotypes(args.start_from, path.parent, supernet, feasible)
-        controller = make_controller(
-            settings.controller, supernet.space, config.seed, feasible, seeds=starts, **options
-        )
-        search = Search(controller, ledger, config, identity, supernet.epoch + 1)
+        starts = start_genotypes(args.start_from, path.parent, supernet, budget)
+        controller = make_controller(settings.controller, supernet.space, config.seed, budget, seeds=starts, **options)
+        search = Search(controller, ledger, config, costs, identity, supernet.epoch + 1)
         if args.resume:
             search.replay()
             print(f"resumed {ledger.path}: {len(search.told)} evaluations of this search")

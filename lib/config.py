@@ -219,9 +219,15 @@ class SearchConfig:
     mutation_probability: float = 0.1
     crossover_probability: float = 0.5
     objective: Literal["AP", "AP50", "mAP"] = "AP"  # COCO AP, COCO AP at IoU 0.5, VOC mAP
-    costs: list[Literal["flops", "params"]] = field(default_factory=lambda: ["flops"])
+    costs: list[Literal["flops", "params", "latency_ms"]] = field(default_factory=lambda: ["flops"])
+    min_flops: float = 0.0
     max_flops: float = 0.0
+    min_params: float = 0.0
     max_params: float = 0.0
+    min_latency_ms: float = 0.0
+    max_latency_ms: float = 0.0
+    latency_table: str = ""  # what --measure-latency wrote; latency as a cost or in a budget needs it
+    latency_threads: int = 1  # CPU threads of a detector that --measure-latency times
     bn_images: int = 256  # training images that re-estimate BatchNorm
     images: int = 0  # of the search split that score a candidate; 0 = all of them
     batch_size: int = 32

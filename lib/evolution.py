@@ -41,7 +41,8 @@ class Controller:
     """What all controllers share: what was asked or told already is never asked again.
 
     `feasible` judges proposals before they cost anything; what is told is not judged, so tell only what fits.
-    `seeds` that fit are asked first. `objective` and `costs` name the metrics to maximise and to minimise.
+    `seeds` that fit are asked first. `objective` and `costs` name the metrics to maximise and to minimise. `budget`
+    says in words what is feasible, for the error when nothing is.
 
     A proposal depends on `seed`, on the number of genotypes known so far and on what was told, in order. Telling a
     fresh controller the records of an earlier search therefore continues that search; no random state is kept.
@@ -56,12 +57,13 @@ class Controller:
         seeds: Sequence[Genotype] = (),
         objective: str = "AP",
         costs: Sequence[str] = (),
+        budget: str = "",
     ):
         for genotype in seeds:
             space.check(genotype)
         self.space = space
         self._seed = seed
-        self._feasible = feasible
+        self._feasible, self._budget = feasible, budget
         self._seeds = deque(seeds)
         self._objective, self._costs = objective, tuple(costs)
         self._known: set[Genotype] = set()  # asked or told
@@ -109,7 +111,8 @@ class Controller:
         if self._leftovers:
             return rng.choice(self._leftovers)
         if not self._known:
-            raise UserError(f"search: no sub-network within the budget was found in {SAMPLE_TRIES} tries")
+            budget = f": {self._budget}" if self._budget else ""
+            raise UserError(f"search: no sub-network within the budget was found in {SAMPLE_TRIES} tries{budget}")
         raise SpaceExhausted(f"every sub-network that fits has been proposed ({len(self._known)} in all)")
 
     def _candidates(self, rng: random.Random) -> Iterator[Genotype]:

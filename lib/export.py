@@ -15,7 +15,6 @@ Without NMS, of each of the P prior boxes and C classes:
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 import tempfile
 import warnings
@@ -24,10 +23,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from lib.boxes import decode
 from lib.config import PostprocessConfig
+from lib.fuse import fuse
 from lib.models import Detector
 from lib.onnx_file import FORMAT, PRIORS, require
 from lib.postprocess import class_scores
@@ -90,7 +89,7 @@ class ScoresAndBoxes(nn.Module):
 
     def __init__(self, detector: Detector):
         super().__init__()
-        self.network = fold_norms(detector.model)
+        self.network = fuse(detector.model)
         self.loss_type = detector.config.loss.type
         self.variances = detector.config.head.variances
 
@@ -98,17 +97,6 @@ class ScoresAndBoxes(nn.Module):
         logits, offsets = self.network(images)
         boxes = decode(offsets, self.network.priors, self.variances).clamp(0, 1)
         return class_scores(logits, self.loss_type), boxes
-
-
-def fold_norms(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode, each BatchNorm folded into the convolution before it."""
-    model = copy.deepcopy(model).eval()
-    for sequence in [m for m in model.modules() if isinstance(m, nn.Sequential)]:
-        for (first, conv), (second, norm) in itertools.pairwise(list(sequence.named_children())):
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                sequence.add_module(first, fuse_conv_bn_eval(conv, norm))
-                sequence.add_module(second, nn.Identity())
-    return model
 
 
 def export_graph(detector: Detector, nms: bool = True) -> ModelProto:

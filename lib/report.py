@@ -12,6 +12,8 @@ from lib.runlog import read_log
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+COST_LABELS = {"flops": "multiply-adds", "params": "parameters", "latency_ms": "predicted latency [ms]"}
+
 
 def plot_training(log: Path, picture: Path, metric: str, phases: Sequence[int] = ()) -> None:
     """Losses above, AP below, from a JSONL log; a dotted line where a phase begins."""
@@ -50,7 +52,7 @@ def plot_front(evaluated: Sequence[dict], front: Sequence[dict], cost: str, metr
     axis.scatter([m[cost] for m in evaluated], [m[metric] for m in evaluated], s=14, alpha=0.5, label="evaluated")
     ordered = sorted(front, key=lambda m: m[cost])
     axis.plot([m[cost] for m in ordered], [m[metric] for m in ordered], "o-", color="C3", label="Pareto front")
-    axis.set_xlabel({"flops": "multiply-adds", "params": "parameters"}[cost])
+    axis.set_xlabel(COST_LABELS[cost])
     axis.set_ylabel(f"{metric} on the search split, inherited weights")
     axis.legend()
     _save(figure, picture)

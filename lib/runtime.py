@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import platform
 import random
 import re
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,20 +23,34 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 PR_SET_PDEATHSIG = 1  # sys/prctl.h
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:N` as a device that this machine has. Several processes have a GPU each."""
+def pick_device(name: str, flag: str = "--device") -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:N`, the value of `flag`, as a device that this machine has.
+
+    In a job of several processes each has a GPU of its own.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if distributed.world().size > 1 and name.startswith("cuda"):
         if name != "cuda":
-            raise UserError(f"--device {name}: expected auto, cpu or cuda, since each process takes a GPU of its own")
+            raise UserError(f"{flag} {name}: expected auto, cpu or cuda, since each process takes a GPU of its own")
         name = f"cuda:{distributed.world().local_rank}"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise UserError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
+        raise UserError(f"{flag} {name}: expected auto, cpu, cuda or cuda:N")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+        raise UserError(f"{flag} {name}: this machine has {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+def device_name(device: torch.device) -> str:
+    """The model of a GPU or of this machine's processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def seed_everything(seed: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 
-from lib.config import ChoiceSchedule, Config, TrainConfig, ValueSchedule
+from lib.config import ChoiceSchedule, Config, SearchConfig, TrainConfig, ValueSchedule
 from lib.errors import UserError
 
 
@@ -22,6 +22,7 @@ def validate(config: Config) -> None:
         _check_training(name, getattr(config, name))
     for name in ("num_epochs", "steps", "population_size", "tournament_size", "batch_size", "bn_images"):
         _at_least(f"search.{name}", getattr(config.search, name), 1)
+    _check_budgets(config.search)
     _at_least("supernet.samples", config.supernet.samples, 1)
     _at_least("data.workers", config.data.workers, 0)
     _check_portion(config.data.data_portion)
@@ -142,6 +143,18 @@ def validate_shares(name: str, config: TrainConfig, processes: int) -> None:
     if not config.sync_batch_norm and config.batch_size < 2 * processes:
         expected = f"at least 2 images for each of the {processes} processes, or {name}.sync_batch_norm"
         _fail(f"{name}.batch_size", expected, config.batch_size)
+
+
+def _check_budgets(config: SearchConfig) -> None:
+    for cost in ("flops", "params", "latency_ms"):
+        low, high = getattr(config, f"min_{cost}"), getattr(config, f"max_{cost}")
+        _at_least(f"search.min_{cost}", low, 0)
+        _at_least(f"search.max_{cost}", high, 0)
+        if 0 < high < low:
+            _fail(f"search.min_{cost}", f"at most search.max_{cost}, which is {high:g}", low)
+    if not config.costs:
+        _fail("search.costs", "at least one cost", "none")
+    _at_least("search.latency_threads", config.latency_threads, 1)
 
 
 def _check_portion(portion: Sequence[float]) -> None:

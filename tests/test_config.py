@@ -106,7 +106,7 @@ def test_a_key_unlike_any_other_lists_the_valid_ones():
             "search.controller=evolution",
             "search.controller: expected one of random, evo, pareto-evo, found 'evolution'",
         ),
-        ("search.costs=[flops, time]", "search.costs[1]: expected one of flops, params, found 'time'"),
+        ("search.costs=[flops, time]", "search.costs[1]: expected one of flops, params, latency_ms, found 'time'"),
         ("supernet.lr_schedule.T_0=soon", "supernet.lr_schedule.T_0: expected an integer or 'auto', found 'soon'"),
         ("supernet=3", "supernet: expected a section with keys, found 3"),
     ],
@@ -207,10 +207,19 @@ def test_choices_that_no_stage_can_serve(override, key):
     assert mistake(override).startswith(f"{key}: expected ")
 
 
+def test_a_least_above_the_most_is_a_contradiction():
+    text = mistake("search.min_flops=3e6", "search.max_flops=2e6")
+    assert text.startswith("search.min_flops: expected at most search.max_flops, which is 2e+06")
+
+
 @pytest.mark.parametrize(
     ("override", "key"),
     [
         ("search.num_epochs=0", "search.num_epochs"),
+        ("search.costs=[]", "search.costs"),
+        ("search.max_flops=-1", "search.max_flops"),
+        ("search.min_latency_ms=-1", "search.min_latency_ms"),
+        ("search.latency_threads=0", "search.latency_threads"),
         ("search.steps=0", "search.steps"),
         ("search.population_size=0", "search.population_size"),
         ("supernet.samples=0", "supernet.samples"),

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lib.config import Config
 from lib.cost import module_cost
-from lib.detector import ElasticSSD
+from lib.detector import ElasticSSD, Normalize
 from lib.engine import recalibrate
 from lib.errors import UserError
 from lib.losses import DetectionLoss
@@ -271,3 +271,11 @@ def test_the_first_loss_is_near_its_steady_size(tiny_config):
 def test_multibox_logits_start_without_a_bias(tiny_detector, tiny_config):
     detector = ElasticSSD(tiny_config(loss__type="multibox"), 3)
     assert all(net[-1].bias.abs().max() == 0 for net in detector.predictors.classes)
+
+
+def test_whole_numbers_in_the_configuration_do_not_make_pictures_integers():
+    """`pixel_mean: [127, 127, 127]` in YAML: pictures must be resized, and must keep their fractions."""
+    images = 255 * torch.rand(1, 3, 6, 8)
+    whole, same = Normalize([127] * 3, [128] * 3), Normalize([127.0] * 3, [128.0] * 3)
+    for size in (4, 6):
+        torch.testing.assert_close(whole(images, size), same(images, size), rtol=0, atol=0)

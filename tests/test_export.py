@@ -8,7 +8,7 @@ from torch import nn
 
 from lib.boxes import decode
 from lib.config import PostprocessConfig
-from lib.export import ScoresAndBoxes, add_nms, export_graph, fold_norms, with_every_output
+from lib.export import ScoresAndBoxes, add_nms, export_graph, with_every_output
 from lib.genotype import Genotype
 from lib.onnx_file import DETECTIONS, PRIORS, open_session, read_metadata, run_session, unpad
 from lib.postprocess import class_scores, postprocess
@@ -146,17 +146,6 @@ def test_every_norm_is_folded(exported):
     assert "Conv" in operations and "BatchNormalization" not in operations
     convolutions = [m for m in detector.model.modules() if isinstance(m, nn.Conv2d)]
     assert sum(node.op_type == "Conv" for node in graph.graph.node) == len(convolutions)
-
-
-def test_folding_keeps_the_output():
-    torch.manual_seed(0)
-    layers = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4)).eval()
-    for norm in (layers[1], layers[3]):
-        norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2), norm.weight.data.normal_()
-    x = torch.randn(2, 3, 8, 8)
-    folded = fold_norms(layers)
-    torch.testing.assert_close(folded(x), layers(x))
-    assert isinstance(folded[1], nn.Identity) and isinstance(folded[3], nn.BatchNorm2d)  # no convolution before it
 
 
 def test_the_file_says_what_it_holds(exported):

@@ -64,7 +64,7 @@ def test_a_loss_that_comes_later_is_drawn(tmp_path):
     assert not pixels(first.with_suffix(".png")).equal(pixels(both.with_suffix(".png")))
 
 
-@pytest.mark.parametrize("cost", ["flops", "params"])
+@pytest.mark.parametrize("cost", ["flops", "params", "latency_ms"])
 def test_the_front_is_drawn(tmp_path, cost):
     found = [{"AP": 0.1 * i, cost: 1e6 * (5 - i)} for i in range(4)]
     plot_front(found, found[-1:], cost, "AP", tmp_path / "front.png")

@@ -6,11 +6,13 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +21,10 @@ from tiny_data import write_voc
 from tiny_runs import REPOSITORY, environment, finish, run, start, tiny_settings
 from torchvision.io import decode_image, read_file
 
-from lib import checkpoint
+import async_search
+from lib import checkpoint, latency
 from lib.genotype import Genotype
+from lib.models import load_supernet
 
 SUPERNET, SEARCH, FINAL = "supernet_train.py", "async_search.py", "final_train.py"
 
@@ -382,6 +386,41 @@ def test_a_second_search_pays_for_nothing_twice(flow, tmp_path):
     records = read_lines(evaluations)
     assert records[:6] == first and len(records) < 12
     assert len({r["key"] for r in records}) == len(records)
+
+
+def test_a_search_knows_latency_by_its_table(flow, tmp_path, monkeypatch, capsys):
+    """Measured once; told with evaluations that are known already, and nothing over the budget is proposed."""
+    folder, _ = flow
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(latency, "ROUNDS", 1)
+    options = ["--load", str(folder / "runs/tiny/supernet"), "--train-dir", "search"]
+    async_search.main([*options, "--measure-latency", "cpu"])
+    table = json.loads((tmp_path / "search/latency_cpu.json").read_text())
+    assert f"--latency-table {Path('search/latency_cpu.json')} --max-latency " in capsys.readouterr().out
+    assert table["format"] == "latency/1" and table["held_out"] == 40 and os.listdir("search") == ["latency_cpu.json"]  # noqa: PTH208
+    detector = load_supernet(folder / "runs/tiny/supernet/last.pt").detector
+
+    def milliseconds(data):
+        counts = latency.features(detector, Genotype.from_dict(data))
+        return sum(table["ms"][name] * count for name, count in counts.items())
+
+    shutil.copy(folder / "runs/tiny/search/evals.jsonl", "search")
+    known = read_lines(tmp_path / "search/evals.jsonl")
+    options += ["--gpus", "cpu", "--latency-table", "search/latency_cpu.json"]
+    assert " ms" in run(tmp_path, SEARCH, *options)
+    reused = read_lines(tmp_path / "search/evals.jsonl")
+    assert reused[: len(known)] == known and len(reused) < 2 * len(known)  # latency is no reason to evaluate anew
+    best = json.loads((tmp_path / "search/best.json").read_text())
+    assert best["metrics"]["latency_ms"] == pytest.approx(milliseconds(best), abs=1e-3)
+    limit = sorted(milliseconds(record["genotype"]) for record in known)[2]
+    options += ["--controller", "pareto-evo", "--set", "search.costs=[latency_ms]", "--max-latency", str(limit)]
+    run(tmp_path, SEARCH, *options)
+    records = read_lines(tmp_path / "search/evals.jsonl")
+    assert records[: len(reused)] == reused and len(records) > len(reused)
+    assert all(milliseconds(record["genotype"]) <= limit + 1e-3 for record in records[len(reused) :])
+    front = json.loads((tmp_path / "search/pareto.json").read_text())
+    times = [member["metrics"]["latency_ms"] for member in front["front"]]
+    assert front["costs"] == ["latency_ms"] and times == sorted(times) and times[-1] <= limit + 1e-3
 
 
 def test_importing_the_scripts_runs_nothing(tmp_path):

@@ -1,0 +1,291 @@
+"""Latency of any sub-network, predicted from a table of block times that was fitted to measured whole detectors.
+
+A detector's time is the sum of its blocks' times and of what all detectors of an image size share, as in ProxylessNAS
+(Cai et al., ICLR 2019, section 3.3) and Once-for-All. Blocks are not timed one by one: their sum is what is measured.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lib.checkpoint import write_text
+from lib.config import Config
+from lib.detector import ElasticSSD
+from lib.elastic import ElasticInvertedResidual
+from lib.errors import UserError
+from lib.genotype import Block, BlockChoices, Genotype, SearchSpace
+from lib.runtime import device_name
+from lib.timing import FusedDetectors, time_detectors, time_nms
+
+FORMAT = "latency/1"
+SAMPLES_PER_BLOCK = 2  # measured detectors for each number of the table
+HELD_OUT = 40  # measured detectors that the table is not fitted to
+FEWEST_HELD_OUT = 10
+RIDGE = 1e-4  # variance of a measurement (1% of it) over that of block times (of their own size)
+ROUNDS = 10
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """What `--measure-latency` found: where, how, the milliseconds of each block, and how far its sums are off.
+
+    `network` tells the parts that all sub-networks share. `error_median` and `error_95` are absolute errors on
+    detectors that were not fitted, as shares of their time; `error_constant` is the median error of one guess for all.
+    Non-maximum suppression is not in the sums.
+    """
+
+    device: str
+    device_name: str
+    threads: int
+    batch: int
+    torch: str
+    image_sizes: list[int]
+    network: str
+    fitted: int
+    held_out: int
+    error_median: float
+    error_95: float
+    error_constant: float
+    nms_ms: float
+    nms_boxes: int
+    ms: dict[str, float]
+
+    def __call__(self, counts: Mapping[str, int]) -> float:
+        """Milliseconds of a detector with these blocks (`features`)."""
+        return predict(self.ms, counts)
+
+    def describe(self) -> str:
+        where = f"{self.device_name}, CPU threads: {self.threads}" if self.device == "cpu" else self.device_name
+        return (
+            f"latency: {where}, batch {self.batch}; on {self.held_out} held-out sub-networks median absolute error "
+            f"{self.error_median:.1%}, 95% below {self.error_95:.1%} (one guess for all: median "
+            f"{self.error_constant:.1%}); NMS of {self.nms_boxes} boxes takes {self.nms_ms:.2f} ms more"
+        )
+
+    def save(self, path: Path) -> None:
+        write_text(path, json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n")
+
+
+def load_table(path: Path, detector: ElasticSSD) -> LatencyTable:
+    """Read a table. Raises UserError unless it can predict every sub-network of `detector`."""
+    again = "measure this supernet with --measure-latency"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
+        raise UserError(f'{path}: not a latency table: expected a JSON object with "format": "{FORMAT}"')
+    names = {field.name for field in fields(LatencyTable)}
+    if data.keys() != names:
+        raise UserError(f"{path}: not a whole latency table: {', '.join(sorted(names ^ data.keys()))}; {again}")
+    table = LatencyTable(**data)
+    if table.network != shared_parts(detector):
+        raise UserError(f"{path}: measured on a detector with another stem, head or number of classes; {again}")
+    wrong = [name for name, ms in table.ms.items() if not isinstance(ms, (int, float)) or not ms >= 0]
+    if wrong:
+        raise UserError(f"{path}: '{wrong[0]}': expected milliseconds, found {table.ms[wrong[0]]!r}")
+    missing = [name for name in all_features(detector) if name not in table.ms]
+    if missing:
+        raise UserError(f"{path}: measured on another search space, without '{missing[0]}'; {again}")
+    return table
+
+
+class Coster:
+    """`coster(genotype)` is what a whole detector costs: flops, params and, where there is a table, latency_ms."""
+
+    def __init__(self, detector: ElasticSSD, table: LatencyTable | None = None):
+        self._detector, self._table = detector, table
+
+    def __call__(self, genotype: Genotype) -> dict[str, float]:
+        costs = self._detector.cost(genotype)._asdict()
+        if self._table is not None:
+            costs["latency_ms"] = round(self._table(features(self._detector, genotype)), 4)
+        return costs
+
+
+# --------------------------------------------------------------------------------------------------------- the features
+
+
+def features(detector: ElasticSSD, genotype: Genotype) -> Counter[str]:
+    """How often a sub-network has each kind of block; what all of its image size share is one more name."""
+    side = genotype.image_size
+    counts = Counter([f"shared at {side}"])
+    for segment in detector.segments(genotype):
+        for module, block in segment:
+            if block is None:
+                stride = module[0].stride[0]
+            else:
+                stride = module.depthwise.stride
+                counts[_block_name(module, block, side)] += 1
+            side = -(-side // stride)
+    return counts
+
+
+def _block_name(module: ElasticInvertedResidual, block: Block, side: int) -> str:
+    """All that a block's time depends on. Where a stage repeats a block, the name is the same."""
+    parts = [
+        f"{side}x{side}",
+        f"channels {module.in_channels}-{module.hidden_channels(block.expand)}-{module.out_channels}",
+        f"kernel {block.kernel}",
+        f"stride {module.depthwise.stride}",
+        type(module.activation).__name__,
+    ]
+    return ", ".join(parts + ["SE"] * (module.squeeze_excitation is not None))
+
+
+def all_features(detector: ElasticSSD) -> list[str]:
+    """The names of every block that a sub-network may have."""
+    return sorted({name for genotype in _every_block(detector.space) for name in features(detector, genotype)})
+
+
+def _every_block(space: SearchSpace) -> Iterator[Genotype]:
+    """Genotypes of full depth that between them have every choice of every block."""
+    choices = [*(stage.block for stage in space.stages), *space.head]
+    most = [range(max(len(getattr(c, field)) for c in choices)) for field in Block._fields]
+    for size, e, k in itertools.product(space.image_size, *most):
+
+        def block(c: BlockChoices, e: int = e, k: int = k) -> Block:
+            return Block(c.expand[e % len(c.expand)], c.kernel[k % len(c.kernel)])
+
+        stages = tuple((block(s.block),) * max(s.depth) for s in space.stages)
+        yield Genotype(size, space.backbone_type, stages, tuple(map(block, space.head)))
+
+
+def shared_parts(detector: ElasticSSD) -> str:
+    """SHA-256 of the layers that every sub-network has, without their weights."""
+    segments = detector.segments(detector.space.largest())
+    fixed = [repr(module) for segment in segments for module, block in segment if block is None]
+    return hashlib.sha256(json.dumps([*fixed, repr(detector.predictors)]).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------- the sample
+
+
+def designed_sample(space: SearchSpace, count: int, rng: random.Random) -> list[Genotype]:
+    """Genotypes in which every choice of every position is equally frequent, in independent random orders."""
+
+    def column(options: Sequence) -> Iterator:
+        values = [options[i % len(options)] for i in range(count)]
+        rng.shuffle(values)
+        return iter(values)
+
+    def blocks(choices: BlockChoices) -> Iterator:
+        return column([Block(e, k) for e, k in itertools.product(choices.expand, choices.kernel)])
+
+    sizes = column(space.image_size)
+    stages = [(column(s.depth), [blocks(s.block) for _ in range(max(s.depth))]) for s in space.stages]
+    heads = [blocks(choices) for choices in space.head]
+    sample = []
+    for size in sizes:
+        drawn = [(next(depth), [next(position) for position in positions]) for depth, positions in stages]
+        chosen = tuple(tuple(row[:depth]) for depth, row in drawn)
+        sample.append(Genotype(size, space.backbone_type, chosen, tuple(map(next, heads))))
+    return list(dict.fromkeys(sample))
+
+
+def held_out_sample(space: SearchSpace, count: int, known: Sequence[Genotype], rng: random.Random) -> list[Genotype]:
+    """The smallest, the largest and random genotypes, none of them known. Raises UserError where there are too few."""
+    sample: dict[Genotype, None] = {}
+    draws = (space.sample(rng) for _ in range(100 * count))
+    for genotype in itertools.chain([space.smallest(), space.largest()], draws):
+        if genotype not in known:
+            sample[genotype] = None
+        if len(sample) == count:
+            break
+    if len(sample) < FEWEST_HELD_OUT:
+        raise UserError(
+            f"--measure-latency: a search space of {space.size():.4g} sub-networks is too small for a table"
+        )
+    return list(sample)
+
+
+# ------------------------------------------------------------------------------------------------------------- the fit
+
+
+def fit(samples: Sequence[Mapping[str, int]], milliseconds: Sequence[float]) -> dict[str, float]:
+    """Non-negative milliseconds of each name, such that their sums come near to what was measured, relative to it."""
+    names = sorted({name for counts in samples for name in counts})
+    y = np.asarray(milliseconds, dtype=float)
+    x = np.array([[counts.get(name, 0) for name in names] for counts in samples], dtype=float)
+    typical = np.median(y) / np.median(x.sum(1))  # the time of one block: the unknowns count in it
+    times = typical * nonnegative_ridge(x * typical / y[:, None], np.ones(len(y)), RIDGE)
+    return dict(zip(names, times.tolist(), strict=True))
+
+
+def nonnegative_ridge(x: np.ndarray, y: np.ndarray, ridge: float) -> np.ndarray:
+    """The w >= 0 with the least |x w - y|^2 + ridge |w|^2, by active sets (Lawson and Hanson, 1974, chapter 23)."""
+    gram, target = x.T @ x + ridge * np.eye(x.shape[1]), x.T @ y
+    w, free = np.zeros(len(target)), np.zeros(len(target), dtype=bool)
+    tolerance = 1e-10 * np.abs(target).max()
+    while True:
+        gain = np.where(free, 0.0, target - gram @ w)  # of letting a variable leave zero
+        if gain.max() <= tolerance:
+            return w
+        free[gain.argmax()] = True
+        while True:
+            best = np.zeros(len(w))
+            best[free] = np.linalg.solve(gram[np.ix_(free, free)], target[free])
+            blocked = free & (best <= 0)
+            if not blocked.any():
+                break
+            step = (w[blocked] / (w[blocked] - best[blocked])).min()  # as far as no variable turns negative
+            w = w + step * (best - w)
+            free &= w > 1e-12 * w.max()
+            w[~free] = 0.0
+        w = best
+
+
+def predict(ms: Mapping[str, float], counts: Mapping[str, int]) -> float:
+    return sum(count * ms[name] for name, count in counts.items())
+
+
+def relative_errors(predicted: Sequence[float], measured: Sequence[float]) -> np.ndarray:
+    """Absolute errors as shares of what was measured."""
+    return np.abs(np.asarray(predicted) - measured) / measured
+
+
+# --------------------------------------------------------------------------------------------------- the measurement
+
+
+def measure_table(detector: ElasticSSD, config: Config, device: torch.device, threads: int, seed: int) -> LatencyTable:
+    """Time a designed sample of whole detectors on `device`, fit the table, and judge it on detectors left out."""
+    torch.set_num_threads(threads)
+    rng, space, names = random.Random(seed), detector.space, all_features(detector)
+    fitted = designed_sample(space, SAMPLES_PER_BLOCK * len(names), rng)
+    held_out = held_out_sample(space, HELD_OUT, fitted, rng)
+    make = FusedDetectors(detector, config, device)
+    measured = time_detectors([make(genotype) for genotype in (*fitted, *held_out)], device, ROUNDS)
+    counts = [features(detector, genotype) for genotype in (*fitted, *held_out)]
+    n = len(fitted)
+    ms = fit(counts[:n], measured[:n])
+    errors = relative_errors([predict(ms, row) for row in counts[n:]], measured[n:])
+    nms_boxes = config.postprocess.top_k
+    return LatencyTable(
+        device=str(device),
+        device_name=device_name(device),
+        threads=threads,
+        batch=1,
+        torch=torch.__version__,
+        image_sizes=list(space.image_size),
+        network=shared_parts(detector),
+        fitted=n,
+        held_out=len(held_out),
+        error_median=float(np.median(errors)),
+        error_95=float(np.percentile(errors, 95)),
+        error_constant=float(np.median(relative_errors([np.median(measured[:n])] * len(held_out), measured[n:]))),
+        nms_ms=time_nms(nms_boxes, detector.num_classes, config.postprocess.nms_threshold, device, ROUNDS),
+        nms_boxes=nms_boxes,
+        ms=ms,
+    )

@@ -1,0 +1,133 @@
+"""Milliseconds of whole detectors on a device: one picture in, scores and boxes out, non-maximum suppression apart."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import batched_nms
+
+from lib.boxes import decode
+from lib.config import Config
+from lib.detector import SSD, ElasticSSD
+from lib.fuse import fuse
+from lib.genotype import Block, Genotype
+from lib.postprocess import class_scores
+from lib.runlog import progress
+
+PICTURE = (480, 640)  # height and width of the camera picture that a detector is given
+REPETITIONS = 3  # timed calls of a visit, after one that is not
+REFERENCE_EVERY = 4  # visits from one of the reference to the next
+
+Run = Callable[[], object]
+
+
+class WholeDetector(nn.Module):
+    """A plain detector up to non-maximum suppression: resize, network, scores, decoded boxes."""
+
+    def __init__(self, model: SSD, config: Config):
+        super().__init__()
+        self.model = model
+        self.loss_type, self.variances = config.loss.type, config.head.variances
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures (B, 3, H, W), uint8, to scores (B, P, num_classes) and boxes (B, P, 4), normalised xyxy."""
+        logits, offsets = self.model(pictures)
+        boxes = decode(offsets, self.model.priors, self.variances).clamp(0, 1)
+        return class_scores(logits, self.loss_type), boxes
+
+
+class FusedDetectors:
+    """`detectors(genotype)` is a whole detector as it would be deployed on `device`, BatchNorm folded away.
+
+    Each block is cut out once and shared by all detectors that have it, so hundreds of them fit into memory.
+    """
+
+    def __init__(self, detector: ElasticSSD, config: Config, device: torch.device):
+        self._detector, self._config, self._device = detector, config, device
+        self._parts: dict[tuple[nn.Module, Block | None], nn.Module] = {}
+
+    def __call__(self, genotype: Genotype) -> WholeDetector:
+        segments = self._detector.segments(genotype)
+        model = SSD(
+            image_size=genotype.image_size,
+            normalize=self._part(self._detector.normalize),
+            backbone=[nn.Sequential(*(self._part(*step) for step in segment)) for segment in segments],
+            extras=[],  # one module per feature map, wherever it stands
+            predictors=self._part(self._detector.predictors),
+            priors=self._detector.priors(genotype.image_size).to(self._device),
+        )
+        return WholeDetector(model, self._config).eval()
+
+    def _part(self, module: nn.Module, block: Block | None = None) -> nn.Module:
+        key = (module, block)
+        if key not in self._parts:
+            plain = module if block is None else module.extract(block)
+            self._parts[key] = fuse(plain).to(self._device, memory_format=torch.channels_last)
+        return self._parts[key]
+
+
+def time_detectors(models: Sequence[nn.Module], device: torch.device, rounds: int) -> list[float]:
+    """Milliseconds of each model for one camera picture that is already on `device`, as `time_interleaved` takes them.
+
+    The first model is also the reference.
+    """
+    picture = torch.randint(0, 256, (1, 3, *PICTURE), dtype=torch.uint8, device=device)
+    with torch.inference_mode():
+        return time_interleaved([lambda model=model: model(picture) for model in models], device, rounds)
+
+
+def time_nms(boxes: int, num_classes: int, threshold: float, device: torch.device, rounds: int) -> float:
+    """Milliseconds of non-maximum suppression of that many random boxes."""
+    centres, sizes = torch.rand(boxes, 2, device=device), 0.2 * torch.rand(boxes, 2, device=device)
+    corners = torch.cat([centres - sizes / 2, centres + sizes / 2], 1)
+    scores = torch.rand(boxes, device=device)
+    labels = torch.randint(0, num_classes, (boxes,), device=device)
+    return statistics.median(
+        visit(lambda: batched_nms(corners, scores, labels, threshold), device) for _ in range(rounds)
+    )
+
+
+def time_interleaved(runs: Sequence[Run], device: torch.device, rounds: int) -> list[float]:
+    """Median milliseconds of each run over rounds that visit all of them, each round in an order of its own.
+
+    A machine's speed drifts. The first run is the reference: visited every few visits, it tells how fast each round
+    was, and the others count relative to it.
+    """
+    rng = random.Random(0)
+    order = list(range(len(runs)))
+    speeds: list[float] = []
+    relative: list[list[float]] = [[] for _ in runs]
+    bar = progress(None, "measure", total=rounds * len(runs))
+    for _ in range(rounds):
+        rng.shuffle(order)
+        reference, found = [], {}
+        for n, i in enumerate(order):
+            if n % REFERENCE_EVERY == 0:
+                reference.append(visit(runs[0], device))
+            found[i] = visit(runs[i], device)
+            bar.update()
+        speeds.append(statistics.median(reference))
+        for i, milliseconds in found.items():
+            relative[i].append(milliseconds / speeds[-1])
+    bar.close()
+    usual = statistics.median(speeds)
+    return [usual * statistics.median(values) for values in relative]
+
+
+def visit(run: Run, device: torch.device) -> float:
+    """Median milliseconds of a few calls after one that warms up; on a GPU until its work is done."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda _: None
+    run()
+    times = []
+    for _ in range(REPETITIONS):
+        wait(device)
+        start = time.perf_counter()
+        run()
+        wait(device)
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)

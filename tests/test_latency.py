@@ -1,0 +1,285 @@
+"""Latency tables: features, sample, fit, round trip, refusals, and those of the search."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import random
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import async_search
+from lib import checkpoint, latency
+from lib.config import to_dict
+from lib.errors import UserError
+from lib.evolution import every_genotype
+from lib.genotype import Block, Genotype
+from lib.latency import Coster, all_features, designed_sample, features, fit, load_table
+
+torch.set_num_threads(1)
+
+
+# --------------------------------------------------------------------------------------------------------- the features
+
+
+def test_features_count_blocks(tiny_detector):
+    detector = tiny_detector(search_space__image_size_choice=[64, 96], search_space__num_cell_groups="[1,3,2,2,2,2]")
+    a = detector.space.largest()
+    counts = features(detector, a)
+    blocks = sum(a.depths) + len(a.head)
+    assert counts["shared at 64"] == 0 and counts["shared at 96"] == 1 and counts.total() == blocks + 1
+    # by hand: 96 px, stem and first stage at 48, stage 1 of stride 2 to 24, where its later blocks are
+    assert counts["48x48, channels 8-8-8, kernel 3, stride 1, ReLU"] == 1
+    assert counts["48x48, channels 8-48-8, kernel 5, stride 2, ReLU"] == 1
+    assert counts["24x24, channels 8-48-8, kernel 5, stride 1, ReLU"] == a.depths[1] - 1
+
+
+def test_each_block_is_named_and_nothing_else(tiny_detector):
+    detector = tiny_detector(search_space__image_size_choice=[64, 96], search_space__head_width_choice=[0.25, 0.5])
+    rng = random.Random(0)
+    seen = {name for _ in range(300) for name in features(detector, detector.space.sample(rng))}
+    assert set(all_features(detector)) == seen
+
+
+def test_equal_features_are_equal_modules(tiny_detector):
+    """Blocks of one name have layers of the same kind and shape, so one time can stand for them."""
+    detector, rng = tiny_detector(), random.Random(0)
+    layers: dict[str, str] = {}
+    for _ in range(50):
+        genotype, side = detector.space.sample(rng), 64
+        for segment in detector.segments(genotype):
+            for module, block in segment:
+                if block is not None:
+                    plain = repr(module.extract(block))
+                    assert layers.setdefault(latency._block_name(module, block, side), plain) == plain
+                stride = module[0].stride[0] if block is None else module.depthwise.stride
+                side = (side + stride - 1) // stride
+    assert len(layers) > 20
+
+
+# ----------------------------------------------------------------------------------------------------------- the sample
+
+
+def test_the_sample_is_balanced(tiny_detector):
+    space = tiny_detector().space
+    sample = designed_sample(space, 120, random.Random(0))
+    assert len(set(sample)) == len(sample) > 110 and all(g in space for g in sample)
+    for i, choices in enumerate(space.stages):
+        depths = Counter(g.depths[i] for g in sample)
+        blocks = Counter(g.stages[i][0] for g in sample)
+        options = [Block(e, k) for e, k in itertools.product(choices.block.expand, choices.block.kernel)]
+        assert set(depths) == set(choices.depth) and set(blocks) == set(options)
+        assert min(blocks.values()) > 0.9 * len(sample) / len(options)
+
+
+def test_held_out_sub_networks_are_others(tiny_detector):
+    space = tiny_detector().space
+    known = designed_sample(space, 50, random.Random(0))
+    held_out = latency.held_out_sample(space, 20, known, random.Random(1))
+    assert len(set(held_out)) == 20 and not set(held_out) & set(known)
+    assert {space.smallest(), space.largest()} <= {*held_out, *known}
+
+
+def test_a_space_too_small_to_judge_a_table_is_refused(tiny_detector):
+    detector = tiny_detector(
+        search_space__num_cell_groups="[1,1,1,1,1,1]",
+        search_space__schedule_cfg__kernel_choice__value=[[5]],
+        search_space__schedule_cfg__width_choice__value=[[6], [6]],
+    )
+    known = list(every_genotype(detector.space))
+    with pytest.raises(UserError, match="too small for a table"):
+        latency.held_out_sample(detector.space, 20, known, random.Random(0))
+
+
+# -------------------------------------------------------------------------------------------------------------- the fit
+
+
+def synthetic(detector, seed, noise=0.0, count=120):
+    """Sub-networks, their features, and times that are sums of random block times, with relative noise."""
+    rng = random.Random(seed)
+    times = {name: rng.uniform(0.05, 1.0) + 3 * name.startswith("shared") for name in all_features(detector)}
+    genotypes = designed_sample(detector.space, count, rng)
+    counts = [features(detector, g) for g in genotypes]
+    return times, counts, [sum(times[k] * n for k, n in c.items()) * rng.gauss(1, noise) for c in counts]
+
+
+def test_the_fit_recovers_additive_times(tiny_detector):
+    detector = tiny_detector()
+    times, counts, measured = synthetic(detector, 0)
+    ms = fit(counts, measured)
+    rng = random.Random(1)
+    for _ in range(50):
+        row = features(detector, detector.space.sample(rng))
+        assert latency.predict(ms, row) == pytest.approx(latency.predict(times, row), rel=2e-3)
+
+
+def test_noise_is_averaged_out(tiny_detector):
+    """3% noise on each of 120 measurements of some 45 unknowns: predictions err by less than the noise itself."""
+    detector = tiny_detector()
+    times, counts, measured = synthetic(detector, 0, noise=0.03)
+    ms, rng = fit(counts, measured), random.Random(1)
+    rows = [features(detector, detector.space.sample(rng)) for _ in range(100)]
+    errors = [abs(latency.predict(ms, r) / latency.predict(times, r) - 1) for r in rows]
+    assert 0 < np.median(errors) < 0.02 and max(errors) < 0.08
+    assert min(ms.values()) >= 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 12), st.integers(1, 30), st.sampled_from([1e-6, 1e-3, 1.0]))
+def test_non_negative_ridge_meets_its_optimality_conditions(seed, columns, rows, ridge):
+    """Karush, Kuhn, Tucker: no gain from raising a zero, no slope where it is positive."""
+    rng = np.random.default_rng(seed)
+    x, y = rng.integers(0, 3, (rows, columns)).astype(float), rng.normal(size=rows)
+    w = latency.nonnegative_ridge(x, y, ridge)
+    slope = x.T @ (x @ w - y) + ridge * w
+    scale = 1e-6 * (1 + np.abs(x.T @ y).max())
+    assert (w >= 0).all() and (slope >= -scale).all() and np.abs(slope[w > 0]).max(initial=0) < scale
+
+
+def test_relative_errors_by_hand():
+    assert latency.relative_errors([9.0, 12.0, 5.0], [10.0, 10.0, 5.0]).tolist() == pytest.approx([0.1, 0.2, 0.0])
+
+
+# ------------------------------------------------------------------------------------------------------------ the table
+
+
+@pytest.fixture
+def measured(tiny_detector, tiny_config, monkeypatch):
+    """A table from a machine on which each block takes the time that `times` says, give or take 1%."""
+    detector = tiny_detector()
+    times, _, _ = synthetic(detector, 0)
+    made: list[Genotype] = []
+
+    class Detectors:
+        def __init__(self, *_):
+            pass
+
+        def __call__(self, genotype):
+            made.append(genotype)
+            return genotype
+
+    def clock(models, _device, _rounds):
+        rng = random.Random(5)
+        return [latency.predict(times, features(detector, g)) * rng.gauss(1, 0.01) for g in models]
+
+    monkeypatch.setattr(latency, "FusedDetectors", Detectors)
+    monkeypatch.setattr(latency, "time_detectors", clock)
+    table = latency.measure_table(detector, tiny_config(), torch.device("cpu"), threads=1, seed=0)
+    return detector, table, made, clock(made, None, None)
+
+
+def test_the_reported_error_is_that_of_the_held_out(measured):
+    """Counted again, slowly: predictions by adding block after block, a median by sorting."""
+    detector, table, made, milliseconds = measured
+    assert table.fitted + table.held_out == len(made) == len(set(made)) and table.held_out == 40
+    errors, guesses = [], []
+    usual = np.median(milliseconds[: table.fitted])
+    for genotype, true in list(zip(made, milliseconds, strict=True))[table.fitted :]:
+        total = 0.0
+        for name, count in features(detector, genotype).items():
+            for _ in range(count):
+                total += table.ms[name]
+        errors.append(abs(total - true) / true)
+        guesses.append(abs(usual - true) / true)
+    errors.sort()
+    assert table.error_median == pytest.approx((errors[19] + errors[20]) / 2)
+    assert table.error_95 == pytest.approx(errors[37] + 0.05 * (errors[38] - errors[37]))
+    assert table.error_median < 0.02 < table.error_constant == pytest.approx(np.median(guesses))
+
+
+def test_a_table_comes_back_from_its_file(measured, tmp_path):
+    detector, table, _, _ = measured
+    table.save(tmp_path / "t.json")
+    assert load_table(tmp_path / "t.json", detector) == table
+    assert json.loads((tmp_path / "t.json").read_text())["format"] == "latency/1"
+    assert table.device == "cpu" and table.batch == 1 and table.torch == torch.__version__
+    for words in (table.device_name, "CPU threads: 1", "40 held-out", f"{table.error_median:.1%}"):
+        assert words in table.describe()
+
+
+def test_a_table_of_another_network_is_refused(measured, tiny_detector, tmp_path):
+    _, table, _, _ = measured
+    path = tmp_path / "t.json"
+    table.save(path)
+    for changes, words in (
+        ({"search_space__schedule_cfg__width_choice__value": [[6], [6, 4]]}, "another search space, without '.*-32-"),
+        ({"search_space__image_size_choice": [64, 96]}, "another search space, without '"),
+        ({"head__predictor": "plain"}, "another stem, head or number of classes"),
+        ({"num_classes": 4}, "another stem, head or number of classes"),
+    ):
+        with pytest.raises(UserError, match=rf"t\.json: measured on .*{words}.*--measure-latency"):
+            load_table(path, tiny_detector(**changes))
+    fewer = tiny_detector(search_space__schedule_cfg__width_choice__value=[[6], [6]])
+    assert load_table(path, fewer) == table  # it holds more than that one needs
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda d: d.update(format="latency/2"), "not a latency table"),
+        (lambda d: d.pop("ms"), "not a whole latency table: ms"),
+        (lambda d: d["ms"].update({"shared at 64": "fast"}), "'shared at 64': expected milliseconds, found 'fast'"),
+        (lambda d: d["ms"].update({"shared at 64": -1}), "'shared at 64': expected milliseconds, found -1"),
+    ],
+)
+def test_a_broken_table_is_refused(measured, tmp_path, change, words):
+    detector, table, _, _ = measured
+    data = {"format": "latency/1", **dataclasses.asdict(table)}
+    change(data)
+    (tmp_path / "t.json").write_text(json.dumps(data))
+    with pytest.raises(UserError, match=words):
+        load_table(tmp_path / "t.json", detector)
+
+
+def test_no_file_and_no_json_are_refused(tiny_detector, tmp_path):
+    (tmp_path / "text.json").write_text("fast")
+    for name, words in (("none.json", "cannot be read"), ("text.json", "not valid JSON")):
+        with pytest.raises(UserError, match=words):
+            load_table(tmp_path / name, tiny_detector())
+
+
+def test_costs_of_a_genotype(measured):
+    detector, table, made, _ = measured
+    cost = detector.cost(made[0])
+    assert Coster(detector)(made[0]) == {"flops": cost.flops, "params": cost.params}
+    costs = Coster(detector, table)(made[0])
+    assert costs["flops"] == cost.flops and costs["latency_ms"] == pytest.approx(
+        table(features(detector, made[0])), abs=1e-4
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- the script
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--max-latency", "0.001"], r"search\.max_latency_ms: 0\.001 is out of reach, sub-networks have .* to "),
+        (["--set", "search.min_latency_ms=1e3"], r"search\.min_latency_ms: 1000 is out of reach, sub-networks have "),
+        (["--set", "search.min_params=1e9"], r"search\.min_params: 1e\+09 is out of reach, sub-networks have "),
+        (
+            ["--max-latency", "5", "--set", "search.latency_table=''"],
+            "needs --latency-table FILE, which --measure-latency",
+        ),
+        (["--set", "search.costs=[latency_ms]", "--set", "search.latency_table=''"], "needs --latency-table FILE"),
+        (["--latency-table", "none.json"], r"none\.json: cannot be read"),
+        (["--measure-latency", "gpu"], "--measure-latency gpu: expected auto, cpu, cuda or cuda:N"),
+    ],
+)
+def test_the_search_refuses_at_once(measured, tiny_config, tmp_path, monkeypatch, arguments, words):
+    """Before it reads data: there is none here."""
+    detector, table, _, _ = measured
+    monkeypatch.chdir(tmp_path)
+    payload = {"config": to_dict(tiny_config()), "classes": ["a", "b", "c"], "epoch": 3, "batch": 0}
+    checkpoint.save(Path("last.pt"), {**payload, "model": detector.state_dict()})
+    table.save(Path("t.json"))
+    given = [] if "--latency-table" in arguments else ["--set", "search.latency_table=t.json"]
+    with pytest.raises(UserError, match=words):
+        async_search.main(["--load", "last.pt", *given, *arguments])

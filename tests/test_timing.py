@@ -1,0 +1,100 @@
+"""Times of whole detectors: what is timed is what is used, and a drifting machine does not spoil the comparison."""
+
+from __future__ import annotations
+
+import random
+import time
+
+import pytest
+import torch
+
+from lib import timing
+from lib.postprocess import postprocess
+from lib.timing import FusedDetectors, WholeDetector, time_detectors, time_interleaved, time_nms, visit
+
+CPU = torch.device("cpu")
+torch.set_num_threads(1)
+
+
+def test_a_detector_of_shared_parts_finds_what_the_extracted_one_does(tiny_detector, tiny_config):
+    detector, config = tiny_detector(), tiny_config()
+    make, rng = FusedDetectors(detector, config, CPU), random.Random(0)
+    images = torch.randint(0, 256, (1, 3, *timing.PICTURE), dtype=torch.uint8)
+    for genotype in [detector.space.largest(), *(detector.space.sample(rng) for _ in range(3))]:
+        plain = detector.extract(genotype)
+        with torch.inference_mode():
+            scores, boxes = make(genotype)(images)
+            logits, offsets = plain(images)
+        everything = config.postprocess
+        everything.confidence_threshold, everything.nms_threshold = -1.0, 1.0  # nothing is dropped
+        everything.pre_nms_top_k = everything.top_k = 10**6
+        (found,) = postprocess(logits, offsets, plain.priors, everything, config.loss.type, config.head.variances)
+        assert len(found.scores) == scores.numel()
+        torch.testing.assert_close(found.scores, scores.flatten().sort(descending=True).values, atol=1e-5, rtol=1e-4)
+        best = found.boxes[0]
+        assert (boxes[0] - best).abs().amax(1).min() < 1e-4
+
+
+def test_blocks_are_shared(tiny_detector, tiny_config):
+    detector = tiny_detector()
+    make, rng = FusedDetectors(detector, tiny_config(), CPU), random.Random(0)
+    models = [make(detector.space.sample(rng)) for _ in range(40)]
+    weights = {p.data_ptr() for model in models for p in model.parameters()}
+    most = 5 * 2 * 4 + 3  # every choice of every elastic block; the fixed one, the stem, the last convolution
+    blocks = {id(block) for model in models for segment in model.model.backbone for block in segment}
+    assert len(blocks) <= most + 2 and len(weights) < 0.5 * sum(len(list(m.parameters())) for m in models)
+
+
+def test_longer_sleeps_take_longer():
+    runs = [lambda s=s: time.sleep(s) for s in (0.001, 0.004, 0.002)]
+    found = time_interleaved(runs, CPU, rounds=3)
+    assert found[0] >= 1 and found[1] >= 4 and found[2] >= 2
+    assert found[0] < found[2] < found[1]
+
+
+def test_drift_cancels(monkeypatch):
+    """A machine that is slower in every round by a half: without the reference the medians would still compare, but a
+    run that is measured alone would not; with it all are those of the middle round."""
+    true, speed, visits = [2.0, 3.0, 5.0, 7.0], [1.0], [0]
+
+    def slow(run, _device):
+        visits[0] += 1
+        return true[run()] * speed[0]
+
+    class Bar:
+        def __init__(self):
+            self.done = 0
+
+        def update(self):
+            self.done += 1
+            speed[0] = 1.5 ** (self.done // len(true))
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(timing, "visit", slow)
+    monkeypatch.setattr(timing, "progress", lambda *_, **__: Bar())
+    found = time_interleaved([lambda i=i: i for i in range(4)], CPU, rounds=5)
+    assert found == pytest.approx([t * 1.5**2 for t in true])
+    assert visits[0] == 5 * (4 + 1)  # and the reference once in four
+
+
+def test_a_visit_is_a_median_after_a_warm_up(monkeypatch):
+    waits = iter([9.0, 0.001, 0.05, 0.002])  # the first call of all is slow, and one of the others
+    clock = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+
+    def run():
+        clock[0] += next(waits)
+
+    assert visit(run, CPU) == pytest.approx(2.0)
+
+
+def test_detectors_and_nms_take_time(tiny_detector, tiny_config):
+    detector, config = tiny_detector(), tiny_config()
+    make = FusedDetectors(detector, config, CPU)
+    model = make(detector.space.largest())
+    assert isinstance(model, WholeDetector) and not model.training
+    (milliseconds,) = time_detectors([model], CPU, rounds=2)
+    assert 0 < milliseconds < 1000
+    assert 0 < time_nms(50, 3, 0.5, CPU, rounds=2) < 1000
