@@ -7,8 +7,8 @@
     python async_search.py --measure-latency cpu              # writes latency_cpu.json, by which a search knows latency
     python async_search.py --latency-table runs/bccd/search/latency_cpu.json --max-latency 12
 
-Writes best.json (the genotype to train), pareto.json (the front), evals.jsonl (every evaluation) and front.png to
-runs/NAME/search. The next command is final_train.py.
+Writes best.json (the genotype to train), pareto.json (the front), evals.jsonl (every evaluation), front.png and
+report.html (what was found and how, beside random search) to runs/NAME/search. The next command is final_train.py.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ from lib.config import Config, SearchConfig, to_dict
 from lib.datasets import load_records, load_split
 from lib.dispatcher import Dispatcher, Result
 from lib.errors import UserError
-from lib.evolution import Controller, RandomSearch, SpaceExhausted, make_controller, pareto_front
+from lib.evolution import Controller, RandomSearch, SpaceExhausted, best_record, make_controller, pareto_front
 from lib.genotype import Genotype
 from lib.genotype_file import read_genotype_files
 from lib.latency import Coster, LatencyTable, load_table, measure_table
 from lib.ledger import Ledger, evaluation_key
 from lib.models import Supernet, load_supernet
-from lib.report import plot_front
+from lib.report import plot_front, plot_search
 from lib.runlog import progress, say
 from lib.runs import last_run, remember, supernet_checkpoint
 from lib.runtime import StopRequest, pick_device, run
 from lib.scoring import prepare_scoring_data, save_scoring_data, scoring_worker
+from lib.search_report import SearchRun, search_report
 
 CPU_WORKERS = 8  # at most, where nothing else is asked for
 
@@ -57,7 +58,7 @@ class Search:
         self.total = config.search.num_epochs * config.search.steps
         self.asked = 0
         self.told: list[dict] = []  # the records this search has learnt from
-        self.running: dict[str, Genotype] = {}
+        self.running: dict[str, tuple[Genotype, str]] = {}  # and its origin
 
     @property
     def epoch(self) -> int:
@@ -97,17 +98,19 @@ class Search:
             key = self._key(genotype)
             known = self.ledger.lookup(key)
             if known is None:
-                self.running[key] = genotype
+                self.running[key] = genotype, self.controller.origin
                 return key, genotype
             self._tell(known)
         return None
 
     def learn(self, result: Result) -> None:
         """Record a result and tell the controller."""
-        genotype = self.running.pop(result.job_id)
+        genotype, origin = self.running.pop(result.job_id)
         record = {
             "key": result.job_id,
             "search": self.identity["search"],
+            "origin": origin,
+            "budget": self.identity["budget"],
             "genotype": genotype.to_dict(),
             "metrics": result.value or {},
             "status": "failed" if result.error else "ok",
@@ -122,6 +125,11 @@ class Search:
 
     def succeeded(self) -> list[dict]:
         return [record for record in self.told if record["status"] == "ok"]
+
+    def random_evaluations(self) -> list[dict]:
+        """Every random proposal in the ledger that this search could have made, whichever search made it."""
+        found = self.ledger.records(origin="random", budget=self.identity["budget"])
+        return [r for r in found if r["key"] == self._key(Genotype.from_dict(r["genotype"]))]
 
 
 def search_loop(
@@ -151,7 +159,7 @@ def search_loop(
 
 def progress_line(search: Search, epoch: int) -> str:
     objective = search.config.search.objective
-    best = best_record(search)["metrics"]
+    best = best_record(search.succeeded(), objective, search.config.search.costs[0])["metrics"]
     latency = f", {best['latency_ms']:.2f} ms" if "latency_ms" in best else ""
     return (
         f"search epoch {epoch}: {len(search.told)} evaluations, best {objective} {best[objective]:.4f} "
@@ -159,14 +167,8 @@ def progress_line(search: Search, epoch: int) -> str:
     )
 
 
-def best_record(search: Search) -> dict:
-    """Highest objective, the cheapest among equals."""
-    objective, cost = search.config.search.objective, search.config.search.costs[0]
-    return max(search.succeeded(), key=lambda r: (r["metrics"][objective], -r["metrics"][cost]))
-
-
-def write_results(search: Search, folder: Path, supernet: Path) -> None:
-    """best.json, pareto.json and front.png, each replaced at once."""
+def write_results(search: Search, folder: Path, supernet: Path, final: bool = False) -> None:
+    """best.json, pareto.json, front.png and report.html, each replaced at once; report.png when it is `final`."""
     source = {"path": str(supernet), "sha256": search.identity["supernet_sha256"]}
     settings = search.config.search
 
@@ -180,13 +182,38 @@ def write_results(search: Search, folder: Path, supernet: Path) -> None:
 
     records = search.succeeded()
     front = pareto_front(records, settings.objective, settings.costs)
-    best = genotype_file(best_record(search))
+    best = genotype_file(best_record(records, settings.objective, settings.costs[0]))
     checkpoint.write_text(folder / "best.json", json.dumps(best, indent=1) + "\n")
     pareto = {"format": "pareto/1", "objective": settings.objective, "costs": settings.costs}
     pareto["front"] = [genotype_file(record) for record in front]
     checkpoint.write_text(folder / "pareto.json", json.dumps(pareto, indent=1) + "\n")
     metrics = [[r["metrics"] for r in some] for some in (records, front)]
     plot_front(*metrics, settings.costs[0], settings.objective, folder / "front.png")
+    write_report(search, folder, supernet, picture=final)
+
+
+def write_report(search: Search, folder: Path, supernet: Path, picture: bool) -> None:
+    """report.html, and report.png if a `picture` is wanted. That it cannot be drawn is said, and ends no search."""
+    settings = search.config.search
+    searched = SearchRun(
+        name=search.config.name,
+        search=search.identity["search"],
+        supernet=supernet,
+        folder=folder,
+        settings=settings,
+        space=search.controller.space,
+        total=search.total,
+        told=search.told,
+        random=search.random_evaluations(),
+    )
+    try:
+        checkpoint.write_text(folder / "report.html", search_report(searched))
+        if picture:
+            metrics = ([r["metrics"] for r in some] for some in (searched.scored, searched.front()))
+            curves = searched.history(), searched.control()
+            plot_search(*metrics, *curves, settings.costs, settings.objective, folder / "report.png")
+    except Exception as error:  # whatever it is, the evaluations are worth more than their picture
+        say(f"{folder / 'report.html'}: not drawn: {type(error).__name__}: {error}")
 
 
 def devices_of(device: str) -> str | None:
@@ -354,6 +381,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "search": f"{shared}-{measured}",
         "supernet_sha256": checkpoint.sha256(path),
         "split_sha256": checkpoint.sha256(path.parent / "split.json"),
+        "budget": {name: limit for name, limit in vars(settings).items() if name.startswith("max_") and limit},
         "settings": {"bn_images": settings.bn_images, "images": settings.images, "batch_size": settings.batch_size},
     }
     images = folder / "images.pt"
@@ -375,11 +403,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     images.unlink(missing_ok=True)
     if not search.succeeded():
         raise UserError(f"no evaluation succeeded; see {folder / 'evals.jsonl'}")
-    write_results(search, folder, path)
+    write_results(search, folder, path, final=True)
     if len(search.told) < search.total:
         print("stopped; the same command with --resume goes on")
     print(progress_line(search, search.epoch - 1))
-    print(f"wrote {folder / 'best.json'}, {folder / 'pareto.json'}, {folder / 'front.png'}")
+    print(f"wrote {folder / 'best.json'}, {folder / 'pareto.json'}, {folder / 'report.html'}")
     print(f"next: python final_train.py --genotype {folder / 'best.json'}")
 
 

@@ -46,6 +46,8 @@ class Controller:
 
     A proposal depends on `seed`, on the number of genotypes known so far and on what was told, in order. Telling a
     fresh controller the records of an earlier search therefore continues that search; no random state is kept.
+
+    `origin` says where the last proposal came from: "given" (a seed), "random", or "bred" from what was told.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Controller:
         self._known: set[Genotype] = set()  # asked or told
         self._told: set[Genotype] = set()
         self._leftovers: list[Genotype] | None = None  # all that is new, once blind tries no longer find it
+        self.origin = "random"
 
     def ask(self) -> Genotype:
         """The next genotype to evaluate. Raises SpaceExhausted when none is left, UserError when none ever fits."""
@@ -100,6 +103,7 @@ class Controller:
     def _draw(self, rng: random.Random) -> Genotype:
         while self._seeds:
             if self._is_new(genotype := self._seeds.popleft()):
+                self.origin = "given"
                 return genotype
         if self._leftovers is None and len(self._known) < self.space.size():
             for genotype in self._candidates(rng):
@@ -140,6 +144,7 @@ class RandomSearch(Controller):
     """Uniform sampling without repeats, the control that any other controller must beat."""
 
     def _propose(self, rng: random.Random) -> Genotype:
+        self.origin = "random"
         return self.space.sample(rng)
 
     def _learn(self, individual: Individual) -> None:
@@ -168,6 +173,7 @@ class _Evolution(Controller):
 
     def _propose(self, rng: random.Random) -> Genotype:
         parent = self._select(rng) if len(self._known) >= self._population_size else None
+        self.origin = "random" if parent is None else "bred"
         if parent is None:
             return self.space.sample(rng)
         if rng.random() < self._crossover_probability:
@@ -267,6 +273,11 @@ def pareto_front(records: Iterable[Record], objective: str, costs: Sequence[str]
         if not any(dominates(other, values) for other, _ in front):
             front.append((values, record))
     return [record for _, record in sorted(front, key=lambda pair: pair[0][1:], reverse=True)]
+
+
+def best_record(records: Iterable[Record], objective: str, cost: str = "flops") -> Record:
+    """Highest objective, the cheapest among equals."""
+    return max(records, key=lambda r: (r["metrics"][objective], -r["metrics"][cost]))
 
 
 def objective_values(metrics: Mapping[str, float], objective: str, costs: Sequence[str]) -> tuple[float, ...]:

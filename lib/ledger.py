@@ -1,7 +1,8 @@
 """The append-only record of evaluations that ended: one JSON line each, on disk as soon as it is written.
 
 A line: {"key", "genotype": Genotype.to_dict(), "metrics": {name: number}, "status": "ok" | "failed", "seconds",
-"worker", "epoch", "error" (failed only)}. `key` comes from `evaluation_key`.
+"worker", "epoch", "error" (failed only)}. `key` comes from `evaluation_key`. The search adds "search" (its name),
+"origin" ("given", "random" or "bred", see evolution), "budget" (of the proposals) and "time" (of the end).
 """
 
 from __future__ import annotations

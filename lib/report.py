@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib
 
 from lib.runlog import read_log
+from lib.search_stats import BestOf
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -49,12 +50,41 @@ def _value(record: dict, network: str, metric: str) -> float:
 def plot_front(evaluated: Sequence[dict], front: Sequence[dict], cost: str, metric: str, picture: Path) -> None:
     """Every evaluation's `metric` against its `cost`, the front as a line. Items are dicts of metrics."""
     figure, axis = plt.subplots(figsize=(8, 5))
+    _front_axis(axis, evaluated, front, cost, metric)
+    _save(figure, picture)
+
+
+def _front_axis(axis: plt.Axes, evaluated: Sequence[dict], front: Sequence[dict], cost: str, metric: str) -> None:
     axis.scatter([m[cost] for m in evaluated], [m[metric] for m in evaluated], s=14, alpha=0.5, label="evaluated")
     ordered = sorted(front, key=lambda m: m[cost])
     axis.plot([m[cost] for m in ordered], [m[metric] for m in ordered], "o-", color="C3", label="Pareto front")
     axis.set_xlabel(COST_LABELS[cost])
     axis.set_ylabel(f"{metric} on the search split, inherited weights")
     axis.legend()
+
+
+def plot_search(
+    evaluated: Sequence[dict],
+    front: Sequence[dict],
+    history: Sequence[float],
+    control: Sequence[BestOf],
+    costs: Sequence[str],
+    metric: str,
+    picture: Path,
+) -> None:
+    """What report.html shows of `metric`: against each cost, and the best so far beside that of random search."""
+    figure, axes = plt.subplots(1, len(costs) + 1, figsize=(7 * (len(costs) + 1), 5))
+    for axis, cost in zip(axes, costs, strict=False):
+        _front_axis(axis, evaluated, front, cost, metric)
+    last = axes[-1]
+    last.step(range(1, len(history) + 1), history, where="post", label="best so far")
+    if control:
+        draws, low, mean, high = zip(*control, strict=True)
+        last.fill_between(draws, low, high, color="C1", alpha=0.2, linewidth=0)
+        last.plot(draws, mean, color="C1", label="random search, expected, and 8 in 10")
+    last.set_xlabel("evaluations")
+    last.set_ylabel(f"best {metric} so far")
+    last.legend()
     _save(figure, picture)
 
 

@@ -16,6 +16,7 @@ from lib.evolution import (
     RandomSearch,
     RegularizedEvolution,
     SpaceExhausted,
+    best_record,
     crowding_distances,
     dominates,
     every_genotype,
@@ -356,3 +357,20 @@ def test_pareto_evolution_finds_a_better_front_than_random_search():
     for seed in range(3):
         evolved = ParetoEvolution(make_space(6), seed, everything_fits, costs=["flops"], population_size=40)
         assert volume(evolved) > volume(RandomSearch(make_space(6), seed, everything_fits))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_proposal_says_where_it_came_from(name):
+    space = make_space()
+    given = space.largest()
+    controller = make(name, space, seeds=[given])
+    origins = []
+    for genotype in iter(lambda: controller.ask() if len(origins) < 40 else None, None):
+        origins.append(controller.origin)
+        controller.tell(genotype, metrics(genotype))
+    assert origins == ["given"] + ["random"] * 9 + ["random" if name == "random" else "bred"] * 30
+
+
+def test_the_best_of_equals_is_the_cheapest():
+    records = [{"metrics": {"AP": ap, "flops": flops}} for ap, flops in ((0.5, 3), (0.5, 2), (0.4, 1))]
+    assert best_record(records, "AP") is records[1]

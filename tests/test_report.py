@@ -7,7 +7,8 @@ from torchvision.io import decode_image, read_file
 
 from lib import plan
 from lib.cost import module_cost
-from lib.report import plot_front, plot_training
+from lib.report import plot_front, plot_search, plot_training
+from lib.search_stats import best_of_random
 
 
 def write_log(path, *records):
@@ -69,6 +70,17 @@ def test_the_front_is_drawn(tmp_path, cost):
     found = [{"AP": 0.1 * i, cost: 1e6 * (5 - i)} for i in range(4)]
     plot_front(found, found[-1:], cost, "AP", tmp_path / "front.png")
     assert pixels(tmp_path / "front.png").float().std() > 1
+
+
+@pytest.mark.parametrize("costs", [["flops"], ["flops", "params"]])
+def test_a_search_is_drawn_with_and_without_its_control(tmp_path, costs):
+    found = [{"AP": 0.1 * i, "flops": 1e6 * (5 - i), "params": 1e6} for i in range(4)]
+    history = [m["AP"] for m in found]
+    with_control, without = tmp_path / "with.png", tmp_path / "without.png"
+    plot_search(found, found[-1:], history, best_of_random(history, 4), costs, "AP", with_control)
+    plot_search(found, found[-1:], history, [], costs, "AP", without)
+    assert not pixels(with_control).equal(pixels(without))
+    assert pixels(without).shape[2] == 770 * (len(costs) + 1)  # a panel per cost, one for the history
 
 
 # --------------------------------------------------------------------------------------------------------------- plan

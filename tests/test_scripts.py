@@ -82,9 +82,10 @@ def assert_equal_state(a, b, path="payload"):
 
 def test_each_stage_leaves_its_files(flow):
     folder, printed = flow
+    pictures = "front.png", "report.html", "report.png"
     expected = {
         "supernet": {"last.pt", "split.json", "config.yaml", "log.jsonl", "curves.png"},
-        "search": {"best.json", "pareto.json", "evals.jsonl", "front.png", "config.yaml"},
+        "search": {"best.json", "pareto.json", "evals.jsonl", "config.yaml", *pictures},
         "final": {"best.pt", "last.pt", "metrics.json", "config.yaml", "log.jsonl", "curves.png"},
     }
     for stage, names in expected.items():
@@ -116,6 +117,9 @@ def test_the_genotype_file_holds_all_that_the_next_stage_needs(flow):
     assert best["metrics"]["AP"] == max(e["metrics"]["AP"] for e in evaluations)
     genotypes = [Genotype.from_dict(e["genotype"]) for e in evaluations]
     assert Genotype.from_dict(best) in genotypes and len(set(genotypes)) == 6
+    assert {e["origin"] for e in evaluations[:3]} == {"random"}  # the population of this search is three
+    page = (search / "report.html").read_text()
+    assert f"{best['metrics']['AP']:.4f}" in page and "expected of random search" in page
     costs = [member["metrics"]["flops"] for member in pareto["front"]]
     assert costs == sorted(costs) and pareto["front"][-1]["metrics"]["AP"] == best["metrics"]["AP"]
 
@@ -386,6 +390,8 @@ def test_a_second_search_pays_for_nothing_twice(flow, tmp_path):
     records = read_lines(evaluations)
     assert records[:6] == first and len(records) < 12
     assert len({r["key"] for r in records}) == len(records)
+    page = (tmp_path / "search" / "report.html").read_text()  # the random search is the control of the other
+    assert "from the 6 random ones" in page and "--controller random" not in page
 
 
 def test_a_search_knows_latency_by_its_table(flow, tmp_path, monkeypatch, capsys):
