@@ -381,7 +381,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "search": f"{shared}-{measured}",
         "supernet_sha256": checkpoint.sha256(path),
         "split_sha256": checkpoint.sha256(path.parent / "split.json"),
-        "budget": {name: limit for name, limit in vars(settings).items() if name.startswith("max_") and limit},
+        "budget": {
+            name: limit for name, limit in vars(settings).items() if name.startswith(("min_", "max_")) and limit
+        },
         "settings": {"bn_images": settings.bn_images, "images": settings.images, "batch_size": settings.batch_size},
     }
     images = folder / "images.pt"
