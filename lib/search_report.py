@@ -129,7 +129,7 @@ def _header(run: SearchRun, front: Sequence[dict], use: Use) -> str:
     if use.seconds > 0:
         rate, count = 60 * len(run.own) / use.seconds, len(use.workers)
         busy = sum(worker.busy for worker in use.workers) / (use.seconds * count)
-        tiles.append(_tile("throughput", f"{rate:.1f} / min", f"{rate / count:.1f} / min per worker, {count} workers"))
+        tiles.append(_tile("throughput", f"{rate:.1f} / min", f"{rate / count:.1f} / min for each of {count}"))
         tiles.append(_tile("workers busy", f"{busy:.0%}", f"of {_duration(use.seconds)}"))
     paragraphs = [element("p", escape(line), class_="quiet") for line in lines]
     title = element("h1", escape(f"{run.name}: search"))
@@ -248,7 +248,7 @@ def _control_words(run: SearchRun, history: Sequence[float], control: Sequence[B
 
 
 def _commands_for_control(run: SearchRun) -> str:
-    command = f"python async_search.py --load {run.supernet.parent} --train-dir {run.folder} --resume --controller"
+    command = f"python async_search.py --load {run.supernet} --train-dir {run.folder} --resume --controller"
     return element("pre", escape(f"{command} random\n{command} {run.settings.controller}"))
 
 
@@ -418,7 +418,7 @@ g.front circle { fill: var(--red); } g.best circle { fill: var(--gold); stroke: 
 .legend .k0 { background: var(--k0); } .legend .k1 { background: var(--k1); } .legend .k2 { background: var(--k2); }
 .legend .k3 { background: var(--k3); }
 article { border-top: 1px solid var(--edge); padding: 14px 0 8px; }
-.metrics span { margin-right: 20px; color: var(--quiet); } .metrics strong { color: var(--ink); }
+.metrics span { display: inline-block; margin-right: 20px; color: var(--quiet); } .metrics strong { color: var(--ink); }
 pre { background: var(--cold); border-radius: 6px; padding: 8px 12px; margin: 8px 0; font-size: 12.5px;
   overflow-x: auto; }
 table { border-collapse: collapse; margin-top: 10px; font-size: 14px; font-variant-numeric: tabular-nums; }
