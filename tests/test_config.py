@@ -96,7 +96,7 @@ def test_a_key_unlike_any_other_lists_the_valid_ones():
         ("supernet.epochs=ten", "supernet.epochs: expected an integer, found 'ten'"),
         ("supernet.learning_rate=fast", "supernet.learning_rate: expected a number, found 'fast'"),
         ("supernet.learning_rate=false", "supernet.learning_rate: expected a number, found False"),
-        ("supernet.learning_rate=", "supernet.learning_rate: expected a number, found None"),
+        ("supernet.learning_rate=", "supernet.learning_rate: expected a number, found ''"),
         ("supernet.sort_channels=1", "supernet.sort_channels: expected true or false, found 1"),
         ("data.root=2007", "data.root: expected a string, found 2007"),
         ("data.classes=cat", "data.classes: expected a list, found 'cat'"),

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -262,7 +263,7 @@ def test_only_the_main_process_prints_and_writes(whole):
     }
     records = [json.loads(line) for line in (folder / "whole" / "log.jsonl").read_text().splitlines()]
     assert [(r["kind"], r["step"]) for r in records] == [
-        *(("train", 1), ("train", 2), ("eval", 2), ("train", 3), ("train", 4), ("eval", 4))
+        *(("train", 1), ("eval", 1), ("train", 2), ("eval", 2), ("train", 3), ("train", 4), ("eval", 4))
     ]
 
 
@@ -290,8 +291,8 @@ def same_state(state, other):
         assert torch.equal(tensor, other["model"][name]), name
 
 
-def test_sigterm_stops_after_a_step_and_one_process_goes_on(whole):
-    """With BatchNorm synchronised, one process ends where two do."""
+def test_sigterm_stops_after_a_step_and_the_run_goes_on_as_if_nothing_had_happened(whole):
+    """One process can go on as well; over tens of steps in float32 it need not end at the very same weights."""
     folder, _ = whole
     arguments = ["--cfg", "tiny.yaml", "--train-dir", "stopped", "--resume"]
     job = torchrun(folder, "supernet_train.py", *arguments)
@@ -301,9 +302,13 @@ def test_sigterm_stops_after_a_step_and_one_process_goes_on(whole):
     assert "--resume goes on" in done.stdout and "DataLoader worker" not in done.stderr, done.stderr
     halfway = final_state(folder / "stopped")
     assert halfway["epoch"] < 5 and halfway["step"] < 36
-    run(folder, "supernet_train.py", *arguments)
+    shutil.copytree(folder / "stopped", folder / "alone")
+    resumed = finish(torchrun(folder, "supernet_train.py", *arguments))
+    assert resumed.returncode == 0, resumed.stderr
     state, other = (final_state(folder / name)["model"] for name in ("stopped", "whole"))
-    assert all((state[n] - other[n]).abs().max() < 1e-3 for n in state if n.endswith("weight"))
+    assert all(torch.equal(state[n], other[n]) for n in other)
+    run(folder, "supernet_train.py", "--cfg", "tiny.yaml", "--train-dir", "alone", "--resume")
+    assert final_state(folder / "alone")["step"] == final_state(folder / "whole")["step"]
 
 
 def test_the_detector_is_trained_killed_resumed_and_evaluated(whole):

@@ -129,7 +129,9 @@ def test_the_logs_follow_the_schedules(flow):
     supernet = read_lines(folder / "runs/tiny/supernet/log.jsonl")
     losses = {r["step"]: r["losses"].keys() for r in supernet if r["kind"] == "train"}
     assert losses == {1: {"cls", "loc"}, 2: {"cls", "loc", "distill"}}  # distillation has its weight from epoch 2
-    (panel,) = (r["networks"] for r in supernet if r["kind"] == "eval")
+    scored = {r["step"]: r["networks"] for r in supernet if r["kind"] == "eval"}
+    assert list(scored) == [1, 2]  # before and after narrower ones open
+    panel = scored[2]
     assert list(panel) == ["smallest", "largest"] and panel["smallest"]["flops"] < panel["largest"]["flops"]
     assert "hidden channels of 11 blocks sorted" in printed[SUPERNET]  # narrower ones open at epoch 2
     assert [r["step"] for r in read_lines(folder / "runs/tiny/final/log.jsonl") if r["kind"] == "eval"] == [1, 2]
@@ -333,6 +335,7 @@ def test_ctrl_c_within_an_epoch_goes_on_bit_by_bit(arguments, tmp_path):
         assert done.returncode == 0 and "--resume goes on" in done.stdout, done.stderr
 
     options = [*arguments, "--set", "supernet.epochs=3", "--set", "supernet.sampling=sandwich"]
+    options += ["--set", "search_space.schedule_cfg.width_choice.boundary=[1, 3]"]  # nothing is scored before epoch 2
     first_epoch_done = lambda f: len(read_lines_so_far(f / "log.jsonl")) == 1  # noqa: E731
     halfway, broken, whole = interrupted(tmp_path, SUPERNET, options, first_epoch_done, interrupt)
     assert halfway["epoch"] == 2 and 0 < halfway["batch"] < 18
