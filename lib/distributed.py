@@ -16,6 +16,8 @@ import itertools
 import os
 import re
 import sys
+import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -69,12 +71,35 @@ def join(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     with _peers():
-        store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        shared, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        store = _own_part(shared)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     _stores.append(store)
     if not world().main:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
+
+
+def _own_part(store: dist.Store) -> dist.Store:
+    """A part of torchrun's store for this start of the job alone, under a name that the main process makes up.
+
+    The store outlives restarts and still has the addresses of processes that are gone. So each process says that it is
+    here, under a name of its own, and the main one answers to that name, again and again until it is heard.
+    """
+    me, rank = uuid.uuid4().hex, world().rank
+    if rank > 0:
+        store.set(f"here/{rank}", me)
+        name = store.get(f"name/{me}").decode()  # waits for the answer
+        store.set(f"heard/{name}/{rank}", "")
+        return dist.PrefixStore(name, store)
+    silent = set(range(1, world().size))
+    while silent:
+        for other in silent:
+            if store.check([f"here/{other}"]):
+                store.set(f"name/{store.get(f'here/{other}').decode()}", me)
+        silent = {other for other in silent if not store.check([f"heard/{me}/{other}"])}
+        time.sleep(0.02)
+    return dist.PrefixStore(me, store)
 
 
 def leave() -> None:
