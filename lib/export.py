@@ -101,7 +101,7 @@ class ScoresAndBoxes(nn.Module):
 
 def export_graph(detector: Detector, nms: bool = True) -> ModelProto:
     """The ONNX model of a detector on the CPU, with its classes, genotype and image size in the metadata."""
-    onnx, _ = require("onnx", "onnxscript")
+    onnx, *_ = require("onnx", "onnxscript", "onnxruntime")  # all at once: the gate needs the last one
     size = detector.model.image_size
     example = torch.zeros(2, 3, size, size, dtype=torch.uint8)  # a batch of 1 would be taken for a constant
     free = {name: {0: "batch"} for name in ("images", *PRIORS)}
