@@ -32,7 +32,7 @@ from lib.genotype import Genotype, SearchSpace
 from lib.genotype_file import read_genotype_file
 from lib.losses import DetectionLoss
 from lib.models import load_detector, load_weights
-from lib.panel import PanelLog, describe_opening, make_panel
+from lib.panel import PanelLog, make_panel
 from lib.preflight import preflight
 from lib.pretrained import as_table, load_pretrained
 from lib.report import plot_training
@@ -87,8 +87,8 @@ def supernet_losses(
         logits, offsets = detector(batch.images, genotype)
         losses = loss(logits, offsets, targets)
         if taught:
-            options = distill.priors, distill.beta, distill.gamma, distill.temperature
-            losses["distill"] = weight * loss.distillation(logits, teacher_logits, targets, *options)
+            options = {name: getattr(distill, name) for name in ("priors", "beta", "gamma", "temperature")}
+            losses["distill"] = weight * loss.distillation(logits, teacher_logits, targets, **options)
         elif weight:
             teacher_logits = logits.detach()
         yield {name: value / len(genotypes) for name, value in losses.items()}
@@ -192,17 +192,8 @@ def train_supernet(
     loss = DetectionLoss(**vars(config.loss), variances=variances, normalizers=distributed.normalizers)
     log = RunLog(folder / "log.jsonl", args.tensorboard)
     remember("supernet", folder)
-    panel = PanelLog(
-        make_panel(detector.space, settings.panel, config.seed, pretrained),
-        lambda genotype: scorer(trainer.averaged, genotype),
-        log,
-        config.search.objective,
-        phases,
-        epochs=settings.epochs,
-        every=settings.eval_every,
-        tolerance=settings.interference_tolerance,
-        openings=lambda epoch: describe_opening(config.search_space.schedule_cfg, epoch),
-    )
+    networks = make_panel(detector.space, settings.panel, config.seed, pretrained)
+    panel = PanelLog(networks, lambda genotype: scorer(trainer.averaged, genotype), log, config)
 
     def save(path: Path) -> None:
         checkpoint.save(path, {**trainer.state_dict(), "config": to_dict(config), "classes": list(classes)})

@@ -9,6 +9,7 @@ import itertools
 import math
 import operator
 import random
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ class Individual:
     values: tuple[float, ...]
 
 
-class Controller:
+class Controller(ABC):
     """What all controllers share: what was asked or told already is never asked again.
 
     `feasible` judges proposals before they cost anything; what is told is not judged, so tell only what fits.
@@ -133,11 +134,13 @@ class Controller:
     def _is_new(self, genotype: Genotype) -> bool:
         return genotype not in self._known and self._feasible(genotype)
 
+    @abstractmethod
     def _propose(self, rng: random.Random) -> Genotype:
-        raise NotImplementedError
+        """A genotype, known or feasible or not."""
 
+    @abstractmethod
     def _learn(self, individual: Individual) -> None:
-        raise NotImplementedError
+        """Take in one that was evaluated."""
 
 
 class RandomSearch(Controller):
@@ -180,9 +183,9 @@ class _Evolution(Controller):
             return self.space.crossover(parent, self._select(rng), rng)
         return self.space.mutate(parent, rng, self._mutation_probability)
 
+    @abstractmethod
     def _select(self, rng: random.Random) -> Genotype | None:
         """One parent; None while nothing has been evaluated."""
-        raise NotImplementedError
 
 
 class RegularizedEvolution(_Evolution):

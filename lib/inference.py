@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -37,16 +38,16 @@ class Objects(NamedTuple):
     names: list[str]
 
 
-class PictureDetector:
+class PictureDetector(ABC):
     """`detector(picture)` gives Objects. A subclass knows how to `detect` in a batch."""
 
     def __init__(self, classes: Sequence[str], category_ids: Sequence[int], image_size: int):
         self.classes, self.category_ids, self.image_size = tuple(classes), tuple(category_ids), image_size
         self._transform = eval_transform(image_size)
 
+    @abstractmethod
     def detect(self, images: Tensor) -> list[Detections]:
         """Detections of images (B, 3, S, S) uint8, S = `image_size`, boxes normalised."""
-        raise NotImplementedError
 
     def detect_picture(self, image: Tensor) -> Detections:
         """Detections of one picture (3, H, W) uint8 RGB of any size, boxes normalised."""

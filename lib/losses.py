@@ -215,16 +215,13 @@ class DetectionLoss:
         teacher_logits: Tensor,
         targets: Targets,
         priors: str = "positive",
-        beta: float = 1.5,
-        gamma: float = 1.0,
-        temperature: float = 2.0,
+        **options: float,
     ) -> Tensor:
-        """Adaptive distillation on the "positive" priors, or on "all" but the ignored ones."""
+        """`adaptive_distillation` with its `options` on the "positive" priors, or on "all" but the ignored ones."""
         mask, normalizer = targets.positive, targets.positive_normalizer
         if priors == "all":
             mask, normalizer = targets.prior_labels >= 0, targets.counted_normalizer
-        options = beta, gamma, temperature, normalizer
-        return adaptive_distillation(student_logits, teacher_logits, mask, self.type, *options)
+        return adaptive_distillation(student_logits, teacher_logits, mask, self.type, normalizer=normalizer, **options)
 
 
 def adaptive_distillation(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 from lib import distributed
-from lib.config import ScheduleConfig
+from lib.config import Config, ScheduleConfig
 from lib.genotype import Genotype, SearchSpace
 from lib.runlog import RunLog, read_log, say
+from lib.schedule import boundaries
 
 LARGEST = "largest"
 
@@ -22,25 +23,16 @@ def make_panel(space: SearchSpace, size: int, seed: int, pretrained: Genotype | 
 
 
 class PanelLog:
-    """Scores the panel when it is due: every `every` epochs, at the last, and on both sides of each phase's opening."""
+    """Scores the panel when it is due: every `eval_every` epochs, at the last, and before and after a phase opens."""
 
-    def __init__(
-        self,
-        panel: Mapping[str, Genotype],
-        score: Callable[[Genotype], dict],
-        log: RunLog,
-        metric: str,
-        phases: Sequence[int],
-        epochs: int,
-        every: int,
-        tolerance: float,
-        openings: Callable[[int], str],
-    ):
-        self.panel, self._score, self._log, self._metric = panel, score, log, metric
-        self._phases = [epoch for epoch in phases if epoch > 1]
-        self._tolerance, self._openings = tolerance, openings
+    def __init__(self, panel: Mapping[str, Genotype], score: Callable[[Genotype], dict], log: RunLog, config: Config):
+        self.panel, self._score, self._log = panel, score, log
+        self._schedule, settings = config.search_space.schedule_cfg, config.supernet
+        self._metric, self._tolerance = config.search.objective, settings.interference_tolerance
+        self._phases = [epoch for epoch in boundaries(self._schedule, settings.epochs) if epoch > 1]
         around = {epoch + side for epoch in self._phases for side in (-1, 0)}
-        self._due = {epoch for epoch in range(1, epochs + 1) if epoch % every == 0} | around | {epochs}
+        regular = set(range(settings.eval_every, settings.epochs + 1, settings.eval_every))
+        self._due = regular | around | {settings.epochs}
 
     def due(self, epoch: int) -> bool:
         """Whether `epoch`, which has ended, is one to score and has not been scored."""
@@ -73,10 +65,11 @@ class PanelLog:
         before, now = (scores[e][LARGEST][self._metric] for e in (opened - 1, epoch))
         if before - now > self._tolerance:
             self._log.write("interference", epoch, phase=opened, before=before, now=now)
+            opening = describe_opening(self._schedule, opened)
             say(
                 f"warning: the largest sub-network fell from {self._metric} {before:.3f} to {now:.3f} since the phase "
-                f"of epoch {opened} opened ({self._openings(opened)}); a longer phase before it, distillation "
-                "(supernet.distill.weight) or supernet.sampling=sandwich may help"
+                f"of epoch {opened} opened ({opening}); a longer phase before it, or distillation "
+                "(supernet.distill.weight), may help"
             )
 
 

@@ -114,15 +114,14 @@ def evaluate(folder: Path) -> dict:
 
 def score_panel(folder: Path, name: str) -> list[dict]:
     """What is logged about three sub-networks of a supernet whose BatchNorm is synchronised."""
-    c = settings(folder, supernet__panel=1)
+    c = settings(folder, supernet__panel=1)  # which scores before its phase of epoch 2
     records, detector = load(c, "train"), random_detector(c)
     synchronise_norms(detector)
     split = split_indices(records, c.data.data_portion, c.seed)
     log = RunLog(folder / name / "log.jsonl")
     scorer = Scorer(prepare_scoring_data(records, *split, c), c, CPU)
     networks = make_panel(detector.space, 1, c.seed)
-    options = {"phases": [], "epochs": 1, "every": 1, "tolerance": 1.0, "openings": str}
-    panel = PanelLog(networks, lambda genotype: scorer(detector, genotype), log, "AP", **options)
+    panel = PanelLog(networks, lambda genotype: scorer(detector, genotype), log, c)
     assert panel.due(1)
     panel.score(1)
     assert not panel.due(1)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from lib.config import ScheduleConfig
+from lib.config import Config, ScheduleConfig, SupernetConfig
 from lib.panel import PanelLog, describe_opening, make_panel
 from lib.runlog import RunLog, read_log
 
 
-def make_log(tmp_path, scores, **options):
-    """A panel of one network, whose AP at each call is the next of `scores`."""
+def make_log(tmp_path, scores, every=5):
+    """A panel of one network, whose AP at each call is the next of `scores`; phases open at epochs 4 and 7 of 9."""
     left = iter(scores)
-    settings = {"phases": [1, 4, 7], "epochs": 9, "every": 5, "tolerance": 0.05, **options}
-    log = RunLog(tmp_path / "log.jsonl")
-    panel = {"largest": "g"}
-    return PanelLog(panel, lambda _: {"AP": next(left)}, log, "AP", openings=lambda epoch: f"phase {epoch}", **settings)
+    config = Config(supernet=SupernetConfig(epochs=9, eval_every=every, interference_tolerance=0.05))
+    schedule = config.search_space.schedule_cfg
+    schedule.kernel_choice.boundary, schedule.width_choice.boundary = [1, 4], [1, 7, 99]
+    schedule.depth_choice.boundary = [1, 98, 99]
+    return PanelLog({"largest": "g"}, lambda _: {"AP": next(left)}, RunLog(tmp_path / "log.jsonl"), config)
 
 
 def test_the_panel_is_always_the_same(tiny_detector):
@@ -45,7 +46,7 @@ def test_a_drop_of_the_largest_is_one_warning_that_names_the_phase(tmp_path, cap
     assert [(r["step"], r["phase"], r["before"], r["now"]) for r in found] == [(5, 4, 0.5, 0.44), (9, 7, 0.4, 0.3)]
     printed = capsys.readouterr().out
     assert "warning: the largest sub-network fell from AP 0.500 to 0.440 since the phase of epoch 4" in printed
-    assert "(phase 7)" in printed and printed.count("warning") == 2
+    assert "(width_choice [6, 4])" in printed and printed.count("warning") == 2
 
 
 def test_no_warning_within_the_tolerance_nor_before_the_first_opening(tmp_path):
