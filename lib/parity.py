@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lib.boxes import decode
-from lib.checkpoint import replacing, write_text
+from lib.checkpoint import FORMAT, replacing, write_text
+from lib.config import to_dict
 from lib.datasets import eval_loader
 from lib.detector import ElasticSSD
 from lib.engine import measure
@@ -26,8 +27,10 @@ from lib.export import with_every_output
 from lib.models import Detector
 from lib.onnx_file import DETECTIONS, PRIORS, open_session, require, run_session, unpad
 from lib.postprocess import Detections, class_scores, postprocess
+from lib.pretrained import embed
 from lib.records import Records
 from lib.runlog import finite, progress
+from lib.sources import recognise
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -145,26 +148,9 @@ def metrics(found: list[Detections], test: Records) -> dict:
     return measure(found, test.ground_truth(range(len(test))), test.sizes.tolist(), test.classes)
 
 
-@torch.no_grad()
 def elastic_view(detector: Detector) -> ElasticSSD:
-    """An ElasticSSD whose sub-network `detector.genotype` has the detector's weights: `extract` backwards.
-
-    A new ElasticSSD's kernel matrices are the identity, so a small kernel is the centre of the largest.
-    """
+    """An ElasticSSD whose sub-network `detector.genotype` has the detector's weights: `extract` backwards."""
     elastic = ElasticSSD(detector.config, len(detector.classes)).eval()
-    plain = [*detector.model.backbone, *detector.model.extras]
-    for segment, layers in zip(elastic.segments(detector.genotype), plain, strict=True):
-        for (module, _), layer in zip(segment, layers, strict=True):
-            _write_slice(module, layer)
-    elastic.predictors.load_state_dict(detector.model.predictors.state_dict())
+    content = {"model": detector.model.state_dict(), "genotype": detector.genotype.to_dict()}
+    embed(elastic, recognise({"format": FORMAT, "config": to_dict(detector.config), **content}, "the detector"))
     return elastic
-
-
-def _write_slice(elastic: nn.Module, plain: nn.Module) -> None:
-    """The first channels and the centre of the kernels of `elastic` become the weights of the same names of `plain`."""
-    state = elastic.state_dict()
-    for name, tensor in plain.state_dict().items():
-        whole = state[name]
-        margins = [(size - part) // 2 for size, part in zip(whole.shape[2:], tensor.shape[2:], strict=True)]
-        starts = [0] * min(whole.dim(), 2) + margins
-        whole[tuple(slice(s, s + n) for s, n in zip(starts, tensor.shape, strict=True))] = tensor

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +21,6 @@ from lib.genotype import Genotype
 from lib.runs import supernet_checkpoint
 
 Tensors = dict[str, Tensor]
-Rule = tuple[str, str]  # a pattern of a key, and what it is called here
 
 IMAGENET = {"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375)}
 TORCHVISION = ("mobilenet_v2", "mobilenet_v3_large")
@@ -52,13 +51,13 @@ class Format:
 
     name: str
     signature: Sequence[str]  # keys that only this family has
-    rules: Sequence[Rule]
+    modules: Mapping[str, str]  # their paths and what they are called here, N a block's number; the first that fits
     eps: float
     padding: str = "symmetric"
     mean: Sequence[float] = IMAGENET["mean"]
     std: Sequence[float] = IMAGENET["std"]
     elastic: bool = False
-    spelling: Callable[[str], str] = str  # brings older files' keys into the form that `rules` expect
+    spelling: Callable[[str], str] = str  # brings older files' keys into the form that `modules` expect
 
 
 def _ofa_spelling(key: str) -> str:
@@ -71,58 +70,61 @@ FORMATS = (
     Format(
         name="torchvision mobilenet_v2",
         signature=("features.18.0.weight", "features.17.conv.2.weight"),
-        rules=(
-            (r"features\.0\.([01]\.\w+)", r"stem.\1"),
-            (r"features\.(1)\.conv\.0\.0\.(\w+)", r"block.\1.depthwise.\2"),
-            (r"features\.(1)\.conv\.0\.1\.(\w+)", r"block.\1.depthwise_norm.\2"),
-            (r"features\.(1)\.conv\.1\.(\w+)", r"block.\1.project.\2"),
-            (r"features\.(1)\.conv\.2\.(\w+)", r"block.\1.project_norm.\2"),
-            (r"features\.(\d+)\.conv\.0\.0\.(\w+)", r"block.\1.expand.\2"),
-            (r"features\.(\d+)\.conv\.0\.1\.(\w+)", r"block.\1.expand_norm.\2"),
-            (r"features\.(\d+)\.conv\.1\.0\.(\w+)", r"block.\1.depthwise.\2"),
-            (r"features\.(\d+)\.conv\.1\.1\.(\w+)", r"block.\1.depthwise_norm.\2"),
-            (r"features\.(\d+)\.conv\.2\.(\w+)", r"block.\1.project.\2"),
-            (r"features\.(\d+)\.conv\.3\.(\w+)", r"block.\1.project_norm.\2"),
-        ),
+        modules={
+            "features.0": "stem",
+            "features.1.conv.0.0": "block.1.depthwise",
+            "features.1.conv.0.1": "block.1.depthwise_norm",
+            "features.1.conv.1": "block.1.project",
+            "features.1.conv.2": "block.1.project_norm",
+            "features.N.conv.0.0": "block.N.expand",
+            "features.N.conv.0.1": "block.N.expand_norm",
+            "features.N.conv.1.0": "block.N.depthwise",
+            "features.N.conv.1.1": "block.N.depthwise_norm",
+            "features.N.conv.2": "block.N.project",
+            "features.N.conv.3": "block.N.project_norm",
+        },
         eps=1e-5,
     ),
     Format(
         name="torchvision mobilenet_v3_large",
         signature=("features.16.0.weight", "features.15.block.3.0.weight"),
-        rules=(
-            (r"features\.0\.([01]\.\w+)", r"stem.\1"),
-            (r"features\.16\.([01]\.\w+)", r"last_conv.\1"),
-            (r"features\.(1)\.block\.0\.0\.(\w+)", r"block.\1.depthwise.\2"),
-            (r"features\.(1)\.block\.0\.1\.(\w+)", r"block.\1.depthwise_norm.\2"),
-            (r"features\.(1)\.block\.1\.0\.(\w+)", r"block.\1.project.\2"),
-            (r"features\.(1)\.block\.1\.1\.(\w+)", r"block.\1.project_norm.\2"),
-            (r"features\.(\d+)\.block\.0\.0\.(\w+)", r"block.\1.expand.\2"),
-            (r"features\.(\d+)\.block\.0\.1\.(\w+)", r"block.\1.expand_norm.\2"),
-            (r"features\.(\d+)\.block\.1\.0\.(\w+)", r"block.\1.depthwise.\2"),
-            (r"features\.(\d+)\.block\.1\.1\.(\w+)", r"block.\1.depthwise_norm.\2"),
-            (r"features\.(\d+)\.block\.2\.(fc[12]\.\w+)", r"block.\1.squeeze_excitation.\2"),
-            (r"features\.(\d+)\.block\.[23]\.0\.(\w+)", r"block.\1.project.\2"),
-            (r"features\.(\d+)\.block\.[23]\.1\.(\w+)", r"block.\1.project_norm.\2"),
-        ),
+        modules={
+            "features.0": "stem",
+            "features.16": "last_conv",
+            "features.1.block.0.0": "block.1.depthwise",
+            "features.1.block.0.1": "block.1.depthwise_norm",
+            "features.1.block.1.0": "block.1.project",
+            "features.1.block.1.1": "block.1.project_norm",
+            "features.N.block.0.0": "block.N.expand",
+            "features.N.block.0.1": "block.N.expand_norm",
+            "features.N.block.1.0": "block.N.depthwise",
+            "features.N.block.1.1": "block.N.depthwise_norm",
+            "features.N.block.2.fc1": "block.N.squeeze_excitation.fc1",
+            "features.N.block.2.fc2": "block.N.squeeze_excitation.fc2",
+            "features.N.block.2.0": "block.N.project",  # of blocks without squeeze-and-excitation
+            "features.N.block.2.1": "block.N.project_norm",
+            "features.N.block.3.0": "block.N.project",
+            "features.N.block.3.1": "block.N.project_norm",
+        },
         eps=1e-3,
     ),
     Format(
         name="Once-for-All MobileNetV3 supernet",
         signature=("first_conv.conv.weight", "blocks.1.conv.depth_conv.conv.5to3_matrix"),
-        rules=(
-            (r"first_conv\.conv\.(\w+)", r"stem.0.\1"),
-            (r"first_conv\.bn\.(\w+)", r"stem.1.\1"),
-            (r"final_expand_layer\.conv\.(\w+)", r"last_conv.0.\1"),
-            (r"final_expand_layer\.bn\.(\w+)", r"last_conv.1.\1"),
-            (r"blocks\.(\d+)\.conv\.inverted_bottleneck\.conv\.(\w+)", r"block.\1.expand.\2"),
-            (r"blocks\.(\d+)\.conv\.inverted_bottleneck\.bn\.(\w+)", r"block.\1.expand_norm.\2"),
-            (r"blocks\.(\d+)\.conv\.depth_conv\.conv\.(\w+)", r"block.\1.depthwise.\2"),
-            (r"blocks\.(\d+)\.conv\.depth_conv\.bn\.(\w+)", r"block.\1.depthwise_norm.\2"),
-            (r"blocks\.(\d+)\.conv\.depth_conv\.se\.fc\.reduce\.(\w+)", r"block.\1.squeeze_excitation.fc1.\2"),
-            (r"blocks\.(\d+)\.conv\.depth_conv\.se\.fc\.expand\.(\w+)", r"block.\1.squeeze_excitation.fc2.\2"),
-            (r"blocks\.(\d+)\.conv\.point_linear\.conv\.(\w+)", r"block.\1.project.\2"),
-            (r"blocks\.(\d+)\.conv\.point_linear\.bn\.(\w+)", r"block.\1.project_norm.\2"),
-        ),
+        modules={
+            "first_conv.conv": "stem.0",
+            "first_conv.bn": "stem.1",
+            "final_expand_layer.conv": "last_conv.0",
+            "final_expand_layer.bn": "last_conv.1",
+            "blocks.N.conv.inverted_bottleneck.conv": "block.N.expand",
+            "blocks.N.conv.inverted_bottleneck.bn": "block.N.expand_norm",
+            "blocks.N.conv.depth_conv.conv": "block.N.depthwise",
+            "blocks.N.conv.depth_conv.bn": "block.N.depthwise_norm",
+            "blocks.N.conv.depth_conv.se.fc.reduce": "block.N.squeeze_excitation.fc1",
+            "blocks.N.conv.depth_conv.se.fc.expand": "block.N.squeeze_excitation.fc2",
+            "blocks.N.conv.point_linear.conv": "block.N.project",
+            "blocks.N.conv.point_linear.bn": "block.N.project_norm",
+        },
         eps=1e-5,
         elastic=True,
         spelling=_ofa_spelling,
@@ -130,16 +132,16 @@ FORMATS = (
     Format(
         name="EfficientNet-Lite0",
         signature=("_conv_stem.weight", "_blocks.15._project_conv.weight"),
-        rules=(
-            (r"_conv_stem\.(\w+)", r"stem.0.\1"),
-            (r"_bn0\.(\w+)", r"stem.1.\1"),
-            (r"_blocks\.(\d+)\._expand_conv\.(\w+)", r"block.\1.expand.\2"),
-            (r"_blocks\.(\d+)\._bn0\.(\w+)", r"block.\1.expand_norm.\2"),
-            (r"_blocks\.(\d+)\._depthwise_conv\.(\w+)", r"block.\1.depthwise.\2"),
-            (r"_blocks\.(\d+)\._bn1\.(\w+)", r"block.\1.depthwise_norm.\2"),
-            (r"_blocks\.(\d+)\._project_conv\.(\w+)", r"block.\1.project.\2"),
-            (r"_blocks\.(\d+)\._bn2\.(\w+)", r"block.\1.project_norm.\2"),
-        ),
+        modules={
+            "_conv_stem": "stem.0",
+            "_bn0": "stem.1",
+            "_blocks.N._expand_conv": "block.N.expand",
+            "_blocks.N._bn0": "block.N.expand_norm",
+            "_blocks.N._depthwise_conv": "block.N.depthwise",
+            "_blocks.N._bn1": "block.N.depthwise_norm",
+            "_blocks.N._project_conv": "block.N.project",
+            "_blocks.N._bn2": "block.N.project_norm",
+        },
         eps=1e-3,
         padding="tf_same",
         mean=(127.0,) * 3,
@@ -193,7 +195,7 @@ def _state_dict(payload: object) -> Tensors:
 def _renamed(state: Tensors, kind: Format) -> Source:
     parts, left_out = defaultdict(dict), []
     for key, tensor in state.items():
-        new = _rename(kind.spelling(key), kind.rules)
+        new = _rename(kind.spelling(key), kind.modules)
         if new is None:
             left_out.append(key)
         else:
@@ -214,15 +216,16 @@ def _renamed(state: Tensors, kind: Format) -> Source:
     )
 
 
-def _rename(key: str, rules: Iterable[Rule]) -> tuple[str | int, str] | None:
+def _rename(key: str, modules: Mapping[str, str]) -> tuple[str | int, str] | None:
     """(`stem`, `last_conv` or the number of a block, the tensor's name in it); None for what is not needed."""
-    for pattern, template in rules:
-        if found := re.fullmatch(pattern, key):
-            part, _, name = found.expand(template).partition(".")
+    for path, target in modules.items():
+        if found := re.fullmatch(re.escape(path).replace("N", r"(\d+)") + r"\.(.+)", key):
+            *number, name = found.groups()
+            part, _, inner = target.partition(".")
             if part != "block":
-                return part, name
-            number, _, name = name.partition(".")
-            return int(number), name
+                return part, ".".join(filter(None, (inner, name)))
+            written, _, inner = inner.partition(".")
+            return int(number[0] if number else written), f"{inner}.{name}"
     return None
 
 
