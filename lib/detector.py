@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lib.backbone import ElasticBackbone
+from lib.boxes import decode
 from lib.config import Config
 from lib.cost import Cost, ModuleCost, module_cost
 from lib.elastic import ElasticDepthwiseConv, Segment, extract_segment, run_segment
 from lib.genotype import Block, Genotype, SearchSpace
 from lib.head import ElasticExtras, Predictors, extra_channels
 from lib.losses import focal_prior_bias
+from lib.postprocess import class_scores
 from lib.priors import prior_boxes, priors_per_cell
 from lib.schedule import full_space
 
@@ -63,6 +65,21 @@ class SSD(nn.Module):
             x = module(x)
             features.append(x)
         return self.predictors(features)
+
+
+class ScoresAndBoxes(nn.Module):
+    """A plain detector as it is deployed, up to non-maximum suppression: resize, network, scores, decoded boxes."""
+
+    def __init__(self, model: SSD, config: Config):
+        super().__init__()
+        self.model = model
+        self.loss_type, self.variances = config.loss.type, config.head.variances
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W), 0..255, to scores (B, P, num_classes) and boxes (B, P, 4), xyxy within [0, 1]."""
+        logits, offsets = self.model(images)
+        boxes = decode(offsets, self.model.priors, self.variances).clamp(0, 1)
+        return class_scores(logits, self.loss_type), boxes
 
 
 class ElasticSSD(nn.Module):

@@ -22,14 +22,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
 
-from lib.boxes import decode
 from lib.config import PostprocessConfig
+from lib.detector import ScoresAndBoxes
 from lib.fuse import fuse
 from lib.models import Detector
 from lib.onnx_file import FORMAT, PRIORS, require
-from lib.postprocess import class_scores
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -84,21 +82,6 @@ nms (float[batch, P, C] prior_scores, float[batch, P, 4] prior_boxes)
 """
 
 
-class ScoresAndBoxes(nn.Module):
-    """A detector up to NMS: images (B, 3, S, S) to scores (B, P, C) and boxes (B, P, 4), cut at the image's border."""
-
-    def __init__(self, detector: Detector):
-        super().__init__()
-        self.network = fuse(detector.model)
-        self.loss_type = detector.config.loss.type
-        self.variances = detector.config.head.variances
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        logits, offsets = self.network(images)
-        boxes = decode(offsets, self.network.priors, self.variances).clamp(0, 1)
-        return class_scores(logits, self.loss_type), boxes
-
-
 def export_graph(detector: Detector, nms: bool = True) -> ModelProto:
     """The ONNX model of a detector on the CPU, with its classes, genotype and image size in the metadata."""
     onnx, *_ = require("onnx", "onnxscript", "onnxruntime")  # all at once: the gate needs the last one
@@ -110,7 +93,7 @@ def export_graph(detector: Detector, nms: bool = True) -> ModelProto:
         path = f"{folder}/network.onnx"
         # No `dynamo`: each version's own default exporter, traced up to torch 2.8, torch.export from then on.
         torch.onnx.export(
-            ScoresAndBoxes(detector),
+            ScoresAndBoxes(fuse(detector.model), detector.config),
             (example,),
             path,
             input_names=["images"],

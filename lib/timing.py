@@ -8,15 +8,13 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torchvision.ops import batched_nms
 
-from lib.boxes import decode
 from lib.config import Config
-from lib.detector import SSD, ElasticSSD
+from lib.detector import SSD, ElasticSSD, ScoresAndBoxes
 from lib.fuse import fuse
 from lib.genotype import Block, Genotype
-from lib.postprocess import class_scores
 from lib.runlog import progress
 
 PICTURE = (480, 640)  # height and width of the camera picture that a detector is given
@@ -24,21 +22,6 @@ REPETITIONS = 3  # timed calls of a visit, after one that is not
 REFERENCE_EVERY = 4  # visits from one of the reference to the next
 
 Run = Callable[[], object]
-
-
-class WholeDetector(nn.Module):
-    """A plain detector up to non-maximum suppression: resize, network, scores, decoded boxes."""
-
-    def __init__(self, model: SSD, config: Config):
-        super().__init__()
-        self.model = model
-        self.loss_type, self.variances = config.loss.type, config.head.variances
-
-    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures (B, 3, H, W), uint8, to scores (B, P, num_classes) and boxes (B, P, 4), normalised xyxy."""
-        logits, offsets = self.model(pictures)
-        boxes = decode(offsets, self.model.priors, self.variances).clamp(0, 1)
-        return class_scores(logits, self.loss_type), boxes
 
 
 class FusedDetectors:
@@ -51,7 +34,7 @@ class FusedDetectors:
         self._detector, self._config, self._device = detector, config, device
         self._parts: dict[tuple[nn.Module, Block | None], nn.Module] = {}
 
-    def __call__(self, genotype: Genotype) -> WholeDetector:
+    def __call__(self, genotype: Genotype) -> ScoresAndBoxes:
         segments = self._detector.segments(genotype)
         model = SSD(
             image_size=genotype.image_size,
@@ -61,7 +44,7 @@ class FusedDetectors:
             predictors=self._part(self._detector.predictors),
             priors=self._detector.priors(genotype.image_size).to(self._device),
         )
-        return WholeDetector(model, self._config).eval()
+        return ScoresAndBoxes(model, self._config).eval()
 
     def _part(self, module: nn.Module, block: Block | None = None) -> nn.Module:
         key = (module, block)

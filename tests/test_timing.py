@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from lib import timing
+from lib.detector import ScoresAndBoxes
 from lib.postprocess import postprocess
-from lib.timing import FusedDetectors, WholeDetector, time_detectors, time_interleaved, time_nms, visit
+from lib.timing import FusedDetectors, time_detectors, time_interleaved, time_nms, visit
 
 CPU = torch.device("cpu")
 torch.set_num_threads(1)
@@ -94,7 +95,7 @@ def test_detectors_and_nms_take_time(tiny_detector, tiny_config):
     detector, config = tiny_detector(), tiny_config()
     make = FusedDetectors(detector, config, CPU)
     model = make(detector.space.largest())
-    assert isinstance(model, WholeDetector) and not model.training
+    assert isinstance(model, ScoresAndBoxes) and not model.training
     (milliseconds,) = time_detectors([model], CPU, rounds=2)
     assert 0 < milliseconds < 1000
     assert 0 < time_nms(50, 3, 0.5, CPU, rounds=2) < 1000
