@@ -14,33 +14,29 @@ report.html (what was found and how, beside random search) to runs/NAME/search. 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-
 from lib import checkpoint, cli, plan
-from lib.budget import Budget, limits_of
-from lib.config import Config, SearchConfig, to_dict
+from lib.budget import Budget, counts_latency, limits_of
+from lib.config import Config, to_dict
 from lib.datasets import load_records, load_split
 from lib.dispatcher import Dispatcher, Result
 from lib.errors import UserError
-from lib.evolution import Controller, RandomSearch, SpaceExhausted, best_record, make_controller, pareto_front
-from lib.genotype import Genotype
+from lib.evolution import Controller, RandomSearch, SpaceExhausted, best_record, make_controller
+from lib.genotype import Genotype, SearchSpace
 from lib.genotype_file import read_genotype_files
-from lib.latency import Coster, LatencyTable, load_table, measure_table
+from lib.latency import Coster, measure_table, table_for
 from lib.ledger import Ledger, evaluation_key
 from lib.models import Supernet, load_supernet
-from lib.report import plot_front, plot_search
 from lib.runlog import progress, say
 from lib.runs import last_run, remember, supernet_checkpoint
 from lib.runtime import StopRequest, pick_device, run
 from lib.scoring import prepare_scoring_data, save_scoring_data, scoring_worker
-from lib.search_report import SearchRun, search_report
-
-CPU_WORKERS = 8  # at most, where nothing else is asked for
+from lib.search_files import write_results
+from lib.search_report import SearchRun
+from lib.workers import devices_of, pick_workers
 
 
 class Search:
@@ -131,6 +127,20 @@ class Search:
         found = self.ledger.records(origin="random", budget=self.identity["budget"])
         return [r for r in found if r["key"] == self._key(Genotype.from_dict(r["genotype"]))]
 
+    def as_run(self, folder: Path, supernet: Path) -> SearchRun:
+        """The search as it stands, for those who write about it."""
+        return SearchRun(
+            name=self.config.name,
+            search=self.identity["search"],
+            supernet=supernet,
+            folder=folder,
+            settings=self.config.search,
+            space=self.controller.space,
+            total=self.total,
+            told=self.told,
+            random=self.random_evaluations(),
+        )
+
 
 def search_loop(
     search: Search, dispatcher: Dispatcher, stop: StopRequest, write: Callable[[], None], save_every: int
@@ -165,103 +175,6 @@ def progress_line(search: Search, epoch: int) -> str:
         f"search epoch {epoch}: {len(search.told)} evaluations, best {objective} {best[objective]:.4f} "
         f"at {best['flops'] / 1e6:.1f} M multiply-adds{latency}"
     )
-
-
-def write_results(search: Search, folder: Path, supernet: Path, final: bool = False) -> None:
-    """best.json, pareto.json, front.png and report.html, each replaced at once; report.png when it is `final`."""
-    source = {"path": str(supernet), "sha256": search.identity["supernet_sha256"]}
-    settings = search.config.search
-
-    def genotype_file(record: dict) -> dict:
-        return {
-            **record["genotype"],
-            "metrics": record["metrics"],
-            "supernet": source,
-            "config": to_dict(search.config),
-        }
-
-    records = search.succeeded()
-    front = pareto_front(records, settings.objective, settings.costs)
-    best = genotype_file(best_record(records, settings.objective, settings.costs[0]))
-    checkpoint.write_text(folder / "best.json", json.dumps(best, indent=1) + "\n")
-    pareto = {"format": "pareto/1", "objective": settings.objective, "costs": settings.costs}
-    pareto["front"] = [genotype_file(record) for record in front]
-    checkpoint.write_text(folder / "pareto.json", json.dumps(pareto, indent=1) + "\n")
-    metrics = [[r["metrics"] for r in some] for some in (records, front)]
-    plot_front(*metrics, settings.costs[0], settings.objective, folder / "front.png")
-    write_report(search, folder, supernet, picture=final)
-
-
-def write_report(search: Search, folder: Path, supernet: Path, picture: bool) -> None:
-    """report.html, and report.png if a `picture` is wanted. That it cannot be drawn is said, and ends no search."""
-    settings = search.config.search
-    searched = SearchRun(
-        name=search.config.name,
-        search=search.identity["search"],
-        supernet=supernet,
-        folder=folder,
-        settings=settings,
-        space=search.controller.space,
-        total=search.total,
-        told=search.told,
-        random=search.random_evaluations(),
-    )
-    try:
-        checkpoint.write_text(folder / "report.html", search_report(searched))
-        if picture:
-            metrics = ([r["metrics"] for r in some] for some in (searched.scored, searched.front()))
-            curves = searched.history(), searched.control()
-            plot_search(*metrics, *curves, settings.costs, settings.objective, folder / "report.png")
-    except Exception as error:  # whatever it is, the evaluations are worth more than their picture
-        say(f"{folder / 'report.html'}: not drawn: {type(error).__name__}: {error}")
-
-
-def devices_of(device: str) -> str | None:
-    """--device as --gpus would say it; None where the machine is to decide."""
-    if device == "auto":
-        return None
-    picked = pick_device(device)
-    return "cpu" if picked.type == "cpu" else str(picked.index or 0)
-
-
-def pick_workers(gpus: str | None, config: Config) -> tuple[list[str], int | None]:
-    """The device of each worker, and CPU threads per worker where it is the CPU.
-
-    `--gpus` is `0,1,2`, `cpu` or `cpu,cpu`. Without it: the configured `gpu_ids` that exist, every GPU, or the CPU.
-    `search.parallelism` workers are dealt out over the devices.
-    """
-    count, cores = torch.cuda.device_count(), torch.get_num_threads()  # which OMP_NUM_THREADS bounds
-    wanted = config.search.parallelism
-    if gpus is None:
-        ids = [i for i in config.search.gpu_ids if i < count] or list(range(count))
-        devices = [f"cuda:{i}" for i in ids] or ["cpu"] * min(cores, wanted or CPU_WORKERS)
-    else:
-        names = [name.strip() for name in gpus.split(",")]
-        bad = [n for n in names if n != "cpu" and not (n.isdigit() and int(n) < count)]
-        if bad:
-            raise UserError(f"--gpus {gpus}: '{bad[0]}' is neither cpu nor one of this machine's {count} CUDA devices")
-        devices = ["cpu" if name == "cpu" else f"cuda:{name}" for name in names]
-    if wanted > len(devices) and devices[0] != "cpu":
-        devices = [devices[i % len(devices)] for i in range(wanted)]
-    on_cpu = devices.count("cpu")
-    return devices, max(1, cores // on_cpu) if on_cpu else None
-
-
-def counts_latency(settings: SearchConfig) -> bool:
-    """Whether the search minimises or bounds latency."""
-    return "latency_ms" in (*settings.costs, *limits_of(settings))
-
-
-def read_latency_table(supernet: Supernet, config: Config) -> LatencyTable | None:
-    """The configured table. Raises UserError if there is none and the search needs it."""
-    settings = config.search
-    if settings.latency_table:
-        return load_table(Path(settings.latency_table), supernet.detector)
-    if counts_latency(settings):
-        raise UserError(
-            "search: latency as a cost or in the budget needs --latency-table FILE, which --measure-latency writes"
-        )
-    return None
 
 
 def measure_latency(args: argparse.Namespace, supernet: Supernet, config: Config, folder: Path) -> None:
@@ -355,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         measure_latency(args, supernet, config, folder)
         return
     devices, threads = pick_workers(args.gpus or devices_of(args.device), config)
-    table = read_latency_table(supernet, config)
+    table = table_for(supernet.detector, config.search)
     costs = Coster(supernet.detector, table)
     budget = Budget(costs, supernet.space, limits_of(config.search))
     RandomSearch(supernet.space, config.seed, budget, budget=str(budget)).ask()  # raises where nothing fits
@@ -374,43 +287,56 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(line)
     if args.dry_run:
         return
-    settings = config.search
-    shared = (config.seed, settings.controller, settings.objective, settings.costs, limits_of(settings))
-    measured = checkpoint.sha256(Path(settings.latency_table)) if counts_latency(settings) else "no latency"
-    identity = {
-        "search": f"{shared}-{measured}",
-        "supernet_sha256": checkpoint.sha256(path),
-        "split_sha256": checkpoint.sha256(path.parent / "split.json"),
-        "budget": {
-            name: limit for name, limit in vars(settings).items() if name.startswith(("min_", "max_")) and limit
-        },
-        "settings": {"bn_images": settings.bn_images, "images": settings.images, "batch_size": settings.batch_size},
-    }
+    starts = start_genotypes(args.start_from, path.parent, supernet, budget)
     images = folder / "images.pt"
     with Ledger(folder / "evals.jsonl") as ledger, StopRequest() as stop:
         cli.save_config(config, folder)
         remember("search", folder)
-        names = ("objective", "costs", "population_size", "tournament_size", "mutation_probability")
-        options = {name: getattr(settings, name) for name in (*names, "crossover_probability")}
-        starts = start_genotypes(args.start_from, path.parent, supernet, budget)
-        controller = make_controller(settings.controller, supernet.space, config.seed, budget, seeds=starts, **options)
+        controller = configured_controller(config, supernet.space, budget, starts)
+        identity = identify(path, config)
         search = Search(controller, ledger, config, costs, identity, supernet.epoch + 1)
         if args.resume:
             search.replay()
             print(f"resumed {ledger.path}: {len(search.told)} evaluations of this search")
+
+        def write(final: bool = False) -> None:
+            write_results(search.as_run(folder, path), config, identity["supernet_sha256"], final)
+
         save_scoring_data(prepare_scoring_data(records, train, candidates, config), images)
         setup = (str(path), str(images), to_dict(config))
         with Dispatcher(scoring_worker, setup, devices, threads_per_worker=threads) as dispatcher:
-            search_loop(search, dispatcher, stop, lambda: write_results(search, folder, path), args.save_every or 1)
+            search_loop(search, dispatcher, stop, write, args.save_every or 1)
     images.unlink(missing_ok=True)
     if not search.succeeded():
         raise UserError(f"no evaluation succeeded; see {folder / 'evals.jsonl'}")
-    write_results(search, folder, path, final=True)
+    write(final=True)
     if len(search.told) < search.total:
         print("stopped; the same command with --resume goes on")
     print(progress_line(search, search.epoch - 1))
     print(f"wrote {folder / 'best.json'}, {folder / 'pareto.json'}, {folder / 'report.html'}")
     print(f"next: python final_train.py --genotype {folder / 'best.json'}")
+
+
+def configured_controller(config: Config, space: SearchSpace, budget: Budget, starts: Sequence[Genotype]) -> Controller:
+    settings = config.search
+    names = ("objective", "costs", "population_size", "tournament_size", "mutation_probability")
+    options = {name: getattr(settings, name) for name in (*names, "crossover_probability")}
+    return make_controller(settings.controller, space, config.seed, budget, seeds=starts, **options)
+
+
+def identify(supernet: Path, config: Config) -> dict:
+    """What tells this search, and what its evaluations rest on, from others in the same ledger."""
+    settings = config.search
+    shared = (config.seed, settings.controller, settings.objective, settings.costs, limits_of(settings))
+    measured = checkpoint.sha256(Path(settings.latency_table)) if counts_latency(settings) else "no latency"
+    limits = {name: value for name, value in vars(settings).items() if name[:4] in ("min_", "max_") and value}
+    return {
+        "search": f"{shared}-{measured}",
+        "supernet_sha256": checkpoint.sha256(supernet),
+        "split_sha256": checkpoint.sha256(supernet.parent / "split.json"),
+        "budget": limits,
+        "settings": {"bn_images": settings.bn_images, "images": settings.images, "batch_size": settings.batch_size},
+    }
 
 
 if __name__ == "__main__":

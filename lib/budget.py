@@ -22,6 +22,11 @@ def limits_of(config: SearchConfig) -> Limits:
     return {cost: (low, high or math.inf) for cost, (low, high) in limits.items() if low or high}
 
 
+def counts_latency(settings: SearchConfig) -> bool:
+    """Whether the search minimises or bounds latency."""
+    return "latency_ms" in (*settings.costs, *limits_of(settings))
+
+
 class Budget:
     """`budget(genotype)`: whether it is within all limits; `str(budget)`: the limits, and what sub-networks have.
 

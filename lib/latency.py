@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lib.budget import counts_latency
 from lib.checkpoint import write_text
-from lib.config import Config
+from lib.config import Config, SearchConfig
 from lib.detector import ElasticSSD
 from lib.elastic import ElasticInvertedResidual
 from lib.errors import UserError
@@ -100,6 +101,17 @@ def load_table(path: Path, detector: ElasticSSD) -> LatencyTable:
     if missing:
         raise UserError(f"{path}: measured on another search space, without '{missing[0]}'; {again}")
     return table
+
+
+def table_for(detector: ElasticSSD, settings: SearchConfig) -> LatencyTable | None:
+    """The configured table. Raises UserError if there is none and the search needs it."""
+    if settings.latency_table:
+        return load_table(Path(settings.latency_table), detector)
+    if counts_latency(settings):
+        raise UserError(
+            "search: latency as a cost or in the budget needs --latency-table FILE, which --measure-latency writes"
+        )
+    return None
 
 
 class Coster:

@@ -17,6 +17,7 @@ from lib import genotype_svg
 from lib.config import SearchConfig
 from lib.evolution import best_record, pareto_front
 from lib.genotype import Genotype, SearchSpace
+from lib.html_page import legend, note, page, section
 from lib.search_stats import BestOf, Use, best_of_random, best_so_far, worker_use
 from lib.svg import Chart, element, figure, text
 
@@ -92,22 +93,15 @@ def search_report(run: SearchRun) -> str:
     use = worker_use(run.own)
     sections = [
         _header(run, front, use),
-        _section(f"{run.settings.objective} against cost", *_against_costs(run, front)),
-        _section("History", *_history(run)),
-        _section("What the front has in common", *_in_common(run, front)),
-        _section(f"The front: {len(front)} sub-networks, cheapest first", *_members(run, front)),
-        _section("Workers", *_workers(use)),
-        _section("Failed evaluations", *_failures(run)),
+        section(f"{run.settings.objective} against cost", *_against_costs(run, front)),
+        section("History", *_history(run)),
+        section("What the front has in common", *_in_common(run, front)),
+        section(f"The front: {len(front)} sub-networks, cheapest first", *_members(run, front)),
+        section("Workers", *_workers(use)),
+        section("Failed evaluations", *_failures(run)),
     ]
-    running = len(run.told) < run.total
-    refresh = f'<meta http-equiv="refresh" content="{REFRESH_SECONDS}">' if running else ""
-    return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">{refresh}\n'
-        f"<title>{escape(run.name)}: search</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(sections)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    refresh = REFRESH_SECONDS if len(run.told) < run.total else None
+    return page(f"{run.name}: search", sections, refresh)
 
 
 # ------------------------------------------------------------------------------------------------------------- header
@@ -115,7 +109,8 @@ def search_report(run: SearchRun) -> str:
 
 def _header(run: SearchRun, front: Sequence[dict], use: Use) -> str:
     settings = run.settings
-    budget = [f"{n.removeprefix('max_')} ≤ {v:g}" for n, v in vars(settings).items() if n.startswith("max_") and v]
+    limits = [(n[:3], n[4:], value) for n, value in vars(settings).items() if n[:4] in ("min_", "max_") and value]
+    budget = [f"{cost} {'≥' if end == 'min' else '≤'} {value:g}" for end, cost, value in limits]
     lines = [
         f"Supernet {run.supernet}, {run.space.size():.3g} sub-networks.",
         f"Controller {settings.controller}: {settings.objective} against {', '.join(settings.costs)}; "
@@ -164,13 +159,13 @@ def _duration(seconds: float) -> str:
 
 def _against_costs(run: SearchRun, front: Sequence[dict]) -> Iterable[str]:
     if not run.scored:
-        yield _note("No evaluation has succeeded yet.")
+        yield note("No evaluation has succeeded yet.")
         return
-    yield _legend(random="random proposal", bred="bred or given", best="best", front="front (index in pareto.json)")
+    yield legend(random="random proposal", bred="bred or given", best="best", front="front (index in pareto.json)")
     yield element("div", *(_cost_chart(run, front, cost) for cost in _costs(run)), class_="charts")
     extra = [COSTS[c].name for c in _costs(run) if c not in run.settings.costs]
     if extra:
-        yield _note(
+        yield note(
             f"The search did not look at {' and '.join(extra)}: there the dashed line is the best of what it happened "
             "to evaluate, and members of the front may lie below it."
         )
@@ -198,7 +193,7 @@ def _cost_chart(run: SearchRun, front: Sequence[dict], cost: str) -> str:
 def _history(run: SearchRun) -> Iterable[str]:
     history, control = run.history(), run.control()
     if not history:
-        yield _note("No evaluation has succeeded yet.")
+        yield note("No evaluation has succeeded yet.")
         return
     objective = run.settings.objective
     found = [r["metrics"][objective] for r in run.scored]
@@ -210,7 +205,7 @@ def _history(run: SearchRun) -> Iterable[str]:
     chart.points(enumerate(found, 1), "each", radius=1.6)
     chart.line([(best.draws, best.mean) for best in control], "control")
     chart.steps(list(enumerate(history, 1)), "history")
-    yield _legend(history="best so far", control="random search, expected", band="8 in 10", each="each evaluation")
+    yield legend(history="best so far", control="random search, expected", band="8 in 10", each="each evaluation")
     yield chart.draw(f"best {objective} so far against evaluations, beside random search")
     yield from _control_words(run, history, control)
 
@@ -219,7 +214,7 @@ def _control_words(run: SearchRun, history: Sequence[float], control: Sequence[B
     """What the comparison with random search says, and what it cannot say."""
     objective, extend = run.settings.objective, _commands_for_control(run)
     if not control:
-        yield _note("The ledger holds no random evaluation to compare with. These two commands add them:")
+        yield note("The ledger holds no random evaluation to compare with. These two commands add them:")
         yield extend
         return
     last, count = control[-1], sum(r["status"] == "ok" for r in run.random)
@@ -231,15 +226,15 @@ def _control_words(run: SearchRun, history: Sequence[float], control: Sequence[B
         element("strong", f"{last.mean:.4f}"),
         escape(f" expected of random search (8 in 10 between {last.low:.4f} and {last.high:.4f})."),
     )
-    yield _note(
+    yield note(
         f"The control is the expected best of n evaluations drawn without replacement from the {count} random ones "
         "that the ledger holds for this supernet, split and budget; its range narrows as n nears their number. Failed "
         "evaluations are left out on both sides."
     )
     if run.settings.controller == "random":
-        yield _note("This search is itself random.")
+        yield note("This search is itself random.")
     elif all(record["search"] == run.search for record in run.random):
-        yield _note(
+        yield note(
             f"All {count} are the proposals this search began with: up to there both are the same, and what random "
             "search would have found later is not known. These two commands evaluate a random search of the same "
             "length into the same ledger, then draw this page again:"
@@ -257,13 +252,13 @@ def _commands_for_control(run: SearchRun) -> str:
 
 def _in_common(run: SearchRun, front: Sequence[dict]) -> Iterable[str]:
     if not front:
-        yield _note("The front is empty.")
+        yield note("The front is empty.")
         return
     genotypes = [Genotype.from_dict(record["genotype"]) for record in front]
     made = [choice for choice in genotype_svg.choices_made(genotypes, run.space) if choice.is_open]
     agreed = [f"{c.name} {value:g}" for c in made for value, share in c.shares.items() if share == 1.0]
     yield element("div", genotype_svg.shares(genotypes, run.space), class_="wide")
-    yield _note(
+    yield note(
         "Per cent of the members that have the block; columns are blocks, input to the left. An empty frame is a "
         "choice without alternative, or a block that no member has."
     )
@@ -277,11 +272,11 @@ def _in_common(run: SearchRun, front: Sequence[dict]) -> Iterable[str]:
 
 def _members(run: SearchRun, front: Sequence[dict]) -> Iterable[str]:
     if not front:
-        yield _note("The front is empty.")
+        yield note("The front is empty.")
         return
     kernels = genotype_svg.kernel_classes(run.space)
-    yield _legend(**{class_: f"kernel {kernel}" for kernel, class_ in kernels.items()})
-    yield _note("A bar is a block, input to the left: its height is the expand ratio. A dotted line: a block left out.")
+    yield legend(**{class_: f"kernel {kernel}" for kernel, class_ in kernels.items()})
+    yield note("A bar is a block, input to the left: its height is the expand ratio. A dotted line: a block left out.")
     best = run.best()["key"]
     for k, record in enumerate(front):
         genotype = Genotype.from_dict(record["genotype"])
@@ -309,7 +304,7 @@ def _metrics(run: SearchRun, metrics: dict) -> Iterable[str]:
 
 def _workers(use: Use) -> Iterable[str]:
     if not use.workers:
-        yield _note("No worker has ended an evaluation of this search yet.")
+        yield note("No worker has ended an evaluation of this search yet.")
         return
     yield element("div", _timeline(use), class_="wide")
     head = ("worker", "evaluations", "failed", "median seconds", "busy")
@@ -321,7 +316,7 @@ def _workers(use: Use) -> Iterable[str]:
         rows.append(element("tr", *(element("td", escape(str(cell))) for cell in cells)))
     yield element("table", *rows)
     pauses = f" Time between runs of the script is left out ({use.pauses} times)." if use.pauses else ""
-    yield _note(f"From the start of the first evaluation to the end of the last one.{pauses}")
+    yield note(f"From the start of the first evaluation to the end of the last one.{pauses}")
 
 
 def _timeline(use: Use) -> str:
@@ -351,77 +346,7 @@ def _timeline(use: Use) -> str:
 def _failures(run: SearchRun) -> Iterable[str]:
     failed = Counter(r.get("error", "no reason recorded").strip().splitlines()[-1] for r in run.told if "error" in r)
     if not failed:
-        yield _note("No evaluation has failed.")
+        yield note("No evaluation has failed.")
         return
     items = (element("li", escape(f"{count} × "), element("code", escape(e))) for e, count in failed.most_common())
     yield element("ul", *items)
-
-
-# --------------------------------------------------------------------------------------------------------------- page
-
-
-def _section(title: str, *content: str) -> str:
-    return element("section", element("h2", escape(title)), "\n", *content)
-
-
-def _note(words: str) -> str:
-    return element("p", escape(words), class_="quiet")
-
-
-def _legend(**names: str) -> str:
-    items = (element("span", element("i", class_=class_), escape(words)) for class_, words in names.items())
-    return element("p", *items, class_="legend")
-
-
-STYLE = """
-:root { color-scheme: light dark; --ink: #1d232b; --quiet: #5d6875; --page: #fbfbfa; --card: #ffffff; --edge: #dfe3e8;
-  --grid: #e9ecef; --blue: #2f6fb2; --red: #c8322b; --grey: #98a2ad; --gold: #d99000; --cold: #eef1f4;
-  --k0: #6fb1e0; --k1: #f0a34a; --k2: #b5484d; --k3: #6a4c93; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ed; --quiet: #98a3b0; --page: #14171b; --card: #1b1f25;
-  --edge: #2f353d; --grid: #272d34; --blue: #6caae6; --red: #ff6f66; --grey: #77828e; --gold: #f2b632; --cold: #262c33;
-  --k0: #5da3d6; --k1: #e3963d; --k2: #cf6067; --k3: #9a7bc7; } }
-body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-main { max-width: 1180px; margin: 0 auto; padding: 28px 24px 60px; }
-h1 { font-size: 26px; margin: 0 0 6px; } h2 { font-size: 18px; margin: 0 0 10px; } h3 { font-size: 15px; margin: 0; }
-p { margin: 6px 0; } .quiet { color: var(--quiet); font-size: 14px; }
-section { background: var(--card); border: 1px solid var(--edge); border-radius: 8px; padding: 18px 20px;
-  margin-top: 18px; }
-.tiles { display: flex; flex-wrap: wrap; gap: 12px; margin-top: 14px; }
-.tile { background: var(--card); border: 1px solid var(--edge); border-radius: 8px; padding: 10px 16px; flex: 1 1 150px;
-  color: var(--quiet); font-size: 13px; }
-.tile span { display: block; }
-.tile .value { color: var(--ink); font-size: 23px; font-weight: 600; white-space: nowrap; }
-.charts { display: flex; flex-wrap: wrap; gap: 8px; } .charts svg { flex: 1 1 420px; } .wide { overflow-x: auto; }
-.wide svg { min-width: 560px; }
-svg { display: block; width: 100%; height: auto; font: 13px system-ui, sans-serif; } svg text { fill: var(--ink); }
-svg .tick, svg .small { font-size: 11px; fill: var(--quiet); } svg text.on { fill: #fff; font-weight: 600; }
-.grid { stroke: var(--grid); } .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
-.line.front { stroke: var(--red); } .line.dashed { stroke-dasharray: 5 4; stroke-width: 1.5; }
-.line.history { stroke: var(--blue); stroke-width: 2.5; } .line.control { stroke: var(--gold); }
-svg .band { fill: var(--gold); opacity: .18; } svg .each { fill: var(--grey); opacity: .7; }
-svg .bred { fill: var(--blue); opacity: .45; } svg .random { fill: none; stroke: var(--grey); }
-g.front circle { fill: var(--red); } g.best circle { fill: var(--gold); stroke: var(--red); stroke-width: 2; }
-.heat { fill: var(--blue); } .cold { fill: var(--cold); } .closed { fill: none; stroke: var(--edge); }
-.absent { stroke: var(--grey); stroke-width: 1.5; stroke-dasharray: 2 3; }
-.k0 { fill: var(--k0); } .k1 { fill: var(--k1); } .k2 { fill: var(--k2); } .k3 { fill: var(--k3); }
-.legend span { margin-right: 18px; font-size: 13px; white-space: nowrap; }
-.legend i { display: inline-block; width: 11px; height: 11px; margin-right: 6px; border-radius: 6px;
-  background: var(--blue); }
-.legend .random { background: none; box-shadow: inset 0 0 0 1.5px var(--grey); }
-.legend .best { background: var(--gold); box-shadow: inset 0 0 0 2px var(--red); }
-.legend .front { background: var(--red); }
-.legend .history, .legend .control { height: 3px; width: 18px; vertical-align: middle; }
-.legend .control { background: var(--gold); }
-.legend .band { background: var(--gold); opacity: .35; border-radius: 2px; }
-.legend .each { background: var(--grey); } .legend .bred { opacity: .55; }
-.legend .k0, .legend .k1, .legend .k2, .legend .k3 { border-radius: 2px; }
-.legend .k0 { background: var(--k0); } .legend .k1 { background: var(--k1); } .legend .k2 { background: var(--k2); }
-.legend .k3 { background: var(--k3); }
-article { border-top: 1px solid var(--edge); padding: 14px 0 8px; }
-.metrics span { display: inline-block; margin-right: 20px; color: var(--quiet); } .metrics strong { color: var(--ink); }
-pre { background: var(--cold); border-radius: 6px; padding: 8px 12px; margin: 8px 0; font-size: 12.5px;
-  overflow-x: auto; }
-table { border-collapse: collapse; margin-top: 10px; font-size: 14px; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: 4px 14px; border-bottom: 1px solid var(--edge); }
-th:first-child, td:first-child { text-align: left; padding-left: 0; } th { color: var(--quiet); font-weight: 500; }
-"""

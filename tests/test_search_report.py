@@ -2,60 +2,17 @@
 
 from __future__ import annotations
 
-import random
 import re
 import time
 from html.parser import HTMLParser
-from pathlib import Path
-from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
+from search_records import ledger, make_run
 
-import async_search
-from lib.config import SearchConfig
-from lib.evolution import make_controller
-from lib.genotype import BlockChoices, SearchSpace, StageChoices
 from lib.search_report import SearchRun, search_report
 
-STAGE = StageChoices((1, 2, 3), BlockChoices((3, 4, 6), (3, 5, 7)))
-SPACE = SearchSpace("mbv3_backbone", (64, 96), (STAGE,) * 4, (BlockChoices((0.5,), (3,)),))
 VOID = {"meta"}  # elements that HTML never closes
-
-
-def ledger(count: int, controller: str = "evo", search: str = "this", failed=lambda i: False, seed: int = 0):
-    """Records of a search whose AP grows with cost, with some noise."""
-    rng = random.Random(seed)
-    asked = make_controller(controller, SPACE, seed, lambda g: True, population_size=20)
-    records = []
-    for i in range(count):
-        genotype = asked.ask()
-        flops = 1e6 * sum(b.expand * b.kernel for stage in genotype.stages for b in stage)
-        metrics = {
-            "AP": 0.3 + flops / 1e9 + rng.gauss(0, 0.02),
-            "AP50": 0.6,
-            "mAP": None,
-            "flops": flops,
-            "params": 7e6,
-        }
-        record = {"key": f"{search}-{i}", "search": search, "origin": asked.origin, "genotype": genotype.to_dict()}
-        record |= {"status": "ok", "metrics": metrics, "seconds": 2.0, "worker": f"cpu#{i % 2}", "time": 1e9 + i}
-        if failed(i):
-            record |= {"status": "failed", "metrics": {}, "error": "Traceback\nRuntimeError: <out of memory> & more"}
-            asked.tell_failure(genotype)
-        else:
-            asked.tell(genotype, metrics)
-        records.append(record)
-    return records
-
-
-def make_run(told: list[dict], others: list[dict] = (), total: int = 100, **settings) -> SearchRun:
-    known = [r for r in told if r["origin"] == "random"] + [r for r in others if r["origin"] == "random"]
-    paths = {"supernet": Path("runs/a/supernet/last.pt"), "folder": Path("runs/a/search")}
-    config = SearchConfig(**settings)
-    return SearchRun(
-        name="a <b>", search="this", settings=config, space=SPACE, total=total, told=told, random=known, **paths
-    )
 
 
 class Balance(HTMLParser):
@@ -168,20 +125,6 @@ def test_a_cost_is_drawn_if_every_evaluation_has_it():
     for i, record in enumerate(told):
         record["metrics"]["latency_ms"] = 10.0 + i
     assert "latency (ms)" in read(search_report(make_run(told)))
-
-
-def test_what_cannot_be_drawn_ends_no_search(tmp_path, monkeypatch, capsys):
-    space = SimpleNamespace(space=SPACE)
-    identity, config = {"search": "this"}, SimpleNamespace(name="a", search=SearchConfig())
-    told = {"told": ledger(5), "total": 5, "random_evaluations": lambda: []}
-    search = SimpleNamespace(identity=identity, config=config, controller=space, **told)
-    async_search.write_report(search, tmp_path, Path("last.pt"), picture=True)
-    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "report.png"} and capsys.readouterr().out == ""
-    drawn = (tmp_path / "report.html").read_text()
-    monkeypatch.setattr(async_search, "search_report", lambda run: run.nonsense)
-    async_search.write_report(search, tmp_path, Path("last.pt"), picture=True)
-    assert "report.html: not drawn: AttributeError: " in capsys.readouterr().out
-    assert (tmp_path / "report.html").read_text() == drawn
 
 
 def test_a_large_search_is_drawn_at_once():

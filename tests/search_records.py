@@ -1,0 +1,49 @@
+"""Made-up records of a search, for the tests of what is written about it."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+from lib.config import SearchConfig
+from lib.evolution import make_controller
+from lib.genotype import BlockChoices, SearchSpace, StageChoices
+from lib.search_report import SearchRun
+
+STAGE = StageChoices((1, 2, 3), BlockChoices((3, 4, 6), (3, 5, 7)))
+SPACE = SearchSpace("mbv3_backbone", (64, 96), (STAGE,) * 4, (BlockChoices((0.5,), (3,)),))
+
+
+def ledger(count: int, controller: str = "evo", search: str = "this", failed=lambda i: False, seed: int = 0):
+    """Records of a search whose AP grows with cost, with some noise."""
+    rng = random.Random(seed)
+    asked = make_controller(controller, SPACE, seed, lambda g: True, population_size=20)
+    records = []
+    for i in range(count):
+        genotype = asked.ask()
+        flops = 1e6 * sum(b.expand * b.kernel for stage in genotype.stages for b in stage)
+        metrics = {
+            "AP": 0.3 + flops / 1e9 + rng.gauss(0, 0.02),
+            "AP50": 0.6,
+            "mAP": None,
+            "flops": flops,
+            "params": 7e6,
+        }
+        record = {"key": f"{search}-{i}", "search": search, "origin": asked.origin, "genotype": genotype.to_dict()}
+        record |= {"status": "ok", "metrics": metrics, "seconds": 2.0, "worker": f"cpu#{i % 2}", "time": 1e9 + i}
+        if failed(i):
+            record |= {"status": "failed", "metrics": {}, "error": "Traceback\nRuntimeError: <out of memory> & more"}
+            asked.tell_failure(genotype)
+        else:
+            asked.tell(genotype, metrics)
+        records.append(record)
+    return records
+
+
+def make_run(told: list[dict], others: list[dict] = (), total: int = 100, **settings) -> SearchRun:
+    known = [r for r in told if r["origin"] == "random"] + [r for r in others if r["origin"] == "random"]
+    paths = {"supernet": Path("runs/a/supernet/last.pt"), "folder": Path("runs/a/search")}
+    config = SearchConfig(**settings)
+    return SearchRun(
+        name="a <b>", search="this", settings=config, space=SPACE, total=total, told=told, random=known, **paths
+    )

@@ -1,0 +1,44 @@
+"""What a search leaves: genotypes that the next stage reads, and pictures that may fail without ending it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+from search_records import ledger, make_run
+
+from lib import search_files
+from lib.config import Config
+from lib.evolution import pareto_front
+from lib.genotype import Genotype
+from lib.genotype_file import read_genotype_file
+from lib.search_files import write_results
+
+FILES = {"best.json", "pareto.json", "front.png", "report.html"}
+
+
+def test_the_best_and_the_front_are_genotype_files(tmp_path):
+    told = ledger(30)
+    write_results(replace(make_run(told), folder=tmp_path), Config(name="a"), "abc")
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+    best, front = (
+        read_genotype_file(tmp_path / "best.json"),
+        json.loads((tmp_path / "pareto.json").read_text())["front"],
+    )
+    assert best["metrics"]["AP"] == max(r["metrics"]["AP"] for r in told)
+    expected = [Genotype.from_dict(r["genotype"]) for r in pareto_front(told, "AP", ["flops"])]
+    assert [Genotype.from_dict(member) for member in front] == expected and len(front) > 2
+    for content in (best, *front):
+        assert content["supernet"] == {"path": "runs/a/supernet/last.pt", "sha256": "abc"}
+        assert content["config"]["name"] == "a"
+
+
+def test_what_cannot_be_drawn_ends_no_search(tmp_path, monkeypatch, capsys):
+    run = replace(make_run(ledger(5)), folder=tmp_path)
+    write_results(run, Config(), "abc", final=True)
+    assert {path.name for path in tmp_path.iterdir()} == FILES | {"report.png"} and capsys.readouterr().out == ""
+    drawn = (tmp_path / "report.html").read_text()
+    monkeypatch.setattr(search_files, "search_report", lambda run: run.nonsense)
+    write_results(run, Config(), "abc", final=True)
+    assert "report.html: not drawn: AttributeError: " in capsys.readouterr().out
+    assert (tmp_path / "report.html").read_text() == drawn
