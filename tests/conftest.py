@@ -6,7 +6,8 @@ import random
 
 import pytest
 import torch
-from tiny_runs import tiny_settings
+import yaml
+from tiny_runs import FINAL, SEARCH, SUPERNET, run, tiny_settings
 
 from lib import checkpoint, config
 from lib.detector import ElasticSSD
@@ -70,3 +71,25 @@ def tiny_checkpoint(tiny_trained, tmp_path_factory):
     }
     checkpoint.save(path, {**identity, "model": detector.model.state_dict()})
     return path
+
+
+@pytest.fixture(scope="session")
+def flow(tmp_path_factory):
+    """A folder in which the three stages ran one after the other, with no flag that a newcomer would not use."""
+    folder = tmp_path_factory.mktemp("flow")
+    settings = tiny_settings(data__root=folder / "shapes")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(settings))
+    printed = {
+        SUPERNET: run(folder, SUPERNET, "--cfg", "tiny.yaml"),
+        SEARCH: run(folder, SEARCH, "--gpus", "cpu"),
+        FINAL: run(folder, FINAL, "--genotype", "best.json"),
+    }
+    return folder, printed
+
+
+@pytest.fixture
+def arguments(flow, tmp_path):
+    """A folder of its own on the same pictures."""
+    settings = tiny_settings(data__root=flow[0] / "shapes")
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings))
+    return ["--cfg", "tiny.yaml", "--set", "supernet.batch_size=2", "--set", "supernet.eval_every=9"]

@@ -28,8 +28,6 @@ from lib.errors import UserError
 from lib.runtime import pick_device
 from lib.validate import validate_shares
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

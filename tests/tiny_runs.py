@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from lib import config
 
 REPOSITORY = Path(__file__).parent.parent
+SUPERNET, SEARCH, FINAL = "supernet_train.py", "async_search.py", "final_train.py"
 
 TINY = {
     "name": "tiny",
@@ -79,3 +81,8 @@ def run(cwd: Path, script: str, *arguments: object) -> str:
     done = finish(start(cwd, script, *arguments))
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The records of a JSONL file, none where there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -1,0 +1,110 @@
+"""Runs that end before any work begins: plans, help, and a user's mistakes, each answered in one line."""
+
+from __future__ import annotations
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from tiny_data import write_voc
+from tiny_runs import FINAL, SEARCH, SUPERNET, finish, start
+
+PLANS = {  # what each script's plan must say
+    SUPERNET: [
+        *("48 images, 36 train", "search space: 3.2e+06", "smallest: ", "largest: ", "priors at 64 px: 84"),
+        *("epochs of 9 steps", "from epoch 1:", "from epoch 2:"),
+    ],
+    SEARCH: ["trained to epoch 2 of 2", "48 images, 36 train", "search space: 3.2e+06", "2 epochs of 3 evaluations"],
+    FINAL: ["test set: 8 images", "genotype: image_size=64", "multiply-adds", "priors at 64 px: 84"],
+}
+MISTAKES = {
+    "an unknown key": ([SUPERNET, "--set", "supernet.epoch=3"], "supernet.epoch.*epochs"),
+    "a wrong type": ([SUPERNET, "--set", "supernet.epochs=many"], "supernet.epochs.*many"),
+    "a missing configuration": ([SUPERNET, "--cfg", "tini.yaml"], r"tini\.yaml.*tiny\.yaml"),
+    "a missing data folder": (
+        [SUPERNET, "--set", "data.dataset_type=voc", "--data", "nowhere", "--train-dir", "new"],
+        "nowhere",
+    ),
+    "a missing data folder without a configuration": ([SEARCH, "--data", "nowhere"], "--data nowhere: no such folder"),
+    "pictures of one's own without a configuration": ([SUPERNET, "--data", "bare"], r"bare: expected .*need a config"),
+    "a wrong number of classes": ([SUPERNET, "--set", "data.num_classes=3"], r"data\.num_classes: 3.* 5 classes"),
+    "a pretrained network that is not there": (
+        [SUPERNET, "--set", "backbone.pretrained_path=efficientnet_lite", "--train-dir", "new"],
+        r"backbone\.pretrained_path: efficientnet_lite: no such file.*did you mean 'efficientnet_lite0'",
+    ),
+    "nothing that is pretrained": ([FINAL, "--from-pretrained"], r"--from-pretrained: backbone\.pretrained_path names"),
+    "a run that is there already": ([SUPERNET], r"last\.pt exists: --resume"),
+    "no epoch of search": ([SEARCH, "--set", "search.num_epochs=0"], "search.num_epochs"),
+    "a budget out of reach": ([SEARCH, "--max-flops", "1000"], r"search\.max_flops: 1000.*sub-networks have .* to "),
+    "pycocotools without an evaluation": ([FINAL, "--pycocotools"], "--pycocotools: goes with --eval-only"),
+    "a device that is not there": ([SEARCH, "--gpus", "7"], "--gpus 7.*0 CUDA devices"),
+    "another network": ([SEARCH, "--set", "backbone.mult_ratio=0.25"], "backbone: differs from that of the supernet"),
+    "no such genotype": ([FINAL, "--genotype", "bets.json"], r"bets\.json: no such genotype file here nor in runs"),
+    "no picture": ([FINAL, "--predict", "nothing.jpg"], r"nothing\.jpg: no picture"),
+    "an empty test set": (
+        [FINAL, "--set", "data.dataset_type=voc", "--data", "bare", "--set", "data.classes=[cat]", "--from-scratch"],
+        "none of the 1 test images has an object",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def outcomes(flow):
+    """How many short runs ended, two at a time; none of them may change the folder."""
+    folder, _ = flow
+    write_voc(folder / "bare", {"a": [("cat", 1, 1, 20, 20)]})
+    write_voc(folder / "bare", {"b": []}, "test")
+    (folder / "empty").mkdir()
+    before = listing(folder)
+    commands: dict = {("dry", script): [script, "--cfg", "tiny.yaml", "--dry-run"] for script in PLANS}
+    commands |= {("help", script): [script, "--help"] for script in PLANS}
+    for name, (arguments, _) in MISTAKES.items():
+        given = [] if "--cfg" in arguments or arguments[0] != SUPERNET else ["--cfg", "tiny.yaml"]
+        commands[name] = [*arguments, *given]
+    jobs = {key: (folder, arguments) for key, arguments in commands.items()}
+    jobs["no supernet"] = (folder / "empty", [SEARCH])
+    jobs["no detector"] = (folder / "empty", [FINAL, "--eval-only"])
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.map(lambda job: finish(start(job[0], *job[1])), jobs.values())
+        ended = dict(zip(jobs, found, strict=True))
+    return ended, before == listing(folder)
+
+
+def listing(folder):
+    return {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("script", PLANS)
+def test_a_dry_run_prints_the_plan(outcomes, script):
+    done = outcomes[0]["dry", script]
+    assert done.returncode == 0, done.stderr
+    for words in PLANS[script]:
+        assert words in done.stdout
+
+
+@pytest.mark.parametrize("script", PLANS)
+def test_help_explains_the_flags(outcomes, script):
+    done = outcomes[0]["help", script]
+    assert done.returncode == 0 and f"python {script}" in done.stdout
+    for flag in ("--cfg", "--set", "--train-dir", "--load", "--resume", "--save-every", "--device", "--seed"):
+        assert flag in done.stdout
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line(outcomes, name):
+    assert_one_line(outcomes[0][name], MISTAKES[name][1])
+
+
+def test_stages_without_the_one_before_say_so(outcomes):
+    assert_one_line(outcomes[0]["no supernet"], r"no supernet run found: .*supernet_train\.py")
+    assert_one_line(outcomes[0]["no detector"], r"no detector found: .*final_train\.py")
+
+
+def assert_one_line(done, pattern):
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and re.search(pattern, lines[0]), done.stderr
+
+
+def test_none_of_these_runs_changed_a_file(outcomes):
+    assert outcomes[1]
