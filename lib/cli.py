@@ -62,6 +62,10 @@ def read_config(args: argparse.Namespace, stage: str, inherited: dict | None = N
         settings = config.from_dict(config.with_overrides(inherited, overrides(args, stage)))
     else:
         settings = config.load(DEFAULT_CONFIG, overrides(args, stage))
+    if args.data and settings.data.dataset_type == "shapes" and not Path(args.data).is_dir():
+        raise UserError(
+            f"--data {args.data}: no such folder; pictures of your own also need --cfg, and the built-in ones no --data"
+        )
     validate(settings)
     if stage != "search":
         validate_shares(stage, getattr(settings, stage), distributed.world().size)

@@ -172,7 +172,10 @@ def write_shapes(root: str | Path, train: int, test: int, seed: int = 0) -> None
         if _read_marker(marker) == settings | {"complete": True}:
             return
     elif root.is_dir() and any(root.iterdir()):
-        raise UserError(f"{root}: expected the drawn shapes or an empty folder, found other files (data.root)")
+        raise UserError(
+            f"{root}: expected the drawn shapes or an empty folder, found other files (data.root; pictures of your own "
+            "need a configuration that says how they are laid out, e.g. --cfg configs/bccd.yaml)"
+        )
     root.mkdir(parents=True, exist_ok=True)
     _write_marker(marker, settings | {"complete": False})
     for folder in FOLDERS:
