@@ -9,6 +9,7 @@ al., ICLR 2016).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from lib.errors import UserError
 from lib.genotype import Block, BlockChoices, Genotype, StageChoices
 from lib.sources import Source, Tensors, read_source
 
+HEAD_EPS = 1e-5  # of BatchNorm in the head, on both sides: `backbone.norm_eps` is the backbone's alone
 Row = tuple[str, str]  # a part of the supernet, and where its weights come from
 
 
@@ -69,9 +71,10 @@ def embed(detector: ElasticSSD, source: Source, with_head: bool = True) -> Embed
         rows.append(("last 1x1 convolution", "loaded"))
     head = [Block(choices.expand[-1], choices.kernel[-1]) for choices in space.head]
     if with_head and source.extras:
+        in_head = replace(source, eps=HEAD_EPS)
         for i, choices in enumerate(space.head):
             fits = i < len(source.extras)
-            head[i], what = _try_extra(detector.extras.blocks[i], source, i, choices) if fits else (head[i], FRESH)
+            head[i], what = _try_extra(detector.extras.blocks[i], in_head, i, choices) if fits else (head[i], FRESH)
             rows.append((f"extra block {i}", what))
     else:
         rows.append(("extra blocks", FRESH))
