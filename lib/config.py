@@ -230,6 +230,8 @@ class SearchConfig:
     latency_threads: int = 1  # CPU threads of a detector that --measure-latency times
     bn_images: int = 256  # training images that re-estimate BatchNorm
     images: int = 0  # of the search split that score a candidate; 0 = all of them
+    resamples: int = 200  # of the images, by which differences are judged; 0 = no intervals and no racing
+    racing: bool = True  # stop scoring a candidate that clearly loses on a part of the images
     batch_size: int = 32
     parallelism: int = 0  # worker processes; 0 = one per device
     gpu_ids: list[int] = field(default_factory=list)  # [] = every GPU, else the CPU
