@@ -14,132 +14,32 @@ report.html (what was found and how, beside random search) to runs/NAME/search. 
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from lib import checkpoint, cli, plan
-from lib.budget import Budget, counts_latency, limits_of
+from lib import cli, plan
+from lib.budget import Budget, limits_of
 from lib.config import Config, to_dict
 from lib.datasets import load_records, load_split
-from lib.dispatcher import Dispatcher, Result
+from lib.dispatcher import Dispatcher
 from lib.errors import UserError
-from lib.evolution import Controller, RandomSearch, SpaceExhausted, best_record, make_controller
+from lib.evolution import Controller, RandomSearch, best_record, make_controller
 from lib.genotype import Genotype, SearchSpace
 from lib.genotype_file import read_genotype_files
 from lib.latency import Coster, measure_table, table_for
-from lib.ledger import Ledger, evaluation_key
+from lib.ledger import Ledger
 from lib.models import Supernet, load_supernet
 from lib.runlog import progress, say
 from lib.runs import last_run, remember, supernet_checkpoint
 from lib.runtime import StopRequest, pick_device, run
 from lib.scoring import prepare_scoring_data, save_scoring_data, scoring_worker
+from lib.search import Search, identify
 from lib.search_files import write_results
-from lib.search_report import SearchRun
+from lib.search_report import COSTS
+from lib.search_run import SearchRun
 from lib.workers import devices_of, pick_workers
-
-
-class Search:
-    """One search: the ask, submit, tell loop over a ledger.
-
-    What the ledger already holds is told at once and never evaluated again. Its records are told with the costs that
-    `costs` gives: a predicted latency is the table's, not the evaluation's.
-    """
-
-    def __init__(
-        self, controller: Controller, ledger: Ledger, config: Config, costs: Coster, identity: dict, first_epoch: int
-    ):
-        self.controller, self.ledger, self.config, self.costs = controller, ledger, config, costs
-        self.identity, self.first_epoch = identity, first_epoch
-        self.total = config.search.num_epochs * config.search.steps
-        self.asked = 0
-        self.told: list[dict] = []  # the records this search has learnt from
-        self.running: dict[str, tuple[Genotype, str]] = {}  # and its origin
-
-    @property
-    def epoch(self) -> int:
-        return self.first_epoch + len(self.told) // self.config.search.steps
-
-    def replay(self) -> None:
-        """Tell the controller what an interrupted run of this very search had found."""
-        for record in self.ledger.records(search=self.identity["search"]):
-            genotype = Genotype.from_dict(record["genotype"])
-            if record["key"] == self._key(genotype):
-                self.asked += 1
-                self._tell(record)
-
-    def _key(self, genotype: Genotype) -> str:
-        names = ("supernet_sha256", "split_sha256", "settings")
-        return evaluation_key(genotype, *(self.identity[name] for name in names))
-
-    def _tell(self, record: dict) -> None:
-        genotype = Genotype.from_dict(record["genotype"])
-        if record["status"] == "ok":
-            record = {**record, "metrics": {**record["metrics"], **self.costs(genotype)}}
-            self.controller.tell(genotype, record["metrics"])
-        else:
-            self.controller.tell_failure(genotype)
-        self.told.append(record)
-
-    def propose(self) -> tuple[str, Genotype] | None:
-        """The next job; None where the search has asked for all it may. Known evaluations are told on the way."""
-        while self.asked < self.total:
-            try:
-                genotype = self.controller.ask()
-            except SpaceExhausted as end:
-                say(f"search: {end}")
-                self.total = self.asked
-                return None
-            self.asked += 1
-            key = self._key(genotype)
-            known = self.ledger.lookup(key)
-            if known is None:
-                self.running[key] = genotype, self.controller.origin
-                return key, genotype
-            self._tell(known)
-        return None
-
-    def learn(self, result: Result) -> None:
-        """Record a result and tell the controller."""
-        genotype, origin = self.running.pop(result.job_id)
-        record = {
-            "key": result.job_id,
-            "search": self.identity["search"],
-            "origin": origin,
-            "budget": self.identity["budget"],
-            "genotype": genotype.to_dict(),
-            "metrics": result.value or {},
-            "status": "failed" if result.error else "ok",
-            "seconds": round(result.seconds, 3),
-            "worker": result.worker,
-            "epoch": self.epoch,
-            "time": round(time.time(), 3),
-            **({"error": result.error} if result.error else {}),
-        }
-        self.ledger.append(record)
-        self._tell(record)
-
-    def succeeded(self) -> list[dict]:
-        return [record for record in self.told if record["status"] == "ok"]
-
-    def random_evaluations(self) -> list[dict]:
-        """Every random proposal in the ledger that this search could have made, whichever search made it."""
-        found = self.ledger.records(origin="random", budget=self.identity["budget"])
-        return [r for r in found if r["key"] == self._key(Genotype.from_dict(r["genotype"]))]
-
-    def as_run(self, folder: Path, supernet: Path) -> SearchRun:
-        """The search as it stands, for those who write about it."""
-        return SearchRun(
-            name=self.config.name,
-            search=self.identity["search"],
-            supernet=supernet,
-            folder=folder,
-            settings=self.config.search,
-            space=self.controller.space,
-            total=self.total,
-            told=self.told,
-            random=self.random_evaluations(),
-        )
 
 
 def search_loop(
@@ -150,7 +50,7 @@ def search_loop(
     epoch = search.epoch
     while True:
         while not stop.requested and dispatcher.free_slots() > 0 and (job := search.propose()) is not None:
-            dispatcher.submit(job[0], job[1].to_dict())
+            dispatcher.submit(*job)
         bar.total = search.total
         bar.update(len(search.told) - bar.n)
         if search.epoch > epoch and search.succeeded():
@@ -228,6 +128,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--gpus", metavar="LIST", help="workers: 0,1,2,3 or cpu or cpu,cpu (default: what the machine has)")
     add("--start-from", metavar="FILE", nargs="+", type=Path, help="genotypes or fronts to evaluate first")
     add("--controller", choices=["random", "evo", "pareto-evo"], help="how candidates are proposed")
+    add(
+        "--top",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also write top.json, the N best (--genotype top.json --index K)",
+    )
     add("--max-flops", type=float, help="budget: multiply-adds of the whole detector, e.g. 300e6")
     add("--max-params", type=float, help="budget: parameters of the whole detector")
     add("--max-latency", type=float, metavar="MS", help="budget: predicted milliseconds, before NMS (--latency-table)")
@@ -288,7 +195,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.dry_run:
         return
     starts = start_genotypes(args.start_from, path.parent, supernet, budget)
-    images = folder / "images.pt"
     with Ledger(folder / "evals.jsonl") as ledger, StopRequest() as stop:
         cli.save_config(config, folder)
         remember("search", folder)
@@ -299,22 +205,64 @@ def main(argv: Sequence[str] | None = None) -> None:
             search.replay()
             print(f"resumed {ledger.path}: {len(search.told)} evaluations of this search")
 
-        def write(final: bool = False) -> None:
-            write_results(search.as_run(folder, path), config, identity["supernet_sha256"], final)
+        @contextlib.contextmanager
+        def workers(settings: Config) -> Iterator[Dispatcher]:
+            images = folder / "images.pt"
+            save_scoring_data(prepare_scoring_data(records, train, candidates, settings), images)
+            setup = (str(path), str(images), to_dict(settings))
+            with Dispatcher(scoring_worker, setup, devices, threads_per_worker=threads) as dispatcher:
+                yield dispatcher
+            images.unlink(missing_ok=True)
 
-        save_scoring_data(prepare_scoring_data(records, train, candidates, config), images)
-        setup = (str(path), str(images), to_dict(config))
-        with Dispatcher(scoring_worker, setup, devices, threads_per_worker=threads) as dispatcher:
-            search_loop(search, dispatcher, stop, write, args.save_every or 1)
-    images.unlink(missing_ok=True)
-    if not search.succeeded():
-        raise UserError(f"no evaluation succeeded; see {folder / 'evals.jsonl'}")
-    write(final=True)
+        def write(final: bool = False) -> None:
+            write_results(search.as_run(folder, path), config, identity["supernet_sha256"], final, args.top)
+
+        if len(search.told) < search.total:
+            with workers(config) as dispatcher:
+                search_loop(search, dispatcher, stop, write, args.save_every or 1)
+        if not search.succeeded():
+            raise UserError(f"no evaluation succeeded; see {folder / 'evals.jsonl'}")
+        if not stop.requested and (jobs := search.missing_finalists(search.as_run(folder, path))):
+            everything = replace(config, search=replace(config.search, images=0))
+            with workers(everything) as dispatcher:
+                score_finalists(search, dispatcher, jobs)
+        write(final=True)
+        report_end(search, search.as_run(folder, path), args.top)
+
+
+def report_end(search: Search, run: SearchRun, top: int) -> None:
+    """What was found, what it is worth, where it is, what to do next."""
+    folder, front = run.folder, run.front()
     if len(search.told) < search.total:
         print("stopped; the same command with --resume goes on")
     print(progress_line(search, search.epoch - 1))
-    print(f"wrote {folder / 'best.json'}, {folder / 'pareto.json'}, {folder / 'report.html'}")
+    stopped = len(run.compared) - len(run.scored)
+    if stopped:
+        print(
+            f"{stopped} of {len(run.compared)} candidates clearly lost on a part of the images and were stopped there"
+        )
+    ties = [k for k, record in enumerate(front) if (noise := run.noise(record)) and noise.tie]
+    if len(ties) > 1:
+        cheapest = COSTS[run.settings.costs[0]](front[ties[0]]["metrics"], run.settings.costs[0])
+        print(
+            f"{len(ties)} of the front's {len(front)} cannot be told from the best on {front[0]['images']} images; "
+            f"the cheapest of them, {cheapest}: --genotype {folder / 'pareto.json'} --index {ties[0]}"
+        )
+    files = ["best.json", "pareto.json", *(["top.json"] if top else []), "report.html"]
+    print(f"wrote {', '.join(str(folder / name) for name in files)}")
     print(f"next: python final_train.py --genotype {folder / 'best.json'}")
+
+
+def score_finalists(search: Search, dispatcher: Dispatcher, jobs: Sequence[tuple[str, dict]]) -> None:
+    """Score the front anew, on all images of the search split."""
+    for job in jobs:
+        dispatcher.submit(*job)
+    bar = progress(None, "front on all images", total=len(jobs))
+    while dispatcher.pending:
+        for result in dispatcher.results():
+            search.learn_finalist(result)
+            bar.update()
+    bar.close()
 
 
 def configured_controller(config: Config, space: SearchSpace, budget: Budget, starts: Sequence[Genotype]) -> Controller:
@@ -322,21 +270,6 @@ def configured_controller(config: Config, space: SearchSpace, budget: Budget, st
     names = ("objective", "costs", "population_size", "tournament_size", "mutation_probability")
     options = {name: getattr(settings, name) for name in (*names, "crossover_probability")}
     return make_controller(settings.controller, space, config.seed, budget, seeds=starts, **options)
-
-
-def identify(supernet: Path, config: Config) -> dict:
-    """What tells this search, and what its evaluations rest on, from others in the same ledger."""
-    settings = config.search
-    shared = (config.seed, settings.controller, settings.objective, settings.costs, limits_of(settings))
-    measured = checkpoint.sha256(Path(settings.latency_table)) if counts_latency(settings) else "no latency"
-    limits = {name: value for name, value in vars(settings).items() if name[:4] in ("min_", "max_") and value}
-    return {
-        "search": f"{shared}-{measured}",
-        "supernet_sha256": checkpoint.sha256(supernet),
-        "split_sha256": checkpoint.sha256(supernet.parent / "split.json"),
-        "budget": limits,
-        "settings": {"bn_images": settings.bn_images, "images": settings.images, "batch_size": settings.batch_size},
-    }
 
 
 if __name__ == "__main__":

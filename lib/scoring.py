@@ -30,6 +30,8 @@ from lib.records import Records
 from lib.runlog import finite, progress
 from lib.runtime import keep_freed_memory
 
+SCORING_VERSION = 2  # of how scores come about: those of another version are not compared with these
+
 
 def prepare_scoring_data(records: Records, train: Sequence[int], search: Sequence[int], config: Config) -> dict:
     """Pictures as uint8 (N, 3, S, S), S the largest image size of the space, and the search split's ground truth.

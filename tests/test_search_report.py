@@ -10,7 +10,8 @@ from xml.etree import ElementTree
 import pytest
 from search_records import ledger, make_run
 
-from lib.search_report import SearchRun, search_report
+from lib.search_report import search_report
+from lib.search_run import SearchRun
 
 VOID = {"meta"}  # elements that HTML never closes
 
