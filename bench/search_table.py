@@ -1,4 +1,4 @@
-"""Score every sub-network of a small space with inherited weights: the table that bench/search_quality.py searches.
+"""Score every sub-network of a small space with inherited weights: the table that searches are measured on.
 
     python bench/search_table.py --supernet runs/bccd/supernet --gpus cpu,cpu --out runs/bccd/table.jsonl
 
@@ -10,8 +10,9 @@ metrics, and the scores on resamples of the images by which racing decides.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from lib.config import to_dict
 from lib.datasets import load_records, load_split
 from lib.dispatcher import Dispatcher
 from lib.evolution import every_genotype
-from lib.genotype import BlockChoices, SearchSpace, StageChoices
+from lib.genotype import Block, BlockChoices, Genotype, SearchSpace, StageChoices
 from lib.ledger import Ledger
 from lib.models import load_supernet
 from lib.runlog import progress
@@ -59,6 +60,63 @@ def _fixed_from_the_input(stages: tuple[StageChoices, ...]) -> Iterator[tuple[St
             stage = replace(stage, block=stage.block._replace(expand=stage.block.expand[-1:]))
         stages = (*stages[:i], stage, *stages[i + 1 :])
         yield stages
+
+
+class Table:
+    """The records of a table by genotype, as a search looks them up."""
+
+    def __init__(self, records: list[dict], objective: str):
+        self.records, self.objective = records, objective
+        self._by_genotype = {Genotype.from_dict(r["genotype"]): r for r in records}
+        self.space = spanned_space(list(self._by_genotype))
+
+    @classmethod
+    def read(cls, path: Path, objective: str) -> Table:
+        return cls([json.loads(line) for line in path.read_text().splitlines()], objective)
+
+    def __getitem__(self, genotype: Genotype) -> dict:
+        return self._by_genotype[genotype]
+
+    def holds(self, genotype: Genotype) -> bool:
+        return genotype in self._by_genotype
+
+    def best(self, records: list[dict]) -> float:
+        return max(r["metrics"][self.objective] for r in records)
+
+    def describe(self) -> str:
+        scores = [r["metrics"][self.objective] for r in self.records]
+        flops = [r["metrics"]["flops"] / 1e6 for r in self.records]
+        return (
+            f"{self.objective} {min(scores):.4f} to {max(scores):.4f} on {self.records[0]['images']} images, "
+            f"{min(flops):.0f} to {max(flops):.0f} M multiply-adds"
+        )
+
+
+def spanned_space(genotypes: Sequence[Genotype]) -> SearchSpace:
+    """The smallest space with these choices in each stage."""
+
+    def choices(blocks: Iterable[Block]) -> BlockChoices:
+        expand, kernel = zip(*blocks, strict=True)
+        return BlockChoices(tuple(sorted(set(expand))), tuple(sorted(set(kernel))))
+
+    stages = []
+    for i in range(len(genotypes[0].stages)):
+        depths = tuple(sorted({len(g.stages[i]) for g in genotypes}))
+        stages.append(StageChoices(depths, choices(block for g in genotypes for block in g.stages[i])))
+    heads = tuple(choices(g.head[i] for g in genotypes) for i in range(len(genotypes[0].head)))
+    sizes = tuple(sorted({g.image_size for g in genotypes}))
+    return SearchSpace(genotypes[0].backbone_type, sizes, tuple(stages), heads)
+
+
+def hypervolume(front: Sequence[dict], table: Table) -> float:
+    """Area between a front, cheapest first, and the table's worst: objective against multiply-adds, each 0 to 1."""
+    scores, flops = ([r["metrics"][name] for r in table.records] for name in (table.objective, "flops"))
+    low, dear = min(scores), max(flops)
+    volume, reached = 0.0, low
+    for metrics in (r["metrics"] for r in front):
+        volume += max(metrics[table.objective] - reached, 0) * (dear - metrics["flops"])
+        reached = max(reached, metrics[table.objective])
+    return volume / ((max(scores) - low) * (dear - min(flops)))
 
 
 def main() -> None:
