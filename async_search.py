@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -203,6 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         search = Search(controller, ledger, config, costs, identity, supernet.epoch + 1)
         if args.resume:
             search.replay()
+            gc.freeze()  # a long ledger's records stay, and going through them again takes most of a second
             print(f"resumed {ledger.path}: {len(search.told)} evaluations of this search")
 
         @contextlib.contextmanager

@@ -39,8 +39,8 @@ def identify(supernet: Path, config: Config) -> dict:
 class Search:
     """One search: the ask, submit, tell loop over a ledger.
 
-    What the ledger already holds is told at once and never evaluated again. Its records are told with the costs that
-    `costs` gives: a predicted latency is the table's, not the evaluation's.
+    What the ledger already holds is told at once and never evaluated again. Its records are told with the latency that
+    `costs` predicts.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Search:
 
     def _tell(self, record: dict, genotype: Genotype) -> None:
         if record["status"] != "failed":
-            record = {**record, "metrics": {**record["metrics"], **self.costs(genotype)}}
+            record = {**record, "metrics": {**record["metrics"], **self.costs.latency(genotype)}}
         if record["status"] == "ok":
             self.controller.tell(genotype, record["metrics"])
             if record.get("objective") == self.config.search.objective:
@@ -159,7 +159,7 @@ class Search:
 
     def _keep_finalist(self, record: dict, genotype: Genotype) -> None:
         if record["status"] == "ok":
-            self.finalists.append({**record, "metrics": {**record["metrics"], **self.costs(genotype)}})
+            self.finalists.append({**record, "metrics": {**record["metrics"], **self.costs.latency(genotype)}})
 
     def as_run(self, folder: Path, supernet: Path) -> SearchRun:
         """The search as it stands, for those who write about it."""
