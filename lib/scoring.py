@@ -65,11 +65,36 @@ def _pictures(records: Records, indices: Sequence[int], size: int, config: Confi
 
 
 def save_scoring_data(data: dict, path: Path) -> None:
-    checkpoint.save(path, data)
+    """The ground truth becomes a few tensors: one for each image would cost every worker memory of its own."""
+    counts = [len(target["labels"]) for target in data["truth"]]
+    truth = {name: torch.cat([target[name] for target in data["truth"]]) for name in data["truth"][0]}
+    checkpoint.save(
+        path, {**data, "truth": truth, "counts": torch.tensor(counts), "sizes": torch.tensor(data["sizes"])}
+    )
 
 
 def load_scoring_data(path: Path) -> dict:
-    return checkpoint.load(path, mmap=True)
+    """As it was saved, without what would cost memory: the ground truth of an image is made when it is asked for."""
+    data = checkpoint.load(path, mmap=True)
+    data["truth"] = Truth(data["truth"], data.pop("counts"))
+    return data
+
+
+class Truth(Sequence):
+    """The ground truth of N images, as the metrics take it: views of tensors over all objects."""
+
+    def __init__(self, columns: dict[str, Tensor], counts: Tensor):
+        self._columns = columns
+        self._offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, i: int | slice) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        if isinstance(i, slice):
+            return [self[k] for k in range(len(self))[i]]
+        start, end = self._offsets[range(len(self))[i]], self._offsets[range(len(self))[i] + 1]
+        return {name: column[start:end] for name, column in self._columns.items()}
 
 
 class Scorer:

@@ -130,7 +130,8 @@ def test_the_file_that_workers_share_holds_the_same(tmp_path, data):
     loaded = load_scoring_data(tmp_path / "images.pt")
     for name in ("bn_images", "images"):
         assert torch.equal(loaded[name], data[name])
-    assert loaded["sizes"] == data["sizes"] and loaded["classes"] == data["classes"]
+    assert loaded["sizes"].tolist() == data["sizes"] and loaded["classes"] == data["classes"]
+    assert len(loaded["truth"][2:5]) == 3 and torch.equal(loaded["truth"][-1]["boxes"], data["truth"][-1]["boxes"])
     for mine, theirs in zip(loaded["truth"], data["truth"], strict=True):
         assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
 
