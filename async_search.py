@@ -16,9 +16,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from lib import cli, plan
 from lib.budget import Budget, limits_of
@@ -26,13 +29,15 @@ from lib.config import Config, to_dict
 from lib.datasets import load_records, load_split
 from lib.dispatcher import Dispatcher
 from lib.errors import UserError
+from lib.estimate import scoring_seconds
 from lib.evolution import Controller, RandomSearch, best_record, make_controller
 from lib.genotype import Genotype, SearchSpace
 from lib.genotype_file import read_genotype_files
 from lib.latency import Coster, measure_table, table_for
 from lib.ledger import Ledger
 from lib.models import Supernet, load_supernet
-from lib.runlog import progress, say
+from lib.records import Records
+from lib.runlog import duration, progress, say
 from lib.runs import last_run, remember, supernet_checkpoint
 from lib.runtime import StopRequest, pick_device, run
 from lib.scoring import prepare_scoring_data, save_scoring_data, scoring_worker
@@ -194,6 +199,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ):
         print(line)
     if args.dry_run:
+        print_estimate(supernet, records, (train, candidates), config, devices, threads)
         return
     starts = start_genotypes(args.start_from, path.parent, supernet, budget)
     with Ledger(folder / "evals.jsonl") as ledger, StopRequest() as stop:
@@ -230,6 +236,26 @@ def main(argv: Sequence[str] | None = None) -> None:
                 score_finalists(search, dispatcher, jobs)
         write(final=True)
         report_end(search, search.as_run(folder, path), args.top)
+
+
+def print_estimate(
+    supernet: Supernet,
+    records: Records,
+    split: tuple[Sequence[int], Sequence[int]],
+    config: Config,
+    devices: Sequence[str],
+    threads: int | None,
+) -> None:
+    """How long the search will take: candidates scored for some seconds, as one of the workers would."""
+    torch.set_num_threads(threads or torch.get_num_threads())
+    space, settings = supernet.space, config.search
+    genotypes = [space.smallest(), space.sample(random.Random(config.seed)), space.largest()]
+    score = scoring_seconds(supernet.detector, genotypes, records, *split, config, torch.device(devices[0]))
+    evaluations = settings.num_epochs * settings.steps
+    print(
+        f"time: about {duration(evaluations * score / len(devices))} for {evaluations} candidates of {score:.2f} s each "
+        f"on {len(devices)} workers; what the ledger holds, and what racing stops, takes less"
+    )
 
 
 def report_end(search: Search, run: SearchRun, top: int) -> None:

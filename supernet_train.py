@@ -13,15 +13,17 @@ runs/NAME/supernet. The next command is async_search.py.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
 
-from lib import checkpoint, cli, distributed, plan
+from lib import checkpoint, cli, distributed, estimate, plan
 from lib.config import Config, DistillConfig, SupernetConfig, to_dict
 from lib.datasets import Batch, configured_train_loader, load_records, save_split, split_indices
 from lib.detector import SSD, ElasticSSD
@@ -32,11 +34,12 @@ from lib.genotype import Genotype, SearchSpace
 from lib.genotype_file import read_genotype_file
 from lib.losses import DetectionLoss
 from lib.models import load_detector, load_weights
-from lib.panel import PanelLog, make_panel
+from lib.panel import PanelLog, due_epochs, make_panel
 from lib.preflight import preflight
 from lib.pretrained import as_table, load_pretrained
+from lib.records import Records
 from lib.report import plot_training
-from lib.runlog import RunLog, say
+from lib.runlog import RunLog, duration, say
 from lib.runs import remember, supernet_checkpoint
 from lib.runtime import StopRequest, pick_device, run, seed_everything
 from lib.schedule import boundaries, describe_openings, first_narrower_epoch, space_at, value_at
@@ -135,6 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ):
         print(line)
     if args.dry_run:
+        print_estimate(config, detector, loader, records, train, search, device)
         return
     cli.refuse_to_overwrite(folder / "last.pt", args.resume)
     if args.load:
@@ -153,6 +157,41 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"wrote {folder / 'last.pt'}, {folder / 'curves.png'}\nnext: python async_search.py --load {folder}")
     else:
         print(f"stopped; everything is in {folder / 'last.pt'}, the same command with --resume goes on")
+
+
+def print_estimate(
+    config: Config,
+    detector: ElasticSSD,
+    loader: DataLoader,
+    records: Records,
+    train: Sequence[int],
+    search: Sequence[int],
+    device: torch.device,
+) -> None:
+    """How long this stage and the next will take on this device: some seconds of each kind of work, added up."""
+    settings, seed, start = config.supernet, config.seed, time.monotonic()
+    loss = DetectionLoss(**vars(config.loss), variances=tuple(config.head.variances))
+    starts = boundaries(config.search_space.schedule_cfg, settings.epochs)
+    phases = []
+    for first, end in zip(starts, [*starts[1:], settings.epochs + 1], strict=True):
+        space, weight, draws = space_at(config, first), value_at(settings.distill.weight, first), itertools.count()
+
+        def forward(batch: Batch, space=space, weight=weight, draws=draws) -> Iterator[Losses]:
+            genotypes = step_genotypes(space, settings, seed, next(draws))
+            return supernet_losses(detector, loss, batch, genotypes, settings.distill, weight)
+
+        phases.append((end - first, forward))
+    training = estimate.training_seconds(detector, settings, device, loader, phases)
+    panel = make_panel(detector.space, settings.panel, seed)
+    score = estimate.scoring_seconds(detector, list(panel.values()), records, train, search, config, device)
+    evaluations = config.search.num_epochs * config.search.steps
+    panels = len(due_epochs(config)) * len(panel) * score
+    for line in (
+        f"time on {device}, measured for {time.monotonic() - start:.0f} s:",
+        f"  supernet: about {duration(training + panels)}, of which {duration(panels)} to score the panel",
+        f"  search: about {duration(evaluations * score)} of one worker ({score:.2f} s a candidate), racing apart",
+    ):
+        print(line)
 
 
 def start_from_pretrained(detector: ElasticSSD, config: Config, folder: Path, resume: bool) -> Genotype | None:

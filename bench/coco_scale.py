@@ -3,7 +3,7 @@
     python bench/coco_scale.py --out coco_scale.json
 
 118,000 images with 860,000 boxes of 80 classes are made up (annotations only; the pictures are empty files). Measured
-in a process of its own: reading and splitting, and its peak memory. Then what a loader's worker and a search's worker hold
+in a process of its own: reading and splitting, and its peak memory. Then what a worker of a loader and of a search hold
 privately (Private_Clean + Private_Dirty of /proc, Linux), before and after a whole pass over the annotations, less what
 the same workers hold with a set of 100 images. Prints a table and writes JSON.
 """

@@ -16,6 +16,7 @@ from lib.bootstrap import CONFIDENCE
 from lib.evolution import pareto_front
 from lib.genotype import Genotype
 from lib.html_page import legend, note, page, section
+from lib.runlog import duration
 from lib.search_run import SearchRun
 from lib.search_stats import BestOf, Use, worker_use
 from lib.svg import Chart, element, figure, text
@@ -79,7 +80,7 @@ def _header(run: SearchRun, front: Sequence[dict], use: Use) -> str:
         rate, count = 60 * len(run.own) / use.seconds, len(use.workers)
         busy = sum(worker.busy for worker in use.workers) / (use.seconds * count)
         tiles.append(_tile("throughput", f"{rate:.1f} / min", f"{rate / count:.1f} / min for each of {count}"))
-        tiles.append(_tile("workers busy", f"{busy:.0%}", f"of {_duration(use.seconds)}"))
+        tiles.append(_tile("workers busy", f"{busy:.0%}", f"of {duration(use.seconds)}"))
     paragraphs = [element("p", escape(line), class_="quiet") for line in lines]
     title = element("h1", escape(f"{run.name}: search"))
     return element("header", title, *paragraphs, element("div", *tiles, class_="tiles"))
@@ -102,12 +103,6 @@ def _costs(run: SearchRun) -> list[str]:
     """The costs of the search first, then the others that every evaluation has."""
     known = [c for c in COSTS if all(r["metrics"].get(c) is not None for r in run.scored)]
     return [*run.settings.costs, *(c for c in known if c not in run.settings.costs)]
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 # ------------------------------------------------------------------------------------------------------------ figures
@@ -318,7 +313,7 @@ def _timeline(use: Use) -> str:
             marks.append(element("rect", x=x, y=y, width=wide, height=row - 6, class_="heat"))
     below = len(use.workers) * row + 16
     marks.append(text(left, below, "0", class_="small"))
-    marks.append(text(left + width, below, _duration(use.seconds), class_="small", text_anchor="end"))
+    marks.append(text(left + width, below, duration(use.seconds), class_="small", text_anchor="end"))
     return figure(left + width + 4, below + 6, *marks, label="when each worker was busy")
 
 
