@@ -253,8 +253,8 @@ def print_estimate(
     score = scoring_seconds(supernet.detector, genotypes, records, *split, config, torch.device(devices[0]))
     evaluations = settings.num_epochs * settings.steps
     print(
-        f"time: about {duration(evaluations * score / len(devices))} for {evaluations} candidates of {score:.2f} s each "
-        f"on {len(devices)} workers; what the ledger holds, and what racing stops, takes less"
+        f"time: about {duration(evaluations * score / len(devices))} for {evaluations} candidates of {score:.2f} s "
+        f"each on {len(devices)} workers; what the ledger holds, and what racing stops, takes less"
     )
 
 
