@@ -29,11 +29,10 @@ from lib.datasets import Batch, configured_train_loader, load_records, save_spli
 from lib.detector import SSD, ElasticSSD
 from lib.elastic import sort_hidden_channels
 from lib.engine import Losses, Trainer, train_epoch
-from lib.errors import UserError
 from lib.genotype import Genotype, SearchSpace
 from lib.genotype_file import read_genotype_file
 from lib.losses import DetectionLoss
-from lib.models import load_detector, load_weights
+from lib.models import load_teacher, load_weights
 from lib.panel import PanelLog, due_epochs, make_panel
 from lib.preflight import preflight
 from lib.pretrained import as_table, load_pretrained
@@ -90,27 +89,10 @@ def supernet_losses(
         logits, offsets = detector(batch.images, genotype)
         losses = loss(logits, offsets, targets)
         if taught:
-            options = {name: getattr(distill, name) for name in ("priors", "beta", "gamma", "temperature")}
-            losses["distill"] = weight * loss.distillation(logits, teacher_logits, targets, **options)
+            losses["distill"] = weight * loss.distillation(logits, teacher_logits, targets, **distill.rules())
         elif weight:
             teacher_logits = logits.detach()
         yield {name: value / len(genotypes) for name, value in losses.items()}
-
-
-def load_teacher(config: Config, detector: ElasticSSD, classes: Sequence[str], device: torch.device) -> SSD | None:
-    """The detector that `supernet.distill.teacher` names; it must have the supernet's classes and prior boxes."""
-    name = config.supernet.distill.teacher
-    if not name:
-        return None
-    teacher = load_detector(Path(name))
-    if teacher.classes != tuple(classes):
-        raise UserError(
-            f"supernet.distill.teacher: {name} knows {', '.join(teacher.classes)}, not {', '.join(classes)}"
-        )
-    for size in detector.space.image_size:
-        if not torch.equal(teacher.model.priors, detector.priors(size)):
-            raise UserError(f"supernet.distill.teacher: {name} has other prior boxes than the supernet at {size} px")
-    return teacher.model.to(device, memory_format=torch.channels_last)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -151,7 +133,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         checkpoint.write_text(folder / "pretrained_genotype.json", json.dumps(content, indent=1) + "\n")
         print(f"wrote {folder / 'pretrained_genotype.json'}, the sub-network that holds the pretrained one")
     scorer = Scorer(prepare_scoring_data(records, train, search, config), config, device)
-    teacher = load_teacher(config, detector, records.classes, device)
+    priors = {size: detector.priors(size) for size in detector.space.image_size}
+    teacher = load_teacher(config.supernet.distill, "supernet.distill.teacher", records.classes, priors)
+    if teacher is not None:
+        teacher.to(device, memory_format=torch.channels_last)
     finished = train_supernet(args, config, folder, detector, loader, scorer, records.classes, pretrained, teacher)
     if finished:
         print(f"wrote {folder / 'last.pt'}, {folder / 'curves.png'}\nnext: python async_search.py --load {folder}")

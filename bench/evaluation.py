@@ -59,7 +59,12 @@ def compare(args: argparse.Namespace, classes: int) -> dict:
             fused(batch)
 
     seconds = take_turns({"score": lambda: score(genotype), "network": timed(network)}, args.rounds)
-    return {"score_ms": spread(1e3 * seconds["score"]), "network_ms": spread(1e3 * seconds["network"]), "ratio": ratio(seconds["score"], seconds["network"]), "gap": gap}
+    return {
+        "score_ms": spread(1e3 * seconds["score"]),
+        "network_ms": spread(1e3 * seconds["network"]),
+        "ratio": ratio(seconds["score"], seconds["network"]),
+        "gap": gap,
+    }
 
 
 if __name__ == "__main__":

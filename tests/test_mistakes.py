@@ -33,6 +33,10 @@ MISTAKES = {
         r"backbone\.pretrained_path: efficientnet_lite: no such file.*did you mean 'efficientnet_lite0'",
     ),
     "nothing that is pretrained": ([FINAL, "--from-pretrained"], r"--from-pretrained: backbone\.pretrained_path names"),
+    "no supernet to teach": (
+        [FINAL, "--from-scratch", "--set", "final.distill.weight={boundary: [1], value: [1]}"],
+        r"final\.distill\.teacher: .* starts from none",
+    ),
     "a run that is there already": ([SUPERNET], r"last\.pt exists: --resume"),
     "no epoch of search": ([SEARCH, "--set", "search.num_epochs=0"], "search.num_epochs"),
     "a budget out of reach": ([SEARCH, "--max-flops", "1000"], r"search\.max_flops: 1000.*sub-networks have .* to "),

@@ -1,0 +1,76 @@
+"""Where the training of a detector starts: a supernet's slice, pretrained or random weights; and who teaches it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from lib import checkpoint
+from lib.config import Config
+from lib.detector import SSD, ElasticSSD
+from lib.errors import UserError
+from lib.genotype import Genotype
+from lib.models import Supernet, load_supernet, load_teacher
+from lib.pretrained import as_table, load_pretrained
+from lib.runlog import say
+from lib.runs import supernet_checkpoint
+
+
+class Start(NamedTuple):
+    """`network` is what the genotype is cut from; `supernet` is where it comes from, None if from none."""
+
+    network: ElasticSSD
+    supernet: Supernet | None
+
+
+def find_start(
+    origin: Literal["supernet", "scratch", "pretrained"],
+    config: Config,
+    source: dict,
+    classes: Sequence[str],
+    load: Path | None,
+) -> Start:
+    """The network to start from. `source` is the genotype file's content, `load` the supernet's run instead of its."""
+    if origin == "supernet":
+        supernet = find_supernet(config, source, classes, load)
+        return Start(supernet.detector, supernet)
+    network = ElasticSSD(config, len(classes))
+    if origin == "pretrained":
+        if not config.backbone.pretrained_path:
+            raise UserError("--from-pretrained: backbone.pretrained_path names nothing; --set it, or the YAML may")
+        print("\n".join(as_table(load_pretrained(network, config).rows)))
+    return Start(network, None)
+
+
+def find_supernet(config: Config, source: dict, classes: Sequence[str], load: Path | None) -> Supernet:
+    """The supernet of `load`, else of the genotype file, else of the configuration; of the same classes."""
+    named = source.get("supernet", {}).get("path") or config.final.supernet_state_dict
+    if not load and not named:
+        raise UserError("the genotype names no supernet: name its run with --load DIR, or use --from-scratch")
+    path = supernet_checkpoint(load or Path(named))
+    if not load and checkpoint.sha256(path) != source.get("supernet", {}).get("sha256", checkpoint.sha256(path)):
+        say(f"note: {path} has changed since the search")
+    supernet = load_supernet(path)
+    if supernet.classes != tuple(classes):
+        raise UserError(f"{path}: was trained on {', '.join(supernet.classes)}, the data has {', '.join(classes)}")
+    return supernet
+
+
+def find_teacher(start: Start, config: Config, genotype: Genotype, classes: Sequence[str]) -> SSD | None:
+    """Who teaches the detector by `final.distill`: a detector, or the supernet's largest sub-network at its image size.
+
+    The latter's BatchNorm is still to be re-estimated. None, and no work at all, where distillation never has weight.
+    """
+    distill = config.final.distill
+    if distill.teacher or not distill.active():
+        size = genotype.image_size
+        return load_teacher(distill, "final.distill.teacher", classes, {size: start.network.priors(size)})
+    if start.supernet is None:
+        raise UserError(
+            'final.distill.teacher: "" is the largest sub-network of the supernet, and this training starts from none; '
+            "name a detector's best.pt"
+        )
+    largest = replace(start.supernet.space.largest(), image_size=genotype.image_size)
+    return start.network.extract(largest).eval().requires_grad_(False)
