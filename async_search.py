@@ -4,6 +4,7 @@
     python async_search.py --gpus 0,1,2,3 --max-flops 300e6
     python async_search.py --load runs/bccd/supernet --gpus cpu,cpu --controller pareto-evo
     python async_search.py --resume                           # go on after any interruption
+    python async_search.py --dispatcher ray --ray-address auto    # on the machines of a Ray cluster
     python async_search.py --measure-latency cpu              # writes latency_cpu.json, by which a search knows latency
     python async_search.py --latency-table runs/bccd/search/latency_cpu.json --max-latency 12
 
@@ -14,6 +15,7 @@ report.html (what was found and how, beside random search) to runs/NAME/search. 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +24,6 @@ from lib import checkpoint, cli, plan
 from lib.budget import Budget, counts_latency, limits_of
 from lib.config import Config, to_dict
 from lib.datasets import load_records, load_split
-from lib.dispatcher import Dispatcher, Result
 from lib.errors import UserError
 from lib.evolution import Controller, RandomSearch, SpaceExhausted, best_record, make_controller
 from lib.genotype import Genotype, SearchSpace
@@ -30,13 +31,15 @@ from lib.genotype_file import read_genotype_files
 from lib.latency import Coster, measure_table, table_for
 from lib.ledger import Ledger, evaluation_key
 from lib.models import Supernet, load_supernet
+from lib.pool import Result, WorkerPool
 from lib.runlog import progress, say
 from lib.runs import last_run, remember, supernet_checkpoint
 from lib.runtime import StopRequest, pick_device, run
 from lib.scoring import prepare_scoring_data, save_scoring_data, scoring_worker
 from lib.search_files import write_results
 from lib.search_report import SearchRun
-from lib.workers import devices_of, pick_workers
+from lib.time_limit import TimeLimit
+from lib.workers import devices_of, pick_dispatcher
 
 
 class Search:
@@ -143,28 +146,35 @@ class Search:
 
 
 def search_loop(
-    search: Search, dispatcher: Dispatcher, stop: StopRequest, write: Callable[[], None], save_every: int
+    search: Search,
+    dispatcher: WorkerPool,
+    stop: StopRequest,
+    write: Callable[[], None],
+    save_every: int,
+    limit: TimeLimit,
 ) -> None:
     """Keep every worker supplied; each result triggers the next proposal, nothing waits for a generation to end."""
-    bar = progress(None, "search", total=search.total, initial=len(search.told))
     epoch = search.epoch
-    while True:
-        while not stop.requested and dispatcher.free_slots() > 0 and (job := search.propose()) is not None:
-            dispatcher.submit(job[0], job[1].to_dict())
-        bar.total = search.total
-        bar.update(len(search.told) - bar.n)
-        if search.epoch > epoch and search.succeeded():
-            say(progress_line(search, epoch))
-            if (search.epoch - search.first_epoch) % save_every == 0:
-                write()
-            epoch = search.epoch
-        if not dispatcher.pending:
-            break
-        for result in dispatcher.results(timeout=1.0):
-            search.learn(result)
-            if result.error:
-                say(f"a candidate failed on {result.worker}: {result.error.splitlines()[-1]}")
-    bar.close()
+    with progress(None, "search", total=search.total, initial=len(search.told)) as bar:
+        while True:
+            while not stop.requested and dispatcher.free_slots() > 0 and (job := search.propose()) is not None:
+                dispatcher.submit(job[0], job[1].to_dict())
+            bar.total = search.total
+            bar.update(len(search.told) - bar.n)
+            if search.epoch > epoch and search.succeeded():
+                say(progress_line(search, epoch))
+                if (search.epoch - search.first_epoch) % save_every == 0:
+                    write()
+                epoch = search.epoch
+            if not dispatcher.pending:
+                return
+            for result in dispatcher.results(timeout=1.0):
+                search.learn(result)
+                if result.error:
+                    say(f"a candidate failed on {result.worker}: {result.error.splitlines()[-1]}")
+                else:
+                    limit.add(result.seconds)
+            dispatcher.time_limit = limit.seconds
 
 
 def progress_line(search: Search, epoch: int) -> str:
@@ -226,6 +236,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--gpus", metavar="LIST", help="workers: 0,1,2,3 or cpu or cpu,cpu (default: what the machine has)")
+    add(
+        "--dispatcher", choices=["local", "ray"], default="local", help="workers: processes, or actors of a Ray cluster"
+    )
+    add("--ray-address", metavar="ADDRESS", help="the cluster: auto or HOST:PORT (default: one of this machine alone)")
     add("--start-from", metavar="FILE", nargs="+", type=Path, help="genotypes or fronts to evaluate first")
     add("--controller", choices=["random", "evo", "pareto-evo"], help="how candidates are proposed")
     add("--max-flops", type=float, help="budget: multiply-adds of the whole detector, e.g. 300e6")
@@ -267,7 +281,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.measure_latency:
         measure_latency(args, supernet, config, folder)
         return
-    devices, threads = pick_workers(args.gpus or devices_of(args.device), config)
+    gpus = args.gpus or devices_of(args.device)
+    devices, make_dispatcher = pick_dispatcher(args.dispatcher, args.ray_address, gpus, config)
     table = table_for(supernet.detector, config.search)
     costs = Coster(supernet.detector, table)
     budget = Budget(costs, supernet.space, limits_of(config.search))
@@ -302,11 +317,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         def write(final: bool = False) -> None:
             write_results(search.as_run(folder, path), config, identity["supernet_sha256"], final)
 
-        save_scoring_data(prepare_scoring_data(records, train, candidates, config), images)
-        setup = (str(path), str(images), to_dict(config))
-        with Dispatcher(scoring_worker, setup, devices, threads_per_worker=threads) as dispatcher:
-            search_loop(search, dispatcher, stop, write, args.save_every or 1)
-    images.unlink(missing_ok=True)
+        try:
+            save_scoring_data(prepare_scoring_data(records, train, candidates, config), images)
+            setup = (str(path.resolve()), str(images.resolve()), to_dict(config))
+            with make_dispatcher(scoring_worker, setup) as dispatcher:
+                search_loop(search, dispatcher, stop, write, args.save_every or 1, TimeLimit(config.search.time_limit))
+        finally:
+            with contextlib.suppress(OSError):
+                images.unlink()
+    if stop.requested and not search.succeeded():
+        print("stopped before an evaluation succeeded; the same command with --resume goes on")
+        return
     if not search.succeeded():
         raise UserError(f"no evaluation succeeded; see {folder / 'evals.jsonl'}")
     write(final=True)
