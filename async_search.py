@@ -4,6 +4,7 @@
     python async_search.py --gpus 0,1,2,3 --max-flops 300e6
     python async_search.py --load runs/bccd/supernet --gpus cpu,cpu --controller pareto-evo
     python async_search.py --resume                           # go on after any interruption
+    python async_search.py --dispatcher ray --ray-address auto    # on the machines of a Ray cluster
     python async_search.py --measure-latency cpu              # writes latency_cpu.json, by which a search knows latency
     python async_search.py --latency-table runs/bccd/search/latency_cpu.json --max-latency 12
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import gc
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +29,6 @@ from lib import cli, plan
 from lib.budget import Budget, limits_of
 from lib.config import Config, to_dict
 from lib.datasets import load_records, load_split
-from lib.dispatcher import Dispatcher
 from lib.errors import UserError
 from lib.estimate import scoring_seconds
 from lib.evolution import Controller, RandomSearch, best_record, make_controller
@@ -36,6 +37,7 @@ from lib.genotype_file import read_genotype_files
 from lib.latency import Coster, measure_table, table_for
 from lib.ledger import Ledger
 from lib.models import Supernet, load_supernet
+from lib.pool import WorkerPool
 from lib.records import Records
 from lib.runlog import duration, progress, say
 from lib.runs import last_run, remember, supernet_checkpoint
@@ -45,32 +47,40 @@ from lib.search import Search, identify
 from lib.search_files import write_results
 from lib.search_report import COSTS
 from lib.search_run import SearchRun
-from lib.workers import devices_of, pick_workers
+from lib.time_limit import TimeLimit
+from lib.workers import devices_of, pick_dispatcher
 
 
 def search_loop(
-    search: Search, dispatcher: Dispatcher, stop: StopRequest, write: Callable[[], None], save_every: int
+    search: Search,
+    dispatcher: WorkerPool,
+    stop: StopRequest,
+    write: Callable[[], None],
+    save_every: int,
+    limit: TimeLimit,
 ) -> None:
     """Keep every worker supplied; each result triggers the next proposal, nothing waits for a generation to end."""
-    bar = progress(None, "search", total=search.total, initial=len(search.told))
     epoch = search.epoch
-    while True:
-        while not stop.requested and dispatcher.free_slots() > 0 and (job := search.propose()) is not None:
-            dispatcher.submit(*job)
-        bar.total = search.total
-        bar.update(len(search.told) - bar.n)
-        if search.epoch > epoch and search.succeeded():
-            say(progress_line(search, epoch))
-            if (search.epoch - search.first_epoch) % save_every == 0:
-                write()
-            epoch = search.epoch
-        if not dispatcher.pending:
-            break
-        for result in dispatcher.results(timeout=1.0):
-            search.learn(result)
-            if result.error:
-                say(f"a candidate failed on {result.worker}: {result.error.splitlines()[-1]}")
-    bar.close()
+    with progress(None, "search", total=search.total, initial=len(search.told)) as bar:
+        while True:
+            while not stop.requested and dispatcher.free_slots() > 0 and (job := search.propose()) is not None:
+                dispatcher.submit(*job)
+            bar.total = search.total
+            bar.update(len(search.told) - bar.n)
+            if search.epoch > epoch and search.succeeded():
+                say(progress_line(search, epoch))
+                if (search.epoch - search.first_epoch) % save_every == 0:
+                    write()
+                epoch = search.epoch
+            if not dispatcher.pending:
+                return
+            for result in dispatcher.results(timeout=1.0):
+                search.learn(result)
+                if result.error:
+                    say(f"a candidate failed on {result.worker}: {result.error.splitlines()[-1]}")
+                else:
+                    limit.add(result.seconds)
+            dispatcher.time_limit = limit.seconds
 
 
 def progress_line(search: Search, epoch: int) -> str:
@@ -132,6 +142,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--gpus", metavar="LIST", help="workers: 0,1,2,3 or cpu or cpu,cpu (default: what the machine has)")
+    add(
+        "--dispatcher", choices=["local", "ray"], default="local", help="workers: processes, or actors of a Ray cluster"
+    )
+    add("--ray-address", metavar="ADDRESS", help="the cluster: auto or HOST:PORT (default: one of this machine alone)")
     add("--start-from", metavar="FILE", nargs="+", type=Path, help="genotypes or fronts to evaluate first")
     add("--controller", choices=["random", "evo", "pareto-evo"], help="how candidates are proposed")
     add(
@@ -180,7 +194,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.measure_latency:
         measure_latency(args, supernet, config, folder)
         return
-    devices, threads = pick_workers(args.gpus or devices_of(args.device), config)
+    gpus = args.gpus or devices_of(args.device)
+    devices, make_dispatcher = pick_dispatcher(args.dispatcher, args.ray_address, gpus, config)
     table = table_for(supernet.detector, config.search)
     costs = Coster(supernet.detector, table)
     budget = Budget(costs, supernet.space, limits_of(config.search))
@@ -199,6 +214,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ):
         print(line)
     if args.dry_run:
+        threads = make_dispatcher.keywords["threads_per_worker"]
         print_estimate(supernet, records, (train, candidates), config, devices, threads)
         return
     starts = start_genotypes(args.start_from, path.parent, supernet, budget)
@@ -213,21 +229,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             gc.freeze()  # a long ledger's records stay, and going through them again takes most of a second
             print(f"resumed {ledger.path}: {len(search.told)} evaluations of this search")
 
-        @contextlib.contextmanager
-        def workers(settings: Config) -> Iterator[Dispatcher]:
-            images = folder / "images.pt"
-            save_scoring_data(prepare_scoring_data(records, train, candidates, settings), images)
-            setup = (str(path), str(images), to_dict(settings))
-            with Dispatcher(scoring_worker, setup, devices, threads_per_worker=threads) as dispatcher:
-                yield dispatcher
-            images.unlink(missing_ok=True)
-
         def write(final: bool = False) -> None:
             write_results(search.as_run(folder, path), config, identity["supernet_sha256"], final, args.top)
 
+        workers = functools.partial(scoring_workers, make_dispatcher, path, folder, records, (train, candidates))
         if len(search.told) < search.total:
             with workers(config) as dispatcher:
-                search_loop(search, dispatcher, stop, write, args.save_every or 1)
+                search_loop(search, dispatcher, stop, write, args.save_every or 1, TimeLimit(config.search.time_limit))
+        if stop.requested and not search.succeeded():
+            print("stopped before an evaluation succeeded; the same command with --resume goes on")
+            return
         if not search.succeeded():
             raise UserError(f"no evaluation succeeded; see {folder / 'evals.jsonl'}")
         if not stop.requested and (jobs := search.missing_finalists(search.as_run(folder, path))):
@@ -236,6 +247,27 @@ def main(argv: Sequence[str] | None = None) -> None:
                 score_finalists(search, dispatcher, jobs)
         write(final=True)
         report_end(search, search.as_run(folder, path), args.top)
+
+
+@contextlib.contextmanager
+def scoring_workers(
+    make_dispatcher: Callable[..., WorkerPool],
+    supernet: Path,
+    folder: Path,
+    records: Records,
+    split: tuple[Sequence[int], Sequence[int]],
+    config: Config,
+) -> Iterator[WorkerPool]:
+    """Workers that score candidates; the file of pictures that they share lasts as long as they do."""
+    images = folder / "images.pt"
+    try:
+        save_scoring_data(prepare_scoring_data(records, *split, config), images)
+        setup = (str(supernet.resolve()), str(images.resolve()), to_dict(config))
+        with make_dispatcher(scoring_worker, setup) as dispatcher:
+            yield dispatcher
+    finally:
+        with contextlib.suppress(OSError):
+            images.unlink()
 
 
 def print_estimate(
@@ -281,7 +313,7 @@ def report_end(search: Search, run: SearchRun, top: int) -> None:
     print(f"next: python final_train.py --genotype {folder / 'best.json'}")
 
 
-def score_finalists(search: Search, dispatcher: Dispatcher, jobs: Sequence[tuple[str, dict]]) -> None:
+def score_finalists(search: Search, dispatcher: WorkerPool, jobs: Sequence[tuple[str, dict]]) -> None:
     """Score the front anew, on all images of the search split."""
     for job in jobs:
         dispatcher.submit(*job)

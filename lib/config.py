@@ -243,6 +243,7 @@ class SearchConfig:
     batch_size: int = 32
     parallelism: int = 0  # worker processes; 0 = one per device
     gpu_ids: list[int] = field(default_factory=list)  # [] = every GPU, else the CPU
+    time_limit: float = 10.0  # medians of an evaluation's time after which one that runs is stopped; 0 = never
 
 
 @dataclass

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import matplotlib
 
+from lib.checkpoint import replacing
 from lib.runlog import read_log
 from lib.search_stats import BestOf
 
@@ -90,5 +91,6 @@ def plot_search(
 
 def _save(figure: plt.Figure, picture: Path) -> None:
     figure.tight_layout()
-    figure.savefig(picture, dpi=110)
+    with replacing(picture) as file:
+        figure.savefig(file, format="png", dpi=110)
     plt.close(figure)

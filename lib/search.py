@@ -8,11 +8,11 @@ from pathlib import Path
 from lib import checkpoint
 from lib.budget import counts_latency, limits_of
 from lib.config import Config
-from lib.dispatcher import Result
 from lib.evolution import Controller, SpaceExhausted
 from lib.genotype import Genotype
 from lib.latency import Coster
 from lib.ledger import Ledger, evaluation_basis, evaluation_key
+from lib.pool import Result
 from lib.runlog import say
 from lib.scoring import SCORING_VERSION
 from lib.search_run import SearchRun

@@ -1,157 +1,27 @@
-"""The dispatcher with real processes that really die, hang, raise and are killed."""
+"""The dispatcher's processes: signals, memory, and a parent that is gone."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from dispatch_helpers import is_alive, pids_in, take, wait_for
 
-from lib.dispatcher import ATTEMPTS, Dispatcher, Result, WorkerError
-from lib.errors import UserError
-from tests.dispatch_workers import setup, setup_dies, setup_raises, setup_user_error
+from lib.dispatcher import Dispatcher
+from tests.dispatch_workers import setup
 
 ROOT = Path(__file__).parents[1]
-PATIENCE = 30  # seconds until a test gives up waiting
-
-
-def take(dispatcher: Dispatcher, count: int) -> list[Result]:
-    """The next `count` results, in their order."""
-    found: list[Result] = []
-    deadline = time.monotonic() + PATIENCE
-    while len(found) < count:
-        assert time.monotonic() < deadline, f"only {found}"
-        found += dispatcher.results(timeout=1)
-    assert len(found) == count
-    return found
-
-
-def wait_for(condition: Callable, seconds: float = PATIENCE):
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return value
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process runs. One that ended and waits for its parent to collect it (a zombie) does not."""
-    multiprocessing.active_children()  # collects our own
-    try:
-        os.kill(pid, 0)
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except ProcessLookupError:
-        return False
-    except FileNotFoundError:  # it ended just now, or this is not Linux, where orphans are collected at once
-        return not Path("/proc/self").exists()
-
-
-def pids_in(folder: Path) -> list[int]:
-    return [int(file.name) for file in folder.iterdir()]
 
 
 @pytest.fixture(scope="module")
 def shared():
-    """Two workers for the tests that leave them healthy."""
-    with Dispatcher(setup, ("x", 1), ["cpu", "cpu"], threads_per_worker=3) as dispatcher:
+    """A worker for the tests that leave it healthy."""
+    with Dispatcher(setup, (), ["cpu"]) as dispatcher:
         yield dispatcher
-        assert dispatcher.pending == 0
-
-
-def test_every_job_has_one_result_and_workers_share_them(shared):
-    for i in range(40):
-        shared.submit(i, ("echo", i * i))
-    assert shared.pending == 40
-    results = take(shared, 40)
-    assert {r.job_id: r.value for r in results} == {i: i * i for i in range(40)}
-    assert {r.error for r in results} == {None}
-    assert {r.worker for r in results} == {"cpu#0", "cpu#1"}
-    assert shared.pending == 0
-    assert shared.results() == []
-
-
-def test_setup_gets_device_and_arguments_once_per_worker(shared):
-    for i in range(8):
-        shared.submit(i, ("where", None))
-    values = [r.value for r in take(shared, 8)]
-    assert {value[:2] for value in values} == {("cpu", ("x", 1))}
-    pids = {value[2] for value in values}
-    assert len(pids) == 2
-    assert os.getpid() not in pids
-
-
-def test_there_is_no_barrier(shared):
-    shared.submit("slow", ("sleep", 1.0))
-    for i in range(4):
-        shared.submit(i, ("sleep", 0.02))
-    results = take(shared, 5)
-    assert results[-1].job_id == "slow" or results[-2].job_id == "slow"  # at most one job waits behind the slow one
-    assert results[0].job_id != "slow"
-    slow = next(r for r in results if r.job_id == "slow")
-    assert 1.0 <= slow.seconds < 3.0
-
-
-def test_free_slots_are_two_a_worker(shared):
-    assert shared.free_slots() == 4
-    for i in range(3):
-        shared.submit(i, ("sleep", 0.05))
-    assert shared.free_slots() == 1
-    for i in range(3, 6):
-        shared.submit(i, ("sleep", 0.05))
-    assert shared.free_slots() == 0
-    take(shared, 6)
-    assert shared.free_slots() == 4
-
-
-def test_a_job_cannot_be_pending_twice(shared):
-    shared.submit("a", ("echo", 1))
-    with pytest.raises(ValueError, match="pending already"):
-        shared.submit("a", ("echo", 2))
-    assert [r.value for r in take(shared, 1)] == [1]
-    shared.submit("a", ("echo", 3))
-    assert [r.value for r in take(shared, 1)] == [3]
-
-
-def test_results_returns_empty_at_its_timeout(shared):
-    shared.submit("slow", ("sleep", 0.5))
-    start = time.monotonic()
-    assert shared.results(timeout=0.1) == []
-    assert time.monotonic() - start >= 0.1
-    take(shared, 1)
-
-
-def test_a_job_that_raises_is_an_error_with_its_traceback(shared):
-    shared.submit("bad", ("raise", "boom"))
-    shared.submit("exits", ("sys_exit", 3))
-    shared.submit("lambda", ("unpicklable", None))
-    shared.submit("good", ("echo", 1))
-    results = {r.job_id: r for r in take(shared, 4)}
-    assert "ValueError: boom" in results["bad"].error
-    assert "do_raise" in results["bad"].error
-    assert "attempt 3 of 3" in results["bad"].error
-    assert "SystemExit: 3" in results["exits"].error
-    assert "pickle" in results["lambda"].error
-    assert (results["good"].value, results["good"].error) == (1, None)
-
-
-def test_large_payloads_and_results_do_not_block_each_other(shared):
-    for i in range(4):
-        shared.submit(("large", i), ("large", 3_000_000))
-        shared.submit(("length", i), ("length", b"x" * 3_000_000))
-    values = {r.job_id: r.value for r in take(shared, 8)}
-    assert all(len(values["large", i]) == values["length", i] == 3_000_000 for i in range(4))
-
-
-def test_workers_get_their_threads_and_the_parent_keeps_its_own(shared):
-    shared.submit("threads", ("environment", "OMP_NUM_THREADS"))
-    assert take(shared, 1)[0].value == "3"
-    assert os.environ.get("OMP_NUM_THREADS") != "3"
 
 
 def test_ctrl_c_is_left_to_the_parent(shared):
@@ -165,113 +35,6 @@ def test_ctrl_c_while_workers_start_is_left_to_the_parent():
         os.kill(process.pid, signal.SIGINT)
         dispatcher.submit("where", ("where", None))
         assert take(dispatcher, 1)[0].value[2] == process.pid
-
-
-def test_a_payload_that_cannot_be_sent_is_refused_at_once(shared):
-    with pytest.raises(Exception, match="pickle"):
-        shared.submit("lambda", ("echo", lambda: None))
-    assert shared.pending == 0
-
-
-def test_a_worker_killed_in_the_middle_loses_nothing_and_counts_nothing_twice(tmp_path):
-    with Dispatcher(setup, (), ["cpu", "cpu"]) as dispatcher:
-        dispatcher.submit("victim", ("count_then_die_once", str(tmp_path / "died")))
-        for i in range(30):
-            dispatcher.submit(i, ("sleep", 0.005))
-        results = take(dispatcher, 31)
-        assert sorted(map(str, (r.job_id for r in results))) == sorted(["victim", *map(str, range(30))])
-        assert {r.error for r in results} == {None}
-        assert dispatcher.results(timeout=0.2) == []
-
-
-def test_a_worker_killed_from_outside_is_replaced(tmp_path):
-    with Dispatcher(setup, (), ["cpu"]) as dispatcher:
-        dispatcher.submit("before", ("where", None))
-        pid = take(dispatcher, 1)[0].value[2]
-        for signal_number in (signal.SIGKILL, signal.SIGTERM):
-            dispatcher.submit("running", ("sleep", 0.6))
-            dispatcher.submit("queued", ("where", None))
-            time.sleep(0.1)
-            os.kill(pid, signal_number)
-            results = take(dispatcher, 2)
-            assert [(r.job_id, r.error) for r in results] == [("running", None), ("queued", None)]
-            assert results[1].value[2] != pid
-            pid = results[1].value[2]
-        os.kill(pid, signal.SIGKILL)  # while it has nothing to do
-        dispatcher.submit("after", ("echo", 1))
-        assert take(dispatcher, 1)[0].value == 1
-
-
-def test_results_sent_before_death_are_taken_from_the_pipe():
-    """The parent does not look until the worker, which finished one job, is dead: that job is not run again."""
-    with Dispatcher(setup, (), ["cpu"], max_ahead=3) as dispatcher:
-        dispatcher.submit("pid", ("where", None))
-        pid = take(dispatcher, 1)[0].value[2]
-        dispatcher.submit("first", ("where", None))
-        dispatcher.submit("second", ("exit", 1))
-        wait_for(lambda: not is_alive(pid))
-        results = take(dispatcher, 2)
-        assert [r.job_id for r in results] == ["first", "second"]
-        assert results[0].value[2] == pid
-
-
-def test_a_job_that_always_kills_its_worker_is_given_up_and_hurts_no_other():
-    with Dispatcher(setup, (), ["cpu"]) as dispatcher:
-        dispatcher.submit("poison", ("exit", 9))
-        for i in range(3):
-            dispatcher.submit(i, ("echo", i))
-        results = {r.job_id: r for r in take(dispatcher, 4)}
-        assert "the worker died (exit code 9) (attempt 3 of 3)" in results["poison"].error
-        assert [results[i].value for i in range(3)] == [0, 1, 2]
-
-
-def test_deaths_and_exceptions_count_together(tmp_path):
-    with Dispatcher(setup, (), ["cpu"]) as dispatcher:
-        dispatcher.submit("flaky", ("fail_until", str(tmp_path / "count")))
-        result = take(dispatcher, 1)[0]
-        assert (result.value, result.error) == (ATTEMPTS, None)
-
-
-def test_a_job_over_its_time_limit_is_given_up_and_the_others_go_on(tmp_path):
-    with Dispatcher(setup, (), ["cpu"]) as dispatcher:
-        dispatcher.submit("warm", ("echo", 0))
-        take(dispatcher, 1)  # the limit counts from a ready worker on, but keep the test's own clock simple
-        dispatcher.time_limit = 0.3
-        dispatcher.submit("hung", ("pid_then_sleep", str(tmp_path)))
-        dispatcher.submit("next", ("echo", 1))
-        results = {r.job_id: r for r in take(dispatcher, 2)}
-        assert "no result within 0.3 s (attempt 3 of 3)" in results["hung"].error
-        assert results["next"].value == 1
-        assert len(pids_in(tmp_path)) == ATTEMPTS
-        assert not any(map(is_alive, pids_in(tmp_path)))
-
-
-@pytest.mark.parametrize(
-    ("broken", "error", "message"),
-    [
-        (setup_raises, WorkerError, "(?s)worker cpu#0 could not be set up.*setup_raises.*no such device cpu"),
-        (setup_user_error, UserError, "^last.pt: not a checkpoint$"),
-        (setup_dies, WorkerError, "worker cpu#0 died 3 times in a row before it was ready .exit code 7"),
-    ],
-)
-def test_a_worker_that_cannot_be_set_up_is_a_clear_error(broken, error, message):
-    with Dispatcher(broken, (), ["cpu"]) as dispatcher:
-        dispatcher.submit("a", ("echo", 1))
-        with pytest.raises(error, match=message):
-            take(dispatcher, 1)
-
-
-def test_close_ends_hung_and_busy_workers_in_seconds(tmp_path):
-    dispatcher = Dispatcher(setup, (), ["cpu", "cpu"])
-    dispatcher.submit("hung", ("pid_then_sleep", str(tmp_path)))
-    dispatcher.submit("busy", ("pid_then_compute", str(tmp_path)))
-    pids = wait_for(lambda: len(pids_in(tmp_path)) == 2 and pids_in(tmp_path))
-    start = time.monotonic()
-    dispatcher.close()
-    assert time.monotonic() - start < 5
-    assert not any(map(is_alive, pids))
-    dispatcher.close()
-    assert dispatcher.results() == []
 
 
 PARENT = """

@@ -8,10 +8,10 @@ from search_records import SPACE
 
 from lib.bootstrap import pack
 from lib.config import Config, SearchConfig
-from lib.dispatcher import Result
 from lib.evolution import make_controller
 from lib.genotype import Genotype
 from lib.ledger import Ledger
+from lib.pool import Result
 from lib.racing import has_lost
 from lib.search import Search
 from lib.search_run import SearchRun
