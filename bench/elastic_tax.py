@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--random", type=int, default=8, help="random genotypes (default: 8)")
     args = parser.parse_args()
-    begin(args)
+    clock = begin(args)
     settings, detector = reference(CLASSES)
     batch = random_batch(args.batch, 300, OBJECTS, CLASSES)
     genotypes = {"largest": detector.space.largest(), "smallest": detector.space.smallest()}
@@ -45,13 +45,16 @@ def main() -> None:
     elastic = SupernetSteps(detector, settings)
     plain = {name: plain_step(model, settings, settings.supernet) for name, model in models.items()}
     for i in range(2):  # the second one's losses are those after the first one's gradients
-        losses = [torch.tensor(list(step.values())) for step in (elastic(batch, genotypes["largest"]), plain["largest"](batch))]
+        losses = [
+            torch.tensor(list(step.values()))
+            for step in (elastic(batch, genotypes["largest"]), plain["largest"](batch))
+        ]
         check_equal(f"losses of step {i + 1} of the largest", *losses, TOLERANCE)
     rows = {}
     for name, genotype in genotypes.items():
         runs = {
-            "supernet": timed(lambda genotype=genotype: elastic(batch, genotype)),
-            "plain": timed(lambda step=plain[name]: step(batch)),
+            "supernet": timed(lambda genotype=genotype: elastic(batch, genotype), clock),
+            "plain": timed(lambda step=plain[name]: step(batch), clock),
         }
         seconds = take_turns(runs, args.rounds)
         rows[name] = {
@@ -74,10 +77,18 @@ def report(args: argparse.Namespace, rows: dict) -> None:
     medians = [row["ratio"]["median"] for row in rows.values()]
     summary = {"median": statistics.median(medians), "worst": max(medians)}
     table = [
-        (name, f"{row['flops'] / 1e6:.0f}", show(row["supernet_ms"], 0), show(row["plain_ms"], 0), show(row["ratio"], 3))
+        (
+            name,
+            f"{row['flops'] / 1e6:.0f}",
+            show(row["supernet_ms"], 0),
+            show(row["plain_ms"], 0),
+            show(row["ratio"], 3),
+        )
         for name, row in rows.items()
     ]
-    print(f"batch {args.batch}, 300 px, {CLASSES} classes, {args.threads} threads; medians (10% to 90%), {args.rounds} rounds")
+    print(
+        f"batch {args.batch}, 300 px, {CLASSES} classes, {args.threads} threads; medians (10% to 90%), {args.rounds} rounds"
+    )
     print_table(("genotype", "M multiply-adds", "supernet ms", "plain ms", "ratio"), table)
     print(f"median ratio {summary['median']:.3f}, worst {summary['worst']:.3f}")
     write(args.out, {"batch": args.batch, "rounds": args.rounds, **summary, "genotypes": rows})
