@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--random", type=int, default=8, help="random genotypes (default: 8)")
     args = parser.parse_args()
-    begin(args)
+    clock = begin(args)
     settings, detector = reference(CLASSES)
     batch = random_batch(args.batch, 300, OBJECTS, CLASSES)
     genotypes = {"largest": detector.space.largest(), "smallest": detector.space.smallest()}
@@ -53,8 +53,8 @@ def main() -> None:
     rows = {}
     for name, genotype in genotypes.items():
         runs = {
-            "supernet": timed(lambda genotype=genotype: elastic(batch, genotype)),
-            "plain": timed(lambda step=plain[name]: step(batch)),
+            "supernet": timed(lambda genotype=genotype: elastic(batch, genotype), clock),
+            "plain": timed(lambda step=plain[name]: step(batch), clock),
         }
         seconds = take_turns(runs, args.rounds)
         rows[name] = {

@@ -11,7 +11,6 @@ Both must give the same outputs before NMS. They take turns. Prints a table and 
 from __future__ import annotations
 
 import argparse
-import random
 import sys
 from pathlib import Path
 
@@ -19,9 +18,21 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.reference import CPU, outputs, reference
+from bench.reference import CPU, middling, outputs, reference
 from bench.score import TimedScore, scoring_data
-from bench.turns import add_options, begin, check_equal, print_table, ratio, show, spread, take_turns, timed, write
+from bench.turns import (
+    Clock,
+    add_options,
+    begin,
+    check_equal,
+    print_table,
+    ratio,
+    show,
+    spread,
+    take_turns,
+    timed,
+    write,
+)
 from lib.engine import recalibrate
 from lib.fuse import fuse
 
@@ -36,17 +47,17 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=36)
     parser.add_argument("--classes", type=int, nargs="+", default=[3, 80])
     args = parser.parse_args()
-    begin(args)
-    rows = {classes: compare(args, classes) for classes in args.classes}
+    clock = begin(args)
+    rows = {classes: compare(args, classes, clock) for classes in args.classes}
     print(rows)
 
 
-def compare(args: argparse.Namespace, classes: int) -> dict:
+def compare(args: argparse.Namespace, classes: int, clock: Clock) -> dict:
     settings, detector = reference(classes)
-    genotype = detector.space.sample(random.Random(0))
+    genotype = middling(detector)
     data = scoring_data(args.images, BN_IMAGES, OBJECTS, classes)
     batches = data["images"].split(settings.search.batch_size)
-    score = TimedScore(data, settings, detector)
+    score = TimedScore(data, settings, detector, clock)
     model = detector.extract(genotype).to(memory_format=torch.channels_last)
     recalibrate(model, [data["bn_images"]], CPU)
     fused = fuse(model).to(memory_format=torch.channels_last)
@@ -58,7 +69,7 @@ def compare(args: argparse.Namespace, classes: int) -> dict:
         for batch in batches:
             fused(batch)
 
-    seconds = take_turns({"score": lambda: score(genotype), "network": timed(network)}, args.rounds)
+    seconds = take_turns({"score": lambda: score(genotype), "network": timed(network, clock)}, args.rounds)
     return {
         "score_ms": spread(1e3 * seconds["score"]),
         "network_ms": spread(1e3 * seconds["network"]),

@@ -6,14 +6,13 @@ Of its own, since how the C allocator is set (lib/runtime.py) holds for a whole 
 from __future__ import annotations
 
 import multiprocessing
-import time
 from multiprocessing.connection import Connection
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 
-from bench.turns import TimedRun
+from bench.turns import Clock, TimedRun
 from lib.cost import Cost
 from lib.datasets import Batch
 
@@ -24,10 +23,10 @@ BACKGROUND = 9.0  # logit that makes every prior box sure of the background, so 
 class Peer:
     """`peer.run(name, *arguments)` has one of `PeerProcess`'s methods timed; a context manager."""
 
-    def __init__(self, num_classes: int, threads: int):
+    def __init__(self, num_classes: int, threads: int, clock: Clock):
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, num_classes, threads), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, num_classes, threads, clock), daemon=True)
         self._process.start()
         theirs.close()
 
@@ -49,9 +48,9 @@ class Peer:
         return lambda: self.call(name, *arguments)
 
 
-def _serve(pipe: Connection, num_classes: int, threads: int) -> None:
+def _serve(pipe: Connection, num_classes: int, threads: int, clock: Clock) -> None:
     torch.set_num_threads(threads)
-    process = PeerProcess(num_classes)
+    process = PeerProcess(num_classes, clock)
     while True:
         try:
             name, arguments = pipe.recv()
@@ -66,10 +65,10 @@ def _serve(pipe: Connection, num_classes: int, threads: int) -> None:
 class PeerProcess:
     """What runs on the other side: each method does one thing and gives the seconds that it took."""
 
-    def __init__(self, num_classes: int):
+    def __init__(self, num_classes: int, clock: Clock):
         torch.manual_seed(0)
         self.model = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=num_classes + 1)
-        self.num_classes = num_classes
+        self.num_classes, self.clock = num_classes, clock
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.005, momentum=0.9, weight_decay=1e-4)
 
     def load(self, batch: Batch) -> None:
@@ -82,12 +81,12 @@ class PeerProcess:
     def train(self) -> float:
         """One training step, optimizer included."""
         self.model.train()
-        start = time.perf_counter()
+        start = self.clock()
         self.optimizer.zero_grad()
         loss = sum(self.model(self.images, self.targets).values())
         loss.backward()
         self.optimizer.step()
-        seconds = time.perf_counter() - start
+        seconds = self.clock() - start
         if not loss.isfinite():
             raise FloatingPointError(f"the peer's loss is {loss.item()}")
         return seconds
@@ -105,18 +104,18 @@ class PeerProcess:
     def detect(self, images: int) -> float:
         """From pictures to detections."""
         self.model.eval()
-        start = time.perf_counter()
+        start = self.clock()
         self.model(self.images[:images])
-        return time.perf_counter() - start
+        return self.clock() - start
 
     @torch.inference_mode()
     def network(self, images: int) -> float:
         """Normalised pictures to logits and offsets, nothing else."""
         self.model.eval()
         batch, _ = self.model.transform(self.images[:images])
-        start = time.perf_counter()
+        start = self.clock()
         self.model.head(list(self.model.backbone(batch.tensors).values()))
-        return time.perf_counter() - start
+        return self.clock() - start
 
     @torch.inference_mode()
     def cost(self) -> Cost:

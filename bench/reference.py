@@ -35,6 +35,11 @@ def random_genotypes(detector: ElasticSSD, count: int) -> list[Genotype]:
     return [detector.space.sample(rng) for _ in range(count)]
 
 
+def middling(detector: ElasticSSD, count: int = 101) -> Genotype:
+    """The median of that many random genotypes by their multiply-adds."""
+    return sorted(random_genotypes(detector, count), key=lambda g: detector.cost(g).flops)[count // 2]
+
+
 def random_batch(images: int, size: int, objects: int, num_classes: int) -> Batch:
     """Noise with random boxes: sides from a twentieth to four fifths of the picture."""
     generator = torch.Generator().manual_seed(0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from unittest import mock
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.reference import CPU, random_batch
+from bench.turns import Clock
 from lib import scoring
 from lib.config import Config
 from lib.detector import ElasticSSD
@@ -35,20 +35,20 @@ def scoring_data(images: int, bn_images: int, objects: int, num_classes: int, si
 class TimedScore:
     """`score(genotype)` gives the seconds of a call of `scorer`, those of `recalibrate` taken off."""
 
-    def __init__(self, data: dict, settings: Config, detector: ElasticSSD):
-        self.scorer, self.detector = scoring.Scorer(data, settings, CPU), detector
+    def __init__(self, data: dict, settings: Config, detector: ElasticSSD, clock: Clock):
+        self.scorer, self.detector, self.clock = scoring.Scorer(data, settings, CPU), detector, clock
 
     def __call__(self, genotype: Genotype) -> float:
         apart = 0.0
 
         def recalibrate(model: nn.Module, images: Iterable[Tensor], device: torch.device) -> None:
             nonlocal apart
-            start = time.perf_counter()
+            start = self.clock()
             original(model, images, device)
-            apart += time.perf_counter() - start
+            apart += self.clock() - start
 
         original = scoring.recalibrate
         with mock.patch.object(scoring, "recalibrate", recalibrate):
-            start = time.perf_counter()
+            start = self.clock()
             self.metrics = self.scorer(self.detector, genotype)
-            return time.perf_counter() - start - apart
+            return self.clock() - start - apart

@@ -19,6 +19,7 @@ from lib.errors import UserError
 from lib.runlog import progress
 from lib.runtime import device_name, keep_freed_memory
 
+Clock = Callable[[], float]  # seconds
 TimedRun = Callable[[], float]  # does its work, gives the seconds that it took
 
 
@@ -26,19 +27,23 @@ def add_options(parser: argparse.ArgumentParser, out: str, rounds: int) -> None:
     parser.add_argument("--rounds", type=int, default=rounds, help=f"in which all take a turn (default: {rounds})")
     parser.add_argument("--threads", type=int, default=2, help="default: 2")
     parser.add_argument("--out", type=Path, default=Path(out), help=f"default: {out}")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="instead of the clock's: for a busy machine, with --threads 1"
+    )
 
 
-def begin(args: argparse.Namespace) -> None:
-    """The process as the scripts set it up, with the threads that were asked for."""
+def begin(args: argparse.Namespace) -> Clock:
+    """Sets the process up as the scripts do, with the threads that were asked for; the clock to time with."""
     keep_freed_memory()
     torch.set_num_threads(args.threads)
+    return time.process_time if args.cpu_time else time.perf_counter
 
 
-def timed(run: Callable[[], object]) -> TimedRun:
+def timed(run: Callable[[], object], clock: Clock) -> TimedRun:
     def call() -> float:
-        start = time.perf_counter()
+        start = clock()
         run()
-        return time.perf_counter() - start
+        return clock() - start
 
     return call
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import SqueezeExcitation
 
+from lib.depthwise import DepthwiseConv2d, depthwise_conv
 from lib.genotype import Block
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -44,13 +45,17 @@ class SamePadConv2d(nn.Conv2d):
         return super().forward(pad_same(x, self.kernel_size[0], self.stride[0]))
 
 
+class SamePadDepthwiseConv2d(SamePadConv2d, DepthwiseConv2d):
+    """Depthwise convolution with TensorFlow's SAME padding."""
+
+
 def make_conv(
-    in_channels: int, out_channels: int, kernel: int, stride: int, same_padding: bool, groups: int = 1
+    in_channels: int, out_channels: int, kernel: int, stride: int, same_padding: bool, depthwise: bool = False
 ) -> nn.Conv2d:
     """A convolution without bias, padded on all sides alike or as TensorFlow does; the output's size is the same."""
-    if same_padding:
-        return SamePadConv2d(in_channels, out_channels, kernel, stride, groups=groups, bias=False)
-    return nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False)
+    kinds = (nn.Conv2d, SamePadConv2d) if not depthwise else (DepthwiseConv2d, SamePadDepthwiseConv2d)
+    padding, groups = (0 if same_padding else kernel // 2), (out_channels if depthwise else 1)
+    return kinds[same_padding](in_channels, out_channels, kernel, stride, padding, groups=groups, bias=False)
 
 
 class ElasticConv1x1(nn.Conv2d):
@@ -109,10 +114,10 @@ class ElasticDepthwiseConv(nn.Module):
         c, padding = x.shape[1], size // 2
         if self.same_padding:
             x, padding = pad_same(x, size, self.stride), 0
-        return F.conv2d(x, self.kernel(c, size), stride=self.stride, padding=padding, groups=c)
+        return depthwise_conv(x, self.kernel(c, size), self.stride, padding)
 
     def extract(self, channels: int, size: int) -> nn.Conv2d:
-        conv = make_conv(channels, channels, size, self.stride, self.same_padding, groups=channels)
+        conv = make_conv(channels, channels, size, self.stride, self.same_padding, depthwise=True)
         return _copy(conv, weight=self.kernel(channels, size))
 
 
