@@ -37,6 +37,7 @@ from lib.quantize import quantize
 from lib.runs import find_genotype, last_run, remember
 from lib.runtime import pick_device, run, seed_everything
 from lib.start import find_start, find_teacher
+from lib.timing import describe_parts
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
@@ -85,6 +86,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     if not training.run():
         print(f"stopped; everything is in {folder / 'last.pt'}, the same command with --resume goes on")
         return
+    if distributed.world().main:
+        print(describe_parts(training.measure_latency()))
     print(f"best: epoch {training.best['epoch']}, AP {training.best['AP']:.4f}, AP50 {training.best['AP50']:.4f}")
     print(f"wrote {folder / 'best.pt'}, {folder / 'metrics.json'}, {folder / 'curves.png'}")
     print(f"next: python final_train.py --predict PICTURES --load {folder} --out drawn")

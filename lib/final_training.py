@@ -20,9 +20,11 @@ from lib.genotype import Genotype
 from lib.losses import DetectionLoss
 from lib.records import Records
 from lib.report import plot_training
+from lib.revision import code_revision
 from lib.runlog import RunLog, finite, progress, say
 from lib.runtime import StopRequest
 from lib.schedule import value_at
+from lib.timing import time_parts
 
 
 def detection_losses(
@@ -151,6 +153,12 @@ class FinalTraining:
             checkpoint.save(self.folder / "best.pt", {**self.identity(), "model": self.trainer.averaged.state_dict()})
             self.write_metrics()
 
+    def measure_latency(self) -> dict:
+        """Milliseconds of the detector on this device, also put into metrics.json. For one process of a job."""
+        latency = time_parts(self.trainer.averaged, self.config, self.device)
+        self.write_metrics(latency=latency)
+        return latency
+
     def identity(self) -> dict:
         """What makes weights a detector."""
         return {
@@ -166,6 +174,13 @@ class FinalTraining:
 
     def write_metrics(self, **more: object) -> None:
         """metrics.json: the best evaluation, `more`, and what it was made with."""
-        origin = {"genotype": self.genotype.to_dict(), "test_images": len(self.test), "data": self.test.fingerprint()}
-        content = {**self.best, **more, **origin, "config": to_dict(self.config)}
+        content = {
+            **self.best,
+            **more,
+            "genotype": self.genotype.to_dict(),
+            "test_images": len(self.test),
+            "data": self.test.fingerprint(),
+            "commit": code_revision(),
+            "config": to_dict(self.config),
+        }
         checkpoint.write_text(self.folder / "metrics.json", json.dumps(content, indent=1) + "\n")

@@ -19,6 +19,7 @@ import async_search
 from lib import checkpoint, latency
 from lib.genotype import Genotype
 from lib.models import load_supernet
+from lib.revision import code_revision
 
 
 def test_each_stage_leaves_its_files(flow):
@@ -88,6 +89,19 @@ def test_eval_only_reproduces_the_metrics_to_the_digit(flow, flags):
         assert text == ("nan" if metrics[name] is None else f"{metrics[name]:.6f}")
     assert {"AP", "AP50", "AR100", "mAP"} <= found.keys() and float(found["AR100"]) > 0
     assert "8 test images" in printed and metrics["test_images"] == 8
+    for name, scores in metrics["per_class"].items():
+        assert f"  {name}: " + ", ".join(f"{key} {value:.4f}" for key, value in scores.items()) in printed
+
+
+def test_the_metrics_say_what_the_detector_costs_and_where_it_comes_from(flow):
+    folder, printed = flow
+    metrics = json.loads((folder / "runs/tiny/final/metrics.json").read_text())
+    assert {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"} <= metrics.keys()
+    assert {"mAP", "per_class", "flops", "params", "config"} <= metrics.keys() and len(metrics["data"]) == 64
+    assert metrics["commit"] == code_revision()
+    latency = metrics["latency"]
+    assert latency["threads"] == 1 and latency["device"] == "cpu" and latency["total_ms"] > latency["nms_ms"] > 0
+    assert f"latency: {latency['total_ms']:.2f} ms a picture" in printed[FINAL]
 
 
 def test_predict_draws_pictures_and_writes_detections(flow):
