@@ -64,7 +64,13 @@ class Search:
         return self.first_epoch + len(self.told) // self.config.search.steps
 
     def replay(self) -> None:
-        """Tell the controller what an interrupted run of this very search had found."""
+        """Tell the controller what an interrupted run of this very search had found.
+
+        Not random search, whose proposals depend on their number alone: it makes the same ones again, what was lost
+        in flight among them, and `propose` finds the others in the ledger.
+        """
+        if isinstance(self.controller, RandomSearch):
+            return
         for record in self.ledger.records(search=self.identity["search"]):
             genotype = Genotype.from_dict(record["genotype"])
             if record["key"] == self._key(genotype):
@@ -312,7 +318,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         search = Search(controller, ledger, config, costs, identity, supernet.epoch + 1)
         if args.resume:
             search.replay()
-            print(f"resumed {ledger.path}: {len(search.told)} evaluations of this search")
+            found = len(ledger.records(search=identity["search"]))
+            print(f"resumed {ledger.path}: {found} evaluations of this search")
 
         def write(final: bool = False) -> None:
             write_results(search.as_run(folder, path), config, identity["supernet_sha256"], final)
