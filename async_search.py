@@ -50,6 +50,8 @@ from lib.search_run import SearchRun
 from lib.time_limit import TimeLimit
 from lib.workers import devices_of, pick_dispatcher
 
+IMAGES = "images.pt"  # the pictures that the workers share while they run
+
 
 def search_loop(
     search: Search,
@@ -227,11 +229,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.resume:
             search.replay()
             gc.freeze()  # a long ledger's records stay, and going through them again takes most of a second
-            print(f"resumed {ledger.path}: {len(search.told)} evaluations of this search")
+            found = len(ledger.records(search=identity["search"], basis=identity["basis"]))
+            print(f"resumed {ledger.path}: {found} evaluations of this search")
 
         def write(final: bool = False) -> None:
             write_results(search.as_run(folder, path), config, identity["supernet_sha256"], final, args.top)
 
+        with contextlib.suppress(OSError):
+            (folder / IMAGES).unlink()  # which a run that was killed leaves
         workers = functools.partial(scoring_workers, make_dispatcher, path, folder, records, (train, candidates))
         if len(search.told) < search.total:
             with workers(config) as dispatcher:
@@ -259,7 +264,7 @@ def scoring_workers(
     config: Config,
 ) -> Iterator[WorkerPool]:
     """Workers that score candidates; the file of pictures that they share lasts as long as they do."""
-    images = folder / "images.pt"
+    images = folder / IMAGES
     try:
         save_scoring_data(prepare_scoring_data(records, *split, config), images)
         setup = (str(supernet.resolve()), str(images.resolve()), to_dict(config))

@@ -25,13 +25,10 @@ from bench.turns import (
     add_options,
     begin,
     check_equal,
-    print_table,
     ratio,
-    show,
     spread,
     take_turns,
     timed,
-    write,
 )
 from lib.engine import recalibrate
 from lib.fuse import fuse

@@ -154,14 +154,16 @@ class WorkerPool(ABC):
     def _feed(self) -> None:
         """Hand waiting jobs to the ready workers that hold the fewest.
 
-        While workers start, a job for each is kept back from those that are busy; an idle one may have it.
+        While workers start, a job for each is kept back from those that are busy; an idle one may have it. A job that
+        failed is tried again on a worker that holds no other: if that dies too, the blame is clear.
         """
         while self._waiting:
-            ready = [worker for worker in self._workers if worker.ready]
+            ready = [w for w in self._workers if w.ready and not any(self._failures[job] for job in w.jobs)]
             worker = min(ready, key=lambda w: len(w.jobs), default=None)
             if worker is None or len(worker.jobs) >= self._max_ahead:
                 return
-            if worker.jobs and len(self._waiting) <= len(self._workers) - len(ready):
+            starting = sum(not w.ready for w in self._workers)
+            if worker.jobs and (len(self._waiting) <= starting or self._failures[self._waiting[0]]):
                 return
             if not self._send(worker, self._messages[self._waiting[0]]):
                 self._replace(worker)

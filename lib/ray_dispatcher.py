@@ -105,16 +105,17 @@ def _last_words(error: Exception) -> str:
     return f"{lines[0]} {reason.partition(' Some common causes')[0]}".strip()
 
 
-def connect(address: str | None) -> None:
+def connect(address: str | None, cpus: int | None = None) -> None:
     """Join the Ray cluster at `address` ("auto": the one this machine is part of), or start one of this machine alone.
 
-    To be called before signal handlers are set, since Ray sets its own. UserError where Ray or the cluster is missing.
+    That one believes in `cpus` CPUs (default: those there are) and ends with this process. To be called before signal
+    handlers are set, since Ray sets its own. UserError where Ray or the cluster is missing.
     """
     ray = _ray()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     quiet = {"logging_level": "ERROR", "log_to_driver": False}
     if not address:
-        ray.init(address=LOCAL, include_dashboard=False, **quiet)
+        ray.init(address=LOCAL, num_cpus=cpus, include_dashboard=False, **quiet)
         return
     try:
         ray.init(address=address, **quiet)

@@ -8,7 +8,7 @@ from pathlib import Path
 from lib import checkpoint
 from lib.budget import counts_latency, limits_of
 from lib.config import Config
-from lib.evolution import Controller, SpaceExhausted
+from lib.evolution import Controller, RandomSearch, SpaceExhausted
 from lib.genotype import Genotype
 from lib.latency import Coster
 from lib.ledger import Ledger, evaluation_basis, evaluation_key
@@ -60,7 +60,13 @@ class Search:
         return self.first_epoch + len(self.told) // self.config.search.steps
 
     def replay(self) -> None:
-        """Tell the controller what an interrupted run of this very search had found."""
+        """Tell the controller what an interrupted run of this very search had found.
+
+        Not random search, whose proposals depend on their number alone: it makes the same ones again, what was lost
+        in flight among them, and `propose` finds the others in the ledger.
+        """
+        if isinstance(self.controller, RandomSearch):
+            return
         for record in self.ledger.records(search=self.identity["search"], basis=self.identity["basis"]):
             self.asked += 1
             self._tell(record, Genotype.from_dict(record["genotype"]))

@@ -1,9 +1,10 @@
-"""What the dispatcher's tests run in worker processes: no torch, so that they start fast."""
+"""What the dispatchers' tests run in workers: no torch where that is not the subject, so that they start fast."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable
@@ -101,6 +102,35 @@ def do_count_then_die_once(path, device, args):
         Path(path).touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return "done"
+
+
+def do_allocate(size, device, args):
+    """So many bytes, where 256 MB more than there are now is the limit."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + (256 << 20), before[1]))
+    try:
+        return len(bytearray(size))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def do_killed(argument, device, args):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def do_tensor(size, device, args):
+    """torch's own allocator."""
+    import torch
+
+    return torch.empty(size, dtype=torch.uint8).numel()
+
+
+def do_cuda_out_of_memory(argument, device, args):
+    """What torch raises on a GPU that is full."""
+    import torch
+
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
 def setup_raises(device: str) -> None:

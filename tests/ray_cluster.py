@@ -17,7 +17,7 @@ def cluster(cpus: int) -> Iterator[ModuleType]:
     from lib import ray_dispatcher
 
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # no token is left in the home folder
-    ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray_dispatcher.connect(None, cpus)
     try:
         yield ray_dispatcher
     finally:

@@ -37,6 +37,38 @@ def test_ctrl_c_while_workers_start_is_left_to_the_parent():
         assert take(dispatcher, 1)[0].value[2] == process.pid
 
 
+def test_results_sent_before_death_are_taken_from_the_pipe():
+    """The parent does not look until the worker, which finished one job, is dead: that job is not run again."""
+    with Dispatcher(setup, (), ["cpu"], max_ahead=3) as dispatcher:
+        dispatcher.submit("pid", ("where", None))
+        pid = take(dispatcher, 1)[0].value[2]
+        dispatcher.submit("first", ("where", None))
+        dispatcher.submit("second", ("exit", 1))
+        wait_for(lambda: not is_alive(pid))
+        results = take(dispatcher, 2)
+        assert [r.job_id for r in results] == ["first", "second"]
+        assert results[0].value[2] == pid
+
+
+def test_a_death_is_told_in_the_words_of_the_system():
+    with Dispatcher(setup, (), ["cpu"]) as dispatcher:
+        for job, payload in {"killed": ("killed", None), "left": ("exit", 9)}.items():
+            dispatcher.submit(job, payload)
+        errors = {r.job_id: r.error for r in take(dispatcher, 2)}
+        assert "killed by SIGKILL, as the system does when memory runs out" in errors["killed"]
+        assert "the worker died (exit code 9)" in errors["left"]
+
+
+def test_torch_out_of_memory_fails_the_job_and_not_the_worker():
+    with Dispatcher(setup, (), ["cpu"]) as dispatcher:
+        dispatcher.submit("greedy", ("tensor", 1 << 50))
+        dispatcher.submit("cuda", ("cuda_out_of_memory", None))
+        dispatcher.submit("modest", ("tensor", 8))
+        results = {r.job_id: r for r in take(dispatcher, 3)}
+        assert "can't allocate memory" in results["greedy"].error and results["modest"].value == 8
+        assert "OutOfMemoryError" in results["cuda"].error
+
+
 PARENT = """
 import multiprocessing
 import sys

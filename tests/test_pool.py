@@ -13,6 +13,7 @@ from ray_cluster import cluster
 from lib.dispatcher import Dispatcher
 from lib.errors import UserError
 from lib.pool import ATTEMPTS, WorkerError
+from lib.time_limit import TimeLimit
 from tests.dispatch_workers import setup, setup_dies, setup_raises, setup_user_error
 
 
@@ -150,31 +151,27 @@ def test_a_worker_killed_from_outside_is_replaced(make, tmp_path):
     with make(setup, (), ["cpu"]) as dispatcher:
         dispatcher.submit("before", ("where", None))
         pid = take(dispatcher, 1)[0].value[2]
-        for signal_number in (signal.SIGKILL, signal.SIGTERM):
+        for _ in range(2):
             dispatcher.submit("running", ("sleep", 0.6))
             dispatcher.submit("queued", ("where", None))
             time.sleep(0.1)
-            os.kill(pid, signal_number)
-            results = take(dispatcher, 2)
-            assert [(r.job_id, r.error) for r in results] == [("running", None), ("queued", None)]
-            assert results[1].value[2] != pid
-            pid = results[1].value[2]
+            os.kill(pid, signal.SIGKILL)
+            results = {r.job_id: r for r in take(dispatcher, 2)}
+            assert results["running"].error is None and results["queued"].value[2] != pid
+            pid = results["queued"].value[2]
         os.kill(pid, signal.SIGKILL)  # while it has nothing to do
         dispatcher.submit("after", ("echo", 1))
         assert take(dispatcher, 1)[0].value == 1
 
 
-def test_results_sent_before_death_are_taken_from_the_pipe(make):
-    """The parent does not look until the worker, which finished one job, is dead: that job is not run again."""
+def test_an_innocent_job_is_not_blamed_for_the_one_behind_it(make):
     with make(setup, (), ["cpu"], max_ahead=3) as dispatcher:
-        dispatcher.submit("pid", ("where", None))
-        pid = take(dispatcher, 1)[0].value[2]
-        dispatcher.submit("first", ("where", None))
-        dispatcher.submit("second", ("exit", 1))
-        wait_for(lambda: not is_alive(pid))
-        results = take(dispatcher, 2)
-        assert [r.job_id for r in results] == ["first", "second"]
-        assert results[0].value[2] == pid
+        dispatcher.submit("innocent", ("echo", 1))
+        dispatcher.submit("poison", ("exit", 9))
+        dispatcher.submit("bystander", ("echo", 2))
+        results = {r.job_id: r for r in take(dispatcher, 3)}
+        assert (results["innocent"].value, results["bystander"].value) == (1, 2)
+        assert "the worker died (" in results["poison"].error and "(attempt 3 of 3)" in results["poison"].error
 
 
 def test_a_job_that_always_kills_its_worker_is_given_up_and_hurts_no_other(make):
@@ -183,7 +180,7 @@ def test_a_job_that_always_kills_its_worker_is_given_up_and_hurts_no_other(make)
         for i in range(3):
             dispatcher.submit(i, ("echo", i))
         results = {r.job_id: r for r in take(dispatcher, 4)}
-        assert "the worker died (exit code 9) (attempt 3 of 3)" in results["poison"].error
+        assert "the worker died (" in results["poison"].error and "(attempt 3 of 3)" in results["poison"].error
         assert [results[i].value for i in range(3)] == [0, 1, 2]
 
 
@@ -205,15 +202,15 @@ def test_a_job_over_its_time_limit_is_given_up_and_the_others_go_on(make, tmp_pa
         assert "no result within 0.3 s (attempt 3 of 3)" in results["hung"].error
         assert results["next"].value == 1
         assert len(pids_in(tmp_path)) == ATTEMPTS
-        assert not any(map(is_alive, pids_in(tmp_path)))
+        wait_for(lambda: not any(map(is_alive, pids_in(tmp_path))), seconds=5)
 
 
 @pytest.mark.parametrize(
     ("broken", "error", "message"),
     [
         (setup_raises, WorkerError, "(?s)worker cpu#0 could not be set up.*setup_raises.*no such device cpu"),
-        (setup_user_error, UserError, "^last.pt: not a checkpoint$"),
-        (setup_dies, UserError, "worker cpu#0 died 3 times in a row before it was ready .exit code 7"),
+        (setup_user_error, UserError, "^last.pt: not a checkpoint"),
+        (setup_dies, UserError, "worker cpu#0 died 3 times in a row before it was ready"),
     ],
 )
 def test_a_worker_that_cannot_be_set_up_is_a_clear_error(make, broken, error, message):
@@ -230,7 +227,42 @@ def test_close_ends_hung_and_busy_workers_in_seconds(make, tmp_path):
     pids = wait_for(lambda: not dispatcher.results(timeout=0.02) and len(pids_in(tmp_path)) == 2 and pids_in(tmp_path))
     start = time.monotonic()
     dispatcher.close()
-    assert time.monotonic() - start < 5
-    assert not any(map(is_alive, pids))
+    wait_for(lambda: not any(map(is_alive, pids)), seconds=5)
+    assert time.monotonic() - start < 8
     dispatcher.close()
     assert dispatcher.results() == []
+
+
+def test_memory_that_cannot_be_had_fails_the_job_and_not_the_worker(make):
+    """A limit on the worker's address space, so that an allocation really fails."""
+    with make(setup, (), ["cpu"]) as dispatcher:
+        dispatcher.submit("greedy", ("allocate", 1 << 30))
+        dispatcher.submit("modest", ("allocate", 1 << 10))
+        results = {r.job_id: r for r in take(dispatcher, 2)}
+        assert "MemoryError" in results["greedy"].error and "(attempt 3 of 3)" in results["greedy"].error
+        assert results["modest"].value == 1 << 10
+
+
+def test_a_worker_that_the_system_kills_for_its_memory_is_replaced(make):
+    """SIGKILL in the middle of a job is all that a process sees of the out-of-memory killer."""
+    with make(setup, (), ["cpu"]) as dispatcher:
+        dispatcher.submit("greedy", ("killed", None))
+        dispatcher.submit("modest", ("echo", 1))
+        results = {r.job_id: r for r in take(dispatcher, 2)}
+        assert "the worker died (" in results["greedy"].error and "(attempt 3 of 3)" in results["greedy"].error
+        assert results["modest"].value == 1
+
+
+def test_a_hung_job_is_stopped_by_the_median_of_those_that_ended(make, tmp_path):
+    limit = TimeLimit(factor=5, floor=1.0, least=4)
+    with make(setup, (), ["cpu"]) as dispatcher:
+        for i in range(4):
+            dispatcher.submit(i, ("sleep", 0.02))
+        for result in take(dispatcher, 4):
+            limit.add(result.seconds)
+        dispatcher.time_limit = limit.seconds
+        dispatcher.submit("hung", ("pid_then_sleep", str(tmp_path)))
+        dispatcher.submit("next", ("echo", 1))
+        results = {r.job_id: r for r in take(dispatcher, 2)}
+        assert "no result within 1 s (attempt 3 of 3)" in results["hung"].error
+        assert results["next"].value == 1 and len(pids_in(tmp_path)) == ATTEMPTS

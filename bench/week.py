@@ -1,0 +1,122 @@
+"""A week-long search in miniature: nothing is lost, counted twice or changed by any number of deaths.
+
+    python bench/week.py --folder /tmp/week
+
+20000 simulated evaluations through the real search loop, ledger and worker processes. A worker is killed with SIGKILL
+every 200 evaluations; the script that searches is killed likewise three times, and started again. Then the same search
+runs undisturbed. Every evaluation must be in the ledger once, and both searches must have the same front. The scores
+are made up and the controller is random search (bench/simulated.py says why). Prints what was found, writes JSON, and
+exits with 1 where a promise is broken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+
+from simulated import KILLS  # noqa: E402
+
+from lib.evolution import pareto_front  # noqa: E402
+
+SEARCH = """
+import sys
+from pathlib import Path
+sys.path[:0] = sys.argv[1:3]
+from simulated import simulate
+simulate(Path(sys.argv[3]), *map(int, sys.argv[4:]))
+"""  # not a file, which the workers would import, and torch with it
+
+
+def start(folder: Path, args: argparse.Namespace, kill_every: int) -> subprocess.Popen:
+    numbers = args.evaluations, args.workers, kill_every
+    command = [sys.executable, "-c", SEARCH, ROOT, ROOT / "bench", folder, *numbers]
+    with (folder / "printed.txt").open("a") as file:
+        return subprocess.Popen(list(map(str, command)), stdout=file, stderr=file)
+
+
+def lines_of(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def disturbed(folder: Path, args: argparse.Namespace) -> list[int]:
+    """Search, and kill the search itself at even distances; how many evaluations it had each time."""
+    deaths = []
+    for number in range(1, args.parent_kills + 1):
+        process = start(folder, args, args.kill_every)
+        while lines_of(folder / "evals.jsonl") < args.evaluations * number // (args.parent_kills + 1):
+            if process.poll() is not None:
+                sys.exit(f"the search ended before it was killed; see {folder / 'printed.txt'}")
+            time.sleep(0.05)
+        process.kill()
+        process.wait()
+        deaths.append(lines_of(folder / "evals.jsonl"))
+    finish(start(folder, args, args.kill_every), folder)
+    return deaths
+
+
+def finish(process: subprocess.Popen, folder: Path) -> None:
+    if process.wait():
+        sys.exit(f"the search failed; see {folder / 'printed.txt'}")
+
+
+def read(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "evals.jsonl").read_text().splitlines()]
+
+
+def front(records: list[dict]) -> list:
+    """Genotypes and metrics of the front, each as text."""
+    members = pareto_front(records, "AP", ["flops"])
+    return sorted(json.dumps([m["genotype"], m["metrics"]], sort_keys=True) for m in members)
+
+
+def report(folder: Path, args: argparse.Namespace) -> dict:
+    whole, broken = folder / "undisturbed", folder / "disturbed"
+    for place in (whole, broken):
+        place.mkdir(parents=True)
+    begin = time.monotonic()
+    deaths = disturbed(broken, args)
+    middle = time.monotonic()
+    finish(start(whole, args, 0), whole)
+    end = time.monotonic()
+    records, expected = read(broken), read(whole)
+    return {
+        "evaluations": len(records),
+        "distinct": len({r["key"] for r in records}),
+        "failed": sum(r["status"] != "ok" for r in records),
+        "workers_killed": lines_of(broken / KILLS),
+        "searches_killed_at": deaths,
+        "seconds": {"disturbed": middle - begin, "undisturbed": end - middle},
+        "front": len(front(expected)),
+        "front_is_equal": front(records) == front(expected),
+        "evaluations_are_equal": {r["key"] for r in records} == {r["key"] for r in expected},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--evaluations", type=int, default=20_000, help="default: 20000")
+    parser.add_argument("--workers", type=int, default=2, help="default: 2")
+    parser.add_argument("--kill-every", type=int, default=200, help="evaluations between two deaths (default: 200)")
+    parser.add_argument("--parent-kills", type=int, default=3, help="default: 3")
+    parser.add_argument("--folder", type=Path, help="a new folder for the ledgers (default: a temporary one)")
+    parser.add_argument("--out", type=Path, default=Path("week.json"), help="default: week.json")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        found = report(args.folder or Path(folder), args)
+    args.out.write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+    once = found["evaluations"] == found["distinct"] == args.evaluations and not found["failed"]
+    if not (once and found["front_is_equal"] and found["evaluations_are_equal"]):
+        sys.exit("broken: an evaluation is missing, there twice, failed or another one, or the front differs")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Stand-ins for a search's scoring worker, with made-up scores: no torch, so that they start fast."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+import zlib
+from collections.abc import Callable
+
+
+def share_of(job: dict) -> float:
+    """A number from 0 to 1 that depends on the genotype alone."""
+    return zlib.crc32(repr(sorted(job["genotype"].items())).encode()) / 2**32
+
+
+def score_of(job: dict) -> dict:
+    """That number in the place of each metric."""
+    metrics = dict.fromkeys(("AP", "AP50", "mAP"), share_of(job))
+    blocks = [block for stage in job["genotype"]["backbone"]["stages"] for block in stage]
+    metrics["flops"] = metrics["params"] = sum(block["expand"] * block["kernel"] for block in blocks)
+    return {"metrics": metrics, "images": 1, "lost": False}
+
+
+def quick(device: str, *args) -> Callable[[dict], dict]:
+    return score_of
+
+
+def slow(device: str, *args) -> Callable[[dict], dict]:
+    """A second a job, so that there is time to interfere."""
+
+    def score(job: dict) -> dict:
+        time.sleep(1)
+        return score_of(job)
+
+    return score
+
+
+def short_of_memory(device: str, *args) -> Callable[[dict], dict]:
+    """A third of the candidates finds no memory, another third is killed for it."""
+
+    def score(job: dict) -> dict:
+        fate = int(share_of(job) * 2**32) % 3
+        if fate == 0:
+            raise MemoryError
+        if fate == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return score_of(job)
+
+    return score

@@ -1,0 +1,229 @@
+"""async_search.py when the disk is full, the folder read-only, the memory short, or the user impatient.
+
+Each ends in one line and leaves a ledger that replays: the same command with --resume finishes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from dispatch_helpers import wait_for
+from tiny_runs import REPOSITORY, SEARCH, command, environment, finish, read_lines
+
+from lib.ledger import Ledger
+
+STAND_IN = """
+import sys
+import async_search
+from lib.runtime import run
+from tests import search_workers
+async_search.scoring_worker = getattr(search_workers, sys.argv[1])
+run(lambda: async_search.main(sys.argv[2:]))
+"""
+
+
+@pytest.fixture
+def options(flow):
+    """A search of 12 evaluations by two workers in the folder `search`; its files are written at the end only."""
+    supernet = flow[0] / "runs/tiny/supernet"
+    settings = ["search.num_epochs=3", "search.steps=4"]
+    flags = ["--load", supernet, "--gpus", "cpu,cpu", "--train-dir", "search", "--save-every", "9"]
+    return [*flags, *(part for setting in settings for part in ("--set", setting))]
+
+
+def launch(cwd: Path, *words: object) -> subprocess.Popen:
+    """A command in a group of its own, which Ctrl-C in a terminal would reach as a whole."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    env = {**environment(), "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.Popen(list(map(str, words)), cwd=cwd, env=env, start_new_session=True, **pipes)
+
+
+def search(cwd: Path, options: list, worker: str = "") -> subprocess.Popen:
+    """async_search.py, with one of the workers of search_workers.py if it is named."""
+    return launch(cwd, *([sys.executable, "-c", STAND_IN, worker, *options] if worker else command(SEARCH, *options)))
+
+
+def lines_in(folder: Path) -> int:
+    with contextlib.suppress(FileNotFoundError):
+        return (folder / "search" / "evals.jsonl").read_bytes().count(b"\n")
+    return 0
+
+
+def assert_one_line(stderr: str, words: str) -> None:
+    last = stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and words in last and "Traceback" not in stderr, stderr
+
+
+def assert_resume_finishes(cwd: Path, options: list, found: int) -> None:
+    """The ledger replays, and then every evaluation is in it once."""
+    with Ledger(cwd / "search" / "evals.jsonl") as ledger:
+        assert len(ledger) == found
+    done = finish(search(cwd, [*options, "--resume"], "quick"))
+    assert done.returncode == 0, done.stderr
+    records = read_lines(cwd / "search" / "evals.jsonl")
+    assert len(records) == len({r["key"] for r in records}) == 12
+    assert (cwd / "search" / "best.json").is_file() and not (cwd / "search" / "images.pt").exists()
+
+
+def test_ctrl_c_finishes_what_runs_and_saves(options, tmp_path):
+    process = search(tmp_path, options)
+    wait_for(lambda: lines_in(tmp_path) >= 2)
+    os.killpg(process.pid, signal.SIGINT)
+    done = finish(process)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert "stopped; the same command with --resume goes on" in done.stdout
+    assert (tmp_path / "search" / "best.json").is_file() and not (tmp_path / "search" / "images.pt").exists()
+    assert 2 <= lines_in(tmp_path) < 12
+    assert_resume_finishes(tmp_path, options, lines_in(tmp_path))
+
+
+def test_ctrl_c_before_the_first_result_is_no_error(options, tmp_path):
+    process = search(tmp_path, options, "slow")
+    wait_for(lambda: (tmp_path / "search" / "images.pt").exists())
+    os.killpg(process.pid, signal.SIGINT)
+    done = finish(process)
+    assert done.returncode == 0 and "with --resume goes on" in done.stdout, done.stderr
+
+
+def test_ctrl_c_twice_ends_at_once_and_loses_nothing(options, tmp_path):
+    process = search(tmp_path, options, "slow")
+    wait_for(lambda: lines_in(tmp_path) >= 2)
+    os.killpg(process.pid, signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None  # what runs takes seconds
+    os.killpg(process.pid, signal.SIGINT)
+    start = time.monotonic()
+    done = finish(process)  # which waits for the workers too: they have its pipes
+    assert time.monotonic() - start < 3 and done.returncode == 128 + signal.SIGINT, done.stderr
+    assert_resume_finishes(tmp_path, options, lines_in(tmp_path))
+
+
+def test_a_file_that_may_not_grow_is_a_clear_end(options, tmp_path):
+    """The kernel takes a part of a line and refuses the rest, as a disk that fills up does."""
+    process = search(tmp_path, options)
+    wait_for(lambda: lines_in(tmp_path) >= 2)
+    ledger = tmp_path / "search" / "evals.jsonl"
+    size = len(ledger.read_bytes().rpartition(b"\n")[0]) + 21
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, size))
+    done = finish(process)
+    assert done.returncode == 2
+    assert_one_line(done.stderr, "evals.jsonl: cannot write the ledger: File too large")
+    found = lines_in(tmp_path)
+    assert 2 <= found < 12 and ledger.read_bytes()[-1:] != b"\n"
+    assert_resume_finishes(tmp_path, options, found)
+
+
+def in_namespace(cwd: Path, script: str) -> subprocess.CompletedProcess:
+    """Run a shell script that may mount things which nobody else sees; skips where that is not permitted."""
+    unshare = ["unshare", "--map-root-user", "--mount"]
+    if shutil.which("unshare") is None or subprocess.run([*unshare, "true"], capture_output=True).returncode:
+        pytest.skip("this system lets no process mount a file system of its own")
+    return finish(launch(cwd, *unshare, "sh", "-ec", script))
+
+
+def stand_in(options: list, worker: str) -> str:
+    return shlex.join(map(str, [sys.executable, "-c", STAND_IN, worker, *options]))
+
+
+def test_a_full_disk_is_a_clear_end(options, tmp_path):
+    """A real one of 1 MB: at first without room for the pictures, then filled up while the search runs."""
+    script = f"""
+        mkdir search out
+        mount -t tmpfs -o size=1m tmpfs search
+        head -c 900k /dev/zero > search/filler
+        {stand_in(options, "quick")} 2> out/pictures || echo $? >> out/status
+        rm search/filler
+        {stand_in(options, "slow")} 2> out/ledger &
+        until [ "$(cat search/evals.jsonl 2> /dev/null | wc -l)" -ge 2 ]; do sleep 0.1; done
+        cat /dev/zero > search/filler 2> /dev/null || true
+        wait $! || echo $? >> out/status
+        ls search > out/left
+        rm search/filler
+        cp -r search full
+    """
+    done = in_namespace(tmp_path, script)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "status").read_text().split() == ["2", "2"]
+    assert_one_line(
+        (tmp_path / "out" / "pictures").read_text(), "images.pt: cannot be written (No space left on device)"
+    )
+    reason = "evals.jsonl: cannot write the ledger: No space left on device"
+    assert_one_line((tmp_path / "out" / "ledger").read_text(), reason)
+    assert (tmp_path / "out" / "left").read_text().split() == ["config.yaml", "evals.jsonl", "filler"]
+    (tmp_path / "search").rmdir()  # the mount point, empty now
+    (tmp_path / "full").rename(tmp_path / "search")
+    found = lines_in(tmp_path)
+    assert 2 <= found < 12
+    assert_resume_finishes(tmp_path, options, found)
+
+
+def test_a_read_only_folder_is_a_clear_end(options, tmp_path):
+    """A mount that even root cannot write to."""
+    script = f"""
+        mkdir search
+        touch search/evals.jsonl
+        mount --bind search search
+        mount -o remount,ro,bind search
+        {stand_in(options, "quick")}
+    """
+    done = in_namespace(tmp_path, script)
+    assert done.returncode == 2
+    assert_one_line(done.stderr, "evals.jsonl: cannot open the ledger: Read-only file system")
+    assert_resume_finishes(tmp_path, options, 0)
+
+
+@contextlib.contextmanager
+def no_new_files(folder: Path):
+    """Files that are open can still be written, none can be added; root needs a file system with such a flag."""
+    if os.geteuid():
+        folder.chmod(0o555)
+    elif shutil.which("chattr") is None or subprocess.run(["chattr", "+i", folder], capture_output=True).returncode:
+        pytest.skip("nothing keeps root from writing to a folder here")
+    try:
+        yield
+    finally:
+        folder.chmod(0o755) if os.geteuid() else subprocess.run(["chattr", "-i", folder], check=True)
+
+
+def test_a_folder_that_becomes_read_only_is_a_clear_end(options, tmp_path):
+    """The ledger is open and can go on; the results cannot be written at the end."""
+    process = search(tmp_path, options, "slow")
+    wait_for(lambda: lines_in(tmp_path) >= 2)
+    with no_new_files(tmp_path / "search"):
+        done = finish(process)
+    assert done.returncode == 2
+    assert_one_line(done.stderr, "best.json: cannot be written (")
+    assert_resume_finishes(tmp_path, options, 12)
+
+
+@pytest.mark.parametrize("name", ["images.pt", "front.png"])
+def test_a_file_that_cannot_be_replaced_is_named(options, tmp_path, name):
+    """A folder stands in its place."""
+    (tmp_path / "search" / name).mkdir(parents=True)
+    done = finish(search(tmp_path, options, "quick"))
+    assert done.returncode == 2
+    assert_one_line(done.stderr, f"search/{name}: cannot be written (Is a directory)")
+    (tmp_path / "search" / name).rmdir()
+    assert_resume_finishes(tmp_path, options, lines_in(tmp_path))
+
+
+def test_candidates_that_find_no_memory_are_recorded_and_the_search_goes_on(options, tmp_path):
+    done = finish(search(tmp_path, options, "short_of_memory"))
+    assert done.returncode == 0, done.stderr
+    records = read_lines(tmp_path / "search" / "evals.jsonl")
+    failed = [r["error"] for r in records if r["status"] == "failed"]
+    assert len(records) == 12 and 0 < len(failed) < 12
+    assert all("(attempt 3 of 3)" in error for error in failed)
+    assert {"MemoryError" in error for error in failed} == {True, False}  # the others were killed
+    assert all("killed by SIGKILL" in error for error in failed if "MemoryError" not in error)
+    assert done.stdout.count("a candidate failed on cpu#") == len(failed)
