@@ -21,7 +21,7 @@ from lib.genotype import Block, BlockChoices, Genotype, SearchSpace
 CHILD_TRIES = 1_000  # children in a row that may be rejected before a proposal is sampled from the whole space
 SAMPLE_TRIES = 10_000  # samples in a row that may be rejected before the space counts as exhausted
 MAX_PULLS = 8  # after 8 crossovers with a corner of the space, about 1 choice in 256 still differs from it
-RARE_WIN = 0.05  # how seldom a newcomer that racing stops would have become a parent in one tournament
+TYPICAL = 0.5  # of all tournaments are won by a better one than the rival that a newcomer must not clearly lose to
 ENUMERABLE = 20_000  # spaces up to this size are listed in full, so that their last genotypes are found too
 
 Record = TypeVar("Record", bound=Mapping)
@@ -220,12 +220,12 @@ class RegularizedEvolution(_Evolution):
         self._population.append(individual)
 
     def rivals(self, costs: Mapping[str, float]) -> list[Genotype]:
-        """Beside the front's, the one that wins a tournament against worse ones only `RARE_WIN` of the time."""
+        """Beside the front's, the typical winner of a tournament."""
         found = super().rivals(costs)
         if len(self._population) < self._population_size:
             return []
         ordered = sorted(self._population, key=lambda member: member.values[0])
-        last = int(len(ordered) * RARE_WIN ** (1 / self._tournament_size))
+        last = int(len(ordered) * (1 - TYPICAL) ** (1 / self._tournament_size))
         return [*found, ordered[min(last, len(ordered) - 1)].genotype] if found else []
 
     def _select(self, rng: random.Random) -> Genotype | None:

@@ -235,7 +235,7 @@ def test_names_that_nobody_knows():
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("seed", range(3))
 def test_who_is_worse_than_all_rivals_makes_no_difference(name, seed):
-    """Not to the front; under pareto-evo nothing at all, under evo no parent but by a rare tournament."""
+    """Not to the front; under pareto-evo to nothing at all."""
     controller, rng, judged = make(name, make_space(3), seed=seed, costs=["flops"]), random.Random(seed), 0
     told = []
     for _ in range(80):
@@ -256,14 +256,14 @@ def test_who_is_worse_than_all_rivals_makes_no_difference(name, seed):
     assert judged > 5
 
 
-def test_a_rival_of_evolution_wins_few_tournaments():
+def test_a_rival_of_evolution_is_the_typical_winner_of_a_tournament():
     controller = make("evo", make_space(3), population_size=40, tournament_size=4, costs=["flops"])
     search(controller, 40)
     rivals = controller.rivals({"flops": math.inf})
     scores = {g: metrics(g)["AP"] for g in controller._told}
     weakest = min(scores[rival] for rival in rivals)
     wins = sum(scores[controller._select(random.Random(i))] <= weakest for i in range(2000)) / 2000
-    assert 0.01 < wins < 0.1
+    assert 0.35 < wins < 0.65
     assert not make("evo").rivals({"flops": 1.0}) and not controller.rivals({"flops": 1.0})
 
 
