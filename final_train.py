@@ -4,6 +4,7 @@
     python final_train.py --genotype runs/bccd/search/best.json
     python final_train.py --genotype pareto.json --index 2 --set final.epochs=50
     torchrun --nproc_per_node=4 final_train.py                # the same training on four GPUs
+    python final_train.py --compare                           # does the search pay? others by the same short recipe
     python final_train.py --eval-only                         # the last detector on the test set again
     python final_train.py --eval-only --pycocotools           # with pycocotools' own numbers
     python final_train.py --predict 'photos/*.jpg' --out drawn
@@ -21,12 +22,13 @@ from pathlib import Path
 import torch
 
 from lib import cli, distributed, inference, parity, plan
-from lib.config import to_dict
+from lib.compare import contestants, shortened
+from lib.config import Config, to_dict
+from lib.contest import Contest
 from lib.datasets import configured_train_loader, load_records
-from lib.engine import recalibrate
 from lib.errors import UserError
 from lib.export import export_graph
-from lib.final_training import FinalTraining, evaluate, some_images
+from lib.final_training import evaluate, some_images
 from lib.genotype import Genotype
 from lib.genotype_file import is_genotype_string, parse_genotype_string, read_genotype_file
 from lib.inference import draw_pictures
@@ -34,10 +36,21 @@ from lib.models import load_detector
 from lib.pictures import find_pictures
 from lib.preflight import preflight
 from lib.quantize import quantize
+from lib.records import Records
 from lib.runs import find_genotype, last_run, remember
 from lib.runtime import pick_device, run, seed_everything
-from lib.start import find_start, find_teacher
+from lib.start import find_start, find_teacher, load_supernet_of, make_training, supernet_path
 from lib.timing import describe_parts
+
+
+def load_data(config: Config) -> tuple[Records, Records]:
+    """The training and the test data, of the same classes."""
+    records = load_records(config.data, "train", config.seed)
+    config.data.classes = list(records.classes)
+    test = load_records(config.data, "test", config.seed)
+    if bool(test.ignore.all()):
+        raise UserError(f"{config.data.root}: none of the {len(test)} test images has an object to find")
+    return records, test
 
 
 def train(args: argparse.Namespace, device: torch.device) -> None:
@@ -48,21 +61,17 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     config = cli.read_config(args, "final", source.get("config"))
     folder = cli.run_folder(args, config, "final")
     seed_everything(config.seed)
-    records = load_records(config.data, "train", config.seed)
-    config.data.classes = list(records.classes)
-    test = load_records(config.data, "test", config.seed)
-    if bool(test.ignore.all()):
-        raise UserError(f"{config.data.root}: none of the {len(test)} test images has an object to find")
+    records, test = load_data(config)
     origin = "scratch" if args.from_scratch else "pretrained" if args.from_pretrained else "supernet"
     start = find_start(origin, config, source, records.classes, args.load)
     network = start.network
     genotype = Genotype.from_dict(source) if source else parse_genotype_string(name, network.space)
-    teacher = find_teacher(start, config, genotype, records.classes)
-    model, cost = network.extract(genotype), network.cost(genotype)
+    network.space.check(genotype)
+    teacher, cost = find_teacher(start, config, genotype, records.classes), network.cost(genotype)
     everything, batch_size = range(len(records)), config.final.batch_size
     loader = configured_train_loader(records, everything, genotype.image_size, batch_size, config, device)
     for line in (
-        *preflight(records, range(len(records)), model.priors, config.loss.matched_threshold),
+        *preflight(records, everything, network.priors(genotype.image_size), config.loss.matched_threshold),
         f"test set: {len(test)} images",
         f"genotype: {genotype}",
         f"  {cost.flops / 1e6:.1f} M multiply-adds, {cost.params / 1e6:.3f} M parameters",
@@ -75,14 +84,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     cli.refuse_to_overwrite(folder / "last.pt", args.resume)
     cli.save_config(config, folder)
     remember("final", folder)
-    fresh = [] if args.from_scratch else [model]  # a pretrained backbone too has statistics of another training
-    if teacher is not None:
-        teacher.to(device, memory_format=torch.channels_last)
-        fresh += [] if config.final.distill.teacher else [teacher]
-    for net in fresh:
-        recalibrate(net.to(device), some_images(records, genotype.image_size, config), device)
-    options = {"teacher": teacher, "resume": args.resume, "tensorboard": args.tensorboard}
-    training = FinalTraining(config, folder, model, genotype, cost._asdict(), loader, test, device, **options)
+    options = {"resume": args.resume, "tensorboard": args.tensorboard}
+    training = make_training(config, folder, start, genotype, teacher, loader, test, device, **options)
     if not training.run():
         print(f"stopped; everything is in {folder / 'last.pt'}, the same command with --resume goes on")
         return
@@ -91,6 +94,35 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     print(f"best: epoch {training.best['epoch']}, AP {training.best['AP']:.4f}, AP50 {training.best['AP50']:.4f}")
     print(f"wrote {folder / 'best.pt'}, {folder / 'metrics.json'}, {folder / 'curves.png'}")
     print(f"next: python final_train.py --predict PICTURES --load {folder} --out drawn")
+
+
+def compare(args: argparse.Namespace, device: torch.device) -> None:
+    """--compare: the found genotype and others, scored with inherited weights, fine-tuned and trained from scratch."""
+    file = find_genotype(args.genotype or "best.json")
+    source = read_genotype_file(file, args.index)
+    whole = cli.read_config(args, "final", source.get("config"))
+    folder, config = cli.run_folder(args, whole, "compare"), shortened(whole, args.compare_epochs)
+    records, test = load_data(config)
+    path = supernet_path(config, source, args.load)
+    supernet = load_supernet_of(path, records.classes)
+    written = path.parent / "pretrained_genotype.json"
+    pretrained = Genotype.from_dict(read_genotype_file(written)) if written.exists() else None
+    found, flops = Genotype.from_dict(source), (lambda genotype: supernet.detector.cost(genotype).flops)
+    chosen = contestants(supernet.space, flops, found, pretrained, args.compare_random, config.seed)
+    print(f"compare: {len(chosen)} networks, each trained twice for {config.final.epochs} epochs")
+    for name, genotype in chosen.items():
+        print(f"  {name}: {flops(genotype) / 1e6:.1f} M multiply-adds")
+    if args.dry_run:
+        return
+    cli.refuse_to_overwrite(folder / "plan.json", args.resume)
+    contest = Contest(config, folder, supernet, path, chosen, records, test, device)
+    cli.save_config(whole, folder)
+    if not contest.run():
+        print(f"stopped; everything is in {folder}, the same command with --resume goes on")
+        return
+    print(contest.write())
+    print(f"wrote {folder / 'compare.json'}, {folder / 'compare.md'}, {folder / 'compare.png'}")
+    print(f"next: python final_train.py --genotype {file}")
 
 
 def detector_path(args: argparse.Namespace) -> Path:
@@ -146,6 +178,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--index", metavar="K", type=int, help="which member of a front, cheapest first, from 0")
     add("--from-scratch", action="store_true", help="start from random weights instead of the supernet's")
     add("--from-pretrained", action="store_true", help="start from backbone.pretrained_path, not from the supernet")
+    add("--compare", action="store_true", help="train the genotype and others in short, to see what the search gave")
+    add("--compare-random", metavar="N", type=int, default=2, help="random ones of similar multiply-adds (default: 2)")
+    add("--compare-epochs", metavar="N", type=int, help="of each short training (default: a quarter of final.epochs)")
     add("--eval-only", action="store_true", help="evaluate a trained detector on the test set and stop")
     add(
         "--pycocotools",
@@ -180,6 +215,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif args.export:
         cli.refuse_torchrun("--export")
         export_detector(args)
+    elif args.compare:
+        cli.refuse_torchrun("--compare")
+        compare(args, device)
     elif args.eval_only:
         evaluate_again(args, device)
     else:

@@ -7,22 +7,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import torch
+from torch.utils.data import DataLoader
+
 from lib import checkpoint
 from lib.config import Config
 from lib.detector import SSD, ElasticSSD
+from lib.engine import recalibrate
 from lib.errors import UserError
+from lib.final_training import FinalTraining, some_images
 from lib.genotype import Genotype
 from lib.models import Supernet, load_supernet, load_teacher
 from lib.pretrained import as_table, load_pretrained
+from lib.records import Records
 from lib.runlog import say
 from lib.runs import supernet_checkpoint
 
 
 class Start(NamedTuple):
-    """`network` is what the genotype is cut from; `supernet` is where it comes from, None if from none."""
+    """`network` is what the genotype is cut from, with random weights unless it is `trained`."""
 
     network: ElasticSSD
-    supernet: Supernet | None
+    trained: bool
+    supernet: Supernet | None  # of the genotype, where it is known
 
 
 def find_start(
@@ -34,24 +41,29 @@ def find_start(
 ) -> Start:
     """The network to start from. `source` is the genotype file's content, `load` the supernet's run instead of its."""
     if origin == "supernet":
-        supernet = find_supernet(config, source, classes, load)
-        return Start(supernet.detector, supernet)
+        supernet = load_supernet_of(supernet_path(config, source, load), classes)
+        return Start(supernet.detector, True, supernet)
     network = ElasticSSD(config, len(classes))
     if origin == "pretrained":
         if not config.backbone.pretrained_path:
             raise UserError("--from-pretrained: backbone.pretrained_path names nothing; --set it, or the YAML may")
         print("\n".join(as_table(load_pretrained(network, config).rows)))
-    return Start(network, None)
+    return Start(network, origin == "pretrained", None)
 
 
-def find_supernet(config: Config, source: dict, classes: Sequence[str], load: Path | None) -> Supernet:
-    """The supernet of `load`, else of the genotype file, else of the configuration; of the same classes."""
+def supernet_path(config: Config, source: dict, load: Path | None) -> Path:
+    """The checkpoint in `load`, else that which the genotype file names, else the configuration's."""
     named = source.get("supernet", {}).get("path") or config.final.supernet_state_dict
     if not load and not named:
         raise UserError("the genotype names no supernet: name its run with --load DIR, or use --from-scratch")
     path = supernet_checkpoint(load or Path(named))
     if not load and checkpoint.sha256(path) != source.get("supernet", {}).get("sha256", checkpoint.sha256(path)):
         say(f"note: {path} has changed since the search")
+    return path
+
+
+def load_supernet_of(path: Path, classes: Sequence[str]) -> Supernet:
+    """The supernet of a checkpoint. Raises UserError unless it was trained on `classes`."""
     supernet = load_supernet(path)
     if supernet.classes != tuple(classes):
         raise UserError(f"{path}: was trained on {', '.join(supernet.classes)}, the data has {', '.join(classes)}")
@@ -73,4 +85,27 @@ def find_teacher(start: Start, config: Config, genotype: Genotype, classes: Sequ
             "name a detector's best.pt"
         )
     largest = replace(start.supernet.space.largest(), image_size=genotype.image_size)
-    return start.network.extract(largest).eval().requires_grad_(False)
+    return start.supernet.detector.extract(largest).eval().requires_grad_(False)
+
+
+def make_training(
+    config: Config,
+    folder: Path,
+    start: Start,
+    genotype: Genotype,
+    teacher: SSD | None,
+    loader: DataLoader,
+    test: Records,
+    device: torch.device,
+    **options: bool,
+) -> FinalTraining:
+    """The training of one genotype. BatchNorm is re-estimated wherever the weights are those of another training."""
+    model, cost = start.network.extract(genotype), start.network.cost(genotype)
+    shared = [model] if start.trained else []
+    if teacher is not None:
+        teacher.to(device, memory_format=torch.channels_last)
+        shared += [] if config.final.distill.teacher else [teacher]
+    for net in shared:
+        recalibrate(net.to(device), some_images(loader.dataset.records, net.image_size, config), device)
+    options |= {"teacher": teacher}
+    return FinalTraining(config, folder, model, genotype, cost._asdict(), loader, test, device, **options)

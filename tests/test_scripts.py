@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny_runs import FINAL, REPOSITORY, SEARCH, SUPERNET, environment, read_lines, run
+from tiny_runs import FINAL, REPOSITORY, SEARCH, SUPERNET, environment, finish, read_lines, run, start
 from torchvision.io import decode_image, read_file
 
 import async_search
@@ -134,6 +134,36 @@ def test_a_teacher_of_either_kind_teaches_the_detector(flow, tmp_path):
         losses = [r["losses"] for r in read_lines(tmp_path / name / "log.jsonl") if r["kind"] == "train"]
         assert [set(item) for item in losses] == [{"cls", "loc"}, {"cls", "loc", "distill"}]
         assert losses[1]["distill"] > 0
+
+
+def test_a_comparison_trains_each_contestant_from_both_starts_and_resumes(flow, tmp_path):
+    folder, _ = flow
+    genotype = ["--genotype", folder / "runs/tiny/search/best.json", "--load", folder / "runs/tiny/supernet"]
+    options = [*genotype, "--compare", "--compare-random", "1", "--train-dir", "compare"]
+    options += ["--set", f"data.root={folder / 'shapes'}"]
+    printed = run(tmp_path, FINAL, *options)
+    content = json.loads((tmp_path / "compare/compare.json").read_text())
+    rows = {row["name"]: row for row in content["rows"]}
+    assert list(rows) == ["found", "largest", "smallest", "random 1"] and content["epochs"] == 1
+    table = (tmp_path / "compare/compare.md").read_text()
+    assert table in printed and "next: python final_train.py --genotype" in printed
+    for name, row in rows.items():
+        scores = [row[start] for start in ("inherited", "fine_tuned", "scratch")]
+        assert len({json.dumps(metrics["per_class"]) for metrics in scores}) > 1 and row["latency_ms"] > 0
+        assert f"| {name} | {row['flops'] / 1e6:.1f} |" in table
+    assert decode_image(read_file(str(tmp_path / "compare/compare.png"))).float().std() > 1
+    before = (tmp_path / "compare/random_1/scratch/best.pt").stat().st_mtime_ns
+    shutil.rmtree(tmp_path / "compare/smallest/scratch")  # what is lost is done again, to the same end, and no more
+    (tmp_path / "compare/smallest/result.json").unlink()
+    again = run(tmp_path, FINAL, *options, "--resume")
+    assert "smallest, 3 of 4" in again and "largest, 2 of 4" not in again
+    assert (tmp_path / "compare/random_1/scratch/best.pt").stat().st_mtime_ns == before
+    repeated = {r["name"]: r for r in json.loads((tmp_path / "compare/compare.json").read_text())["rows"]}
+    for row in (*rows.values(), *repeated.values()):
+        row["latency_ms"] = None
+    assert repeated == rows
+    done = finish(start(tmp_path, FINAL, *options, "--resume", "--compare-epochs", "2"))
+    assert done.returncode == 2 and "compare: that comparison has another 'config'" in done.stderr
 
 
 def test_a_pretrained_network_goes_through_all_stages(flow, arguments, tmp_path):

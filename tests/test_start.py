@@ -17,7 +17,7 @@ WEIGHT = {"final__distill__weight": "{boundary: [1], value: [0.5]}"}
 def started(tiny_detector, config, supernet=True):
     network = tiny_detector(search_space__image_size_choice=[64, 96])
     space = replace(network.space, image_size=(96,))
-    return Start(network, Supernet(network, config, ("a",), 2, space) if supernet else None)
+    return Start(network, supernet, Supernet(network, config, ("a",), 2, space) if supernet else None)
 
 
 def test_the_teacher_is_the_largest_that_was_open_at_the_students_image_size(tiny_detector, tiny_config):
@@ -41,7 +41,7 @@ def test_no_weight_is_no_teacher_and_no_supernet_an_error(tiny_detector, tiny_co
 
 def test_a_detector_that_is_named_teaches_whatever_the_start(tiny_detector, tiny_config, tiny_checkpoint):
     config = tiny_config(**WEIGHT, final__distill__teacher=tiny_checkpoint)
-    start = Start(tiny_detector(), None)
+    start = Start(tiny_detector(), False, None)
     student = start.network.space.smallest()
     assert find_teacher(start, config, student, ["cat", "dog", "eel"]) is not None
     with pytest.raises(UserError, match=r"final\.distill\.teacher: .*best\.pt knows cat, dog, eel, not a"):
