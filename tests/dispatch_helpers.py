@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lib.pool import Result, WorkerPool
 
-PATIENCE = 60  # seconds until a test gives up waiting
+PATIENCE = 120  # seconds until a test gives up waiting
 
 
 def take(dispatcher: WorkerPool, count: int) -> list[Result]:
