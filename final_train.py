@@ -20,12 +20,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader
 
-from lib import cli, distributed, inference, parity, plan
+from lib import cli, distributed, estimate, inference, parity, plan
 from lib.compare import contestants, shortened
 from lib.config import Config, to_dict
 from lib.contest import Contest
 from lib.datasets import configured_train_loader, load_records
+from lib.detector import SSD
 from lib.errors import UserError
 from lib.export import export_graph
 from lib.final_training import evaluate, some_images
@@ -37,6 +39,7 @@ from lib.pictures import find_pictures
 from lib.preflight import preflight
 from lib.quantize import quantize
 from lib.records import Records
+from lib.runlog import duration
 from lib.runs import find_genotype, last_run, remember
 from lib.runtime import pick_device, run, seed_everything
 from lib.start import find_start, find_teacher, load_supernet_of, make_training, supernet_path
@@ -80,6 +83,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     ):
         print(line)
     if args.dry_run:
+        print_estimate(config, network.extract(genotype), loader, teacher, test, device)
         return
     cli.refuse_to_overwrite(folder / "last.pt", args.resume)
     cli.save_config(config, folder)
@@ -94,6 +98,17 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     print(f"best: epoch {training.best['epoch']}, AP {training.best['AP']:.4f}, AP50 {training.best['AP50']:.4f}")
     print(f"wrote {folder / 'best.pt'}, {folder / 'metrics.json'}, {folder / 'curves.png'}")
     print(f"next: python final_train.py --predict PICTURES --load {folder} --out drawn")
+
+
+def print_estimate(
+    config: Config, model: SSD, loader: DataLoader, teacher: SSD | None, test: Records, device: torch.device
+) -> None:
+    """How long the training will take on this device: some seconds of each kind of work, added up."""
+    settings = config.final
+    training = estimate.final_seconds(model, config, device, loader, teacher)
+    evaluations = -(-settings.epochs // settings.eval_every)
+    scoring = evaluations * estimate.detecting_seconds(model, test, config, device)
+    print(f"time on {device}: about {duration(training + scoring)}, of which {duration(scoring)} to evaluate")
 
 
 def compare(args: argparse.Namespace, device: torch.device) -> None:

@@ -28,7 +28,7 @@ from lib.config import Config, DistillConfig, SupernetConfig, to_dict
 from lib.datasets import Batch, configured_train_loader, load_records, save_split, split_indices
 from lib.detector import SSD, ElasticSSD
 from lib.elastic import sort_hidden_channels
-from lib.engine import Losses, Trainer, train_epoch
+from lib.engine import Losses, Trainer, detection_loss, train_epoch
 from lib.genotype import Genotype, SearchSpace
 from lib.genotype_file import read_genotype_file
 from lib.losses import DetectionLoss
@@ -155,7 +155,7 @@ def print_estimate(
 ) -> None:
     """How long this stage and the next will take on this device: some seconds of each kind of work, added up."""
     settings, seed, start = config.supernet, config.seed, time.monotonic()
-    loss = DetectionLoss(**vars(config.loss), variances=tuple(config.head.variances))
+    loss = detection_loss(config)
     starts = boundaries(config.search_space.schedule_cfg, settings.epochs)
     phases = []
     for first, end in zip(starts, [*starts[1:], settings.epochs + 1], strict=True):
@@ -168,6 +168,7 @@ def print_estimate(
         phases.append((end - first, forward))
     training = estimate.training_seconds(detector, settings, device, loader, phases)
     panel = make_panel(detector.space, settings.panel, seed)
+    final = estimate.final_seconds(detector.extract(panel["random 1"]), config, device, loader)
     score = estimate.scoring_seconds(detector, list(panel.values()), records, train, search, config, device)
     evaluations = config.search.num_epochs * config.search.steps
     panels = len(due_epochs(config)) * len(panel) * score
@@ -175,6 +176,7 @@ def print_estimate(
         f"time on {device}, measured for {time.monotonic() - start:.0f} s:",
         f"  supernet: about {duration(training + panels)}, of which {duration(panels)} to score the panel",
         f"  search: about {duration(evaluations * score)} of one worker ({score:.2f} s a candidate), racing apart",
+        f"  final: about {duration(final)} for a random sub-network, evaluations apart",
     ):
         print(line)
 
@@ -212,8 +214,7 @@ def train_supernet(
     if args.resume and (payload := checkpoint.load_if_any(last)):
         trainer.load_state_dict(payload)
         print(f"resumed {last} at epoch {trainer.epoch}, step {trainer.step}")
-    variances = tuple(config.head.variances)
-    loss = DetectionLoss(**vars(config.loss), variances=variances, normalizers=distributed.normalizers)
+    loss = detection_loss(config)
     log = RunLog(folder / "log.jsonl", args.tensorboard)
     remember("supernet", folder)
     networks = make_panel(detector.space, settings.panel, config.seed, pretrained)

@@ -25,9 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lib.config import Config, load
 from lib.detector import ElasticSSD
-from lib.engine import Trainer
+from lib.engine import Trainer, detection_loss
 from lib.genotype import Genotype
-from lib.losses import DetectionLoss
 from lib.runlog import progress
 from lib.runtime import keep_freed_memory
 from lib.scoring import Scorer
@@ -48,7 +47,7 @@ def made_up(images: int, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.T
 def training_step(detector: ElasticSSD, genotype: Genotype, batch: int, config: Config) -> Callable[[], object]:
     pictures, boxes, labels = made_up(batch, genotype.image_size)
     trainer = Trainer(detector, config.supernet, CPU, 10**6)
-    loss = DetectionLoss(**vars(config.loss), variances=tuple(config.head.variances))
+    loss = detection_loss(config)
     priors = detector.priors(genotype.image_size)
 
     def losses():

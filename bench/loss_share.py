@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.reference import detection_loss, plain_step, random_batch, reference
+from bench.reference import plain_step, random_batch, reference
 from bench.turns import (
     Clock,
     add_options,
@@ -31,6 +31,7 @@ from bench.turns import (
     timed,
     write,
 )
+from lib.engine import detection_loss
 
 TOLERANCE = 1e-4  # of the largest loss
 

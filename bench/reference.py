@@ -9,14 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from final_train import detection_losses
 from lib import config
 from lib.config import Config, TrainConfig
 from lib.datasets import Batch
 from lib.detector import SSD, ElasticSSD
-from lib.engine import Trainer
+from lib.engine import Trainer, detection_loss
+from lib.final_training import detection_losses
 from lib.genotype import Genotype
-from lib.losses import DetectionLoss
 from supernet_train import supernet_losses
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "voc_mbv3.yaml"
@@ -48,10 +47,6 @@ def random_batch(images: int, size: int, objects: int, num_classes: int) -> Batc
     corner = torch.rand(images, objects, 2, generator=generator) * (1 - sides)
     labels = torch.randint(1, num_classes + 1, (images, objects), generator=generator)
     return Batch(pixels, torch.cat([corner, corner + sides], -1), labels, torch.arange(images))
-
-
-def detection_loss(settings: Config) -> DetectionLoss:
-    return DetectionLoss(**vars(settings.loss), variances=tuple(settings.head.variances))
 
 
 Step = Callable[[Batch], dict[str, float]]  # one training step, with the optimizer's; the losses before it

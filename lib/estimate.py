@@ -11,12 +11,14 @@ import torch
 from torch.utils.data import DataLoader
 
 from lib.config import Config, TrainConfig
-from lib.datasets import Batch, collate
-from lib.detector import ElasticSSD
-from lib.engine import Losses, Trainer
+from lib.datasets import Batch, collate, eval_loader
+from lib.detector import SSD, ElasticSSD
+from lib.engine import Losses, Trainer, detect, detection_loss
+from lib.final_training import detection_losses
 from lib.genotype import Genotype
 from lib.records import Records
 from lib.runlog import progress
+from lib.schedule import value_at
 from lib.scoring import Scorer, prepare_scoring_data
 
 SECONDS = 20.0  # that all measurements take, about
@@ -84,3 +86,25 @@ def scoring_seconds(
     ]
     whole = min(settings.bn_images, len(train)) + images
     return statistics.mean(measured) * whole / (part.bn_images + part.images)
+
+
+def final_seconds(
+    model: SSD, config: Config, device: torch.device, loader: DataLoader, teacher: SSD | None = None
+) -> float:
+    """Seconds of the training of one detector, without its evaluations."""
+    settings, loss = config.final, detection_loss(config)
+    weight = value_at(settings.distill.weight, settings.epochs) if teacher is not None else 0.0
+
+    def forward(batch: Batch) -> Iterator[Losses]:
+        return detection_losses(model, loss, batch, settings.distill, weight, teacher)
+
+    return training_seconds(model, settings, device, loader, [(settings.epochs, forward)])
+
+
+def detecting_seconds(model: SSD, test: Records, config: Config, device: torch.device) -> float:
+    """Seconds of one evaluation on all of `test`, from at most `SAMPLE` of its pictures."""
+    some = range(min(SAMPLE, len(test)))
+    loader = eval_loader(test, some, model.image_size, config.final.batch_size, on_error=config.data.on_error)
+    budget = SCORING_SHARE * SECONDS
+    seconds = typical_seconds(lambda: [detect(model, [batch.images], config, device) for batch in loader], budget)
+    return seconds * len(test) / len(some)

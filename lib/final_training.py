@@ -14,7 +14,7 @@ from lib import checkpoint, distributed
 from lib.config import Config, DistillConfig, to_dict
 from lib.datasets import Batch, eval_loader
 from lib.detector import SSD
-from lib.engine import Losses, Trainer, detect, measure, train_epoch
+from lib.engine import Losses, Trainer, detect, detection_loss, measure, train_epoch
 from lib.errors import UserError
 from lib.genotype import Genotype
 from lib.losses import DetectionLoss
@@ -114,8 +114,7 @@ class FinalTraining:
     def run(self) -> bool:
         """Train to the last epoch; whether it was reached."""
         trainer, settings = self.trainer, self.config.final
-        variances = tuple(self.config.head.variances)
-        loss = DetectionLoss(**vars(self.config.loss), variances=variances, normalizers=distributed.normalizers)
+        loss = detection_loss(self.config)
         with StopRequest() as stop:
             while trainer.epoch <= settings.epochs and not stop.requested:
                 epoch = trainer.epoch

@@ -11,7 +11,7 @@ from lib import estimate
 from lib.config import TrainConfig
 from lib.datasets import configured_train_loader, load_records, split_indices
 from lib.detector import ElasticSSD
-from lib.estimate import scoring_seconds, training_seconds, typical_seconds
+from lib.estimate import detecting_seconds, final_seconds, scoring_seconds, training_seconds, typical_seconds
 from lib.scoring import Scorer
 
 CPU = torch.device("cpu")
@@ -71,3 +71,32 @@ def test_a_score_is_that_of_all_pictures(data, monkeypatch):
     found = scoring_seconds(detector, [detector.space.smallest()], records, train, search, config, CPU)
     assert len(search) == 12 and config.search.bn_images == 8
     assert found == pytest.approx(0.005 * (8 + 12), rel=0.2)
+
+
+def test_a_final_training_is_its_steps_with_the_teachers_share(data, monkeypatch):
+    config, records, train, _ = data
+    monkeypatch.setattr(estimate, "SECONDS", 0.3)
+    detector = ElasticSSD(config, len(records.classes))
+    loader = configured_train_loader(records, train, 64, 8, config, CPU)
+    model, calls = detector.extract(detector.space.smallest()), []
+
+    def slow_losses(*arguments):
+        calls.append(arguments)
+        time.sleep(0.05)
+        yield {"loss": next(model.parameters()).sum() * 0}
+
+    monkeypatch.setattr(estimate, "detection_losses", slow_losses)
+    found = final_seconds(model, config, CPU, loader)
+    steps = loader.batch_sampler.batches_per_epoch * config.final.epochs
+    assert 0.05 * steps < found < 0.1 * steps
+    assert calls[0][0] is model and calls[0][-2:] == (0.0, None)
+
+
+def test_an_evaluation_is_that_of_the_whole_test_set(data, monkeypatch):
+    config, records, _, _ = data
+    monkeypatch.setattr(estimate, "SAMPLE", 8)
+    monkeypatch.setattr(estimate, "SECONDS", 0.3)
+    monkeypatch.setattr(estimate, "detect", lambda model, images, *_: time.sleep(0.02 * len(images[0])))
+    model = ElasticSSD(config, len(records.classes)).extract(ElasticSSD(config, len(records.classes)).space.smallest())
+    found = detecting_seconds(model, records, config, CPU)
+    assert 0.02 * len(records) < found < 0.06 * len(records)
