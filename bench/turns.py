@@ -23,9 +23,9 @@ Clock = Callable[[], float]  # seconds
 TimedRun = Callable[[], float]  # does its work, gives the seconds that it took
 
 
-def add_options(parser: argparse.ArgumentParser, out: str, rounds: int) -> None:
+def add_options(parser: argparse.ArgumentParser, out: str, rounds: int, threads: int = 2) -> None:
     parser.add_argument("--rounds", type=int, default=rounds, help=f"in which all take a turn (default: {rounds})")
-    parser.add_argument("--threads", type=int, default=2, help="default: 2")
+    parser.add_argument("--threads", type=int, default=threads, help=f"default: {threads}")
     parser.add_argument("--out", type=Path, default=Path(out), help=f"default: {out}")
     parser.add_argument(
         "--cpu-time", action="store_true", help="instead of the clock's: for a busy machine, with --threads 1"
