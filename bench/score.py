@@ -33,7 +33,7 @@ def scoring_data(images: int, bn_images: int, objects: int, num_classes: int, si
 
 
 class TimedScore:
-    """`score(genotype)` gives the seconds of a call of `scorer`, those of `recalibrate` taken off."""
+    """`score(genotype)` gives the seconds of a race that nobody stops, those of `recalibrate` taken off."""
 
     def __init__(self, data: dict, settings: Config, detector: ElasticSSD, clock: Clock):
         self.scorer, self.detector, self.clock = scoring.Scorer(data, settings, CPU), detector, clock
@@ -50,5 +50,5 @@ class TimedScore:
         original = scoring.recalibrate
         with mock.patch.object(scoring, "recalibrate", recalibrate):
             start = self.clock()
-            self.metrics = self.scorer(self.detector, genotype)
+            self.metrics = self.scorer.race(self.detector, genotype)["metrics"]
             return self.clock() - start - apart

@@ -177,14 +177,13 @@ def _precision(
 ) -> np.ndarray:
     """(R, T, C, 101) the highest precision at each recall or a higher one."""
     inside, detection, right, curve = matches[1:]
-    times = weight[:, found.image]  # (R, K)
-    counted = np.pad(np.cumsum(times * inside, axis=1), ((0, 0), (1, 0)))
-    label = found.label[detection]
-    before_class = counted[:, np.searchsorted(found.label, label)]
+    label, first = found.label[detection], np.searchsorted(found.label, found.label[detection])
+    ends, place = np.unique(np.concatenate([first, detection + 1]), return_inverse=True)
+    before_class, up_to = np.split(_sums_up_to(ends, weight, found.image, inside)[:, place], 2, axis=1)
+    times = weight[:, found.image[detection]]  # (R, M)
     # Of the matched detections those of objects that are asked for count, of the others those inside.
-    differing = _running_sum(times[:, detection] * (right - inside[detection].astype(int)), curve)
-    seen = counted[:, detection + 1] - before_class + differing
-    hits = _running_sum(times[:, detection] * right, curve)
+    seen = up_to - before_class + _running_sum(times * (right - inside[detection].astype(int)), curve)
+    hits = _running_sum(times * right, curve)
     hits, seen, curve, label = hits[:, right], seen[:, right], curve[right], label[right]
     recall = hits / np.maximum(num_objects, 1)[:, label]
     shape = len(weight), len(IOU_THRESHOLDS), num_classes, len(RECALLS)
@@ -193,6 +192,18 @@ def _precision(
     cell = (np.arange(len(weight))[:, None] * (shape[1] * shape[2]) + curve) * shape[3] + last
     np.maximum.at(highest.reshape(-1), cell, hits / (seen + np.spacing(1)))  # highest where a detection is right
     return np.maximum.accumulate(highest[..., ::-1], axis=-1)[..., ::-1]
+
+
+def _sums_up_to(ends: np.ndarray, weight: np.ndarray, image: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """(R, E) of the first `ends` (E,) detections, rising, how many lie inside, each as often as its image is there."""
+    times = weight[:, image] if inside.all() else weight[:, image] * inside
+    starts = np.concatenate([[0], ends[:-1]])
+    filled = np.flatnonzero(ends > starts)  # reduceat takes one element where there is none
+    sums = np.zeros((len(weight), len(ends)), int)
+    if len(filled):
+        last = ends[filled[-1]]
+        sums[:, filled] = np.add.reduceat(times[:, :last], starts[filled], axis=1)
+    return np.cumsum(sums, axis=1)
 
 
 def _recall(rank: np.ndarray, matches: Matches, num_objects: np.ndarray) -> np.ndarray:
