@@ -168,7 +168,8 @@ def print_estimate(
         phases.append((end - first, forward))
     training = estimate.training_seconds(detector, settings, device, loader, phases)
     panel = make_panel(detector.space, settings.panel, seed)
-    final = estimate.final_seconds(detector.extract(panel["random 1"]), config, device, loader)
+    middling = detector.extract(detector.space.sample(random.Random(seed)))
+    final = estimate.final_seconds(middling, config, device, loader)
     score = estimate.scoring_seconds(detector, list(panel.values()), records, train, search, config, device)
     evaluations = config.search.num_epochs * config.search.steps
     panels = len(due_epochs(config)) * len(panel) * score
