@@ -16,10 +16,11 @@ import math
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -31,13 +32,19 @@ from lib.fuse import fuse
 
 CLASSES, OBJECTS = 3, 10
 SIDE = 2048  # of the matrices
-FORWARD = ("aten::mkldnn_convolution", "aten::_slow_conv2d_forward")
-BACKWARD = ("aten::convolution_backward",)
-NORM = ("native_batch_norm", "batch_norm_elemt", "batch_norm_stats")
-ACTIVATIONS = ("hardswish", "hardsigmoid", "threshold_backward", "hardtanh", "clamp_min", "relu")
-OPTIMIZER = ("_foreach", "_fused_sgd")
-
-Kind = tuple[str, float]  # its name, operations of one call
+COUNT_TOLERANCE = 0.01
+WEIGHT_AT = {  # the position of the weights among the inputs of what computes convolutions
+    "aten::mkldnn_convolution": 1,
+    "aten::_slow_conv2d_forward": 1,
+    "aten::convolution": 1,
+    "aten::convolution_backward": 2,
+    "aten::_slow_conv2d_backward": 2,
+}
+OTHERS = {
+    "BatchNorm": ("batch_norm",),
+    "activation": ("hardswish", "hardsigmoid", "threshold", "hardtanh", "clamp_min", "aten::relu"),
+    "optimizer": ("_foreach", "optimizer"),
+}
 
 
 def main() -> None:
@@ -77,29 +84,62 @@ def matmul_peak(rounds: int) -> float:
 
 
 def measure(run: Callable[[], object], rounds: int, forward: float) -> dict[str, dict[str, float]]:
-    """Milliseconds and GFLOP/s a call, by kind of layer. `forward` are the operations that its convolutions must have."""
+    """Milliseconds and operations of a call, by kind of layer. `forward`: operations of the forward pass, to check."""
     run()
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         for _ in range(rounds):
             run()
     ms, operations, ahead = defaultdict(float), defaultdict(float), 0.0
-    for event in profiler.key_averages(group_by_input_shape=True):
-        kind, each = classify(event.key, event.input_shapes)
+    for event in profiler.events():
+        each, kind = convolution_operations(event), kind_of(event)
         ms[kind] += event.self_cpu_time_total / 1e3 / rounds
-        operations[kind] += each * event.count / rounds
-        ahead += each * event.count / rounds if event.key in FORWARD else 0
-    if abs(ahead / forward - 1) > 0.01:
-        raise UserError(f"the profile has {ahead / 1e9:.2f} GFLOP of convolutions ahead, {forward / 1e9:.2f} expected")
+        operations[kind] += each / rounds
+        ahead += each / rounds if event.name == "aten::convolution" else 0
+    if abs(ahead / forward - 1) > COUNT_TOLERANCE:
+        raise UserError(f"the profile has {ahead / 1e9:.2f} GFLOP of the forward pass, {forward / 1e9:.2f} expected")
     order = sorted(ms, key=ms.get, reverse=True)
-    return {kind: {"ms": ms[kind], "gflop": operations[kind] / 1e9, "gflops": 1e-6 * operations[kind] / ms[kind]} for kind in order}
+    return {kind: {"ms": ms[kind], "gflop": operations[kind] / 1e9} for kind in order}
 
 
-def classify(name: str, shapes: Sequence[Sequence[int]]) -> Kind:
-    """What kind of layer an operator belongs to, and its operations."""
-    if name in FORWARD:
-        x, weight = shapes[:2]
-        return convolution(weight), 2.0 * x[0] * math.prod(weight) * output_pixels(name, shapes)
-    return "rest", 0.0
+def kind_of(event: FunctionEvent) -> str:
+    if event.name in WEIGHT_AT and event.input_shapes:
+        out_channels, in_channels, size, _ = event.input_shapes[WEIGHT_AT[event.name]]
+        if size == 1:
+            return "1x1 convolution"
+        return "depthwise convolution" if in_channels == 1 < out_channels else f"{size}x{size} convolution"
+    for kind, parts in OTHERS.items():
+        if any(part in event.name.lower() for part in parts):
+            return kind
+    return "rest"
+
+
+def convolution_operations(event: FunctionEvent) -> float:
+    """2 for each multiply-add; of a gradient, for each of those that are asked for (input, weights)."""
+    if event.name == "aten::convolution":
+        (batch, _, *sides), weight = event.input_shapes[:2]
+        strides, paddings = event.concrete_inputs[3:5]
+        places = zip(sides, weight[2:], strides, paddings, strict=True)
+        outputs = math.prod((side + 2 * padding - size) // stride + 1 for side, size, stride, padding in places)
+        return 2.0 * batch * outputs * math.prod(weight)
+    if event.name == "aten::convolution_backward":
+        (batch, _, *outputs), _, weight = event.input_shapes[:3]
+        return 2.0 * batch * math.prod(outputs) * math.prod(weight) * sum(event.concrete_inputs[-1][:2])
+    return 0.0
+
+
+def report(args: argparse.Namespace, peak: float, result: dict[str, dict]) -> None:
+    print(f"{args.threads} threads; the peak, a matrix product of side {SIDE}: {peak:.0f} GFLOP/s")
+    table = []
+    for run, kinds in result.items():
+        whole = {"ms": sum(row["ms"] for row in kinds.values()), "gflop": sum(row["gflop"] for row in kinds.values())}
+        for kind, row in {**kinds, "all": whole}.items():
+            row |= {"share_of_time": row["ms"] / whole["ms"], "gflops": 1e3 * row["gflop"] / row["ms"]}
+            row["share_of_peak"] = row["gflops"] / peak
+            share, of_peak = f"{row['share_of_time']:.0%}", f"{row['share_of_peak']:.1%}"
+            table.append((run, kind, f"{row['ms']:.1f}", share, f"{row['gflop']:.2f}", f"{row['gflops']:.1f}", of_peak))
+        kinds["all"] = whole
+    print_table(("run", "layers", "ms", "of the time", "GFLOP", "GFLOP/s", "of the peak"), table)
+    write(args.out, {"rounds": args.rounds, "peak_gflops": peak, "runs": result})
 
 
 if __name__ == "__main__":
