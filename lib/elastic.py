@@ -68,7 +68,7 @@ class ElasticConv1x1(nn.Conv2d):
         return F.conv2d(x, self.weight[:out_channels, : x.shape[1]])
 
     def extract(self, in_channels: int, out_channels: int) -> nn.Conv2d:
-        conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        conv = _blank(lambda: nn.Conv2d(in_channels, out_channels, 1, bias=False))
         return _copy(conv, weight=self.weight[:out_channels, :in_channels])
 
 
@@ -117,7 +117,7 @@ class ElasticDepthwiseConv(nn.Module):
         return depthwise_conv(x, self.kernel(c, size), self.stride, padding)
 
     def extract(self, channels: int, size: int) -> nn.Conv2d:
-        conv = make_conv(channels, channels, size, self.stride, self.same_padding, depthwise=True)
+        conv = _blank(lambda: make_conv(channels, channels, size, self.stride, self.same_padding, depthwise=True))
         return _copy(conv, weight=self.kernel(channels, size))
 
 
@@ -143,7 +143,7 @@ class ElasticSqueezeExcitation(nn.Module):
 
     def extract(self, channels: int) -> SqueezeExcitation:
         s = self.squeeze_channels(channels)
-        plain = SqueezeExcitation(channels, s, scale_activation=nn.Hardsigmoid)
+        plain = _blank(lambda: SqueezeExcitation(channels, s, scale_activation=nn.Hardsigmoid))
         _copy(plain.fc1, weight=self.fc1.weight[:s, :channels], bias=self.fc1.bias[:s])
         _copy(plain.fc2, weight=self.fc2.weight[:channels, :s], bias=self.fc2.bias[:channels])
         return plain
@@ -276,6 +276,13 @@ def sort_hidden_channels(
 
 def _expanding_blocks(model: nn.Module) -> list[ElasticInvertedResidual]:
     return [m for m in model.modules() if isinstance(m, ElasticInvertedResidual) and m.expand is not None]
+
+
+def _blank(make: Callable[[], nn.Module]) -> nn.Module:
+    """A module whose tensors hold nothing yet: to draw numbers that are copied over takes as long as to copy."""
+    with torch.device("meta"):
+        module = make()
+    return module.to_empty(device="cpu")
 
 
 @torch.no_grad()
