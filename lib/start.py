@@ -47,7 +47,7 @@ def find_start(
     if origin == "pretrained":
         if not config.backbone.pretrained_path:
             raise UserError("--from-pretrained: backbone.pretrained_path names nothing; --set it, or the YAML may")
-        print("\n".join(as_table(load_pretrained(network, config).rows)))
+        print("\n".join(as_table(load_pretrained(network, config, classes).rows)))
     return Start(network, origin == "pretrained", None)
 
 
