@@ -125,8 +125,9 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
 def compare(args: argparse.Namespace, device: torch.device) -> None:
     """--compare: the found genotype and others, scored with inherited weights, fine-tuned and trained from scratch."""
-    file = find_genotype(args.genotype or "best.json")
-    source = read_genotype_file(file, args.index)
+    name, source = chosen_genotype(args, None)
+    if is_genotype_string(name):
+        raise UserError("--compare: takes a genotype from a file, such as best.json, which names its supernet")
     whole = cli.read_config(args, "final", source.get("config"))
     folder, config = cli.run_folder(args, whole, "compare"), shortened(whole, args.compare_epochs)
     records, test = load_data(config)
@@ -149,7 +150,7 @@ def compare(args: argparse.Namespace, device: torch.device) -> None:
         return
     print(contest.write())
     print(f"wrote {folder / 'compare.json'}, {folder / 'compare.md'}, {folder / 'compare.png'}")
-    print(f"next: python final_train.py --genotype {file}")
+    print(f"next: python final_train.py --genotype {name or 'best.json'}")
 
 
 def detector_path(args: argparse.Namespace) -> Path:
