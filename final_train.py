@@ -3,6 +3,7 @@
     python final_train.py                                     # the last search's best.json
     python final_train.py --genotype runs/bccd/search/best.json
     python final_train.py --genotype pareto.json --index 2 --set final.epochs=50
+    python final_train.py --load runs/bccd/final --data DIR   # that detector on new data, of its or other classes
     torchrun --nproc_per_node=4 final_train.py                # the same training on four GPUs
     python final_train.py --compare                           # does the search pay? others by the same short recipe
     python final_train.py --eval-only                         # the last detector on the test set again
@@ -34,7 +35,7 @@ from lib.final_training import evaluate, some_images
 from lib.genotype import Genotype
 from lib.genotype_file import is_genotype_string, parse_genotype_string, read_genotype_file
 from lib.inference import draw_pictures
-from lib.models import load_detector
+from lib.models import detector_checkpoint, load_detector
 from lib.pictures import find_pictures
 from lib.preflight import preflight
 from lib.quantize import quantize
@@ -56,19 +57,45 @@ def load_data(config: Config) -> tuple[Records, Records]:
     return records, test
 
 
+def starting_point(args: argparse.Namespace) -> tuple[str, Path | None]:
+    """Where the weights come from: "scratch", "pretrained" or "supernet"; and the detector of --load, if it is one."""
+    other = detector_checkpoint(args.load) if args.load else None
+    if other and (args.from_scratch or args.from_pretrained):
+        raise UserError(f"--load {args.load}: a detector to start from, which --from-scratch, --from-pretrained deny")
+    return "scratch" if args.from_scratch else "pretrained" if args.from_pretrained or other else "supernet", other
+
+
+def chosen_genotype(args: argparse.Namespace, other: Path | None) -> tuple[str, dict]:
+    """The genotype's name, and the content of its file (of a string only the configuration, if any).
+
+    It is that of --genotype, else the configuration's, else that of `other`, a detector, else best.json.
+    """
+    name = args.genotype or (cli.read_config(args, "final").final.genotypes if args.cfg else "")
+    source = {}
+    if other:
+        detector = load_detector(other)
+        source = {**detector.genotype.to_dict(), "config": to_dict(detector.config)}
+    if not is_genotype_string(name) and (name or not other):
+        source |= read_genotype_file(find_genotype(name or "best.json"), args.index)
+    if other and args.data:
+        source["config"]["data"] |= {"classes": [], "num_classes": 0}  # those of the new data
+    return name, source
+
+
 def train(args: argparse.Namespace, device: torch.device) -> None:
     """The whole of stage 3, from a genotype to a detector."""
-    configured = cli.read_config(args, "final").final.genotypes if args.cfg else ""
-    name = args.genotype or configured or "best.json"
-    source = {} if is_genotype_string(name) else read_genotype_file(find_genotype(name), args.index)
+    origin, other = starting_point(args)
+    name, source = chosen_genotype(args, other)
     config = cli.read_config(args, "final", source.get("config"))
+    if other:
+        config.backbone.pretrained_path = str(other)  # which config.yaml then says too
     folder = cli.run_folder(args, config, "final")
     seed_everything(config.seed)
     records, test = load_data(config)
-    origin = "scratch" if args.from_scratch else "pretrained" if args.from_pretrained else "supernet"
     start = find_start(origin, config, source, records.classes, args.load)
     network = start.network
-    genotype = Genotype.from_dict(source) if source else parse_genotype_string(name, network.space)
+    as_text = is_genotype_string(name)
+    genotype = parse_genotype_string(name, network.space) if as_text else Genotype.from_dict(source)
     network.space.check(genotype)
     teacher, cost = find_teacher(start, config, genotype, records.classes), network.cost(genotype)
     everything, batch_size = range(len(records)), config.final.batch_size
@@ -113,8 +140,9 @@ def print_estimate(
 
 def compare(args: argparse.Namespace, device: torch.device) -> None:
     """--compare: the found genotype and others, scored with inherited weights, fine-tuned and trained from scratch."""
-    file = find_genotype(args.genotype or "best.json")
-    source = read_genotype_file(file, args.index)
+    name, source = chosen_genotype(args, None)
+    if is_genotype_string(name):
+        raise UserError("--compare: takes a genotype from a file, such as best.json, which names its supernet")
     whole = cli.read_config(args, "final", source.get("config"))
     folder, config = cli.run_folder(args, whole, "compare"), shortened(whole, args.compare_epochs)
     records, test = load_data(config)
@@ -137,7 +165,7 @@ def compare(args: argparse.Namespace, device: torch.device) -> None:
         return
     print(contest.write())
     print(f"wrote {folder / 'compare.json'}, {folder / 'compare.md'}, {folder / 'compare.png'}")
-    print(f"next: python final_train.py --genotype {file}")
+    print(f"next: python final_train.py --genotype {name or 'best.json'}")
 
 
 def detector_path(args: argparse.Namespace) -> Path:
@@ -185,7 +213,9 @@ def export_detector(args: argparse.Namespace) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(
-        __doc__, "supernet run to inherit from; with --eval-only, --export, --predict: the detector"
+        __doc__,
+        "run to start from: a supernet, or a detector, also of other classes; with --eval-only, --export, --predict: "
+        "the detector",
     )
     cli.add_tensorboard(parser)
     add = parser.add_argument

@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     records = load_records(config.data, "train", config.seed)
     train, search = split_indices(records, config.data.data_portion, config.seed)
     detector = ElasticSSD(config, len(records.classes))
-    pretrained = start_from_pretrained(detector, config, folder, args.resume)
+    pretrained = start_from_pretrained(detector, config, records.classes, folder, args.resume)
     size = max(config.search_space.image_size_choice)
     loader = configured_train_loader(records, train, size, config.supernet.batch_size, config, device)
     for line in (
@@ -182,7 +182,9 @@ def print_estimate(
         print(line)
 
 
-def start_from_pretrained(detector: ElasticSSD, config: Config, folder: Path, resume: bool) -> Genotype | None:
+def start_from_pretrained(
+    detector: ElasticSSD, config: Config, classes: Sequence[str], folder: Path, resume: bool
+) -> Genotype | None:
     """Put the configured pretrained network into `detector`; the sub-network that holds it. A resumed run has it."""
     if not config.backbone.pretrained_path:
         return None
@@ -190,7 +192,7 @@ def start_from_pretrained(detector: ElasticSSD, config: Config, folder: Path, re
     resumes = distributed.world().main and resume and (folder / "last.pt").exists()
     if known := distributed.from_main(read_genotype_file(written) if resumes else None):
         return Genotype.from_dict(known)
-    embedding = load_pretrained(detector, config)
+    embedding = load_pretrained(detector, config, classes)
     print("\n".join(as_table(embedding.rows)))
     return embedding.genotype
 

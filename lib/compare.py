@@ -62,6 +62,8 @@ def shortened(config: Config, epochs: int | None) -> Config:
 
     It is evaluated after the last epoch only, so that no choice on the test set flatters the noisier of two trainings.
     """
+    if epochs is not None and epochs < 1:
+        raise UserError(f"--compare-epochs {epochs}: expected at least 1")
     config = copy.deepcopy(config)
     final, schedule = config.final, config.final.lr_schedule
     epochs = epochs or max(1, round(final.epochs / SHORT))

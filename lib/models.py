@@ -66,6 +66,13 @@ def load_detector(path: Path) -> Detector:
     return Detector(model.eval(), settings, genotype, classes, tuple(payload["category_ids"]), payload["epoch"])
 
 
+def detector_checkpoint(where: Path) -> Path | None:
+    """best.pt in the folder of a final training, or `where` itself if it is a detector's checkpoint; else None."""
+    if where.is_dir():
+        return where / "best.pt" if (where / "best.pt").is_file() else None
+    return where if where.is_file() and "genotype" in checkpoint.load(where, mmap=True) else None
+
+
 def load_teacher(distill: DistillConfig, key: str, classes: Sequence[str], priors: Mapping[int, Tensor]) -> SSD | None:
     """The detector that `distill.teacher` names, frozen. None if it names none, or never gives it a weight.
 

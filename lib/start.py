@@ -47,7 +47,7 @@ def find_start(
     if origin == "pretrained":
         if not config.backbone.pretrained_path:
             raise UserError("--from-pretrained: backbone.pretrained_path names nothing; --set it, or the YAML may")
-        print("\n".join(as_table(load_pretrained(network, config).rows)))
+        print("\n".join(as_table(load_pretrained(network, config, classes).rows)))
     return Start(network, origin == "pretrained", None)
 
 
@@ -107,5 +107,5 @@ def make_training(
         shared += [] if config.final.distill.teacher else [teacher]
     for net in shared:
         recalibrate(net.to(device), some_images(loader.dataset.records, net.image_size, config), device)
-    options |= {"teacher": teacher}
-    return FinalTraining(config, folder, model, genotype, cost._asdict(), loader, test, device, **options)
+    made_of = config, folder, model, genotype, cost._asdict(), loader, test, device
+    return FinalTraining(*made_of, teacher=teacher, **options)

@@ -11,7 +11,7 @@ from lib.engine import Trainer
 from lib.errors import UserError
 from lib.genotype import Genotype
 from lib.genotype_file import is_genotype_string, parse_genotype_string, read_genotype_file, read_genotype_files
-from lib.models import load_detector, load_supernet, load_teacher, load_weights
+from lib.models import detector_checkpoint, load_detector, load_supernet, load_teacher, load_weights
 
 CPU = torch.device("cpu")
 CLASSES = ["cat", "dog", "eel"]
@@ -86,6 +86,11 @@ def test_a_detector_comes_back_in_evaluation_mode(tiny_detector, tiny_config, tm
         assert all(map(torch.equal, loaded.model(x), model(x)))
     with pytest.raises(UserError, match=r"best\.pt: not a supernet's checkpoint; expected last\.pt of supernet_train"):
         load_supernet(path)
+
+
+def test_what_is_a_detectors_checkpoint(supernet, tiny_checkpoint, tmp_path):
+    assert detector_checkpoint(tiny_checkpoint) == detector_checkpoint(tiny_checkpoint.parent) == tiny_checkpoint
+    assert [detector_checkpoint(path) for path in (supernet[1], tmp_path, tmp_path / "nowhere")] == [None] * 3
 
 
 def test_a_supernet_is_no_detector(supernet):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny_data import write_voc
 from tiny_runs import FINAL, REPOSITORY, SEARCH, SUPERNET, environment, finish, read_lines, run, start
 from torchvision.io import decode_image, read_file
 
@@ -134,6 +135,26 @@ def test_a_teacher_of_either_kind_teaches_the_detector(flow, tmp_path):
         losses = [r["losses"] for r in read_lines(tmp_path / name / "log.jsonl") if r["kind"] == "train"]
         assert [set(item) for item in losses] == [{"cls", "loc"}, {"cls", "loc", "distill"}]
         assert losses[1]["distill"] > 0
+
+
+def test_a_detector_learns_new_classes_from_another(flow, tmp_path):
+    """Its genotype and configuration, or others; classes of the same name keep their logits."""
+    folder, _ = flow
+    boxes = {name: [("circle", 2, 2, 30, 28), ("emu", 20, 4, 44, 20)] for name in "abcd"}
+    write_voc(tmp_path / "new", boxes)
+    write_voc(tmp_path / "new", boxes, "test")
+    options = ["--load", folder / "runs/tiny/final", "--data", "new", "--set", "data.dataset_type=voc"]
+    printed = run(tmp_path, FINAL, *options, "--train-dir", "own")
+    known = json.loads((folder / "runs/tiny/final/metrics.json").read_text())
+    kept, lost = ("circle", "emu"), [name for name in known["per_class"] if name != "circle"]
+    assert f"kept: {kept[0]}; starts fresh: {kept[1]}; left out: {', '.join(lost)}" in printed
+    found = json.loads((tmp_path / "own/metrics.json").read_text())
+    assert list(found["per_class"]) == list(kept) and found["genotype"] == known["genotype"]
+    front = folder / "runs/tiny/search/pareto.json"
+    run(tmp_path, FINAL, *options, "--genotype", front, "--index", "0", "--train-dir", "another")
+    other = json.loads((tmp_path / "another/metrics.json").read_text())
+    assert other["genotype"] == {k: json.loads(front.read_text())["front"][0][k] for k in found["genotype"]}
+    assert other["config"]["backbone"]["pretrained_path"] == str(folder / "runs/tiny/final/best.pt")
 
 
 def test_a_comparison_trains_each_contestant_from_both_starts_and_resumes(flow, tmp_path):
