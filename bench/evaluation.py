@@ -27,10 +27,13 @@ from bench.turns import (
     add_options,
     begin,
     check_equal,
+    print_table,
     ratio,
+    show,
     spread,
     take_turns,
     timed,
+    write,
 )
 from lib.detector import ElasticSSD
 from lib.engine import detect, measure, recalibrate
