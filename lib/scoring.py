@@ -20,7 +20,7 @@ from lib.datasets import eval_loader
 from lib.detector import SSD, ElasticSSD
 from lib.engine import detect, measure, recalibrate, to_pixels
 from lib.errors import UserError
-from lib.fuse import fuse
+from lib.fuse import fuse_
 from lib.genotype import Genotype
 from lib.metrics import resampled
 from lib.models import load_supernet
@@ -141,7 +141,7 @@ class Scorer:
         bn_images, size = self.data["bn_images"], self.config.search.batch_size
         whole = max(len(bn_images) // size, 1) * size  # a small last batch would count as much as the others
         recalibrate(model, bn_images[:whole].split(size), self.device)
-        return fuse(model)
+        return fuse_(model)
 
     def _detect(self, model: SSD, first: int, end: int) -> list[Detections]:
         """Detections of the images from `first` up to `end`."""
