@@ -58,7 +58,7 @@ def _serve(pipe: Connection, num_classes: int, threads: int, clock: Clock) -> No
             return
         try:
             pipe.send(getattr(process, name)(*arguments))
-        except Exception as error:  # noqa: BLE001  the other process raises it
+        except Exception as error:
             pipe.send(error)
 
 
