@@ -2,7 +2,7 @@
 
     python bench/chip.py --out chip.json
 
-The middling sub-network of the reference space (configs/voc_mbv3.yaml with 3 classes), 300 px: a training step (batch 8)
+The middling sub-network of the reference space (configs/voc_mbv3.yaml, 3 classes), 300 px: a training step (batch 8)
 and inference of it cut out and fused (batch 16). torch.profiler gives each operator's own time and the shapes of its
 inputs, from which convolutions' operations are counted (a multiply-add is 2; a gradient counts for input and for
 weights). The peak is the best of several square float32 products in the same run; the forward pass's operations must be

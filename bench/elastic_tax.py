@@ -87,7 +87,8 @@ def report(args: argparse.Namespace, rows: dict) -> None:
         for name, row in rows.items()
     ]
     print(
-        f"batch {args.batch}, 300 px, {CLASSES} classes, {args.threads} threads; medians (10% to 90%), {args.rounds} rounds"
+        f"batch {args.batch}, 300 px, {CLASSES} classes, {args.threads} threads, {args.rounds} rounds; "
+        "medians (10% to 90%)"
     )
     print_table(("genotype", "M multiply-adds", "supernet ms", "plain ms", "ratio"), table)
     print(f"median ratio {summary['median']:.3f}, worst {summary['worst']:.3f}")

@@ -2,7 +2,7 @@
 
     python bench/inference.py --out inference.json
 
-Sub-networks of the reference space (configs/voc_mbv3.yaml with 3 classes) at 300 px, cut out, BatchNorm folded; the peer
+Sub-networks of the reference space (configs/voc_mbv3.yaml, 3 classes) at 300 px, cut out, BatchNorm folded; the peer
 in evaluation mode as it comes, at 320 px, in a process of its own. Random weights, every prior box made sure of the
 background on both sides, so that nothing enters NMS. Two comparisons: from pictures to detections, and the network
 alone. The fused network must give the outputs of the elastic one, and both sides' multiply-adds are counted by the same

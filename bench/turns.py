@@ -49,7 +49,10 @@ def timed(run: Callable[[], object], clock: Clock) -> TimedRun:
 
 
 def take_turns(runs: Mapping[str, TimedRun], rounds: int, warm_up: int = 1) -> dict[str, np.ndarray]:
-    """Seconds (rounds,) of each run. All take a turn in each round, in an order of its own; `warm_up` rounds go before."""
+    """Seconds (rounds,) of each run. All take a turn in each round, in an order of its own.
+
+    `warm_up` rounds go before.
+    """
     rng, names = random.Random(0), list(runs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     bar = progress(None, "measure", total=(warm_up + rounds) * len(names))

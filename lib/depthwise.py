@@ -1,8 +1,8 @@
 """Depthwise convolution whose weights' gradient is quick on a CPU for wide kernels as well.
 
 oneDNN has a depthwise kernel for that gradient up to 3 columns. For wider filters it takes the one for groups of 16
-channels, which does 16 times the work and takes longer than all else in a training step of a 5x5 or 7x7 depthwise layer.
-Here the gradient of a wide filter is put together from those of filters 3 columns wide.
+channels, which does 16 times the work: a fifth of a whole training step. Here the gradient of a wide filter is put
+together from those of filters 3 columns wide.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ COLUMNS = 3  # of the widest filter whose gradient oneDNN computes channel by ch
 
 
 def depthwise_conv(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-    """F.conv2d of (B, C, H, W) with weights (C, 1, K, K), each channel on its own; values and gradients are the same."""
+    """F.conv2d of (B, C, H, W) with weights (C, 1, K, K), each channel on its own; the same values and gradients."""
     wide = weight.shape[-1] > COLUMNS and weight.requires_grad and torch.is_grad_enabled()
     plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
     if wide and plain and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling():

@@ -18,7 +18,7 @@ def fuse(model: nn.Module) -> nn.Module:
 
 
 def fuse_(model: nn.Module) -> nn.Module:
-    """`fuse` in place: without the copy, which takes a tenth of the time that a candidate of the search is scored in."""
+    """`fuse` in place: without the copy, which takes a tenth of the time that a candidate's score does."""
     model.eval()
     for sequence in [module for module in model.modules() if isinstance(module, nn.Sequential)]:
         layers = list(sequence._modules.items())  # named_children() leaves out a layer's second occurrence
