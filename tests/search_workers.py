@@ -15,6 +15,11 @@ def score_of(genotype: dict) -> dict:
     return {"AP": share, "AP50": share, "mAP": share}
 
 
+def fate(genotype: dict) -> int:
+    """0, 1 or 2, which is the candidate's for good."""
+    return int(score_of(genotype)["AP"] * 2**32) % 3
+
+
 def quick(device: str, *args) -> Callable[[dict], dict]:
     return score_of
 
@@ -29,14 +34,24 @@ def slow(device: str, *args) -> Callable[[dict], dict]:
     return score
 
 
+def hanging(device: str, *args) -> Callable[[dict], dict]:
+    """A third of the candidates never ends."""
+
+    def score(genotype: dict) -> dict:
+        if fate(genotype) == 0:
+            time.sleep(600)
+        return score_of(genotype)
+
+    return score
+
+
 def short_of_memory(device: str, *args) -> Callable[[dict], dict]:
     """A third of the candidates finds no memory, another third is killed for it."""
 
     def score(genotype: dict) -> dict:
-        fate = int(score_of(genotype)["AP"] * 2**32) % 3
-        if fate == 0:
+        if fate(genotype) == 0:
             raise MemoryError
-        if fate == 1:
+        if fate(genotype) == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return score_of(genotype)
 
