@@ -22,6 +22,11 @@ def score_of(job: dict) -> dict:
     return {"metrics": metrics, "images": 1, "lost": False}
 
 
+def fate(job: dict) -> int:
+    """0, 1 or 2, which is the candidate's for good."""
+    return int(share_of(job) * 2**32) % 3
+
+
 def quick(device: str, *args) -> Callable[[dict], dict]:
     return score_of
 
@@ -36,14 +41,24 @@ def slow(device: str, *args) -> Callable[[dict], dict]:
     return score
 
 
+def hanging(device: str, *args) -> Callable[[dict], dict]:
+    """A third of the candidates never ends."""
+
+    def score(job: dict) -> dict:
+        if fate(job) == 0:
+            time.sleep(600)
+        return score_of(job)
+
+    return score
+
+
 def short_of_memory(device: str, *args) -> Callable[[dict], dict]:
     """A third of the candidates finds no memory, another third is killed for it."""
 
     def score(job: dict) -> dict:
-        fate = int(share_of(job) * 2**32) % 3
-        if fate == 0:
+        if fate(job) == 0:
             raise MemoryError
-        if fate == 1:
+        if fate(job) == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return score_of(job)
 

@@ -42,7 +42,7 @@ def test_sides_that_differ_are_refused():
 
 @pytest.mark.parametrize("input_gradient", [True, False])
 def test_operations_are_those_of_torchs_counter(input_gradient):
-    """Of the forward pass. Backward, it takes a grouped convolution for a full one: each gradient costs as much again."""
+    """Of the forward pass. Backward, it takes a grouped convolution for a full one: each gradient costs as much."""
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 8, 5, 1, 2, groups=8), nn.BatchNorm2d(8), nn.Conv2d(8, 6, 1)
     )

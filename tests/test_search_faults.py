@@ -21,23 +21,28 @@ from dispatch_helpers import wait_for
 from tiny_runs import REPOSITORY, SEARCH, command, environment, finish, read_lines
 
 from lib.ledger import Ledger
+from tests.search_workers import fate
 
 STAND_IN = """
+import functools
 import sys
 import async_search
 from lib.runtime import run
 from tests import search_workers
 async_search.scoring_worker = getattr(search_workers, sys.argv[1])
+if sys.argv[1] == "hanging":
+    async_search.TimeLimit = functools.partial(async_search.TimeLimit, floor=1.0, least=3)
 run(lambda: async_search.main(sys.argv[2:]))
 """
 
 
 @pytest.fixture
 def options(flow):
-    """A search of 12 evaluations by two workers in the folder `search`; its files are written at the end only."""
+    """A search of 12 evaluations, always the same, by two workers in the folder `search`; results at its end only."""
     supernet = flow[0] / "runs/tiny/supernet"
     settings = ["search.num_epochs=3", "search.steps=4"]
     flags = ["--load", supernet, "--gpus", "cpu,cpu", "--train-dir", "search", "--save-every", "9"]
+    flags += ["--controller", "random"]
     return [*flags, *(part for setting in settings for part in ("--set", setting))]
 
 
@@ -227,3 +232,13 @@ def test_candidates_that_find_no_memory_are_recorded_and_the_search_goes_on(opti
     assert {"MemoryError" in error for error in failed} == {True, False}  # the others were killed
     assert all("killed by SIGKILL" in error for error in failed if "MemoryError" not in error)
     assert done.stdout.count("a candidate failed on cpu#") == len(failed)
+
+
+def test_candidates_that_hang_are_stopped_and_recorded_and_the_search_goes_on(options, tmp_path):
+    done = finish(search(tmp_path, options, "hanging"))
+    assert done.returncode == 0, done.stderr
+    records = read_lines(tmp_path / "search" / "evals.jsonl")
+    failed = [r for r in records if r["status"] == "failed"]
+    assert len(records) == 12 and 0 < len(failed) < 9
+    assert all("no result within 1 s (attempt 3 of 3)" in r["error"] for r in failed)
+    assert all(fate(r) == 0 for r in failed) and sum(fate(r) == 0 for r in records) == len(failed)
