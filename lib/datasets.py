@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -12,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
@@ -24,7 +27,7 @@ from lib.errors import UserError, did_you_mean
 from lib.records import Records, find_voc_sets, read_coco, read_voc
 from lib.runtime import die_with_parent
 from lib.shapes import CLASSES, write_shapes
-from lib.transforms import Transform, eval_transform, train_transform
+from lib.transforms import TrainTransform, Transform, eval_transform, scaled, train_transform
 
 if TYPE_CHECKING:
     from lib.config import AugmentConfig, Config, DataConfig
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SPLIT_FORMAT = "split/1"
+LARGE_PICTURE = 1_000_000  # pixels
 CACHE_BYTES = 2 * 1024**3  # of decoded pictures, per process
 
 
@@ -164,7 +168,8 @@ class DetectionDataset(Dataset):
     It is asked for (epoch, row): the outcome is a function of (seed, epoch, row) alone, whichever process computes it
     and whatever it did before. Ignored objects are not trained on. Under `on_error: skip`, a picture that cannot be
     read is logged once per process; in training the next readable row stands in for it, in evaluation a black picture
-    does, so that its objects count as missed. With `cache`, decoded pictures stay in this process's memory.
+    does, so that its objects count as missed. With `cache`, decoded pictures stay in this process's memory; without,
+    training decodes a large JPEG at a half, a quarter or an eighth where it shows no more of it than that.
     """
 
     def __init__(
@@ -182,6 +187,7 @@ class DetectionDataset(Dataset):
         self.indices = torch.as_tensor(indices, dtype=torch.int64).share_memory_()
         self.transform, self.seed, self.training, self.on_error = transform, seed, training, on_error
         self.cache_room = CACHE_BYTES if cache else 0
+        self.reduces = not cache and isinstance(transform, TrainTransform)
         self.cached: dict[int, Tensor] = {}
         self.unreadable: set[int] = set()
 
@@ -190,18 +196,37 @@ class DetectionDataset(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, row = key
+        if self.reduces and is_large_jpeg(self.records.path(row), self.records.sizes[row]):
+            with contextlib.suppress(UnreadableImage), self._random(epoch, row):
+                return *self._reduced(row), row
         if self.on_error == "skip":
             image, shown = self._image_or_stand_in(row)
         else:
             image, shown = self._image(row), row
-        target = self.records.target(shown)
-        counted = ~target["ignore"]
+        with self._random(epoch, row):
+            return *self.transform(image, *self._objects(shown)), shown
+
+    @contextlib.contextmanager
+    def _random(self, epoch: int, row: int) -> Iterator[None]:
+        """Random numbers that depend on the sample alone."""
         digest = hashlib.sha256(f"{self.seed}-{epoch}-{row}".encode()).digest()
         with torch.random.fork_rng(devices=[]):
             # Not torch.manual_seed, which would also reseed the GPU's generator, and that is not forked here.
             torch.default_generator.manual_seed(int.from_bytes(digest[:7], "big"))
-            sample = self.transform(image, target["boxes"][counted], target["labels"][counted])
-        return *sample, shown
+            yield
+
+    def _objects(self, row: int) -> tuple[Tensor, Tensor]:
+        target = self.records.target(row)
+        counted = ~target["ignore"]
+        return target["boxes"][counted], target["labels"][counted]
+
+    def _reduced(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What the transform makes of a picture that is decoded no larger than what will be seen of it needs."""
+        width, height = self.records.sizes[row].tolist()
+        view, boxes, labels = self.transform.choose(width, height, *self._objects(row))
+        image = read_reduced_jpeg(self.records.path(row), width, height, self.transform.reduction(view))
+        view, boxes = scaled(view, boxes, image.shape[2] / width, image.shape[1] / height)
+        return self.transform.show(image, view, boxes, labels)
 
     def _image_or_stand_in(self, row: int) -> tuple[Tensor, int]:
         for candidate in self._candidates(row):
@@ -251,6 +276,25 @@ def read_annotated_picture(path: str, width: int, height: int) -> Tensor:
         found = f"{image.shape[2]} x {image.shape[1]}"
         raise UnreadableImage(f"{path}: is {found} pixels, its annotation says {width} x {height}")
     return image
+
+
+def is_large_jpeg(path: str, size: Tensor) -> bool:
+    """Whether it is worth asking for less of a picture of `size` (width, height): below, PIL costs what is saved."""
+    return int(size.prod()) >= LARGE_PICTURE and Path(path).suffix.lower() in (".jpg", ".jpeg")
+
+
+def read_reduced_jpeg(path: str, width: int, height: int, by: int) -> Tensor:
+    """As `read_annotated_picture`, (3, ceil(H / by), ceil(W / by)); `by` is 1, 2, 4 or 8, which JPEG decodes faster."""
+    if by == 1:
+        return read_annotated_picture(path, width, height)
+    try:
+        with Image.open(path) as picture:
+            if picture.format != "JPEG" or picture.size != (width, height):
+                raise UnreadableImage(f"{path}: is no JPEG of {width} x {height} pixels")
+            picture.draft("RGB", (width // by, height // by))
+            return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise UnreadableImage(f"{path}: cannot be read: {error}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------ loaders

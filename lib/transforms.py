@@ -29,6 +29,13 @@ class View(NamedTuple):
     height: int
 
 
+def scaled(view: View, boxes: Tensor, x: float, y: float) -> tuple[View, Tensor]:
+    """A view and boxes of a picture in the pixels of one that is `x` times as wide and `y` times as tall."""
+    left, top = round(view.left * x), round(view.top * y)
+    right, bottom = round((view.left + view.width) * x), round((view.top + view.height) * y)
+    return View(left, top, right - left, bottom - top), boxes * boxes.new_tensor([x, y, x, y])
+
+
 def train_transform(image_size: int, augment: AugmentConfig | None = None) -> Transform:
     """SSD's augmentation (Liu et al., section 2.2 and 3.6) to `image_size` pixels a side."""
     return TrainTransform(image_size, augment or AugmentConfig())
@@ -70,10 +77,22 @@ class TrainTransform:
 
     def __call__(self, image: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         height, width = image.shape[-2:]
+        return self.show(image, *self.choose(width, height, boxes, labels))
+
+    def choose(self, width: int, height: int, boxes: Tensor, labels: Tensor) -> tuple[View, Tensor, Tensor]:
+        """The part of a picture of that size that will be seen, and the objects in it. Needs no pixel yet."""
         view = random_zoom_out(width, height, self.zoom_out)
         if torch.rand(()) < self.crop_probability:
             view, seen = random_iou_crop(view, boxes, self.crop)
             boxes, labels = boxes[seen], labels[seen]
+        return view, boxes, labels
+
+    def reduction(self, view: View) -> int:
+        """By how much, 1, 2, 4 or 8, a picture may be smaller and still have all pixels that training will see."""
+        return next((by for by in (8, 4, 2) if min(view.width, view.height) >= by * self.image_size), 1)
+
+    def show(self, image: Tensor, view: View, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What `choose` chose of a picture, in its pixels, distorted, flipped, at the training's size."""
         patch, boxes, padding = resize_view(image, boxes, view, self.image_size)
         patch = self.distort(patch)
         image, boxes = F.pad(patch, padding, fill=GREY), F.pad(boxes, padding)
