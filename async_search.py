@@ -16,139 +16,41 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import time
-from collections.abc import Callable, Sequence
+import functools
+import gc
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from lib import checkpoint, cli, plan
-from lib.budget import Budget, counts_latency, limits_of
+import torch
+
+from lib import cli, plan
+from lib.budget import Budget, limits_of
 from lib.config import Config, to_dict
 from lib.datasets import load_records, load_split
 from lib.errors import UserError
-from lib.evolution import Controller, RandomSearch, SpaceExhausted, best_record, make_controller
+from lib.estimate import scoring_seconds
+from lib.evolution import Controller, RandomSearch, best_record, make_controller
 from lib.genotype import Genotype, SearchSpace
 from lib.genotype_file import read_genotype_files
 from lib.latency import Coster, measure_table, table_for
-from lib.ledger import Ledger, evaluation_key
+from lib.ledger import Ledger
 from lib.models import Supernet, load_supernet
-from lib.pool import Result, WorkerPool
-from lib.runlog import progress, say
+from lib.pool import WorkerPool
+from lib.records import Records
+from lib.runlog import duration, progress, say
 from lib.runs import last_run, remember, supernet_checkpoint
 from lib.runtime import StopRequest, pick_device, run
 from lib.scoring import prepare_scoring_data, save_scoring_data, scoring_worker
+from lib.search import Search, identify
 from lib.search_files import write_results
-from lib.search_report import SearchRun
+from lib.search_report import COSTS
+from lib.search_run import SearchRun
 from lib.time_limit import TimeLimit
 from lib.workers import devices_of, pick_dispatcher
 
-
-class Search:
-    """One search: the ask, submit, tell loop over a ledger.
-
-    What the ledger already holds is told at once and never evaluated again. Its records are told with the costs that
-    `costs` gives: a predicted latency is the table's, not the evaluation's.
-    """
-
-    def __init__(
-        self, controller: Controller, ledger: Ledger, config: Config, costs: Coster, identity: dict, first_epoch: int
-    ):
-        self.controller, self.ledger, self.config, self.costs = controller, ledger, config, costs
-        self.identity, self.first_epoch = identity, first_epoch
-        self.total = config.search.num_epochs * config.search.steps
-        self.asked = 0
-        self.told: list[dict] = []  # the records this search has learnt from
-        self.running: dict[str, tuple[Genotype, str]] = {}  # and its origin
-
-    @property
-    def epoch(self) -> int:
-        return self.first_epoch + len(self.told) // self.config.search.steps
-
-    def replay(self) -> None:
-        """Tell the controller what an interrupted run of this very search had found.
-
-        Not random search, whose proposals depend on their number alone: it makes the same ones again, what was lost
-        in flight among them, and `propose` finds the others in the ledger.
-        """
-        if isinstance(self.controller, RandomSearch):
-            return
-        for record in self.ledger.records(search=self.identity["search"]):
-            genotype = Genotype.from_dict(record["genotype"])
-            if record["key"] == self._key(genotype):
-                self.asked += 1
-                self._tell(record)
-
-    def _key(self, genotype: Genotype) -> str:
-        names = ("supernet_sha256", "split_sha256", "settings")
-        return evaluation_key(genotype, *(self.identity[name] for name in names))
-
-    def _tell(self, record: dict) -> None:
-        genotype = Genotype.from_dict(record["genotype"])
-        if record["status"] == "ok":
-            record = {**record, "metrics": {**record["metrics"], **self.costs(genotype)}}
-            self.controller.tell(genotype, record["metrics"])
-        else:
-            self.controller.tell_failure(genotype)
-        self.told.append(record)
-
-    def propose(self) -> tuple[str, Genotype] | None:
-        """The next job; None where the search has asked for all it may. Known evaluations are told on the way."""
-        while self.asked < self.total:
-            try:
-                genotype = self.controller.ask()
-            except SpaceExhausted as end:
-                say(f"search: {end}")
-                self.total = self.asked
-                return None
-            self.asked += 1
-            key = self._key(genotype)
-            known = self.ledger.lookup(key)
-            if known is None:
-                self.running[key] = genotype, self.controller.origin
-                return key, genotype
-            self._tell(known)
-        return None
-
-    def learn(self, result: Result) -> None:
-        """Record a result and tell the controller."""
-        genotype, origin = self.running.pop(result.job_id)
-        record = {
-            "key": result.job_id,
-            "search": self.identity["search"],
-            "origin": origin,
-            "budget": self.identity["budget"],
-            "genotype": genotype.to_dict(),
-            "metrics": result.value or {},
-            "status": "failed" if result.error else "ok",
-            "seconds": round(result.seconds, 3),
-            "worker": result.worker,
-            "epoch": self.epoch,
-            "time": round(time.time(), 3),
-            **({"error": result.error} if result.error else {}),
-        }
-        self.ledger.append(record)
-        self._tell(record)
-
-    def succeeded(self) -> list[dict]:
-        return [record for record in self.told if record["status"] == "ok"]
-
-    def random_evaluations(self) -> list[dict]:
-        """Every random proposal in the ledger that this search could have made, whichever search made it."""
-        found = self.ledger.records(origin="random", budget=self.identity["budget"])
-        return [r for r in found if r["key"] == self._key(Genotype.from_dict(r["genotype"]))]
-
-    def as_run(self, folder: Path, supernet: Path) -> SearchRun:
-        """The search as it stands, for those who write about it."""
-        return SearchRun(
-            name=self.config.name,
-            search=self.identity["search"],
-            supernet=supernet,
-            folder=folder,
-            settings=self.config.search,
-            space=self.controller.space,
-            total=self.total,
-            told=self.told,
-            random=self.random_evaluations(),
-        )
+IMAGES = "images.pt"  # the pictures that the workers share while they run
 
 
 def search_loop(
@@ -164,7 +66,7 @@ def search_loop(
     with progress(None, "search", total=search.total, initial=len(search.told)) as bar:
         while True:
             while not stop.requested and dispatcher.free_slots() > 0 and (job := search.propose()) is not None:
-                dispatcher.submit(job[0], job[1].to_dict())
+                dispatcher.submit(*job)
             bar.total = search.total
             bar.update(len(search.told) - bar.n)
             if search.epoch > epoch and search.succeeded():
@@ -248,6 +150,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--ray-address", metavar="ADDRESS", help="the cluster: auto or HOST:PORT (default: one of this machine alone)")
     add("--start-from", metavar="FILE", nargs="+", type=Path, help="genotypes or fronts to evaluate first")
     add("--controller", choices=["random", "evo", "pareto-evo"], help="how candidates are proposed")
+    add(
+        "--top",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also write top.json, the N best (--genotype top.json --index K)",
+    )
     add("--max-flops", type=float, help="budget: multiply-adds of the whole detector, e.g. 300e6")
     add("--max-params", type=float, help="budget: parameters of the whole detector")
     add("--max-latency", type=float, metavar="MS", help="budget: predicted milliseconds, before NMS (--latency-table)")
@@ -307,9 +216,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     ):
         print(line)
     if args.dry_run:
+        threads = make_dispatcher.keywords["threads_per_worker"]
+        print_estimate(supernet, records, (train, candidates), config, devices, threads)
         return
     starts = start_genotypes(args.start_from, path.parent, supernet, budget)
-    images = folder / "images.pt"
     with Ledger(folder / "evals.jsonl") as ledger, StopRequest() as stop:
         cli.save_config(config, folder)
         remember("search", folder)
@@ -318,31 +228,106 @@ def main(argv: Sequence[str] | None = None) -> None:
         search = Search(controller, ledger, config, costs, identity, supernet.epoch + 1)
         if args.resume:
             search.replay()
-            found = len(ledger.records(search=identity["search"]))
+            gc.freeze()  # a long ledger's records stay, and going through them again takes most of a second
+            found = len(ledger.records(search=identity["search"], basis=identity["basis"]))
             print(f"resumed {ledger.path}: {found} evaluations of this search")
 
         def write(final: bool = False) -> None:
-            write_results(search.as_run(folder, path), config, identity["supernet_sha256"], final)
+            write_results(search.as_run(folder, path), config, identity["supernet_sha256"], final, args.top)
 
-        try:
-            save_scoring_data(prepare_scoring_data(records, train, candidates, config), images)
-            setup = (str(path.resolve()), str(images.resolve()), to_dict(config))
-            with make_dispatcher(scoring_worker, setup) as dispatcher:
+        with contextlib.suppress(OSError):
+            (folder / IMAGES).unlink()  # which a run that was killed leaves
+        workers = functools.partial(scoring_workers, make_dispatcher, path, folder, records, (train, candidates))
+        if len(search.told) < search.total:
+            with workers(config) as dispatcher:
                 search_loop(search, dispatcher, stop, write, args.save_every or 1, TimeLimit(config.search.time_limit))
-        finally:
-            with contextlib.suppress(OSError):
-                images.unlink()
-    if stop.requested and not search.succeeded():
-        print("stopped before an evaluation succeeded; the same command with --resume goes on")
-        return
-    if not search.succeeded():
-        raise UserError(f"no evaluation succeeded; see {folder / 'evals.jsonl'}")
-    write(final=True)
+        if stop.requested and not search.succeeded():
+            print("stopped before an evaluation succeeded; the same command with --resume goes on")
+            return
+        if not search.succeeded():
+            raise UserError(f"no evaluation succeeded; see {folder / 'evals.jsonl'}")
+        if not stop.requested and (jobs := search.missing_finalists(search.as_run(folder, path))):
+            everything = replace(config, search=replace(config.search, images=0))
+            with workers(everything) as dispatcher:
+                score_finalists(search, dispatcher, jobs)
+        write(final=True)
+        report_end(search, search.as_run(folder, path), args.top)
+
+
+@contextlib.contextmanager
+def scoring_workers(
+    make_dispatcher: Callable[..., WorkerPool],
+    supernet: Path,
+    folder: Path,
+    records: Records,
+    split: tuple[Sequence[int], Sequence[int]],
+    config: Config,
+) -> Iterator[WorkerPool]:
+    """Workers that score candidates; the file of pictures that they share lasts as long as they do."""
+    images = folder / IMAGES
+    try:
+        save_scoring_data(prepare_scoring_data(records, *split, config), images)
+        setup = (str(supernet.resolve()), str(images.resolve()), to_dict(config))
+        with make_dispatcher(scoring_worker, setup) as dispatcher:
+            yield dispatcher
+    finally:
+        with contextlib.suppress(OSError):
+            images.unlink()
+
+
+def print_estimate(
+    supernet: Supernet,
+    records: Records,
+    split: tuple[Sequence[int], Sequence[int]],
+    config: Config,
+    devices: Sequence[str],
+    threads: int | None,
+) -> None:
+    """How long the search will take: candidates scored for some seconds, as one of the workers would."""
+    torch.set_num_threads(threads or torch.get_num_threads())
+    space, settings = supernet.space, config.search
+    genotypes = [space.smallest(), space.sample(random.Random(config.seed)), space.largest()]
+    score = scoring_seconds(supernet.detector, genotypes, records, *split, config, torch.device(devices[0]))
+    evaluations = settings.num_epochs * settings.steps
+    print(
+        f"time: about {duration(evaluations * score / len(devices))} for {evaluations} candidates of {score:.2f} s "
+        f"each on {len(devices)} workers; what the ledger holds, and what racing stops, takes less"
+    )
+
+
+def report_end(search: Search, run: SearchRun, top: int) -> None:
+    """What was found, what it is worth, where it is, what to do next."""
+    folder, front = run.folder, run.front()
     if len(search.told) < search.total:
         print("stopped; the same command with --resume goes on")
     print(progress_line(search, search.epoch - 1))
-    print(f"wrote {folder / 'best.json'}, {folder / 'pareto.json'}, {folder / 'report.html'}")
+    stopped = len(run.compared) - len(run.scored)
+    if stopped:
+        print(
+            f"{stopped} of {len(run.compared)} candidates clearly lost on a part of the images and were stopped there"
+        )
+    ties = [k for k, record in enumerate(front) if (noise := run.noise(record)) and noise.tie]
+    if len(ties) > 1:
+        cheapest = COSTS[run.settings.costs[0]](front[ties[0]]["metrics"], run.settings.costs[0])
+        print(
+            f"{len(ties)} of the front's {len(front)} cannot be told from the best on {front[0]['images']} images; "
+            f"the cheapest of them, {cheapest}: --genotype {folder / 'pareto.json'} --index {ties[0]}"
+        )
+    files = ["best.json", "pareto.json", *(["top.json"] if top else []), "report.html"]
+    print(f"wrote {', '.join(str(folder / name) for name in files)}")
     print(f"next: python final_train.py --genotype {folder / 'best.json'}")
+
+
+def score_finalists(search: Search, dispatcher: WorkerPool, jobs: Sequence[tuple[str, dict]]) -> None:
+    """Score the front anew, on all images of the search split."""
+    for job in jobs:
+        dispatcher.submit(*job)
+    bar = progress(None, "front on all images", total=len(jobs))
+    while dispatcher.pending:
+        for result in dispatcher.results():
+            search.learn_finalist(result)
+            bar.update()
+    bar.close()
 
 
 def configured_controller(config: Config, space: SearchSpace, budget: Budget, starts: Sequence[Genotype]) -> Controller:
@@ -350,21 +335,6 @@ def configured_controller(config: Config, space: SearchSpace, budget: Budget, st
     names = ("objective", "costs", "population_size", "tournament_size", "mutation_probability")
     options = {name: getattr(settings, name) for name in (*names, "crossover_probability")}
     return make_controller(settings.controller, space, config.seed, budget, seeds=starts, **options)
-
-
-def identify(supernet: Path, config: Config) -> dict:
-    """What tells this search, and what its evaluations rest on, from others in the same ledger."""
-    settings = config.search
-    shared = (config.seed, settings.controller, settings.objective, settings.costs, limits_of(settings))
-    measured = checkpoint.sha256(Path(settings.latency_table)) if counts_latency(settings) else "no latency"
-    limits = {name: value for name, value in vars(settings).items() if name[:4] in ("min_", "max_") and value}
-    return {
-        "search": f"{shared}-{measured}",
-        "supernet_sha256": checkpoint.sha256(supernet),
-        "split_sha256": checkpoint.sha256(supernet.parent / "split.json"),
-        "budget": limits,
-        "settings": {"bn_images": settings.bn_images, "images": settings.images, "batch_size": settings.batch_size},
-    }
 
 
 if __name__ == "__main__":

@@ -13,30 +13,32 @@ runs/NAME/supernet. The next command is async_search.py.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
 
-from lib import checkpoint, cli, distributed, plan
+from lib import checkpoint, cli, distributed, estimate, plan
 from lib.config import Config, DistillConfig, SupernetConfig, to_dict
 from lib.datasets import Batch, configured_train_loader, load_records, save_split, split_indices
 from lib.detector import SSD, ElasticSSD
 from lib.elastic import sort_hidden_channels
-from lib.engine import Losses, Trainer, train_epoch
-from lib.errors import UserError
+from lib.engine import Losses, Trainer, detection_loss, train_epoch
 from lib.genotype import Genotype, SearchSpace
 from lib.genotype_file import read_genotype_file
 from lib.losses import DetectionLoss
-from lib.models import load_detector, load_weights
-from lib.panel import PanelLog, make_panel
+from lib.models import load_teacher, load_weights
+from lib.panel import PanelLog, due_epochs, make_panel
 from lib.preflight import preflight
 from lib.pretrained import as_table, load_pretrained
+from lib.records import Records
 from lib.report import plot_training
-from lib.runlog import RunLog, say
+from lib.runlog import RunLog, duration, say
 from lib.runs import remember, supernet_checkpoint
 from lib.runtime import StopRequest, pick_device, run, seed_everything
 from lib.schedule import boundaries, describe_openings, first_narrower_epoch, space_at, value_at
@@ -87,27 +89,10 @@ def supernet_losses(
         logits, offsets = detector(batch.images, genotype)
         losses = loss(logits, offsets, targets)
         if taught:
-            options = {name: getattr(distill, name) for name in ("priors", "beta", "gamma", "temperature")}
-            losses["distill"] = weight * loss.distillation(logits, teacher_logits, targets, **options)
+            losses["distill"] = weight * loss.distillation(logits, teacher_logits, targets, **distill.rules())
         elif weight:
             teacher_logits = logits.detach()
         yield {name: value / len(genotypes) for name, value in losses.items()}
-
-
-def load_teacher(config: Config, detector: ElasticSSD, classes: Sequence[str], device: torch.device) -> SSD | None:
-    """The detector that `supernet.distill.teacher` names; it must have the supernet's classes and prior boxes."""
-    name = config.supernet.distill.teacher
-    if not name:
-        return None
-    teacher = load_detector(Path(name))
-    if teacher.classes != tuple(classes):
-        raise UserError(
-            f"supernet.distill.teacher: {name} knows {', '.join(teacher.classes)}, not {', '.join(classes)}"
-        )
-    for size in detector.space.image_size:
-        if not torch.equal(teacher.model.priors, detector.priors(size)):
-            raise UserError(f"supernet.distill.teacher: {name} has other prior boxes than the supernet at {size} px")
-    return teacher.model.to(device, memory_format=torch.channels_last)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -122,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     records = load_records(config.data, "train", config.seed)
     train, search = split_indices(records, config.data.data_portion, config.seed)
     detector = ElasticSSD(config, len(records.classes))
-    pretrained = start_from_pretrained(detector, config, folder, args.resume)
+    pretrained = start_from_pretrained(detector, config, records.classes, folder, args.resume)
     size = max(config.search_space.image_size_choice)
     loader = configured_train_loader(records, train, size, config.supernet.batch_size, config, device)
     for line in (
@@ -135,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ):
         print(line)
     if args.dry_run:
+        print_estimate(config, detector, loader, records, train, search, device)
         return
     cli.refuse_to_overwrite(folder / "last.pt", args.resume)
     if args.load:
@@ -147,7 +133,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         checkpoint.write_text(folder / "pretrained_genotype.json", json.dumps(content, indent=1) + "\n")
         print(f"wrote {folder / 'pretrained_genotype.json'}, the sub-network that holds the pretrained one")
     scorer = Scorer(prepare_scoring_data(records, train, search, config), config, device)
-    teacher = load_teacher(config, detector, records.classes, device)
+    priors = {size: detector.priors(size) for size in detector.space.image_size}
+    teacher = load_teacher(config.supernet.distill, "supernet.distill.teacher", records.classes, priors)
+    if teacher is not None:
+        teacher.to(device, memory_format=torch.channels_last)
     finished = train_supernet(args, config, folder, detector, loader, scorer, records.classes, pretrained, teacher)
     if finished:
         print(f"wrote {folder / 'last.pt'}, {folder / 'curves.png'}\nnext: python async_search.py --load {folder}")
@@ -155,7 +144,47 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"stopped; everything is in {folder / 'last.pt'}, the same command with --resume goes on")
 
 
-def start_from_pretrained(detector: ElasticSSD, config: Config, folder: Path, resume: bool) -> Genotype | None:
+def print_estimate(
+    config: Config,
+    detector: ElasticSSD,
+    loader: DataLoader,
+    records: Records,
+    train: Sequence[int],
+    search: Sequence[int],
+    device: torch.device,
+) -> None:
+    """How long this stage and the next will take on this device: some seconds of each kind of work, added up."""
+    settings, seed, start = config.supernet, config.seed, time.monotonic()
+    loss = detection_loss(config)
+    starts = boundaries(config.search_space.schedule_cfg, settings.epochs)
+    phases = []
+    for first, end in zip(starts, [*starts[1:], settings.epochs + 1], strict=True):
+        space, weight, draws = space_at(config, first), value_at(settings.distill.weight, first), itertools.count()
+
+        def forward(batch: Batch, space=space, weight=weight, draws=draws) -> Iterator[Losses]:
+            genotypes = step_genotypes(space, settings, seed, next(draws))
+            return supernet_losses(detector, loss, batch, genotypes, settings.distill, weight)
+
+        phases.append((end - first, forward))
+    training = estimate.training_seconds(detector, settings, device, loader, phases)
+    panel = make_panel(detector.space, settings.panel, seed)
+    middling = detector.extract(detector.space.sample(random.Random(seed)))
+    final = estimate.final_seconds(middling, config, device, loader)
+    score = estimate.scoring_seconds(detector, list(panel.values()), records, train, search, config, device)
+    evaluations = config.search.num_epochs * config.search.steps
+    panels = len(due_epochs(config)) * len(panel) * score
+    for line in (
+        f"time on {device}, measured for {time.monotonic() - start:.0f} s:",
+        f"  supernet: about {duration(training + panels)}, of which {duration(panels)} to score the panel",
+        f"  search: about {duration(evaluations * score)} of one worker ({score:.2f} s a candidate), racing apart",
+        f"  final: about {duration(final)} for a random sub-network, evaluations apart",
+    ):
+        print(line)
+
+
+def start_from_pretrained(
+    detector: ElasticSSD, config: Config, classes: Sequence[str], folder: Path, resume: bool
+) -> Genotype | None:
     """Put the configured pretrained network into `detector`; the sub-network that holds it. A resumed run has it."""
     if not config.backbone.pretrained_path:
         return None
@@ -163,7 +192,7 @@ def start_from_pretrained(detector: ElasticSSD, config: Config, folder: Path, re
     resumes = distributed.world().main and resume and (folder / "last.pt").exists()
     if known := distributed.from_main(read_genotype_file(written) if resumes else None):
         return Genotype.from_dict(known)
-    embedding = load_pretrained(detector, config)
+    embedding = load_pretrained(detector, config, classes)
     print("\n".join(as_table(embedding.rows)))
     return embedding.genotype
 
@@ -188,8 +217,7 @@ def train_supernet(
     if args.resume and (payload := checkpoint.load_if_any(last)):
         trainer.load_state_dict(payload)
         print(f"resumed {last} at epoch {trainer.epoch}, step {trainer.step}")
-    variances = tuple(config.head.variances)
-    loss = DetectionLoss(**vars(config.loss), variances=variances, normalizers=distributed.normalizers)
+    loss = detection_loss(config)
     log = RunLog(folder / "log.jsonl", args.tensorboard)
     remember("supernet", folder)
     networks = make_panel(detector.space, settings.panel, config.seed, pretrained)

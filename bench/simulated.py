@@ -19,12 +19,15 @@ STEPS = 100  # evaluations of an epoch
 def scorer(device: str):
     """A worker that computes a number from the genotype for about a millisecond."""
 
-    def score(genotype: dict) -> dict:
+    def score(job: dict) -> dict:
+        genotype = job["genotype"]
         digest = repr(sorted(genotype.items())).encode()
         for _ in range(1000):
             digest = hashlib.sha256(digest).digest()
         value = int.from_bytes(digest[:6], "big") / 2**48
-        return {"AP": value, "AP50": value, "mAP": value}
+        blocks = [block for stage in genotype["backbone"]["stages"] for block in stage]
+        flops = sum(block["expand"] * block["kernel"] for block in blocks)
+        return {"metrics": {"AP": value, "flops": flops}, "images": 1, "lost": False}
 
     return score
 
@@ -49,26 +52,24 @@ class Saboteur(Dispatcher):
 
 def simulate(folder: Path, evaluations: int, workers: int, kill_every: int) -> None:
     """Run the search in `folder` to its end, or go on with one that was interrupted there."""
-    from async_search import Search, search_loop
+    from async_search import search_loop
     from lib.config import Config, SearchConfig
     from lib.evolution import RandomSearch
     from lib.genotype import BlockChoices, SearchSpace, StageChoices
+    from lib.latency import Coster
     from lib.ledger import Ledger
     from lib.runtime import StopRequest
+    from lib.search import Search
     from lib.time_limit import TimeLimit
 
     stage = StageChoices((1, 2, 3), BlockChoices((3, 4, 6), (3, 5, 7)))
     space = SearchSpace("mbv3_backbone", (64, 96), (stage,) * 4, (BlockChoices((0.5,), (3,)),))
-    settings = SearchConfig(controller="random", num_epochs=-(-evaluations // STEPS), steps=STEPS)
-    names = ("supernet_sha256", "split_sha256", "search")
-    identity = {**dict.fromkeys(names, "simulated"), "settings": {}, "budget": {}}
+    settings = SearchConfig(controller="random", racing=False, num_epochs=-(-evaluations // STEPS), steps=STEPS)
+    identity = {**dict.fromkeys(("search", "basis", "basis_all"), "simulated"), "budget": {}}
     controller = RandomSearch(space, 0, lambda genotype: True)
 
-    def costs(genotype):
-        return {"flops": 1e6 * sum(b.expand * b.kernel for blocks in genotype.stages for b in blocks), "params": 1.0}
-
     with Ledger(folder / "evals.jsonl") as ledger, StopRequest() as stop:
-        search = Search(controller, ledger, Config(search=settings), costs, identity, 1)
+        search = Search(controller, ledger, Config(search=settings), Coster(None), identity, 1)
         search.total = evaluations
         search.replay()
         options = {"threads_per_worker": 1, "every": kill_every, "log": folder / KILLS}

@@ -16,6 +16,7 @@ NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
 DETECTIONS_ALLOWED = (1, 10, 100)  # of one image and class; the best by score
+POINTS_AT_ONCE = 2_000_000  # of all resamples together; more are done in turns
 AREAS = ((0, 1e10), (0, 32**2), (32**2, 96**2), (96**2, 1e10))  # pixels^2: all, small, medium, large; both ends belong
 
 
@@ -46,12 +47,14 @@ class Pairs(NamedTuple):
     iou: np.ndarray  # (P,)
 
 
-class Curves(NamedTuple):
-    """Of one area range; T thresholds, C classes, R recalls. Classes without objects have no meaning here."""
+class Matches(NamedTuple):
+    """Of one area range: the M matches of all thresholds, ordered by threshold, then by detection."""
 
-    num_objects: np.ndarray  # (C,)
-    precision: np.ndarray  # (T, C, R) the highest at that recall or a higher one
-    recall: dict[int, np.ndarray]  # (T, C) by the number of detections allowed in an image
+    asked: np.ndarray  # (N,) bool, the objects to find
+    inside: np.ndarray  # (K,) bool, the detections that count where they match nothing
+    detection: np.ndarray  # (M,) index into Found
+    right: np.ndarray  # (M,) bool: of an object that is asked for
+    curve: np.ndarray  # (M,) threshold * number of classes + label
 
 
 Rows = TypeVar("Rows", Objects, Found, Pairs)
@@ -59,19 +62,53 @@ Rows = TypeVar("Rows", Objects, Found, Pairs)
 
 def evaluate(objects: Objects, found: Found, num_classes: int) -> tuple[dict[str, float], np.ndarray]:
     """The twelve numbers under `NAMES`, and AP (C,) of each class; nan where there are no objects to ask for."""
+    objects, found, rank, pairs = _prepare(objects, found, num_classes)
+    once = np.ones((1, max(objects.image.max(initial=0), found.image.max(initial=0)) + 1), int)
+    counts, precisions, recalls = [], [], []
+    for area in AREAS:
+        matches = _matches(objects, found, pairs, area, num_classes)
+        counts.append(_num_objects(objects, matches, once, num_classes))
+        precisions.append(_precision(found, matches, counts[-1], once, num_classes))
+        recalls.append(_recall(rank, matches, counts[-1][0]))
+    every = precisions[0]
+    values = [_mean(counts[0], p) for p in (every, every[:, :1], every[:, 5:6])]  # all thresholds, 0.5, 0.75
+    values += [_mean(n, p) for n, p in zip(counts[1:], precisions[1:], strict=True)]
+    values += [_mean(counts[0], recalls[0][None, i]) for i in range(len(DETECTIONS_ALLOWED))]
+    values += [_mean(n, recall[None, -1]) for n, recall in zip(counts[1:], recalls[1:], strict=True)]
+    per_class = np.where(counts[0][0] > 0, every[0].mean((0, 2)), np.nan)
+    return {name: float(value[0]) for name, value in zip(NAMES, values, strict=True)}, per_class
+
+
+def resampled_ap(
+    objects: Objects, found: Found, num_classes: int, weight: np.ndarray, thresholds: slice = slice(None)
+) -> np.ndarray:
+    """AP (R,) of R resamples of the images: image i stands `weight[r, i]` times in resample r, weight (R, N) int.
+
+    A copy of a detection ties with its original, and the precision at which all copies are in is the highest of
+    theirs: so the curves are those of one pass in which a detection counts as often as its image stands there (but for
+    the order of two detections of one image and class with equal scores). The matching, which is within images, is
+    found once. `thresholds` chooses among `IOU_THRESHOLDS`.
+    """
+    objects, found, _, pairs = _prepare(objects, found, num_classes)
+    matches = _matches(objects, found, pairs, AREAS[0], num_classes)
+    found_ap = np.empty(len(weight))
+    step = max(1, POINTS_AT_ONCE // (len(found.label) + len(matches.curve) + len(IOU_THRESHOLDS) * num_classes * 101))
+    for some in (slice(i, i + step) for i in range(0, len(weight), step)):
+        num_objects = _num_objects(objects, matches, weight[some], num_classes)
+        precision = _precision(found, matches, num_objects, weight[some], num_classes)
+        found_ap[some] = _mean(num_objects, precision[:, thresholds])
+    return found_ap
+
+
+def _prepare(objects: Objects, found: Found, num_classes: int) -> tuple[Objects, Found, np.ndarray, Pairs]:
+    """Objects and detections of the classes, the latter by class, then score; their rank in the image; the pairs."""
     objects, found = (_take(rows, (rows.label >= 0) & (rows.label < num_classes)) for rows in (objects, found))
     found = _take(found, np.lexsort((-found.score, found.label)))  # stable: at equal scores the earlier image is first
     rank = _rank(found)
     found, rank = _take(found, rank < DETECTIONS_ALLOWED[-1]), rank[rank < DETECTIONS_ALLOWED[-1]]
     pairs = overlapping(objects, found, IOU_THRESHOLDS[0])
     pairs = _take(pairs, np.lexsort((-pairs.object, -pairs.iou, pairs.detection)))  # at equal IoU the later object wins
-    every, *sized = (_curves(objects, found, rank, pairs, area, num_classes) for area in AREAS)
-    values = [_mean(every, p) for p in (every.precision, every.precision[:1], every.precision[5:6])]  # all, 0.5, 0.75
-    values += [_mean(curves, curves.precision) for curves in sized]
-    values += [_mean(every, every.recall[most]) for most in DETECTIONS_ALLOWED]
-    values += [_mean(curves, curves.recall[DETECTIONS_ALLOWED[-1]]) for curves in sized]
-    per_class = np.where(every.num_objects > 0, every.precision.mean((0, 2)), np.nan)
-    return dict(zip(NAMES, values, strict=True)), per_class
+    return objects, found, rank, pairs
 
 
 def overlapping(objects: Objects, found: Found, least_iou: float) -> Pairs:
@@ -115,43 +152,66 @@ def _rank(found: Found) -> np.ndarray:
     return rank
 
 
-def _curves(
-    objects: Objects, found: Found, rank: np.ndarray, pairs: Pairs, area: tuple[float, float], num_classes: int
-) -> Curves:
-    """Precision and recall of the objects within `area`; `found` by class, then score, and `pairs` by falling IoU."""
+def _matches(objects: Objects, found: Found, pairs: Pairs, area: tuple[float, float], num_classes: int) -> Matches:
+    """The matches where objects within `area` are asked for; `found` by class, then score, `pairs` by falling IoU."""
     low, high = area
-    asked = ~objects.crowd & (objects.area >= low) & (objects.area <= high)  # (N,)
+    asked = ~objects.crowd & (objects.area >= low) & (objects.area <= high)
     size = found.box_xywh[:, 2] * found.box_xywh[:, 3]
-    inside = (size >= low) & (size <= high)  # (K,)
     # An object that is asked for is preferred to all that are not.
     preferred = _take(pairs, np.argsort(2 * pairs.detection + ~asked[pairs.object], kind="stable"))
     threshold, pair = _match(preferred, objects.crowd, len(found.label))
-    detection, right = preferred.detection[pair], asked[preferred.object[pair]]  # (M,) by threshold, class, score
-    label = found.label[detection]
-    curve = threshold * num_classes + label
+    detection = preferred.detection[pair]
+    right, curve = asked[preferred.object[pair]], threshold * num_classes + found.label[detection]
+    return Matches(asked, (size >= low) & (size <= high), detection, right, curve)
+
+
+def _num_objects(objects: Objects, matches: Matches, weight: np.ndarray, num_classes: int) -> np.ndarray:
+    """(R, C) objects to find."""
+    image, label = objects.image[matches.asked], objects.label[matches.asked]
+    images = weight.shape[1]
+    return weight @ np.bincount(image * num_classes + label, minlength=images * num_classes).reshape(images, -1)
+
+
+def _precision(
+    found: Found, matches: Matches, num_objects: np.ndarray, weight: np.ndarray, num_classes: int
+) -> np.ndarray:
+    """(R, T, C, 101) the highest precision at each recall or a higher one."""
+    inside, detection, right, curve = matches[1:]
+    label, first = found.label[detection], np.searchsorted(found.label, found.label[detection])
+    ends, place = np.unique(np.concatenate([first, detection + 1]), return_inverse=True)
+    before_class, up_to = np.split(_sums_up_to(ends, weight, found.image, inside)[:, place], 2, axis=1)
+    times = weight[:, found.image[detection]]  # (R, M)
     # Of the matched detections those of objects that are asked for count, of the others those inside.
-    counted = np.concatenate([[0], np.cumsum(inside)])
-    before_class = counted[np.searchsorted(found.label, label)]
-    seen = counted[detection + 1] - before_class + _running_sum(right - inside[detection].astype(int), curve)
-    hits = _running_sum(right.astype(int), curve)
-    curve, label, rank, hits, seen = (x[right] for x in (curve, label, rank[detection], hits, seen))
-    num_objects = np.bincount(objects.label[asked], minlength=num_classes)
-    precision = _highest_precision(curve, hits / num_objects[label], hits / (seen + np.spacing(1)), num_classes)
-    shape = len(IOU_THRESHOLDS), num_classes
-    recall = {}
-    for most in DETECTIONS_ALLOWED:
-        hits_among_first = np.bincount(curve[rank < most], minlength=shape[0] * shape[1]).reshape(shape)
-        recall[most] = hits_among_first / np.maximum(num_objects, 1)
-    return Curves(num_objects, precision, recall)
-
-
-def _highest_precision(curve: np.ndarray, recall: np.ndarray, precision: np.ndarray, num_classes: int) -> np.ndarray:
-    """(T, C, R) from the points of all curves at which a detection is right: precision is highest there."""
-    shape = len(IOU_THRESHOLDS), num_classes, len(RECALLS)
+    seen = up_to - before_class + _running_sum(times * (right - inside[detection].astype(int)), curve)
+    hits = _running_sum(times * right, curve)
+    hits, seen, curve, label = hits[:, right], seen[:, right], curve[right], label[right]
+    recall = hits / np.maximum(num_objects, 1)[:, label]
+    shape = len(weight), len(IOU_THRESHOLDS), num_classes, len(RECALLS)
     highest = np.zeros(shape)
     last = np.searchsorted(RECALLS, recall, side="right") - 1  # of the recalls that a point has reached
-    np.maximum.at(highest.reshape(-1), curve * shape[2] + last, precision)
+    cell = (np.arange(len(weight))[:, None] * (shape[1] * shape[2]) + curve) * shape[3] + last
+    np.maximum.at(highest.reshape(-1), cell, hits / (seen + np.spacing(1)))  # highest where a detection is right
     return np.maximum.accumulate(highest[..., ::-1], axis=-1)[..., ::-1]
+
+
+def _sums_up_to(ends: np.ndarray, weight: np.ndarray, image: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """(R, E) of the first `ends` (E,) detections, rising, how many lie inside, each as often as its image is there."""
+    times = weight[:, image] if inside.all() else weight[:, image] * inside
+    starts = np.concatenate([[0], ends[:-1]])
+    filled = np.flatnonzero(ends > starts)  # reduceat takes one element where there is none
+    sums = np.zeros((len(weight), len(ends)), int)
+    if len(filled):
+        last = ends[filled[-1]]
+        sums[:, filled] = np.add.reduceat(times[:, :last], starts[filled], axis=1)
+    return np.cumsum(sums, axis=1)
+
+
+def _recall(rank: np.ndarray, matches: Matches, num_objects: np.ndarray) -> np.ndarray:
+    """(3, T, C) by the number of detections allowed in an image."""
+    shape = len(IOU_THRESHOLDS), len(num_objects)
+    rank, curve = rank[matches.detection[matches.right]], matches.curve[matches.right]
+    hits = [np.bincount(curve[rank < most], minlength=shape[0] * shape[1]) for most in DETECTIONS_ALLOWED]
+    return np.stack(hits).reshape(-1, *shape) / np.maximum(num_objects, 1)
 
 
 def _match(pairs: Pairs, crowd: np.ndarray, num_detections: int) -> tuple[np.ndarray, np.ndarray]:
@@ -177,16 +237,18 @@ def _match(pairs: Pairs, crowd: np.ndarray, num_detections: int) -> tuple[np.nda
 
 
 def _running_sum(values: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """Cumulative sum (M,) that begins anew where `group` changes."""
-    total = np.cumsum(values)
+    """Cumulative sum (..., M) that begins anew where `group` (M,) changes."""
+    total = np.cumsum(values, axis=-1)
     start = np.flatnonzero(np.diff(group, prepend=-1))
-    return total - np.repeat((total - values)[start], np.diff(start, append=len(group)))
+    return total - np.repeat((total - values)[..., start], np.diff(start, append=len(group)), axis=-1)
 
 
-def _mean(curves: Curves, values: np.ndarray) -> float:
-    """Mean of `values` (T, C, ...) over the classes that have objects."""
-    has_objects = curves.num_objects > 0
-    return float(values[:, has_objects].mean()) if has_objects.any() else float("nan")
+def _mean(num_objects: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """(R,) mean of `values` (R, T, C, ...) over the classes that have objects, `num_objects` (R, C); else nan."""
+    has_objects = num_objects > 0
+    by_class = values.reshape(*values.shape[:3], -1).mean((1, 3))
+    total = np.where(has_objects, by_class, 0.0).sum(1)
+    return np.divide(total, has_objects.sum(1), out=np.full(len(total), np.nan), where=has_objects.any(1))
 
 
 def _take(rows: Rows, chosen: np.ndarray) -> Rows:

@@ -143,11 +143,19 @@ class DistillConfig:
     """Adaptive distillation (Tang et al., 2019) of the classification scores; `weight` by epoch."""
 
     weight: ValueSchedule = field(default_factory=ValueSchedule)
-    teacher: str = ""  # a detector's best.pt; "" = the largest sub-network as it is at that step
+    teacher: str = ""  # a detector's best.pt or run; "" = the largest sub-network (stage 1: as it is at that step)
     beta: float = 1.5
     gamma: float = 1.0
     temperature: float = 2.0
     priors: Literal["positive", "all"] = "positive"
+
+    def active(self) -> bool:
+        """Whether the weight is ever above 0."""
+        return any(self.weight.value)
+
+    def rules(self) -> dict[str, float | str]:
+        """What lib/losses.py is told, besides the teacher's scores."""
+        return {name: getattr(self, name) for name in ("priors", "beta", "gamma", "temperature")}
 
 
 @dataclass
@@ -230,6 +238,8 @@ class SearchConfig:
     latency_threads: int = 1  # CPU threads of a detector that --measure-latency times
     bn_images: int = 256  # training images that re-estimate BatchNorm
     images: int = 0  # of the search split that score a candidate; 0 = all of them
+    resamples: int = 200  # of the images, by which differences are judged; 0 = no intervals and no racing
+    racing: bool = True  # stop scoring a candidate that clearly loses on a part of the images
     batch_size: int = 32
     parallelism: int = 0  # worker processes; 0 = one per device
     gpu_ids: list[int] = field(default_factory=list)  # [] = every GPU, else the CPU
@@ -246,6 +256,7 @@ class FinalConfig(TrainConfig):
     base_net_lr: float = 5e-4
     genotypes: str = ""  # a genotype file or an aw_nas genotype string
     supernet_state_dict: str = ""  # "" = the supernet that the genotype file names
+    distill: DistillConfig = field(default_factory=DistillConfig)  # by default nobody teaches: the weight is 0
 
 
 @dataclass

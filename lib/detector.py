@@ -59,7 +59,10 @@ class SSD(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, W), 0..255, to logits (B, P, num_classes + 1) and offsets (B, P, 4)."""
-        x = self.normalize(images, self.image_size)
+        return self.predict(self.normalize(images, self.image_size))
+
+    def predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`forward` of what has been resized and normalised, (B, 3, S, S)."""
         features = []
         for module in (*self.backbone, *self.extras):
             x = module(x)
@@ -77,7 +80,9 @@ class ScoresAndBoxes(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, W), 0..255, to scores (B, P, num_classes) and boxes (B, P, 4), xyxy within [0, 1]."""
-        logits, offsets = self.model(images)
+        return self.decode(*self.model(images))
+
+    def decode(self, logits: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
         boxes = decode(offsets, self.model.priors, self.variances).clamp(0, 1)
         return class_scores(logits, self.loss_type), boxes
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import SqueezeExcitation
 
+from lib.depthwise import DepthwiseConv2d, depthwise_conv
 from lib.genotype import Block
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -44,13 +45,17 @@ class SamePadConv2d(nn.Conv2d):
         return super().forward(pad_same(x, self.kernel_size[0], self.stride[0]))
 
 
+class SamePadDepthwiseConv2d(SamePadConv2d, DepthwiseConv2d):
+    """Depthwise convolution with TensorFlow's SAME padding."""
+
+
 def make_conv(
-    in_channels: int, out_channels: int, kernel: int, stride: int, same_padding: bool, groups: int = 1
+    in_channels: int, out_channels: int, kernel: int, stride: int, same_padding: bool, depthwise: bool = False
 ) -> nn.Conv2d:
     """A convolution without bias, padded on all sides alike or as TensorFlow does; the output's size is the same."""
-    if same_padding:
-        return SamePadConv2d(in_channels, out_channels, kernel, stride, groups=groups, bias=False)
-    return nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False)
+    kinds = (nn.Conv2d, SamePadConv2d) if not depthwise else (DepthwiseConv2d, SamePadDepthwiseConv2d)
+    padding, groups = (0 if same_padding else kernel // 2), (out_channels if depthwise else 1)
+    return kinds[same_padding](in_channels, out_channels, kernel, stride, padding, groups=groups, bias=False)
 
 
 class ElasticConv1x1(nn.Conv2d):
@@ -63,7 +68,7 @@ class ElasticConv1x1(nn.Conv2d):
         return F.conv2d(x, self.weight[:out_channels, : x.shape[1]])
 
     def extract(self, in_channels: int, out_channels: int) -> nn.Conv2d:
-        conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        conv = _blank(lambda: nn.Conv2d(in_channels, out_channels, 1, bias=False))
         return _copy(conv, weight=self.weight[:out_channels, :in_channels])
 
 
@@ -109,10 +114,10 @@ class ElasticDepthwiseConv(nn.Module):
         c, padding = x.shape[1], size // 2
         if self.same_padding:
             x, padding = pad_same(x, size, self.stride), 0
-        return F.conv2d(x, self.kernel(c, size), stride=self.stride, padding=padding, groups=c)
+        return depthwise_conv(x, self.kernel(c, size), self.stride, padding)
 
     def extract(self, channels: int, size: int) -> nn.Conv2d:
-        conv = make_conv(channels, channels, size, self.stride, self.same_padding, groups=channels)
+        conv = _blank(lambda: make_conv(channels, channels, size, self.stride, self.same_padding, depthwise=True))
         return _copy(conv, weight=self.kernel(channels, size))
 
 
@@ -138,7 +143,7 @@ class ElasticSqueezeExcitation(nn.Module):
 
     def extract(self, channels: int) -> SqueezeExcitation:
         s = self.squeeze_channels(channels)
-        plain = SqueezeExcitation(channels, s, scale_activation=nn.Hardsigmoid)
+        plain = _blank(lambda: SqueezeExcitation(channels, s, scale_activation=nn.Hardsigmoid))
         _copy(plain.fc1, weight=self.fc1.weight[:s, :channels], bias=self.fc1.bias[:s])
         _copy(plain.fc2, weight=self.fc2.weight[:channels, :s], bias=self.fc2.bias[:channels])
         return plain
@@ -271,6 +276,13 @@ def sort_hidden_channels(
 
 def _expanding_blocks(model: nn.Module) -> list[ElasticInvertedResidual]:
     return [m for m in model.modules() if isinstance(m, ElasticInvertedResidual) and m.expand is not None]
+
+
+def _blank(make: Callable[[], nn.Module]) -> nn.Module:
+    """A module whose tensors hold nothing yet: to draw numbers that are copied over takes as long as to copy."""
+    with torch.device("meta"):
+        module = make()
+    return module.to_empty(device="cpu")
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ from lib.config import Config, TrainConfig
 from lib.datasets import Batch
 from lib.detector import SSD
 from lib.errors import UserError
+from lib.losses import DetectionLoss
 from lib.metrics import coco_metrics, voc_metrics
 from lib.optim import build_ema, build_optimizer, build_scheduler
 from lib.postprocess import Detections, postprocess
@@ -143,6 +144,12 @@ class Trainer:
         for group, factor in zip(self.optimizer.param_groups, self.scheduler.lr_lambdas, strict=True):
             group["lr"] = group["initial_lr"] * factor(self.scheduler.last_epoch)
         checkpoint.restore_random_states(state["random"])
+
+
+def detection_loss(config: Config) -> DetectionLoss:
+    """The configured loss; where several processes share a batch, by the whole batch's divisors."""
+    variances = tuple(config.head.variances)
+    return DetectionLoss(**vars(config.loss), variances=variances, normalizers=distributed.normalizers)
 
 
 def train_epoch(

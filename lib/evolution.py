@@ -21,6 +21,7 @@ from lib.genotype import Block, BlockChoices, Genotype, SearchSpace
 CHILD_TRIES = 1_000  # children in a row that may be rejected before a proposal is sampled from the whole space
 SAMPLE_TRIES = 10_000  # samples in a row that may be rejected before the space counts as exhausted
 MAX_PULLS = 8  # after 8 crossovers with a corner of the space, about 1 choice in 256 still differs from it
+TYPICAL = 0.5  # of all tournaments are won by a better one than the rival that a newcomer must not clearly lose to
 ENUMERABLE = 20_000  # spaces up to this size are listed in full, so that their last genotypes are found too
 
 Record = TypeVar("Record", bound=Mapping)
@@ -69,6 +70,7 @@ class Controller(ABC):
         self._feasible, self._budget = feasible, budget
         self._seeds = deque(seeds)
         self._objective, self._costs = objective, tuple(costs)
+        self._front: list[Individual] = []  # of all that was told
         self._known: set[Genotype] = set()  # asked or told
         self._told: set[Genotype] = set()
         self._leftovers: list[Genotype] | None = None  # all that is new, once blind tries no longer find it
@@ -87,11 +89,28 @@ class Controller(ABC):
         """
         values = objective_values(metrics, self._objective, self._costs)
         if self._first_tell(genotype) and all(map(math.isfinite, values)):
-            self._learn(Individual(genotype, values))
+            individual = Individual(genotype, values)
+            if not any(dominates(member.values, values) for member in self._front):
+                self._front = [m for m in self._front if not dominates(values, m.values)] + [individual]
+            self._learn(individual)
 
     def tell_failure(self, genotype: Genotype) -> None:
-        """The evaluation failed: never propose `genotype` again, never make it a parent."""
+        """No full evaluation will come, it failed or was stopped: never propose `genotype` again, nor breed from it."""
         self._first_tell(genotype)
+
+    def rivals(self, costs: Mapping[str, float]) -> list[Genotype]:
+        """Genotypes told before. A newcomer with these `costs` that is worse than all of them makes no difference.
+
+        It would neither join the front nor become a parent. Empty where any newcomer may make a difference.
+        """
+        rival = self._best_at(self._front, costs)
+        return [rival.genotype] if rival else []
+
+    def _best_at(self, members: Iterable[Individual], costs: Mapping[str, float]) -> Individual | None:
+        """The best of those that cost no more."""
+        limits = [-costs[name] for name in self._costs]
+        cheaper = (m for m in members if all(map(operator.ge, m.values[1:], limits)))
+        return max(cheaper, key=lambda m: m.values[0], default=None)
 
     def _first_tell(self, genotype: Genotype) -> bool:
         if genotype in self._told:
@@ -200,6 +219,15 @@ class RegularizedEvolution(_Evolution):
     def _learn(self, individual: Individual) -> None:
         self._population.append(individual)
 
+    def rivals(self, costs: Mapping[str, float]) -> list[Genotype]:
+        """Beside the front's, the typical winner of a tournament."""
+        found = super().rivals(costs)
+        if len(self._population) < self._population_size:
+            return []
+        ordered = sorted(self._population, key=lambda member: member.values[0])
+        last = int(len(ordered) * (1 - TYPICAL) ** (1 / self._tournament_size))
+        return [*found, ordered[min(last, len(ordered) - 1)].genotype] if found else []
+
     def _select(self, rng: random.Random) -> Genotype | None:
         rivals = rng.sample(self._population, min(self._tournament_size, len(self._population)))
         return max(rivals, key=lambda rival: rival.values[0]).genotype if rivals else None
@@ -221,6 +249,13 @@ class ParetoEvolution(_Evolution):
             del last[distances.index(min(distances))]
             if not last:
                 del self._fronts[-1]
+
+    def rivals(self, costs: Mapping[str, float]) -> list[Genotype]:
+        """Whom the last front dominates, that one leaves a full population at once."""
+        if sum(map(len, self._fronts)) < self._population_size:
+            return []
+        rival = self._best_at(self._fronts[-1], costs)
+        return [rival.genotype] if rival else []
 
     def _select(self, rng: random.Random) -> Genotype | None:
         members = [(rank, i) for rank, front in enumerate(self._fronts) for i in range(len(front))]
@@ -247,17 +282,17 @@ def make_controller(
     mutation_probability: float = 0.1,
     crossover_probability: float = 0.5,
 ) -> Controller:
-    """The controller called `name`: "random", "evo" or "pareto-evo", which alone looks at `costs`."""
+    """The controller called `name`: "random", "evo" or "pareto-evo", the only one that `costs` guide."""
     evolution = {
         "population_size": population_size,
         "mutation_probability": mutation_probability,
         "crossover_probability": crossover_probability,
     }
     if name == "random":
-        return RandomSearch(space, seed, feasible, seeds=seeds, objective=objective)
+        return RandomSearch(space, seed, feasible, seeds=seeds, objective=objective, costs=costs)
     if name == "evo":
         evolution["tournament_size"] = tournament_size
-        return RegularizedEvolution(space, seed, feasible, seeds=seeds, objective=objective, **evolution)
+        return RegularizedEvolution(space, seed, feasible, seeds=seeds, objective=objective, costs=costs, **evolution)
     if name == "pareto-evo":
         return ParetoEvolution(space, seed, feasible, seeds=seeds, objective=objective, costs=costs, **evolution)
     raise UserError(f"search: unknown controller '{name}'{did_you_mean(name, ['random', 'evo', 'pareto-evo'])}")

@@ -6,7 +6,7 @@ import copy
 import itertools
 
 from torch import nn
-from torch.nn.utils import fuse_conv_bn_eval
+from torch.nn.utils import fuse_conv_bn_weights
 
 
 def fuse(model: nn.Module) -> nn.Module:
@@ -14,11 +14,17 @@ def fuse(model: nn.Module) -> nn.Module:
 
     Every BatchNorm that follows a convolution in an `nn.Sequential` is folded into it and gone.
     """
-    model = copy.deepcopy(model).eval()
+    return fuse_(copy.deepcopy(model))
+
+
+def fuse_(model: nn.Module) -> nn.Module:
+    """`fuse` in place: without the copy, which takes a tenth of the time that a candidate's score does."""
+    model.eval()
     for sequence in [module for module in model.modules() if isinstance(module, nn.Sequential)]:
         layers = list(sequence._modules.items())  # named_children() leaves out a layer's second occurrence
-        for (conv_name, conv), (norm_name, norm) in itertools.pairwise(layers):
+        for (_, conv), (norm_name, norm) in itertools.pairwise(layers):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                setattr(sequence, conv_name, fuse_conv_bn_eval(conv, norm))
+                statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+                conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
                 delattr(sequence, norm_name)
     return model

@@ -6,6 +6,7 @@ exactly when their sub-networks are. A `SearchSpace` is the set of genotypes tha
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import re
@@ -90,10 +91,18 @@ def _integer(value: object, name: str) -> int:
 
 
 def _block(data: dict) -> Block:
-    expand = data["expand"]
+    expand, kernel = data["expand"], data["kernel"]
+    try:
+        return _checked_block(expand, kernel)
+    except TypeError:  # not hashable, so not a number
+        raise UserError(f"genotype: expand and kernel must be numbers, found {expand!r} and {kernel!r}") from None
+
+
+@functools.lru_cache(maxsize=1024, typed=True)  # a ledger holds the same few blocks hundreds of thousands of times
+def _checked_block(expand: object, kernel: object) -> Block:
     if isinstance(expand, bool) or not isinstance(expand, (int, float)) or not expand > 0:
         raise UserError(f"genotype: expand must be a positive number, found {expand!r}")
-    return Block(expand, _integer(data["kernel"], "kernel"))
+    return Block(expand, _integer(kernel, "kernel"))
 
 
 _ITEM = re.compile(r"(\w+)\s*=\s*(\(\s*(\d+\.?\d*(?:e-?\d+)?|\.\d+)\s*,\s*(\d+)\s*\)|\d+)")

@@ -26,7 +26,7 @@ from lib.elastic import ElasticInvertedResidual
 from lib.errors import UserError
 from lib.genotype import Block, BlockChoices, Genotype, SearchSpace
 from lib.runtime import device_name
-from lib.timing import FusedDetectors, time_detectors, time_nms
+from lib.timing import FusedDetectors, cpu_threads, time_detectors, time_nms
 
 FORMAT = "latency/1"
 SAMPLES_PER_BLOCK = 2  # measured detectors for each number of the table
@@ -121,10 +121,13 @@ class Coster:
         self._detector, self._table = detector, table
 
     def __call__(self, genotype: Genotype) -> dict[str, float]:
-        costs = self._detector.cost(genotype)._asdict()
-        if self._table is not None:
-            costs["latency_ms"] = round(self._table(features(self._detector, genotype)), 4)
-        return costs
+        return {**self._detector.cost(genotype)._asdict(), **self.latency(genotype)}
+
+    def latency(self, genotype: Genotype) -> dict[str, float]:
+        """latency_ms alone, nothing without a table."""
+        if self._table is None:
+            return {}
+        return {"latency_ms": round(self._table(features(self._detector, genotype)), 4)}
 
 
 # --------------------------------------------------------------------------------------------------------- the features
@@ -273,17 +276,18 @@ def relative_errors(predicted: Sequence[float], measured: Sequence[float]) -> np
 
 def measure_table(detector: ElasticSSD, config: Config, device: torch.device, threads: int, seed: int) -> LatencyTable:
     """Time a designed sample of whole detectors on `device`, fit the table, and judge it on detectors left out."""
-    torch.set_num_threads(threads)
     rng, space, names = random.Random(seed), detector.space, all_features(detector)
     fitted = designed_sample(space, SAMPLES_PER_BLOCK * len(names), rng)
     held_out = held_out_sample(space, HELD_OUT, fitted, rng)
     make = FusedDetectors(detector, config, device)
-    measured = time_detectors([make(genotype) for genotype in (*fitted, *held_out)], device, ROUNDS)
+    rules = config.postprocess
+    with cpu_threads(threads):
+        measured = time_detectors([make(genotype) for genotype in (*fitted, *held_out)], device, ROUNDS)
+        nms = time_nms(rules.top_k, detector.num_classes, rules.nms_threshold, device, ROUNDS)
     counts = [features(detector, genotype) for genotype in (*fitted, *held_out)]
     n = len(fitted)
     ms = fit(counts[:n], measured[:n])
     errors = relative_errors([predict(ms, row) for row in counts[n:]], measured[n:])
-    nms_boxes = config.postprocess.top_k
     return LatencyTable(
         device=str(device),
         device_name=device_name(device),
@@ -297,7 +301,7 @@ def measure_table(detector: ElasticSSD, config: Config, device: torch.device, th
         error_median=float(np.median(errors)),
         error_95=float(np.percentile(errors, 95)),
         error_constant=float(np.median(relative_errors([np.median(measured[:n])] * len(held_out), measured[n:]))),
-        nms_ms=time_nms(nms_boxes, detector.num_classes, config.postprocess.nms_threshold, device, ROUNDS),
-        nms_boxes=nms_boxes,
+        nms_ms=nms,
+        nms_boxes=rules.top_k,
         ms=ms,
     )

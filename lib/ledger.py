@@ -1,8 +1,10 @@
 """The append-only record of evaluations that ended: one JSON line each, on disk as soon as it is written.
 
-A line: {"key", "genotype": Genotype.to_dict(), "metrics": {name: number}, "status": "ok" | "failed", "seconds",
-"worker", "epoch", "error" (failed only)}. `key` comes from `evaluation_key`. The search adds "search" (its name),
-"origin" ("given", "random" or "bred", see evolution), "budget" (of the proposals) and "time" (of the end).
+A line: {"key", "basis", "genotype": Genotype.to_dict(), "metrics": {name: number}, "status", "seconds", "worker",
+"epoch", "error" (failed only)}. `key` and `basis` come from `evaluation_key` and `evaluation_basis`. "status" is "ok",
+"failed", or "stopped" where racing ended it: its metrics are those of the first "images" only. "resampled" has scores
+by which candidates are compared (lib/racing.py). The search adds "search" (its name), "origin" ("given", "random" or
+"bred", see evolution), "budget" (of the proposals) and "time" (of the end).
 """
 
 from __future__ import annotations
@@ -22,14 +24,17 @@ except ImportError:  # not a POSIX system: nothing keeps a second search away
     fcntl = None
 
 
-def evaluation_key(genotype: Genotype, supernet_sha256: str, split_sha256: str, settings: dict) -> str:
-    """SHA-256 (hex) of all that a result depends on; `settings` is plain JSON (metric, BN images, image size, ...)."""
-    parts = {
-        "genotype": genotype.to_dict(),
-        "supernet": supernet_sha256,
-        "split": split_sha256,
-        "settings": settings,
-    }
+def evaluation_basis(supernet_sha256: str, split_sha256: str, settings: dict) -> str:
+    """SHA-256 (hex) of all that a result depends on beside the genotype; `settings` is plain JSON."""
+    return _digest({"supernet": supernet_sha256, "split": split_sha256, "settings": settings})
+
+
+def evaluation_key(genotype: Genotype, basis: str) -> str:
+    """SHA-256 (hex) of a genotype and the basis of its evaluation."""
+    return _digest({"genotype": genotype.to_dict(), "basis": basis})
+
+
+def _digest(parts: dict) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

@@ -23,6 +23,8 @@ from lib.coco_eval import Found, Objects, overlapping
 
 Record = Mapping[str, Any]
 
+VOC_IOU = 0.5  # a detection that overlaps an object so much has found it
+
 
 def coco_metrics(
     ground_truth: Sequence[Record], detections: Sequence[Record], num_classes: int, reference: bool = False
@@ -91,7 +93,7 @@ def _found(detections: Sequence[Record]) -> Found:
 
 
 def voc_metrics(
-    ground_truth: Sequence[Record], detections: Sequence[Record], num_classes: int, iou: float = 0.5
+    ground_truth: Sequence[Record], detections: Sequence[Record], num_classes: int, iou: float = VOC_IOU
 ) -> dict[str, Any]:
     """AP as VOCevaldet.m of the VOC devkit finds it: `mAP`, and `per_class`, a list over classes 1..num_classes.
 
@@ -102,28 +104,53 @@ def voc_metrics(
     """
     _check_lengths(ground_truth, detections)
     objects, found = _objects(ground_truth), _found(detections)
-    curves = _voc_curves(objects, found, _claims(objects, found, iou), num_classes)
+    once = np.ones((1, len(ground_truth)), int)
+    curves = _voc_curves(objects, found, _claims(objects, found, iou), once, num_classes)
     metrics: dict[str, Any] = {}
     for suffix, average_precision in (("", _all_point), ("_11point", _eleven_point)):
-        per_class = [average_precision(*curve) if curve[1] else float("nan") for curve in curves]
+        per_class = [average_precision(right, seen, n).item() for right, seen, n in curves]
         scored = [ap for ap in per_class if not np.isnan(ap)]
         metrics[f"mAP{suffix}"] = float(np.mean(scored)) if scored else float("nan")
         metrics[f"per_class{suffix}"] = per_class
     return metrics
 
 
-def _voc_curves(objects: Objects, found: Found, claims: np.ndarray, num_classes: int) -> list[tuple[np.ndarray, int]]:
-    """Of each class: how many of the first 1, 2, ... detections by score are right, and the number of objects."""
+def _voc_curves(
+    objects: Objects, found: Found, claims: np.ndarray, weight: np.ndarray, num_classes: int
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Of each class, in each of R resamples (see `coco_eval.resampled_ap`): how many of the first 1, 2, ... detections
+    by score are right (R, K), how many there are (R, K), and the number of objects (R,)."""
     curves = []
     for label in range(num_classes):
-        of_class = found.label == label
-        claimed = claims[of_class][np.argsort(-found.score[of_class], kind="stable")]
-        claimed = claimed[(claimed < 0) | ~objects.crowd[claimed]] if len(objects.crowd) else claimed
-        right = np.zeros(len(claimed), dtype=bool)
-        right[np.unique(claimed, return_index=True)[1]] = True
-        right &= claimed >= 0
-        curves.append((np.cumsum(right), np.count_nonzero(~objects.crowd[objects.label == label])))
+        chosen = np.flatnonzero(found.label == label)
+        chosen = chosen[np.argsort(-found.score[chosen], kind="stable")]
+        chosen = chosen[(claims[chosen] < 0) | ~np.append(objects.crowd, False)[claims[chosen]]]
+        right = np.zeros(len(chosen), int)
+        right[np.unique(claims[chosen], return_index=True)[1]] = 1
+        right[claims[chosen] < 0] = 0
+        times = weight[:, found.image[chosen]]
+        asked = objects.image[(objects.label == label) & ~objects.crowd]
+        curves.append((np.cumsum(times * right, 1), np.cumsum(times, 1), weight[:, asked].sum(1)))
     return curves
+
+
+def resampled(
+    ground_truth: Sequence[Record], detections: Sequence[Record], num_classes: int, objective: str, weight: np.ndarray
+) -> np.ndarray:
+    """`objective` ("AP", "AP50" or "mAP") on each of R resamples of the images, (R,); nan where one has no object.
+
+    `weight` (R, N) int says how often each of the N images stands in a resample.
+    """
+    _check_lengths(ground_truth, detections)
+    objects, found = _objects(ground_truth), _found(detections)
+    if objective != "mAP":
+        thresholds = slice(1) if objective == "AP50" else slice(None)
+        return coco_eval.resampled_ap(objects, found, num_classes, weight, thresholds)
+    curves = _voc_curves(objects, found, _claims(objects, found, VOC_IOU), weight, num_classes)
+    per_class = np.stack([_all_point(*curve) for curve in curves])
+    counted = ~np.isnan(per_class)
+    total = np.where(counted, per_class, 0).sum(0)
+    return np.divide(total, counted.sum(0), out=np.full(len(total), np.nan), where=counted.any(0))
 
 
 def _claims(objects: Objects, found: Found, threshold: float) -> np.ndarray:
@@ -136,17 +163,20 @@ def _claims(objects: Objects, found: Found, threshold: float) -> np.ndarray:
     return claims
 
 
-def _all_point(right: np.ndarray, num_objects: int) -> float:
-    """Area under precision made monotone; `right` counts the right ones among the first 1, 2, ... detections."""
-    precision = right / np.arange(1, len(right) + 1)
-    highest_from_here = np.maximum.accumulate(precision[::-1])[::-1]
-    return float((highest_from_here * np.diff(right, prepend=0)).sum() / num_objects)
+def _all_point(right: np.ndarray, seen: np.ndarray, num_objects: np.ndarray) -> np.ndarray:
+    """(R,) area under precision made monotone; nan where there are no objects."""
+    precision = right / np.maximum(seen, 1)
+    highest_from_here = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+    area = (highest_from_here * np.diff(right, prepend=0, axis=1)).sum(1)
+    return np.divide(area, num_objects, out=np.full(len(area), np.nan), where=num_objects > 0)
 
 
-def _eleven_point(right: np.ndarray, num_objects: int) -> float:
+def _eleven_point(right: np.ndarray, seen: np.ndarray, num_objects: np.ndarray) -> np.ndarray:
     """Mean of the highest precision at recall >= 0, 0.1, ..., 1, compared as whole numbers: 3 / 10 reaches 0.3."""
-    precision = right / np.arange(1, len(right) + 1)
-    return float(np.mean([precision[10 * right >= k * num_objects].max(initial=0) for k in range(11)]))
+    precision = right / np.maximum(seen, 1)
+    reached = (10 * right >= k * num_objects[:, None] for k in range(11))
+    mean = np.mean([np.where(there, precision, 0).max(1, initial=0) for there in reached], axis=0)
+    return np.where(num_objects > 0, mean, np.nan)
 
 
 def _images(records: Sequence[Record]) -> np.ndarray:

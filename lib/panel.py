@@ -22,6 +22,14 @@ def make_panel(space: SearchSpace, size: int, seed: int, pretrained: Genotype | 
     return {"smallest": space.smallest(), **middle, **start, LARGEST: space.largest()}
 
 
+def due_epochs(config: Config) -> set[int]:
+    """The epochs after which the panel is scored."""
+    settings = config.supernet
+    phases = [epoch for epoch in boundaries(config.search_space.schedule_cfg, settings.epochs) if epoch > 1]
+    around = {epoch + side for epoch in phases for side in (-1, 0)}
+    return {*range(settings.eval_every, settings.epochs + 1, settings.eval_every), *around, settings.epochs}
+
+
 class PanelLog:
     """Scores the panel when it is due: every `eval_every` epochs, at the last, and before and after a phase opens."""
 
@@ -30,9 +38,7 @@ class PanelLog:
         self._schedule, settings = config.search_space.schedule_cfg, config.supernet
         self._metric, self._tolerance = config.search.objective, settings.interference_tolerance
         self._phases = [epoch for epoch in boundaries(self._schedule, settings.epochs) if epoch > 1]
-        around = {epoch + side for epoch in self._phases for side in (-1, 0)}
-        regular = set(range(settings.eval_every, settings.epochs + 1, settings.eval_every))
-        self._due = regular | around | {settings.epochs}
+        self._due = due_epochs(config)
 
     def due(self, epoch: int) -> bool:
         """Whether `epoch`, which has ended, is one to score and has not been scored."""

@@ -7,16 +7,20 @@ import glob
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib
 import torch
+from PIL import ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.io import write_jpeg
 from torchvision.ops import nms
-from torchvision.utils import draw_bounding_boxes
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from lib.errors import UserError
 from lib.postprocess import Detections
 
 SAME_PLACE = 0.6  # IoU from which two detections are of one place
+FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+SMALLEST_TEXT = 11  # pixels
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp")
 
 
@@ -46,16 +50,36 @@ def draw(image: Tensor, detections: Detections, classes: Sequence[str], threshol
     sure = (detections.scores >= threshold).nonzero()[:, 0]
     # A place shows one label: the classes that came second there would be drawn over the best one.
     keep = sure[nms(detections.boxes[sure], detections.scores[sure], SAME_PLACE)]
-    if len(keep) == 0:
-        return image
     height, width = image.shape[-2:]
-    boxes = detections.boxes[keep] * torch.tensor([width, height, width, height])
-    labels = (detections.labels[keep] - 1).tolist()
+    boxes = (detections.boxes[keep] * torch.tensor([width, height, width, height])).tolist()
+    labels, palette = (detections.labels[keep] - 1).tolist(), class_colours(len(classes))
     texts = [f"{classes[k]} {s:.2f}" for k, s in zip(labels, detections.scores[keep].tolist(), strict=True)]
-    palette = class_colours(len(classes))
-    return draw_bounding_boxes(
-        image, boxes, texts, [palette[k] for k in labels], width=max(1, min(height, width) // 150)
-    )
+    picture = to_pil_image(image)
+    pen, line = ImageDraw.Draw(picture), max(1, min(height, width) // 150)
+    font = ImageFont.truetype(str(FONT), max(SMALLEST_TEXT, min(height, width) // 28))
+    for box, k in zip(boxes, labels, strict=True):
+        pen.rectangle(box, outline=palette[k], width=line)
+    for box, k, text in reversed(list(zip(boxes, labels, texts, strict=True))):  # the surest is drawn last
+        _write_label(pen, text, box, palette[k], font)
+    return pil_to_tensor(picture)
+
+
+def _write_label(
+    pen: ImageDraw.ImageDraw,
+    text: str,
+    box: Sequence[float],
+    colour: tuple[int, int, int],
+    font: ImageFont.FreeTypeFont,
+) -> None:
+    """A filled label that stands on the box, or hangs from its upper edge where the picture ends above."""
+    across, down = pen.textbbox((0, 0), text, font=font)[2:]
+    margin = max(1, down // 8)
+    across, down = across + 2 * margin, down + 2 * margin
+    x = max(0, min(box[0], pen.im.size[0] - across))
+    y = box[1] - down if box[1] >= down else box[1]
+    pen.rectangle((x, y, x + across, y + down), fill=colour)
+    brightness = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
+    pen.text((x + margin, y + margin), text, fill="black" if brightness > 128 else "white", font=font)
 
 
 def write_picture(image: Tensor, path: Path) -> None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
-from torchvision.ops import batched_nms
+from torchvision.ops import nms
 
 from lib.boxes import decode
 from lib.config import PostprocessConfig
+
+FIRST_LOOK = 2  # times `top_k`: candidates of an image among which its detections are looked for at first
+DEEPER = 4  # times as many at each further look
 
 
 class Detections(NamedTuple):
@@ -39,18 +43,53 @@ def postprocess(
     Per image and class the `pre_nms_top_k` best boxes above the confidence threshold enter NMS; per image the `top_k`
     best survivors stay. Boxes are cut at the image's border.
     """
-    scores = class_scores(logits, loss_type).transpose(1, 2)  # (B, C, P)
-    k = min(config.pre_nms_top_k, scores.shape[-1])
-    top, prior = scores.topk(k, dim=-1)  # (B, C, k)
-    image, label, rank = (top > config.confidence_threshold).nonzero(as_tuple=True)
-    prior = prior[image, label, rank]
-    boxes = decode(offsets[image, prior].float(), priors_cxcywh[prior], variances).clamp(0, 1)  # (N, 4)
-    kept_scores = top[image, label, rank]
-    group = image * scores.shape[1] + label
-    keep = batched_nms(boxes, kept_scores, group, config.nms_threshold)  # by falling score
-    image, boxes, kept_scores, label = image[keep], boxes[keep], kept_scores[keep], label[keep] + 1
+    scores = class_scores(logits, loss_type)
+    first = scores.flatten(1).topk(min(FIRST_LOOK * config.top_k, scores[0].numel()))
     detections = []
-    for i in range(len(logits)):
-        mine = (image == i).nonzero()[: config.top_k, 0]
-        detections.append(Detections(boxes[mine], kept_scores[mine], label[mine]))
+    for i, look in enumerate(zip(*first, strict=True)):
+        detections.append(_detect(scores[i], look, offsets[i].float(), priors_cxcywh, config, variances))
     return detections
+
+
+def _detect(
+    scores: Tensor,
+    look: tuple[Tensor, Tensor],
+    offsets: Tensor,
+    priors_cxcywh: Tensor,
+    config: PostprocessConfig,
+    variances: Sequence[float],
+) -> Detections:
+    """Detections of one image from scores (P, C); `look` are the best of them and their places, by falling score.
+
+    What survives NMS depends on better boxes only. So a look at the best candidates is enough if `top_k` of them
+    survive, and else the next one goes deeper: with many classes, NMS of all candidates takes longer than the network.
+    """
+    classes = scores.shape[1]
+    while True:
+        best, place = look
+        above = int((best > config.confidence_threshold).sum())
+        best, prior, label = best[:above], place[:above] // classes, place[:above] % classes
+        boxes = decode(offsets[prior], priors_cxcywh[prior], variances).clamp(0, 1)
+        counts = label.bincount(minlength=classes).tolist()
+        keep = _nms_by_class(boxes, best, label, counts, config)[: config.top_k]
+        complete = above < len(place) or len(place) == scores.numel() or min(counts) >= config.pre_nms_top_k
+        if complete or len(keep) == config.top_k:
+            return Detections(boxes[keep], best[keep], label[keep] + 1)
+        look = scores.flatten().topk(min(DEEPER * len(place), scores.numel()))
+
+
+def _nms_by_class(
+    boxes: Tensor, scores: Tensor, labels: Tensor, counts: Sequence[int], config: PostprocessConfig
+) -> Tensor:
+    """Which of the boxes (N, 4), best first, survive, ascending; `counts` are those of each label.
+
+    One class after the other: shifting each class's boxes elsewhere, as torchvision's batched_nms does, rounds IoUs.
+    """
+    order = labels.argsort(stable=True)
+    groups = zip(*(t.split(counts) for t in (order, boxes[order], scores[order])), strict=True)
+    most, kept = config.pre_nms_top_k, [order[:0]]
+    for members, own_boxes, own_scores in groups:
+        if len(members) > 1:
+            members = members[nms(own_boxes[:most], own_scores[:most], config.nms_threshold)]
+        kept.append(members)
+    return torch.cat(kept).sort().values

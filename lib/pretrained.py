@@ -34,11 +34,14 @@ class Embedding(NamedTuple):
     rows: list[Row]
 
 
-def load_pretrained(detector: ElasticSSD, config: Config) -> Embedding:
-    """Read `config.backbone.pretrained_path` into `detector`. Raises UserError, saying why, if it does not fit."""
+def load_pretrained(detector: ElasticSSD, config: Config, classes: Sequence[str]) -> Embedding:
+    """Read `config.backbone.pretrained_path` into `detector`, which is to know `classes`.
+
+    Raises UserError, saying why, if it does not fit.
+    """
     source = read_source(config.backbone.pretrained_path)
     try:
-        embedding = embed(detector, source, config.backbone.pretrained_head)
+        embedding = embed(detector, source, config.backbone.pretrained_head, classes)
     except Misfit as misfit:
         raise UserError(f"{config.backbone.pretrained_path} ({source.name}): {misfit}") from None
     rows = [("recognised as", source.name), *embedding.rows, *_differences(config, source)]
@@ -55,8 +58,13 @@ class Misfit(Exception):
 
 
 @torch.no_grad()
-def embed(detector: ElasticSSD, source: Source, with_head: bool = True) -> Embedding:
-    """Copy `source` into `detector`, whose other weights are expected to be fresh ones. Raises Misfit."""
+def embed(
+    detector: ElasticSSD, source: Source, with_head: bool = True, classes: Sequence[str] | None = None
+) -> Embedding:
+    """Copy `source` into `detector`, whose other weights are expected to be fresh ones. Raises Misfit.
+
+    Where both have names of their `classes`, those of the same name keep their logits, in whatever order they come.
+    """
     backbone, space = detector.backbone, detector.space
     if len(source.stages) != len(backbone.stages):
         raise Misfit(f"it has {len(source.stages)} stages, the search space has {len(backbone.stages)}")
@@ -78,7 +86,11 @@ def embed(detector: ElasticSSD, source: Source, with_head: bool = True) -> Embed
             rows.append((f"extra block {i}", what))
     else:
         rows.append(("extra blocks", FRESH))
-    rows.append(("predictors", _load_predictors(detector, source.predictors if with_head else {})))
+    theirs, wanted = source.predictors if with_head else {}, classes and tuple(classes)
+    if theirs and source.classes and wanted and wanted != source.classes:
+        theirs = _with_classes(detector, theirs, source.classes, wanted)
+        rows.append(("class logits", _shared_classes(source.classes, wanted)))
+    rows.append(("predictors", _load_predictors(detector, theirs)))
     rows += [("left out", what) for what in _left_out(source)]
     return Embedding(Genotype(space.image_size[-1], space.backbone_type, tuple(stages), tuple(head)), rows)
 
@@ -218,6 +230,35 @@ def _load_predictors(detector: ElasticSSD, theirs: Tensors) -> str:
         return FRESH
     fresh = sorted({name.rpartition(".")[0] for name in ours if name not in fitting})
     return "loaded" + (f", but {', '.join(fresh)} {'start' if len(fresh) > 1 else 'starts'} fresh" if fresh else "")
+
+
+def _with_classes(detector: ElasticSSD, theirs: Tensors, known: Sequence[str], wanted: Sequence[str]) -> Tensors:
+    """`theirs` with class logits for `wanted`: the background's and those of the same name, the rest `detector`'s."""
+    ours, result = detector.predictors.state_dict(), dict(theirs)
+    for level, net in enumerate(detector.predictors.classes):
+        for name in (f"classes.{level}.{len(net) - 1}.{part}" for part in ("weight", "bias")):
+            if name not in theirs or theirs[name].shape[1:] != ours[name].shape[1:]:
+                continue
+            merged = ours[name].unflatten(0, (-1, len(wanted) + 1)).clone()  # (priors of a cell, classes + 1, ...)
+            given = theirs[name].unflatten(0, (-1, len(known) + 1))
+            if len(merged) != len(given):
+                continue
+            merged[:, 0] = given[:, 0]
+            for label, class_name in enumerate(wanted, start=1):
+                if class_name in known:
+                    merged[:, label] = given[:, known.index(class_name) + 1]
+            result[name] = merged.flatten(0, 1)
+    return result
+
+
+def _shared_classes(known: Sequence[str], wanted: Sequence[str]) -> str:
+    """Which classes keep their logits, which start fresh, which are not needed any more."""
+    parts = {
+        "kept": [name for name in wanted if name in known],
+        FRESH: [name for name in wanted if name not in known],
+        "left out": [name for name in known if name not in wanted],
+    }
+    return "; ".join(f"{what}: {', '.join(names)}" for what, names in parts.items() if names)
 
 
 def _left_out(source: Source) -> list[str]:

@@ -89,6 +89,25 @@ def plot_search(
     _save(figure, picture)
 
 
+def plot_comparison(rows: Sequence[dict], starts: dict[str, str], picture: Path) -> None:
+    """AP of each contestant of --compare against multiply-adds and latency, a marker for each of its starts."""
+    figure, axes = plt.subplots(1, 2, figsize=(14, 5), sharey=True)
+    costs = ("flops", "multiply-adds"), ("latency_ms", "measured latency before NMS [ms]")
+    for axis, (cost, label) in zip(axes, costs, strict=True):
+        for (start, words), marker in zip(starts.items(), "o^x", strict=True):
+            axis.plot([r[cost] for r in rows], [r[start]["AP"] for r in rows], marker, label=words)
+        for row in rows:
+            highest = max(row[start]["AP"] for start in starts)
+            axis.annotate(
+                row["name"], (row[cost], highest), (0, 8), textcoords="offset points", ha="center", fontsize=8
+            )
+        axis.set_xlabel(label)
+        axis.margins(0.12)
+    axes[0].set_ylabel("AP on the test set")
+    axes[0].legend(fontsize=8)
+    _save(figure, picture)
+
+
 def _save(figure: plt.Figure, picture: Path) -> None:
     figure.tight_layout()
     with replacing(picture) as file:

@@ -74,6 +74,14 @@ def read_log(path: Path) -> list[dict]:
     return records
 
 
+def duration(seconds: float) -> str:
+    """In words: 42 s, 12 min, 3.5 h, 2.1 days."""
+    for limit, unit, size in ((90, "s", 1), (5400, "min", 60)):
+        if seconds < limit:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
+
+
 def finite(value: object) -> object:
     """`value` with None in place of NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):

@@ -5,6 +5,7 @@ The pictures are decoded and resized once, into one file that every process of a
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,24 +13,34 @@ import torch
 from torch import Tensor
 
 from lib import checkpoint
+from lib.bootstrap import image_weights, pack
 from lib.config import Config
 from lib.config import from_dict as config_from_dict
 from lib.datasets import eval_loader
-from lib.detector import ElasticSSD
-from lib.engine import detect, measure, recalibrate
+from lib.detector import SSD, ElasticSSD
+from lib.engine import detect, measure, recalibrate, to_pixels
 from lib.errors import UserError
+from lib.fuse import fuse_
 from lib.genotype import Genotype
+from lib.metrics import resampled
 from lib.models import load_supernet
+from lib.postprocess import Detections
+from lib.racing import Scores, has_lost, rungs
 from lib.records import Records
 from lib.runlog import finite, progress
 from lib.runtime import keep_freed_memory
+
+SCORING_VERSION = 2  # of how scores come about: those of another version are not compared with these
 
 
 def prepare_scoring_data(records: Records, train: Sequence[int], search: Sequence[int], config: Config) -> dict:
     """Pictures as uint8 (N, 3, S, S), S the largest image size of the space, and the search split's ground truth.
 
+    The search split is put into a random order, always the same; `search.images` of them are taken.
     BatchNorm is re-estimated on the first `search.bn_images` of the training split, so no score sees its own pictures.
     """
+    search = list(search)
+    random.Random(0).shuffle(search)  # so that the first few are like the rest
     search = search[: config.search.images] if config.search.images else search
     if all(bool(target["ignore"].all()) for target in records.ground_truth(search)):
         raise UserError(f"data.data_portion: none of the {len(search)} images that score candidates has an object")
@@ -54,41 +65,118 @@ def _pictures(records: Records, indices: Sequence[int], size: int, config: Confi
 
 
 def save_scoring_data(data: dict, path: Path) -> None:
-    checkpoint.save(path, data)
+    """The ground truth becomes a few tensors: one for each image would cost every worker memory of its own."""
+    counts = [len(target["labels"]) for target in data["truth"]]
+    truth = {name: torch.cat([target[name] for target in data["truth"]]) for name in data["truth"][0]}
+    checkpoint.save(
+        path, {**data, "truth": truth, "counts": torch.tensor(counts), "sizes": torch.tensor(data["sizes"])}
+    )
 
 
 def load_scoring_data(path: Path) -> dict:
-    return checkpoint.load(path, mmap=True)
+    """As it was saved, without what would cost memory: the ground truth of an image is made when it is asked for."""
+    data = checkpoint.load(path, mmap=True)
+    data["truth"] = Truth(data["truth"], data.pop("counts"))
+    return data
+
+
+class Truth(Sequence):
+    """The ground truth of N images, as the metrics take it: views of tensors over all objects."""
+
+    def __init__(self, columns: dict[str, Tensor], counts: Tensor):
+        self._columns = columns
+        self._offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, i: int | slice) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        if isinstance(i, slice):
+            return [self[k] for k in range(len(self))[i]]
+        start, end = self._offsets[range(len(self))[i]], self._offsets[range(len(self))[i] + 1]
+        return {name: column[start:end] for name, column in self._columns.items()}
 
 
 class Scorer:
-    """`scorer(detector, genotype)` gives the metrics of one sub-network of `detector` on the search split."""
+    """`scorer(detector, genotype)` gives the metrics of one sub-network of `detector` on the search split.
+
+    A sub-network is extracted, its BatchNorm re-estimated and folded into its convolutions. The batch size is halved
+    where the device has no room for it.
+    """
 
     def __init__(self, data: dict, config: Config, device: torch.device):
         self.data, self.config, self.device = data, config, device
+        self.num_images = len(data["images"])
+        self._batch_size = config.search.batch_size
 
     def __call__(self, detector: ElasticSSD, genotype: Genotype) -> dict:
         """COCO's twelve numbers, mAP, per class AP, flops, params."""
-        batch_size = self.config.search.batch_size
+        found = self._detect(self._prepare(detector, genotype), 0, self.num_images)
+        return {**self._measure(found), **detector.cost(genotype)._asdict()}
+
+    def race(self, detector: ElasticSSD, genotype: Genotype, rivals: Sequence[Scores] = ()) -> dict:
+        """The same "metrics", of the first "images" only if the candidate lost to its rivals there ("lost").
+
+        "resampled" has its "objective" on `search.resamples` resamples of the images, packed, at each rung.
+        """
+        model = self._prepare(detector, genotype)
+        objective, resamples = self.config.search.objective, self.config.search.resamples
+        found: list[Detections] = []
+        scores: dict[str, str] = {}
+        lost = False
+        for rung in rungs(self.num_images) if resamples else [self.num_images]:
+            found += self._detect(model, len(found), rung)
+            if resamples:
+                drawn = resampled(*self._in_pixels(found), objective, image_weights(rung, resamples))
+                scores[str(rung)] = pack(drawn)
+                lost = rung < self.num_images and has_lost(drawn, rung, rivals)
+            if lost:
+                break
+        metrics = {**self._measure(found), **detector.cost(genotype)._asdict()}
+        judged = {"objective": objective, "resampled": scores} if scores else {}
+        return {"metrics": metrics, "images": len(found), "lost": lost, **judged}
+
+    def _prepare(self, detector: ElasticSSD, genotype: Genotype) -> SSD:
         model = detector.extract(genotype).to(self.device, memory_format=torch.channels_last)
-        bn_images = self.data["bn_images"]
-        whole = (
-            max(len(bn_images) // batch_size, 1) * batch_size
-        )  # a small last batch would count as much as the others
-        recalibrate(model, bn_images[:whole].split(batch_size), self.device)
-        found = detect(model, self.data["images"].split(batch_size), self.config, self.device)
-        metrics = measure(found, self.data["truth"], self.data["sizes"], self.data["classes"])
-        return {**metrics, **detector.cost(genotype)._asdict()}
+        bn_images, size = self.data["bn_images"], self.config.search.batch_size
+        whole = max(len(bn_images) // size, 1) * size  # a small last batch would count as much as the others
+        recalibrate(model, bn_images[:whole].split(size), self.device)
+        return fuse_(model)
+
+    def _detect(self, model: SSD, first: int, end: int) -> list[Detections]:
+        """Detections of the images from `first` up to `end`."""
+        images = self.data["images"][first:end]
+        while True:
+            try:
+                return detect(model, images.split(self._batch_size), self.config, self.device)
+            except torch.cuda.OutOfMemoryError:
+                if self._batch_size == 1:
+                    raise
+                self._batch_size //= 2
+                torch.cuda.empty_cache()
+
+    def _measure(self, found: Sequence[Detections]) -> dict:
+        data, n = self.data, len(found)
+        return measure(found, data["truth"][:n], data["sizes"][:n], data["classes"])
+
+    def _in_pixels(self, found: Sequence[Detections]) -> tuple[Sequence[dict], list[dict], int]:
+        """Ground truth, detections and the number of classes, as the metrics take them."""
+        boxes = [to_pixels(d, *size) for d, size in zip(found, self.data["sizes"][: len(found)], strict=True)]
+        return self.data["truth"][: len(found)], boxes, len(self.data["classes"])
 
 
 def scoring_worker(device: str, supernet: str, data: str, settings: dict):
-    """What a worker process of the search does: set up on `device`, then genotypes (dicts) in, metrics out."""
+    """What a worker process of the search does: set up on `device`, then jobs in, what `Scorer.race` gives out.
+
+    A job: {"genotype": Genotype.to_dict(), "rivals": a list of the "resampled" scores of other candidates}.
+    """
     keep_freed_memory()
     detector = load_supernet(Path(supernet), mmap=True).detector
     scorer = Scorer(load_scoring_data(Path(data)), config_from_dict(settings), torch.device(device))
 
-    def score(genotype: dict) -> dict:
-        metrics = scorer(detector, Genotype.from_dict(genotype))
-        return finite({name: value for name, value in metrics.items() if name != "per_class"})
+    def score(job: dict) -> dict:
+        result = scorer.race(detector, Genotype.from_dict(job["genotype"]), job["rivals"])
+        del result["metrics"]["per_class"]
+        return {**result, "metrics": finite(result["metrics"])}
 
     return score

@@ -1,24 +1,24 @@
 """The report of a search: one HTML page with its figures inside, drawn from the evaluations so far.
 
-Pure: records in, text out. The page loads nothing, runs no script, and follows the reader's light or dark mode.
+Pure: a search in, text out. The page loads nothing, runs no script, and follows the reader's light or dark mode.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 from xml.sax.saxutils import escape
 
 from lib import genotype_svg
-from lib.config import SearchConfig
-from lib.evolution import best_record, pareto_front
-from lib.genotype import Genotype, SearchSpace
+from lib.bootstrap import CONFIDENCE
+from lib.evolution import pareto_front
+from lib.genotype import Genotype
 from lib.html_page import legend, note, page, section
-from lib.search_stats import BestOf, Use, best_of_random, best_so_far, worker_use
+from lib.runlog import duration
+from lib.search_run import SearchRun
+from lib.search_stats import BestOf, Use, worker_use
 from lib.svg import Chart, element, figure, text
 
 REFRESH_SECONDS = 60  # how often an open page is loaded anew while the search runs
@@ -40,51 +40,6 @@ COSTS = {
     "params": Quantity("parameters", 1e6, "M"),
     "latency_ms": Quantity("latency", 1.0, "ms"),
 }
-
-
-@dataclass(frozen=True)
-class SearchRun:
-    """One search as it stands. `told` and `random` are records of the ledger, in the order they came.
-
-    `told`: all that the search has learnt from, of `total` in the end. `random`: every evaluation of a uniform random
-    proposal on this supernet, split, settings and budget, whichever search made it. `search`: the name that the
-    records of this search have in the ledger. `folder` is where pareto.json is.
-    """
-
-    name: str
-    search: str
-    supernet: Path
-    folder: Path
-    settings: SearchConfig
-    space: SearchSpace
-    total: int
-    told: Sequence[dict]
-    random: Sequence[dict]
-
-    @property
-    def scored(self) -> list[dict]:
-        return [record for record in self.told if record["status"] == "ok"]
-
-    @property
-    def own(self) -> list[dict]:
-        """What this search paid for itself; the rest it found in the ledger."""
-        return [record for record in self.told if record["search"] == self.search]
-
-    def front(self) -> list[dict]:
-        """The members of pareto.json, in its order."""
-        return pareto_front(self.scored, self.settings.objective, self.settings.costs)
-
-    def best(self) -> dict:
-        return best_record(self.scored, self.settings.objective, self.settings.costs[0])
-
-    def history(self) -> list[float]:
-        """The best objective so far, after each evaluation that succeeded."""
-        return best_so_far([record["metrics"][self.settings.objective] for record in self.scored])
-
-    def control(self) -> list[BestOf]:
-        """What random search would have found with as many evaluations, as far as the ledger can tell."""
-        found = [r["metrics"][self.settings.objective] for r in self.random if r["status"] == "ok"]
-        return best_of_random(found, most=len(self.scored)) if found and self.scored else []
 
 
 def search_report(run: SearchRun) -> str:
@@ -125,15 +80,17 @@ def _header(run: SearchRun, front: Sequence[dict], use: Use) -> str:
         rate, count = 60 * len(run.own) / use.seconds, len(use.workers)
         busy = sum(worker.busy for worker in use.workers) / (use.seconds * count)
         tiles.append(_tile("throughput", f"{rate:.1f} / min", f"{rate / count:.1f} / min for each of {count}"))
-        tiles.append(_tile("workers busy", f"{busy:.0%}", f"of {_duration(use.seconds)}"))
+        tiles.append(_tile("workers busy", f"{busy:.0%}", f"of {duration(use.seconds)}"))
     paragraphs = [element("p", escape(line), class_="quiet") for line in lines]
     title = element("h1", escape(f"{run.name}: search"))
     return element("header", title, *paragraphs, element("div", *tiles, class_="tiles"))
 
 
 def _progress_tile(run: SearchRun) -> str:
-    failed, known = len(run.told) - len(run.scored), len(run.told) - len(run.own)
-    notes = [f"{failed} failed"] + ([f"{known} were in the ledger"] if known else [])
+    failed, known = len(run.told) - len(run.compared), len(run.told) - len(run.own)
+    stopped = len(run.compared) - len(run.scored)
+    notes = [f"{failed} failed"] + ([f"{stopped} stopped early"] if stopped else [])
+    notes += [f"{known} were in the ledger"] if known else []
     return _tile("evaluations", f"{len(run.told)} of {run.total}", ", ".join(notes))
 
 
@@ -146,12 +103,6 @@ def _costs(run: SearchRun) -> list[str]:
     """The costs of the search first, then the others that every evaluation has."""
     known = [c for c in COSTS if all(r["metrics"].get(c) is not None for r in run.scored)]
     return [*run.settings.costs, *(c for c in known if c not in run.settings.costs)]
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 # ------------------------------------------------------------------------------------------------------------ figures
@@ -196,13 +147,15 @@ def _history(run: SearchRun) -> Iterable[str]:
         yield note("No evaluation has succeeded yet.")
         return
     objective = run.settings.objective
-    found = [r["metrics"][objective] for r in run.scored]
+    found = [(i, r["metrics"][objective]) for i, r in enumerate(run.compared, 1) if r["status"] == "ok"]
     ranges = [value for best in control for value in (best.low, best.high)]
-    chart = Chart([0, len(found)], [*found, *ranges], "evaluations", objective, width=860, height=330)
+    chart = Chart(
+        [0, len(history)], [*(value for _, value in found), *ranges], "evaluations", objective, width=860, height=330
+    )
     bands = ([(best.draws, value) for best in control for value in (getattr(best, side),)] for side in ("low", "high"))
     if control:
         chart.band(*bands, "band")
-    chart.points(enumerate(found, 1), "each", radius=1.6)
+    chart.points(found, "each", radius=1.6)
     chart.line([(best.draws, best.mean) for best in control], "control")
     chart.steps(list(enumerate(history, 1)), "history")
     yield legend(history="best so far", control="random search, expected", band="8 in 10", each="each evaluation")
@@ -217,7 +170,8 @@ def _control_words(run: SearchRun, history: Sequence[float], control: Sequence[B
         yield note("The ledger holds no random evaluation to compare with. These two commands add them:")
         yield extend
         return
-    last, count = control[-1], sum(r["status"] == "ok" for r in run.random)
+    last, count = control[-1], sum(r["status"] != "failed" for r in run.random)
+    stopped = sum(r["status"] == "stopped" for r in run.random)
     yield element(
         "p",
         escape(f"After {last.draws} evaluations: best {objective} "),
@@ -230,6 +184,8 @@ def _control_words(run: SearchRun, history: Sequence[float], control: Sequence[B
         f"The control is the expected best of n evaluations drawn without replacement from the {count} random ones "
         "that the ledger holds for this supernet, split and budget; its range narrows as n nears their number. Failed "
         "evaluations are left out on both sides."
+        + f" {stopped} were stopped early and count with their score on the images so far."
+        * (stopped > 0)
     )
     if run.settings.controller == "random":
         yield note("This search is itself random.")
@@ -277,6 +233,7 @@ def _members(run: SearchRun, front: Sequence[dict]) -> Iterable[str]:
     kernels = genotype_svg.kernel_classes(run.space)
     yield legend(**{class_: f"kernel {kernel}" for kernel, class_ in kernels.items()})
     yield note("A bar is a block, input to the left: its height is the expand ratio. A dotted line: a block left out.")
+    yield from _ties(run, front)
     best = run.best()["key"]
     for k, record in enumerate(front):
         genotype = Genotype.from_dict(record["genotype"])
@@ -284,17 +241,34 @@ def _members(run: SearchRun, front: Sequence[dict]) -> Iterable[str]:
         yield element(
             "article",
             element("h3", escape(f"{k}" + (" · best" if record["key"] == best else ""))),
-            element("p", *_metrics(run, record["metrics"]), f"<span>{genotype.image_size} px</span>", class_="metrics"),
+            element("p", *_metrics(run, record), f"<span>{genotype.image_size} px</span>", class_="metrics"),
             element("div", genotype_svg.strip(genotype, run.space), class_="wide"),
             element("pre", escape(command)),
         )
 
 
-def _metrics(run: SearchRun, metrics: dict) -> Iterable[str]:
-    objective = run.settings.objective
+def _ties(run: SearchRun, front: Sequence[dict]) -> Iterable[str]:
+    """Which members cannot be told from the best, cheapest first."""
+    ties = [str(k) for k, record in enumerate(front) if (noise := run.noise(record)) and noise.tie]
+    if ties:
+        yield element(
+            "p", escape(f"Not to be told from the best on these pictures, cheapest first: {', '.join(ties)}.")
+        )
+        yield note(
+            f"A tie is a member whose paired difference to the best has a {CONFIDENCE:.0%} interval that holds 0, over "
+            f"{run.settings.resamples} resamples of the same {front[0]['images']} images. The best was chosen on these "
+            "images, so its own score is likely a little too high."
+        )
+
+
+def _metrics(run: SearchRun, record: dict) -> Iterable[str]:
+    objective, metrics, noise = run.settings.objective, record["metrics"], run.noise(record)
     scores = [objective, *(m for m in ("AP", "AP50", "mAP") if m != objective and metrics.get(m) is not None)]
     for score in scores:
         yield element("span", escape(f"{score} "), element("strong", f"{metrics[score]:.4f}"))
+        if score == objective and noise:
+            yield element("span", f"{noise.interval.low:.4f} to {noise.interval.high:.4f}")
+            yield element("span", "tie with the best") if noise.tie and record is not run.best() else ""
     for cost in _costs(run):
         yield element("span", element("strong", COSTS[cost](metrics, cost)), f" {COSTS[cost].name}")
 
@@ -339,7 +313,7 @@ def _timeline(use: Use) -> str:
             marks.append(element("rect", x=x, y=y, width=wide, height=row - 6, class_="heat"))
     below = len(use.workers) * row + 16
     marks.append(text(left, below, "0", class_="small"))
-    marks.append(text(left + width, below, _duration(use.seconds), class_="small", text_anchor="end"))
+    marks.append(text(left + width, below, duration(use.seconds), class_="small", text_anchor="end"))
     return figure(left + width + 4, below + 6, *marks, label="when each worker was busy")
 
 

@@ -42,6 +42,7 @@ class Source:
     elastic: bool = False
     extras: Sequence[Tensors] = ()
     predictors: Tensors = field(default_factory=dict)
+    classes: Sequence[str] = ()  # of its class logits, where it names them
     left_out: Sequence[str] = ()  # keys that no detector needs
 
 
@@ -256,6 +257,7 @@ def _own(payload: dict) -> Source:
         elastic="genotype" not in payload,
         extras=extras,
         predictors=_below(tensors, "predictors."),
+        classes=tuple(payload.get("classes", ())),
     )
 
 

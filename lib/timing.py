@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -16,9 +17,11 @@ from lib.detector import SSD, ElasticSSD, ScoresAndBoxes
 from lib.fuse import fuse
 from lib.genotype import Block, Genotype
 from lib.runlog import progress
+from lib.runtime import device_name
 
 PICTURE = (480, 640)  # height and width of the camera picture that a detector is given
 REPETITIONS = 3  # timed calls of a visit, after one that is not
+ROUNDS = 10  # visits of each run
 REFERENCE_EVERY = 4  # visits from one of the reference to the next
 
 Run = Callable[[], object]
@@ -52,6 +55,56 @@ class FusedDetectors:
             plain = module if block is None else module.extract(block)
             self._parts[key] = fuse(plain).to(self._device, memory_format=torch.channels_last)
         return self._parts[key]
+
+
+@contextlib.contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """Torch computes with `count` CPU threads, until the end of the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@torch.inference_mode()
+def time_parts(model: SSD, config: Config, device: torch.device) -> dict:
+    """Milliseconds of a plain detector and of its parts for one camera picture, and how they were taken.
+
+    BatchNorm is folded. `total_ms` is a measurement of its own plus `nms_ms`, so the parts sum to it only nearly.
+    """
+    deployed = ScoresAndBoxes(fuse(model).to(device, memory_format=torch.channels_last), config).eval()
+    net, rules, threads = deployed.model, config.postprocess, config.search.latency_threads
+    picture = torch.randint(0, 256, (1, 3, *PICTURE), dtype=torch.uint8, device=device)
+    x = net.normalize(picture, net.image_size)
+    logits, offsets = net.predict(x)
+    runs = {
+        "whole": lambda: deployed(picture),
+        "resize": lambda: net.normalize(picture, net.image_size),
+        "network": lambda: net.predict(x),
+        "decoding": lambda: deployed.decode(logits, offsets),
+    }
+    with cpu_threads(threads):
+        whole, *parts = time_interleaved(list(runs.values()), device, ROUNDS)
+        nms = time_nms(rules.top_k, model.predictors.num_classes, rules.nms_threshold, device, ROUNDS)
+    times = dict(zip(list(runs)[1:], parts, strict=True)) | {"nms": nms, "total": whole + nms}
+    return {
+        "device": str(device),
+        "device_name": device_name(device),
+        "threads": threads,
+        "batch": 1,
+        "picture": list(PICTURE),
+        "nms_boxes": rules.top_k,
+        **{f"{name}_ms": round(ms, 4) for name, ms in times.items()},
+    }
+
+
+def describe_parts(times: dict) -> str:
+    """What `time_parts` found, in one line."""
+    parts = ", ".join(f"{name} {times[f'{name}_ms']:.2f}" for name in ("resize", "network", "decoding", "nms"))
+    threads = f", CPU threads: {times['threads']}" if times["device"] == "cpu" else ""
+    return f"latency: {times['total_ms']:.2f} ms a picture ({parts}) on {times['device_name']}{threads}"
 
 
 def time_detectors(models: Sequence[nn.Module], device: torch.device, rounds: int) -> list[float]:

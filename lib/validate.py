@@ -15,10 +15,10 @@ def validate(config: Config) -> None:
     schedules = vars(space.schedule_cfg)
     for name, schedule in schedules.items():
         _check_schedule(f"search_space.schedule_cfg.{name}", schedule)
-    _check_schedule("supernet.distill.weight", config.supernet.distill.weight)
     _check_choices(config)
     _check_maps(config)
     for name in ("supernet", "final"):
+        _check_schedule(f"{name}.distill.weight", getattr(config, name).distill.weight)
         _check_training(name, getattr(config, name))
     for name in ("num_epochs", "steps", "population_size", "tournament_size", "batch_size", "bn_images"):
         _at_least(f"search.{name}", getattr(config.search, name), 1)

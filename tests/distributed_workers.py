@@ -11,9 +11,8 @@ import torch
 from tiny_runs import tiny_settings
 from torch import nn
 
-import final_train
 import supernet_train
-from lib import config, distributed
+from lib import config, distributed, final_training
 from lib.datasets import configured_train_loader, load_records, split_indices
 from lib.detector import ElasticSSD
 from lib.engine import Trainer
@@ -88,14 +87,14 @@ def train(folder: Path, case: str) -> dict:
     start = flat(model)
     model.train()
     if fixed:
-        final_train.freeze_norms(model)
+        final_training.freeze_norms(model)
     losses = []
     for batch, _ in zip(loader, range(STEPS), strict=False):
         if stage == "supernet":
             genotypes = supernet_train.step_genotypes(detector.space, c.supernet, c.seed, trainer.step)
             items = supernet_train.supernet_losses(detector, loss, batch, genotypes, c.supernet.distill, 0.5)
         else:
-            items = final_train.detection_losses(model, loss, batch)
+            items = final_training.detection_losses(model, loss, batch)
         losses.append(trainer.update(items))
     states = {"model": model.state_dict(), "ema": trainer.ema.state_dict()}
     return {**states, "losses": losses, "images": len(batch), "moved": (flat(model) - start).abs().max().item()}
@@ -109,7 +108,7 @@ def evaluate(folder: Path) -> dict:
     """The metrics of a detector on seven pictures in batches of two."""
     c = settings(folder, final__batch_size=2)
     detector = random_detector(c)
-    return final_train.evaluate(detector.extract(detector.space.largest()), load(c, "test"), c, CPU)
+    return final_training.evaluate(detector.extract(detector.space.largest()), load(c, "test"), c, CPU)
 
 
 def score_panel(folder: Path, name: str) -> list[dict]:

@@ -116,7 +116,7 @@ def test_depthwise_extract(channels, size, stride):
     conv = randomise(ElasticDepthwiseConv(6, KERNELS, stride))
     plain = conv.extract(channels, size)
     x = inputs(channels, 9)
-    assert type(plain) is nn.Conv2d
+    assert isinstance(plain, nn.Conv2d) and plain.groups == channels
     assert plain.kernel_size == (size, size)
     assert torch.equal(plain(x), conv(x, size))
     assert plain(x).shape[-1] == (9 + stride - 1) // stride

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-import final_train
+from lib import final_training
 from lib.config import TrainConfig
 from lib.engine import Trainer, detect, measure, recalibrate, to_pixels, train_epoch
 from lib.errors import UserError
@@ -307,7 +307,7 @@ def test_a_frozen_base_net_keeps_its_statistics_and_has_its_own_learning_rate(ti
     model = detector.extract(detector.space.smallest())
     t = Trainer(model, config.final, CPU, 4, backbone_lr=0.0)
     model.train()
-    final_train.freeze_norms(model.backbone)
+    final_training.freeze_norms(model.backbone)
     before = copy.deepcopy(model.state_dict())
     loss = DetectionLoss(**vars(config.loss))
     images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)

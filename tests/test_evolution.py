@@ -232,6 +232,41 @@ def test_names_that_nobody_knows():
         make("pareto-evo", costs=["flop"]).tell(make_space().smallest(), metrics(make_space().smallest()))
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("seed", range(3))
+def test_who_is_worse_than_all_rivals_makes_no_difference(name, seed):
+    """Not to the front; under pareto-evo to nothing at all."""
+    controller, rng, judged = make(name, make_space(3), seed=seed, costs=["flops"]), random.Random(seed), 0
+    told = []
+    for _ in range(80):
+        genotype = controller.ask()
+        rivals = controller.rivals({"flops": flops(genotype)})
+        values = {"AP": metrics(genotype)["AP"] + rng.gauss(0, 0.3), "flops": flops(genotype)}
+        if rivals:
+            judged += 1
+            by_genotype = {r["genotype"]: r["metrics"]["AP"] for r in told}
+            values["AP"] = min(by_genotype[rival] for rival in rivals) - 0.01
+        before = pareto_front(told, "AP", ["flops"])
+        population = [list(front) for front in getattr(controller, "_fronts", [])]
+        told.append({"genotype": genotype, "metrics": values})
+        controller.tell(genotype, values)
+        if rivals:
+            assert pareto_front(told, "AP", ["flops"]) == before
+            assert [list(front) for front in getattr(controller, "_fronts", [])] == population
+    assert judged > 5
+
+
+def test_a_rival_of_evolution_is_the_typical_winner_of_a_tournament():
+    controller = make("evo", make_space(3), population_size=40, tournament_size=4, costs=["flops"])
+    search(controller, 40)
+    rivals = controller.rivals({"flops": math.inf})
+    scores = {g: metrics(g)["AP"] for g in controller._told}
+    weakest = min(scores[rival] for rival in rivals)
+    wins = sum(scores[controller._select(random.Random(i))] <= weakest for i in range(2000)) / 2000
+    assert 0.35 < wins < 0.65
+    assert not make("evo").rivals({"flops": 1.0}) and not controller.rivals({"flops": 1.0})
+
+
 # Regularized evolution
 
 

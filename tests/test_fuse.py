@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lib.elastic import SamePadConv2d
-from lib.fuse import fuse
+from lib.fuse import fuse, fuse_
 
 
 @pytest.mark.parametrize("changes", [{}, {"backbone__padding": "tf_same", "head__predictor": "plain"}])
@@ -42,3 +42,12 @@ def test_only_a_convolution_right_before_is_folded():
     assert len(fused) == 4 and norm_first.training and not fused.training
     x = torch.rand(2, 3, 4, 4)
     torch.testing.assert_close(fused(x), norm_first.eval()(x))
+
+
+def test_in_place_gives_what_the_copy_gives():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    model[1].running_mean.uniform_(0.1, 1)
+    copied = fuse(model)
+    assert fuse_(model) is model and len(model) == 2 and not model.training
+    x = torch.rand(2, 3, 6, 6)
+    assert torch.equal(model(x), copied(x))

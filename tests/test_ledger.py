@@ -16,7 +16,7 @@ import pytest
 
 from lib.errors import UserError
 from lib.genotype import Block, Genotype
-from lib.ledger import Ledger, evaluation_key
+from lib.ledger import Ledger, evaluation_basis, evaluation_key
 
 ROOT = Path(__file__).parents[1]
 GENOTYPE = Genotype(300, "mbv3_backbone", ((Block(1, 3),), (Block(6, 7), Block(4, 5))), (Block(0.5, 3),))
@@ -193,20 +193,21 @@ def test_nan_is_refused_before_it_is_written(path):
 
 def test_the_key_depends_on_all_that_the_result_depends_on():
     settings = {"bn_images": 200, "metric": "voc"}
-    keys = [
-        evaluation_key(GENOTYPE, "a", "b", settings),
-        evaluation_key(replace(GENOTYPE, image_size=320), "a", "b", settings),
-        evaluation_key(replace(GENOTYPE, backbone_type="mbv2_backbone"), "a", "b", settings),
-        evaluation_key(GENOTYPE, "b", "b", settings),
-        evaluation_key(GENOTYPE, "a", "a", settings),
-        evaluation_key(GENOTYPE, "a", "b", {**settings, "bn_images": 100}),
+    bases = [
+        evaluation_basis("a", "b", settings),
+        evaluation_basis("b", "b", settings),
+        evaluation_basis("a", "a", settings),
+        evaluation_basis("a", "b", {**settings, "bn_images": 100}),
     ]
-    assert len(set(keys)) == len(keys)
+    genotypes = GENOTYPE, replace(GENOTYPE, image_size=320), replace(GENOTYPE, backbone_type="mbv2_backbone")
+    keys = [evaluation_key(genotype, basis) for genotype in genotypes for basis in bases]
+    assert len(set(keys)) == len(keys) == 12
 
 
 def test_the_key_does_not_depend_on_spelling():
     same = replace(GENOTYPE, stages=((Block(1.0, 3),), GENOTYPE.stages[1]))
-    assert evaluation_key(GENOTYPE, "a", "b", {"x": 1, "y": 2}) == evaluation_key(same, "a", "b", {"y": 2, "x": 1})
+    assert evaluation_key(GENOTYPE, "a") == evaluation_key(same, "a")
+    assert evaluation_basis("a", "b", {"x": 1, "y": 2}) == evaluation_basis("a", "b", {"y": 2, "x": 1})
 
 
 def test_20000_records_replay_in_two_seconds(path):

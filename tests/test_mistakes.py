@@ -33,6 +33,22 @@ MISTAKES = {
         r"backbone\.pretrained_path: efficientnet_lite: no such file.*did you mean 'efficientnet_lite0'",
     ),
     "nothing that is pretrained": ([FINAL, "--from-pretrained"], r"--from-pretrained: backbone\.pretrained_path names"),
+    "a comparison of no file": (
+        [FINAL, "--compare", "--genotype", "cell_0=1"],
+        "--compare: takes a genotype from a file",
+    ),
+    "no epoch of comparison": (
+        [FINAL, "--compare", "--compare-epochs", "0"],
+        "--compare-epochs 0: expected at least 1",
+    ),
+    "a start that is denied": (
+        [FINAL, "--from-scratch", "--load", "runs/tiny/final"],
+        r"--load .*final: a detector to start from, which --from-scratch",
+    ),
+    "no supernet to teach": (
+        [FINAL, "--from-scratch", "--set", "final.distill.weight={boundary: [1], value: [1]}"],
+        r"final\.distill\.teacher: .* starts from none",
+    ),
     "a run that is there already": ([SUPERNET], r"last\.pt exists: --resume"),
     "no epoch of search": ([SEARCH, "--set", "search.num_epochs=0"], "search.num_epochs"),
     "a budget out of reach": ([SEARCH, "--max-flops", "1000"], r"search\.max_flops: 1000.*sub-networks have .* to "),

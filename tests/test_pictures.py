@@ -9,7 +9,7 @@ from pycocotools.coco import COCO
 from torchvision.io import decode_image, read_file, write_png
 
 from lib.errors import UserError
-from lib.pictures import class_colours, coco_results, draw, find_pictures, write_picture
+from lib.pictures import SMALLEST_TEXT, class_colours, coco_results, draw, find_pictures, write_picture
 from lib.postprocess import Detections
 
 FOUND = Detections(
@@ -48,15 +48,46 @@ def test_every_class_has_its_colour(count):
 
 
 def test_drawing_leaves_the_picture_alone_and_shows_what_is_above_the_threshold():
-    image = torch.full((3, 60, 80), 40, dtype=torch.uint8)
+    image = torch.full((3, 240, 320), 40, dtype=torch.uint8)
     before = image.clone()
     some, all_of_them = draw(image, FOUND, ["cat", "dog"], 0.4), draw(image, FOUND, ["cat", "dog"], 0.2)
     assert torch.equal(image, before) and some.shape == image.shape and some.dtype == torch.uint8
-    right = slice(48, 72)  # where the second box is
-    assert torch.equal(some[:, 6:24, right], image[:, 6:24, right])
-    assert not torch.equal(all_of_them[:, 6:24, right], image[:, 6:24, right])
+    right = slice(180, 300)  # where the second box is
+    assert torch.equal(some[:, :100, right], image[:, :100, right])
+    assert not torch.equal(all_of_them[:, :100, right], image[:, :100, right])
     cat, dog = (torch.tensor(colour, dtype=torch.uint8) for colour in class_colours(2))
-    assert torch.equal(some[:, 40, 8], dog) and torch.equal(all_of_them[:, 20, 48], cat)
+    assert torch.equal(some[:, 160, 32], dog) and torch.equal(all_of_them[:, 80, 192], cat)
+
+
+@pytest.mark.parametrize("side", [100, 400, 2000])
+@pytest.mark.parametrize("top", [0.0, 0.5])
+@pytest.mark.parametrize("left", [0.0, 0.9])
+def test_a_label_is_whole_within_the_picture_and_grows_with_it(side, top, left):
+    """Were it cut off, it would have fewer pixels than where there is room."""
+
+    def label(x, y):
+        """Number of pixels of the label's own, none of them the box's: fill, letters and what blends between."""
+        one = Detections(torch.tensor([[x, y, x + 0.1, y + 0.3]]), torch.tensor([0.9]), torch.tensor([2]))
+        drawn = draw(torch.full((3, side, side), 9, dtype=torch.uint8), one, ["cat", "dog"], 0.4)
+        changed = (drawn != 9).any(0)
+        rows = changed.sum(1) > 0.12 * side  # wider than the box
+        return int(changed[rows].sum()), int(rows.sum())
+
+    (pixels, rows), (expected, height) = label(left, top), label(0.3, 0.5)
+    assert rows == pytest.approx(height, abs=1 + side // 150) and pixels == pytest.approx(expected, rel=0.1)
+    assert rows >= max(SMALLEST_TEXT, side // 28)
+
+
+def test_a_label_is_read_on_bright_and_dark_colours():
+    image = torch.full((3, 200, 200), 90, dtype=torch.uint8)
+    for count in (1, 3):
+        names, palette = [f"class {i}" for i in range(count)], class_colours(count)
+        for k, colour in enumerate(palette, start=1):
+            one = Detections(torch.tensor([[0.1, 0.5, 0.9, 0.9]]), torch.tensor([0.9]), torch.tensor([k]))
+            drawn = draw(image, one, names, 0.5)
+            dark, bright = (drawn < 40).all(0).sum(), (drawn > 215).all(0).sum()
+            light_label = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2] > 128
+            assert (dark if light_label else bright) > 20 and (bright if light_label else dark) == 0
 
 
 def test_drawing_nothing_is_the_picture():

@@ -55,8 +55,10 @@ def slow(logits, offsets, priors, config, loss_type):
         PostprocessConfig(confidence_threshold=0.3, nms_threshold=0.3, top_k=20),
         PostprocessConfig(pre_nms_top_k=7, top_k=10),
         PostprocessConfig(confidence_threshold=0.9),
+        PostprocessConfig(nms_threshold=0.05, top_k=10),  # most candidates are suppressed: one look is not enough
+        PostprocessConfig(pre_nms_top_k=3, top_k=6, nms_threshold=0.1),
     ],
-    ids=["defaults", "strict", "few", "nearly none"],
+    ids=["defaults", "strict", "few", "nearly none", "deep", "few of each class"],
 )
 def test_against_a_slow_loop(config, loss_type):
     logits, offsets, priors = random_output()

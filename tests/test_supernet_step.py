@@ -6,10 +6,8 @@ import pytest
 import torch
 
 import supernet_train
-from lib import checkpoint
-from lib.config import DistillConfig, SupernetConfig, to_dict
+from lib.config import DistillConfig, SupernetConfig
 from lib.datasets import Batch
-from lib.errors import UserError
 from lib.losses import DetectionLoss
 
 
@@ -78,25 +76,6 @@ def test_a_given_teacher_teaches_the_largest_too_and_runs_once(tiny_detector):
     assert all(item.keys() == {"cls", "loc", "distill"} for item in losses)
     step_losses(detector, 0.0, [large, small], teacher=teacher)
     assert calls == [False]
-
-
-def test_a_teacher_with_other_classes_or_priors_is_refused(tiny_detector, tiny_config, tmp_path):
-    detector = tiny_detector()
-    genotype, path = detector.space.smallest(), tmp_path / "best.pt"
-    content = {"model": detector.extract(genotype).state_dict(), "genotype": genotype.to_dict(), "epoch": 1}
-    shared = {"config": to_dict(tiny_config()), "classes": ["a", "b", "c"], "category_ids": [1, 2, 3]}
-    checkpoint.save(path, {**content, **shared})
-    config = tiny_config(supernet__distill__teacher=str(path))
-    cpu = torch.device("cpu")
-    images = torch.zeros(1, 3, 64, 64)
-    teacher = supernet_train.load_teacher(config, detector, ["a", "b", "c"], cpu)
-    assert torch.equal(teacher(images)[0], detector(images, genotype)[0])
-    with pytest.raises(UserError, match=r"best\.pt knows a, b, c, not a, b, d"):
-        supernet_train.load_teacher(config, detector, ["a", "b", "d"], cpu)
-    other = tiny_detector(head__scales="[0.1, 0.4, 0.6, 0.9]")
-    with pytest.raises(UserError, match=r"best\.pt has other prior boxes than the supernet at 64 px"):
-        supernet_train.load_teacher(config, other, ["a", "b", "c"], cpu)
-    assert supernet_train.load_teacher(tiny_config(), detector, [], cpu) is None
 
 
 def test_the_weight_scales_the_distillation_and_nothing_else(tiny_detector):

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from lib import timing
-from lib.detector import ScoresAndBoxes
+from lib.detector import Normalize, ScoresAndBoxes
+from lib.head import Predictors
 from lib.postprocess import postprocess
 from lib.timing import FusedDetectors, time_detectors, time_interleaved, time_nms, visit
 
@@ -34,6 +35,34 @@ def test_a_detector_of_shared_parts_finds_what_the_extracted_one_does(tiny_detec
         torch.testing.assert_close(found.scores, scores.flatten().sort(descending=True).values, atol=1e-5, rtol=1e-4)
         best = found.boxes[0]
         assert (boxes[0] - best).abs().amax(1).min() < 1e-4
+
+
+def test_the_parts_of_a_detector_are_timed_by_themselves(tiny_trained, monkeypatch):
+    """Sleeping parts: each is found in its own time and in the whole."""
+    detector = tiny_trained(search__latency_threads=2)
+    threads = []
+
+    def slow(milliseconds, run):
+        def wait(*arguments):
+            threads.append(torch.get_num_threads())
+            time.sleep(milliseconds / 1000)
+            return run(*arguments)
+
+        return wait
+
+    for kind, name, milliseconds in ((Normalize, "forward", 20), (Predictors, "forward", 40)):
+        monkeypatch.setattr(kind, name, slow(milliseconds, getattr(kind, name)))
+    monkeypatch.setattr(ScoresAndBoxes, "decode", slow(10, ScoresAndBoxes.decode))
+    monkeypatch.setattr(timing, "ROUNDS", 1)
+    before = torch.get_num_threads()
+    times = timing.time_parts(detector.model, detector.config, CPU)
+    assert torch.get_num_threads() == before and threads[-1] == 2 == times["threads"]
+    found = [times[f"{name}_ms"] for name in ("resize", "network", "decoding")]
+    assert found[0] >= 20 and found[1] >= 40 and found[2] >= 10 and found[1] > found[0] > found[2]
+    assert times["total_ms"] - times["nms_ms"] >= 70 and times["nms_ms"] > 0
+    assert "CPU threads: 2" in timing.describe_parts(times) and f"{times['total_ms']:.2f} ms" in timing.describe_parts(
+        times
+    )
 
 
 def test_blocks_are_shared(tiny_detector, tiny_config):

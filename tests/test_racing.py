@@ -1,0 +1,23 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lib.bootstrap import pack
+from lib.racing import has_lost, rungs
+
+
+@pytest.mark.parametrize(
+    ("images", "expected"),
+    [(1, [1]), (8, [8]), (15, [8, 15]), (29, [14, 29]), (40, [10, 20, 40]), (1000, [250, 500, 1000])],
+)
+def test_the_rungs_grow_to_all_images(images, expected):
+    assert rungs(images) == expected
+
+
+def test_a_candidate_loses_where_it_is_clearly_below_every_rival():
+    scores = np.random.default_rng(0).uniform(0.3, 0.5, 100)
+    above, equal = {"10": pack(scores + 0.1)}, {"10": pack(scores)}
+    assert has_lost(scores, 10, [above]) and has_lost(scores, 10, [above, above])
+    assert not has_lost(scores, 10, []) and not has_lost(scores, 10, [above, equal])
+    assert not has_lost(scores, 20, [above])  # a rival that was not compared there is not beaten by anyone
