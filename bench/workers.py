@@ -71,7 +71,8 @@ def main() -> None:
     supernet = load_supernet(path)
     supernet.config.data.root = args.data or supernet.config.data.root
     rng = random.Random(0)
-    candidates = [supernet.space.sample(rng).to_dict() for _ in range(args.candidates)]
+    samples = (supernet.space.sample(rng).to_dict() for _ in range(args.candidates))
+    candidates = [{"genotype": sample, "rivals": []} for sample in samples]
     with tempfile.TemporaryDirectory() as folder:
         setup = prepare(supernet, path, Path(folder) / "images.pt")
         print("| round | workers | evaluations per hour | busy |")

@@ -9,22 +9,22 @@ import zlib
 from collections.abc import Callable
 
 
-def share_of(job: dict) -> float:
+def share_of(genotype: dict) -> float:
     """A number from 0 to 1 that depends on the genotype alone."""
-    return zlib.crc32(repr(sorted(job["genotype"].items())).encode()) / 2**32
+    return zlib.crc32(repr(sorted(genotype.items())).encode()) / 2**32
+
+
+def fate(genotype: dict) -> int:
+    """0, 1 or 2, which is the candidate's for good."""
+    return int(share_of(genotype) * 2**32) % 3
 
 
 def score_of(job: dict) -> dict:
     """That number in the place of each metric."""
-    metrics = dict.fromkeys(("AP", "AP50", "mAP"), share_of(job))
+    metrics = dict.fromkeys(("AP", "AP50", "mAP"), share_of(job["genotype"]))
     blocks = [block for stage in job["genotype"]["backbone"]["stages"] for block in stage]
     metrics["flops"] = metrics["params"] = sum(block["expand"] * block["kernel"] for block in blocks)
     return {"metrics": metrics, "images": 1, "lost": False}
-
-
-def fate(job: dict) -> int:
-    """0, 1 or 2, which is the candidate's for good."""
-    return int(share_of(job) * 2**32) % 3
 
 
 def quick(device: str, *args) -> Callable[[dict], dict]:
@@ -45,7 +45,7 @@ def hanging(device: str, *args) -> Callable[[dict], dict]:
     """A third of the candidates never ends."""
 
     def score(job: dict) -> dict:
-        if fate(job) == 0:
+        if fate(job["genotype"]) == 0:
             time.sleep(600)
         return score_of(job)
 
@@ -56,9 +56,9 @@ def short_of_memory(device: str, *args) -> Callable[[dict], dict]:
     """A third of the candidates finds no memory, another third is killed for it."""
 
     def score(job: dict) -> dict:
-        if fate(job) == 0:
+        if fate(job["genotype"]) == 0:
             raise MemoryError
-        if fate(job) == 1:
+        if fate(job["genotype"]) == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return score_of(job)
 

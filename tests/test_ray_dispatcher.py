@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 from dispatch_helpers import is_alive, pids_in, take, wait_for
-from tiny_runs import SEARCH, command, environment, finish, read_lines
+from search_runs import search
+from tiny_runs import finish, read_lines
 
 pytest.importorskip("ray", reason="Ray is not installed (pip install ray)")
 
@@ -104,15 +105,9 @@ def test_a_search_runs_on_ray_and_stops_at_ctrl_c(flow, tmp_path):
     """Ctrl-C reaches the whole group, as in a terminal, Ray's processes included."""
     options = ["--load", flow[0] / "runs/tiny/supernet", "--gpus", "cpu,cpu", "--train-dir", "search"]
     options += ["--dispatcher", "ray", "--set", "search.num_epochs=3", "--set", "search.steps=4"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     evaluations = tmp_path / "search" / "evals.jsonl"
 
-    def search(*more):
-        return subprocess.Popen(
-            command(SEARCH, *options, *more), cwd=tmp_path, env=environment(), start_new_session=True, **pipes
-        )
-
-    process = search()
+    process = search(tmp_path, options, "slow")
     try:
         wait_for(lambda: evaluations.exists() and evaluations.read_bytes().count(b"\n") >= 2)
         os.killpg(process.pid, signal.SIGINT)
@@ -121,7 +116,7 @@ def test_a_search_runs_on_ray_and_stops_at_ctrl_c(flow, tmp_path):
         process.kill()
     assert done.returncode == 0 and "with --resume goes on" in done.stdout, done.stderr
     assert 2 <= len(read_lines(evaluations)) < 12
-    done = finish(search("--resume"))
+    done = finish(search(tmp_path, [*options, "--resume"], "slow"))
     assert done.returncode == 0, done.stderr
     records = read_lines(evaluations)
     assert len(records) == len({r["key"] for r in records}) == 12 and {r["status"] for r in records} == {"ok"}

@@ -18,22 +18,11 @@ from pathlib import Path
 
 import pytest
 from dispatch_helpers import wait_for
-from tiny_runs import REPOSITORY, SEARCH, command, environment, finish, read_lines
+from search_runs import STAND_IN, launch, search
+from tiny_runs import finish, read_lines
 
 from lib.ledger import Ledger
 from tests.search_workers import fate
-
-STAND_IN = """
-import functools
-import sys
-import async_search
-from lib.runtime import run
-from tests import search_workers
-async_search.scoring_worker = getattr(search_workers, sys.argv[1])
-if sys.argv[1] == "hanging":
-    async_search.TimeLimit = functools.partial(async_search.TimeLimit, floor=1.0, least=3)
-run(lambda: async_search.main(sys.argv[2:]))
-"""
 
 
 @pytest.fixture
@@ -44,18 +33,6 @@ def options(flow):
     flags = ["--load", supernet, "--gpus", "cpu,cpu", "--train-dir", "search", "--save-every", "9"]
     flags += ["--controller", "random"]
     return [*flags, *(part for setting in settings for part in ("--set", setting))]
-
-
-def launch(cwd: Path, *words: object) -> subprocess.Popen:
-    """A command in a group of its own, which Ctrl-C in a terminal would reach as a whole."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    env = {**environment(), "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.Popen(list(map(str, words)), cwd=cwd, env=env, start_new_session=True, **pipes)
-
-
-def search(cwd: Path, options: list, worker: str = "") -> subprocess.Popen:
-    """async_search.py, with one of the workers of search_workers.py if it is named."""
-    return launch(cwd, *([sys.executable, "-c", STAND_IN, worker, *options] if worker else command(SEARCH, *options)))
 
 
 def lines_in(folder: Path) -> int:
@@ -241,4 +218,6 @@ def test_candidates_that_hang_are_stopped_and_recorded_and_the_search_goes_on(op
     failed = [r for r in records if r["status"] == "failed"]
     assert len(records) == 12 and 0 < len(failed) < 9
     assert all("no result within 1 s (attempt 3 of 3)" in r["error"] for r in failed)
-    assert all(fate(r) == 0 for r in failed) and sum(fate(r) == 0 for r in records) == len(failed)
+    assert all(fate(r["genotype"]) == 0 for r in failed) and sum(fate(r["genotype"]) == 0 for r in records) == len(
+        failed
+    )
