@@ -18,17 +18,17 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench.inherited import scorers, spread
+from lib import checkpoint, config
+from lib.config import Config
+from lib.datasets import load_records, split_indices
+from lib.models import load_supernet
+from lib.schedule import space_at
+from supernet_train import step_genotypes
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-
-from inherited import scorers, spread  # noqa: E402
-
-from lib import checkpoint, config  # noqa: E402
-from lib.config import Config  # noqa: E402
-from lib.datasets import load_records, split_indices  # noqa: E402
-from lib.models import load_supernet  # noqa: E402
-from lib.schedule import space_at  # noqa: E402
-from supernet_train import step_genotypes  # noqa: E402
 
 SANDWICH = ["supernet.sampling=sandwich"]
 DISTILL = [*SANDWICH, "supernet.distill.weight={boundary: [1], value: [0.1]}"]

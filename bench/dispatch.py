@@ -19,12 +19,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from saturated import Window, saturate, wake_all  # noqa: E402
-
-from lib.dispatcher import Dispatcher  # noqa: E402
-from lib.pool import WorkerPool  # noqa: E402
+from bench.saturated import Window, saturate, wake_all
+from lib.dispatcher import Dispatcher
+from lib.pool import WorkerPool
 
 LEAST_BUSY, MOST_PARENT_MS = 0.97, 2.0
 

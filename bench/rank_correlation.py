@@ -21,16 +21,16 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench.inherited import scorers, spread
+from lib import checkpoint
+from lib.config import to_dict
+from lib.genotype import Genotype
+from lib.models import Supernet, load_supernet
+from lib.runs import supernet_checkpoint
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-
-from inherited import scorers, spread  # noqa: E402
-
-from lib import checkpoint  # noqa: E402
-from lib.config import to_dict  # noqa: E402
-from lib.genotype import Genotype  # noqa: E402
-from lib.models import Supernet, load_supernet  # noqa: E402
-from lib.runs import supernet_checkpoint  # noqa: E402
 
 
 def kendall_tau(a: Sequence[float], b: Sequence[float]) -> float:

@@ -19,13 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from search_table import Table, hypervolume  # noqa: E402
-
-from lib.evolution import SpaceExhausted, make_controller, pareto_front  # noqa: E402
-from lib.runlog import progress  # noqa: E402
+from bench.search_table import Table, hypervolume
+from lib.evolution import SpaceExhausted, make_controller, pareto_front
+from lib.runlog import progress
 
 CONTROLLERS = ("random", "evo", "pareto-evo")
 

@@ -19,25 +19,25 @@ import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench.simulated import KILLS
+from lib.evolution import pareto_front
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-
-from simulated import KILLS  # noqa: E402
-
-from lib.evolution import pareto_front  # noqa: E402
 
 SEARCH = """
 import sys
 from pathlib import Path
-sys.path[:0] = sys.argv[1:3]
-from simulated import simulate
-simulate(Path(sys.argv[3]), *map(int, sys.argv[4:]))
+sys.path.insert(0, sys.argv[1])
+from bench.simulated import simulate
+simulate(Path(sys.argv[2]), *map(int, sys.argv[3:]))
 """  # not a file, which the workers would import, and torch with it
 
 
 def start(folder: Path, args: argparse.Namespace, kill_every: int) -> subprocess.Popen:
     numbers = args.evaluations, args.workers, kill_every
-    command = [sys.executable, "-c", SEARCH, ROOT, ROOT / "bench", folder, *numbers]
+    command = [sys.executable, "-c", SEARCH, ROOT, folder, *numbers]
     with (folder / "printed.txt").open("a") as file:
         return subprocess.Popen(list(map(str, command)), stdout=file, stderr=file)
 

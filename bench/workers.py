@@ -18,16 +18,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from saturated import Window, saturate, wake_all  # noqa: E402
-
-from lib.config import to_dict  # noqa: E402
-from lib.datasets import load_records, load_split  # noqa: E402
-from lib.dispatcher import Dispatcher  # noqa: E402
-from lib.models import Supernet, load_supernet  # noqa: E402
-from lib.runs import supernet_checkpoint  # noqa: E402
-from lib.scoring import prepare_scoring_data, save_scoring_data, scoring_worker  # noqa: E402
+from bench.saturated import Window, saturate, wake_all
+from lib.config import to_dict
+from lib.datasets import load_records, load_split
+from lib.dispatcher import Dispatcher
+from lib.models import Supernet, load_supernet
+from lib.runs import supernet_checkpoint
+from lib.scoring import prepare_scoring_data, save_scoring_data, scoring_worker
 
 LEAST_GAIN = 1.8
 
