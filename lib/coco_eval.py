@@ -64,18 +64,18 @@ def evaluate(objects: Objects, found: Found, num_classes: int) -> tuple[dict[str
     """The twelve numbers under `NAMES`, and AP (C,) of each class; nan where there are no objects to ask for."""
     objects, found, rank, pairs = _prepare(objects, found, num_classes)
     once = np.ones((1, max(objects.image.max(initial=0), found.image.max(initial=0)) + 1), int)
-    counts, precisions, recalls = [], [], []
+    counts, aps, recalls = [], [], []
     for area in AREAS:
         matches = _matches(objects, found, pairs, area, num_classes)
         counts.append(_num_objects(objects, matches, once, num_classes))
-        precisions.append(_precision(found, matches, counts[-1], once, num_classes))
+        aps.append(_average_precision(found, matches, counts[-1], once))
         recalls.append(_recall(rank, matches, counts[-1][0]))
-    every = precisions[0]
-    values = [_mean(counts[0], p) for p in (every, every[:, :1], every[:, 5:6])]  # all thresholds, 0.5, 0.75
-    values += [_mean(n, p) for n, p in zip(counts[1:], precisions[1:], strict=True)]
+    every = aps[0]
+    values = [_mean(counts[0], ap) for ap in (every, every[:, :1], every[:, 5:6])]  # all thresholds, 0.5, 0.75
+    values += [_mean(n, ap) for n, ap in zip(counts[1:], aps[1:], strict=True)]
     values += [_mean(counts[0], recalls[0][None, i]) for i in range(len(DETECTIONS_ALLOWED))]
     values += [_mean(n, recall[None, -1]) for n, recall in zip(counts[1:], recalls[1:], strict=True)]
-    per_class = np.where(counts[0][0] > 0, every[0].mean((0, 2)), np.nan)
+    per_class = np.where(counts[0][0] > 0, every[0].mean(0), np.nan)
     return {name: float(value[0]) for name, value in zip(NAMES, values, strict=True)}, per_class
 
 
@@ -92,11 +92,11 @@ def resampled_ap(
     objects, found, _, pairs = _prepare(objects, found, num_classes)
     matches = _matches(objects, found, pairs, AREAS[0], num_classes)
     found_ap = np.empty(len(weight))
-    step = max(1, POINTS_AT_ONCE // (len(found.label) + len(matches.curve) + len(IOU_THRESHOLDS) * num_classes * 101))
+    step = max(1, POINTS_AT_ONCE // (len(found.label) + len(matches.curve) + len(IOU_THRESHOLDS) * num_classes))
     for some in (slice(i, i + step) for i in range(0, len(weight), step)):
         num_objects = _num_objects(objects, matches, weight[some], num_classes)
-        precision = _precision(found, matches, num_objects, weight[some], num_classes)
-        found_ap[some] = _mean(num_objects, precision[:, thresholds])
+        ap = _average_precision(found, matches, num_objects, weight[some])
+        found_ap[some] = _mean(num_objects, ap[:, thresholds])
     return found_ap
 
 
@@ -172,10 +172,8 @@ def _num_objects(objects: Objects, matches: Matches, weight: np.ndarray, num_cla
     return weight @ np.bincount(image * num_classes + label, minlength=images * num_classes).reshape(images, -1)
 
 
-def _precision(
-    found: Found, matches: Matches, num_objects: np.ndarray, weight: np.ndarray, num_classes: int
-) -> np.ndarray:
-    """(R, T, C, 101) the highest precision at each recall or a higher one."""
+def _average_precision(found: Found, matches: Matches, num_objects: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """(R, T, C) mean over `RECALLS` of the highest precision at that recall or a higher one."""
     inside, detection, right, curve = matches[1:]
     label, first = found.label[detection], np.searchsorted(found.label, found.label[detection])
     ends, place = np.unique(np.concatenate([first, detection + 1]), return_inverse=True)
@@ -184,14 +182,33 @@ def _precision(
     # Of the matched detections those of objects that are asked for count, of the others those inside.
     seen = up_to - before_class + _running_sum(times * (right - inside[detection].astype(int)), curve)
     hits = _running_sum(times * right, curve)
-    hits, seen, curve, label = hits[:, right], seen[:, right], curve[right], label[right]
-    recall = hits / np.maximum(num_objects, 1)[:, label]
-    shape = len(weight), len(IOU_THRESHOLDS), num_classes, len(RECALLS)
-    highest = np.zeros(shape)
-    last = np.searchsorted(RECALLS, recall, side="right") - 1  # of the recalls that a point has reached
-    cell = (np.arange(len(weight))[:, None] * (shape[1] * shape[2]) + curve) * shape[3] + last
-    np.maximum.at(highest.reshape(-1), cell, hits / (seen + np.spacing(1)))  # highest where a detection is right
-    return np.maximum.accumulate(highest[..., ::-1], axis=-1)[..., ::-1]
+    ap = np.zeros((len(weight), len(IOU_THRESHOLDS), num_objects.shape[1]))
+    if right.any():
+        hits, seen, curve, label = hits[:, right], seen[:, right], curve[right], label[right]
+        recall = hits / np.maximum(num_objects, 1)[:, label]
+        areas = _area(curve, _levels(recall), hits / (seen + np.spacing(1)))
+        ap.reshape(len(weight), -1)[:, np.unique(curve)] = areas / len(RECALLS)
+    return ap
+
+
+def _area(curve: np.ndarray, levels: np.ndarray, precision: np.ndarray) -> np.ndarray:
+    """(R, U) of each curve, the sum over `RECALLS` of its highest precision from there on.
+
+    The points (R, P) are those at which a detection is right, where precision is highest; `curve` (P,) rises.
+    """
+    start = np.flatnonzero(np.diff(curve, prepend=-1))
+    apart = 2.0 * curve  # so that no curve's maximum reaches into the curve before it
+    highest = np.maximum.accumulate((precision - apart)[:, ::-1], axis=1)[:, ::-1] + apart
+    new_levels = np.diff(levels, axis=1, prepend=0)
+    new_levels[:, start] = levels[:, start]
+    return np.add.reduceat(highest * new_levels, start, axis=1)
+
+
+def _levels(recall: np.ndarray) -> np.ndarray:
+    """How many of `RECALLS` are at most `recall`, as floating-point numbers compare."""
+    below = (recall * (len(RECALLS) - 1)).astype(int)
+    below -= RECALLS[below] > recall
+    return below + 1 + (np.append(RECALLS, np.inf)[below + 1] <= recall)
 
 
 def _sums_up_to(ends: np.ndarray, weight: np.ndarray, image: np.ndarray, inside: np.ndarray) -> np.ndarray:
@@ -244,10 +261,9 @@ def _running_sum(values: np.ndarray, group: np.ndarray) -> np.ndarray:
 
 
 def _mean(num_objects: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """(R,) mean of `values` (R, T, C, ...) over the classes that have objects, `num_objects` (R, C); else nan."""
+    """(R,) mean of `values` (R, T, C) over the classes that have objects, `num_objects` (R, C); else nan."""
     has_objects = num_objects > 0
-    by_class = values.reshape(*values.shape[:3], -1).mean((1, 3))
-    total = np.where(has_objects, by_class, 0.0).sum(1)
+    total = np.where(has_objects, values.mean(1), 0.0).sum(1)
     return np.divide(total, has_objects.sum(1), out=np.full(len(total), np.nan), where=has_objects.any(1))
 
 

@@ -29,10 +29,10 @@ Forward = Callable[[Batch], Iterator[Losses]]
 
 
 def typical_seconds(work: Callable[[], object], budget: float) -> float:
-    """Median time of `work` after a first call, repeated for `budget` seconds, 3 to 15 times."""
+    """Median time of `work` after a first call, repeated for `budget` seconds, 3 to 9 times."""
     work()
     taken: list[float] = []
-    while len(taken) < 3 or (sum(taken) < budget and len(taken) < 15):
+    while len(taken) < 3 or (sum(taken) < budget and len(taken) < 9):
         start = time.perf_counter()
         work()
         taken.append(time.perf_counter() - start)

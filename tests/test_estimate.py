@@ -27,7 +27,7 @@ def test_the_first_call_does_not_count():
 
     assert typical_seconds(work, budget=0.05) == pytest.approx(0.01, abs=0.005)
     assert 4 <= len(calls) <= 8
-    assert typical_seconds(lambda: None, budget=60.0) < 0.01  # after 15 calls it knows
+    assert typical_seconds(lambda: None, budget=60.0) < 0.01  # after 9 calls it knows
 
 
 @pytest.fixture(scope="module")

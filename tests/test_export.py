@@ -55,8 +55,9 @@ def assert_same_detections(found, reference):
     for mine, theirs in zip(found, reference, strict=True):
         assert len(mine.scores) == len(theirs.scores)
         torch.testing.assert_close(mine.scores, theirs.scores, rtol=0, atol=1e-5)
-        # Scores that are equal to the last digits may come in another order.
-        for a in range(len(mine.scores)):
+        # Scores that are equal to the last digits may come in another order; of those that softmax rounds to 1, which
+        # enter NMS is anybody's choice.
+        for a in (mine.scores < 1).nonzero()[:, 0].tolist():
             near = (theirs.scores - mine.scores[a]).abs() < 1e-5
             same = (theirs.labels == mine.labels[a]) & ((theirs.boxes - mine.boxes[a]).abs().amax(1) < 1e-4)
             assert (near & same).any()
