@@ -153,8 +153,8 @@ def compare(args: argparse.Namespace, device: torch.device) -> None:
     found, flops = Genotype.from_dict(source), (lambda genotype: supernet.detector.cost(genotype).flops)
     chosen = contestants(supernet.space, flops, found, pretrained, args.compare_random, config.seed)
     print(f"compare: {len(chosen)} networks, each trained twice for {config.final.epochs} epochs")
-    for name, genotype in chosen.items():
-        print(f"  {name}: {flops(genotype) / 1e6:.1f} M multiply-adds")
+    for contestant, genotype in chosen.items():
+        print(f"  {contestant}: {flops(genotype) / 1e6:.1f} M multiply-adds")
     if args.dry_run:
         return
     cli.refuse_to_overwrite(folder / "plan.json", args.resume)
