@@ -193,6 +193,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     supernet = load_supernet(path)
     config = read_search_config(args, supernet)
     folder = cli.run_folder(args, config, "search")
+    if args.top < 0:
+        raise UserError(f"--top {args.top}: expected how many of the best to list")
     if args.measure_latency:
         measure_latency(args, supernet, config, folder)
         return
@@ -291,7 +293,7 @@ def print_estimate(
     evaluations = settings.num_epochs * settings.steps
     print(
         f"time: about {duration(evaluations * score / len(devices))} for {evaluations} candidates of {score:.2f} s "
-        f"each on {len(devices)} workers; what the ledger holds, and what racing stops, takes less"
+        f"each, workers: {len(devices)}; what the ledger holds, and what racing stops, takes less"
     )
 
 

@@ -23,6 +23,8 @@ def validate(config: Config) -> None:
     for name in ("num_epochs", "steps", "population_size", "tournament_size", "batch_size", "bn_images"):
         _at_least(f"search.{name}", getattr(config.search, name), 1)
     _check_budgets(config.search)
+    if config.search.resamples and config.search.resamples < 40:
+        _fail("search.resamples", "0 or at least 40, since intervals leave out 1 in 40", config.search.resamples)
     if config.search.time_limit and config.search.time_limit < 2:
         _fail("search.time_limit", "0 or at least 2", config.search.time_limit)
     _at_least("supernet.samples", config.supernet.samples, 1)

@@ -221,6 +221,8 @@ def test_a_least_above_the_most_is_a_contradiction():
         ("search.min_latency_ms=-1", "search.min_latency_ms"),
         ("search.latency_threads=0", "search.latency_threads"),
         ("search.time_limit=1", "search.time_limit"),
+        ("search.resamples=-5", "search.resamples"),
+        ("search.resamples=10", "search.resamples"),
         ("search.steps=0", "search.steps"),
         ("search.population_size=0", "search.population_size"),
         ("supernet.samples=0", "supernet.samples"),
