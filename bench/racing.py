@@ -10,7 +10,6 @@ Prints a table and writes JSON.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -19,7 +18,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.search_table import Table, hypervolume
+from bench.search_table import Table, hypervolume, read_table, table_parser
 from lib.bootstrap import interval, unpack
 from lib.evolution import SpaceExhausted, make_controller, pareto_front
 from lib.racing import has_lost, rungs
@@ -82,18 +81,10 @@ def clearly_better(record: dict, scored: list[dict]) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=20)
+    parser = table_parser(__doc__, seeds=20, out="racing.json")
     parser.add_argument("--evaluations", type=int, default=200)
-    parser.add_argument("--objective", default="AP")
-    parser.add_argument("--population-size", type=int, default=32)
-    parser.add_argument("--tournament-size", type=int, default=8)
-    parser.add_argument("--out", type=Path, default=Path("racing.json"))
     args = parser.parse_args()
-    table = Table.read(args.table, args.objective)
-    print(f"{args.table}: {len(table.records)} sub-networks, {table.describe()}")
-    options = {"population_size": args.population_size, "tournament_size": args.tournament_size}
+    table, options = read_table(args)
     options["costs"] = ["flops"]
     print(f"\n| {args.evaluations} evaluations, mean of {args.seeds} seeds | stopped | images saved ", end="")
     print("| lost from the front | of them beyond noise | best AP less full search's (95%) ", end="")

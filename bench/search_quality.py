@@ -11,7 +11,6 @@ Prints medians with 95% bootstrap intervals over the seeds, and ratios to random
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.search_table import Table, hypervolume
+from bench.search_table import Table, hypervolume, read_table, table_parser
 from lib.evolution import SpaceExhausted, make_controller, pareto_front
 from lib.runlog import progress
 
@@ -72,17 +71,9 @@ def ratio_interval(values: Sequence[float], others: Sequence[float], draws: int 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, default=40)
-    parser.add_argument("--objective", default="AP")
-    parser.add_argument("--population-size", type=int, default=32)
-    parser.add_argument("--tournament-size", type=int, default=8)
-    parser.add_argument("--out", type=Path, default=Path("search_quality.json"))
+    parser = table_parser(__doc__, seeds=40, out="search_quality.json")
     args = parser.parse_args()
-    table = Table.read(args.table, args.objective)
-    print(f"{args.table}: {len(table.records)} sub-networks, {table.describe()}")
-    options = {"population_size": args.population_size, "tournament_size": args.tournament_size}
+    table, options = read_table(args)
     needed = {name: [] for name in CONTROLLERS}
     for seed in progress(range(args.seeds), "seeds"):
         for name in CONTROLLERS:

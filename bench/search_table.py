@@ -92,6 +92,25 @@ class Table:
         )
 
 
+def table_parser(doc: str, seeds: int, out: str) -> argparse.ArgumentParser:
+    """The flags of a bench that searches a table."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=seeds)
+    parser.add_argument("--objective", default="AP")
+    parser.add_argument("--population-size", type=int, default=32)
+    parser.add_argument("--tournament-size", type=int, default=8)
+    parser.add_argument("--out", type=Path, default=Path(out))
+    return parser
+
+
+def read_table(args: argparse.Namespace) -> tuple[Table, dict]:
+    """The table of `--table`, and the options of the controllers that search it."""
+    table = Table.read(args.table, args.objective)
+    print(f"{args.table}: {len(table.records)} sub-networks, {table.describe()}")
+    return table, {"population_size": args.population_size, "tournament_size": args.tournament_size}
+
+
 def spanned_space(genotypes: Sequence[Genotype]) -> SearchSpace:
     """The smallest space with these choices in each stage."""
 

@@ -13,17 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
-from torchvision.io import ImageReadMode, decode_image, read_file
 
 from lib import distributed
 from lib.checkpoint import write_text
 from lib.errors import UserError, did_you_mean
+from lib.picture_files import UnreadableImage, is_large_jpeg, read_annotated_picture, read_reduced_jpeg
 from lib.records import Records, find_voc_sets, read_coco, read_voc
 from lib.runtime import die_with_parent
 from lib.shapes import CLASSES, write_shapes
@@ -35,7 +33,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SPLIT_FORMAT = "split/1"
-LARGE_PICTURE = 1_000_000  # pixels
 CACHE_BYTES = 2 * 1024**3  # of decoded pictures, per process
 
 
@@ -119,17 +116,6 @@ def load_split(path: str | Path, records: Records) -> tuple[list[int], list[int]
 
 
 # ----------------------------------------------------------------------------------------------------------- pictures
-
-
-class UnreadableImage(UserError):
-    """A picture that cannot be decoded. Its message stays one line when a loader's worker raises it.
-
-    The DataLoader raises a worker's exception anew, with the whole traceback for its message; the last line of that
-    is the message wanted here.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
 
 
 @dataclass(frozen=True)
@@ -258,43 +244,6 @@ class DetectionDataset(Dataset):
             self.cache_room -= image.numel()
             self.cached[row] = image
         return image
-
-
-def read_picture(path: str) -> Tensor:
-    """A decoded RGB picture (3, H, W) uint8. Raises UnreadableImage, naming the file."""
-    try:
-        return decode_image(read_file(path), mode=ImageReadMode.RGB)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0].rpartition("cpp:")[2]
-        raise UnreadableImage(f"{path}: cannot be read: {reason}") from None
-
-
-def read_annotated_picture(path: str, width: int, height: int) -> Tensor:
-    """As `read_picture`. Raises UnreadableImage also if the picture has not the size that was annotated."""
-    image = read_picture(path)
-    if image.shape != (3, height, width):
-        found = f"{image.shape[2]} x {image.shape[1]}"
-        raise UnreadableImage(f"{path}: is {found} pixels, its annotation says {width} x {height}")
-    return image
-
-
-def is_large_jpeg(path: str, size: Tensor) -> bool:
-    """Whether it is worth asking for less of a picture of `size` (width, height): below, PIL costs what is saved."""
-    return int(size.prod()) >= LARGE_PICTURE and Path(path).suffix.lower() in (".jpg", ".jpeg")
-
-
-def read_reduced_jpeg(path: str, width: int, height: int, by: int) -> Tensor:
-    """As `read_annotated_picture`, (3, ceil(H / by), ceil(W / by)); `by` is 1, 2, 4 or 8, which JPEG decodes faster."""
-    if by == 1:
-        return read_annotated_picture(path, width, height)
-    try:
-        with Image.open(path) as picture:
-            if picture.format != "JPEG" or picture.size != (width, height):
-                raise UnreadableImage(f"{path}: is no JPEG of {width} x {height} pixels")
-            picture.draft("RGB", (width // by, height // by))
-            return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UnreadableImage(f"{path}: cannot be read: {error}") from None
 
 
 # ------------------------------------------------------------------------------------------------------------ loaders

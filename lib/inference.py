@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from lib import checkpoint
-from lib.datasets import UnreadableImage, read_picture
 from lib.engine import detect, to_pixels
 from lib.errors import UserError
 from lib.models import load_detector
 from lib.onnx_file import DETECTIONS, open_session, read_metadata, run_session, unpad
+from lib.picture_files import UnreadableImage, read_picture
 from lib.pictures import coco_results, draw, write_picture
 from lib.postprocess import Detections
 from lib.runlog import progress, say

@@ -11,22 +11,21 @@ from tiny_data import write_coco, write_voc
 from torch.utils.data import DataLoader, Dataset
 from torchvision.io import write_jpeg
 
-from lib import datasets
+from lib import datasets, picture_files
 from lib.config import AugmentConfig, DataConfig
 from lib.datasets import (
     DetectionDataset,
     EpochSampler,
-    UnreadableImage,
     collate,
     eval_loader,
     load_records,
     load_split,
-    read_reduced_jpeg,
     save_split,
     split_indices,
     train_loader,
 )
 from lib.errors import UserError
+from lib.picture_files import UnreadableImage, read_reduced_jpeg
 from lib.records import read_voc
 from lib.shapes import CLASSES
 from lib.transforms import eval_transform, train_transform
@@ -382,7 +381,7 @@ def test_a_large_jpeg_is_decoded_as_small_as_training_shows_it(photos, monkeypat
     reduced = DetectionDataset(photos, [0], transform)
     sizes, off, original = [], [], datasets.read_reduced_jpeg
     monkeypatch.setattr(datasets, "read_reduced_jpeg", lambda *a: sizes.append(a[-1]) or original(*a))
-    monkeypatch.setattr(datasets, "LARGE_PICTURE", 400 * 300)
+    monkeypatch.setattr(picture_files, "LARGE_PICTURE", 400 * 300)
     for epoch in range(40):
         (image, boxes, labels, row), expected = reduced[epoch, 0], whole[epoch, 0]
         assert torch.equal(labels, expected[2]) and row == 0 and image.dtype == torch.uint8
@@ -390,7 +389,7 @@ def test_a_large_jpeg_is_decoded_as_small_as_training_shows_it(photos, monkeypat
         off.append((image.float() - expected[0].float()).abs().mean().item())
     assert max(off) < 10 and sum(off) / len(off) < 2  # one pixel of 32 is some 20 levels here
     assert len(sizes) == 40 and {4, 8} <= set(sizes) <= {1, 2, 4, 8}
-    monkeypatch.setattr(datasets, "LARGE_PICTURE", 400 * 300 + 1)
+    monkeypatch.setattr(picture_files, "LARGE_PICTURE", 400 * 300 + 1)
     assert same(reduced[0, 0], whole[0, 0]) and len(sizes) == 40
 
 
@@ -403,7 +402,7 @@ def test_a_reduced_jpeg_has_the_size_that_was_asked_for(photos):
 
 
 def test_a_broken_large_jpeg_is_named_as_any_other(photos, monkeypatch):
-    monkeypatch.setattr(datasets, "LARGE_PICTURE", 0)
+    monkeypatch.setattr(picture_files, "LARGE_PICTURE", 0)
     Path(photos.path(0)).write_bytes(Path(photos.path(0)).read_bytes()[:100])
     dataset = DetectionDataset(photos, [0], train_transform(32))
     for epoch in range(10):
