@@ -157,8 +157,8 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="also write top.json, the N best (--genotype top.json --index K)",
     )
-    add("--max-flops", type=float, help="budget: multiply-adds of the whole detector, e.g. 300e6")
-    add("--max-params", type=float, help="budget: parameters of the whole detector")
+    add("--max-flops", type=float, metavar="N", help="budget: multiply-adds of the whole detector, e.g. 300e6")
+    add("--max-params", type=float, metavar="N", help="budget: parameters of the whole detector")
     add("--max-latency", type=float, metavar="MS", help="budget: predicted milliseconds, before NMS (--latency-table)")
     add("--latency-table", metavar="FILE", help="latency of blocks, as --measure-latency wrote it")
     add(
@@ -171,7 +171,7 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_search_config(args: argparse.Namespace, supernet: Supernet) -> Config:
+def read_search_config(args: argparse.Namespace, supernet: Supernet, path: Path) -> Config:
     """The supernet's configuration, or --cfg's, which must describe the same network."""
     keys = {"controller": args.controller, "max_flops": args.max_flops, "max_params": args.max_params}
     keys |= {"max_latency_ms": args.max_latency, "latency_table": args.latency_table}
@@ -179,7 +179,7 @@ def read_search_config(args: argparse.Namespace, supernet: Supernet) -> Config:
     config = cli.read_config(args, "search", to_dict(supernet.config))
     for section in ("search_space", "backbone", "head", "loss"):
         if getattr(config, section) != getattr(supernet.config, section):
-            raise UserError(f"{section}: differs from that of the supernet, which was trained with its own (--load)")
+            raise UserError(f"{section}: differs from that of the supernet, {path}; another one is named with --load")
     return config
 
 
@@ -191,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("no supernet run found: train one with supernet_train.py, or name its folder with --load")
     path = supernet_checkpoint(source)
     supernet = load_supernet(path)
-    config = read_search_config(args, supernet)
+    config = read_search_config(args, supernet, path)
     folder = cli.run_folder(args, config, "search")
     if args.top < 0:
         raise UserError(f"--top {args.top}: expected how many of the best to list")
