@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 
 import torch
@@ -20,6 +19,7 @@ from lib.losses import focal_prior_bias
 from lib.postprocess import class_scores
 from lib.priors import prior_boxes, priors_per_cell
 from lib.schedule import full_space
+from lib.twin import twin
 
 
 class Normalize(nn.Module):
@@ -142,10 +142,10 @@ class ElasticSSD(nn.Module):
         self.space.check(genotype)
         return SSD(
             image_size=genotype.image_size,
-            normalize=copy.deepcopy(self.normalize),
+            normalize=twin(self.normalize),
             backbone=[extract_segment(s) for s in self.backbone.segments(genotype)],
             extras=[extract_segment(s) for s in self.extras.segments(genotype)],
-            predictors=copy.deepcopy(self.predictors),
+            predictors=twin(self.predictors),
             priors=self.priors(genotype.image_size).clone(),
         ).train(self.training)
 

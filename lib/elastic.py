@@ -7,7 +7,7 @@ of the slice, such that `layer.extract(slice)(x)` equals `layer(x, slice)`.
 
 from __future__ import annotations
 
-import copy
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 
@@ -18,6 +18,7 @@ from torchvision.ops import SqueezeExcitation
 
 from lib.depthwise import DepthwiseConv2d, depthwise_conv
 from lib.genotype import Block
+from lib.twin import twin
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": lambda: nn.ReLU(inplace=True),
@@ -68,8 +69,7 @@ class ElasticConv1x1(nn.Conv2d):
         return F.conv2d(x, self.weight[:out_channels, : x.shape[1]])
 
     def extract(self, in_channels: int, out_channels: int) -> nn.Conv2d:
-        conv = _blank(lambda: nn.Conv2d(in_channels, out_channels, 1, bias=False))
-        return _copy(conv, weight=self.weight[:out_channels, :in_channels])
+        return _conv1x1(self.weight[:out_channels, :in_channels])
 
 
 class ElasticBatchNorm(nn.BatchNorm2d):
@@ -81,9 +81,9 @@ class ElasticBatchNorm(nn.BatchNorm2d):
         return F.batch_norm(x, mean, var, self.weight[:c], self.bias[:c], self.training, self.momentum, self.eps)
 
     def extract(self, channels: int) -> nn.BatchNorm2d:
-        norm = nn.BatchNorm2d(channels, self.eps, self.momentum)
+        norm = _blank(nn.BatchNorm2d, channels, self.eps, self.momentum)
         tensors = {name: getattr(self, name)[:channels] for name in ("weight", "bias", "running_mean", "running_var")}
-        return _copy(norm, **tensors)
+        return twin(norm, num_batches_tracked=self.num_batches_tracked, **tensors)
 
 
 class ElasticDepthwiseConv(nn.Module):
@@ -117,8 +117,8 @@ class ElasticDepthwiseConv(nn.Module):
         return depthwise_conv(x, self.kernel(c, size), self.stride, padding)
 
     def extract(self, channels: int, size: int) -> nn.Conv2d:
-        conv = _blank(lambda: make_conv(channels, channels, size, self.stride, self.same_padding, depthwise=True))
-        return _copy(conv, weight=self.kernel(channels, size))
+        conv = _blank(make_conv, channels, channels, size, self.stride, self.same_padding, depthwise=True)
+        return twin(conv, weight=self.kernel(channels, size))
 
 
 class ElasticSqueezeExcitation(nn.Module):
@@ -143,9 +143,9 @@ class ElasticSqueezeExcitation(nn.Module):
 
     def extract(self, channels: int) -> SqueezeExcitation:
         s = self.squeeze_channels(channels)
-        plain = _blank(lambda: SqueezeExcitation(channels, s, scale_activation=nn.Hardsigmoid))
-        _copy(plain.fc1, weight=self.fc1.weight[:s, :channels], bias=self.fc1.bias[:s])
-        _copy(plain.fc2, weight=self.fc2.weight[:channels, :s], bias=self.fc2.bias[:channels])
+        plain = twin(_blank(SqueezeExcitation, 1, 1, scale_activation=nn.Hardsigmoid))
+        plain.fc1 = _conv1x1(self.fc1.weight[:s, :channels], self.fc1.bias[:s])
+        plain.fc2 = _conv1x1(self.fc2.weight[:channels, :s], self.fc2.bias[:channels])
         return plain
 
 
@@ -249,7 +249,7 @@ def run_segment(segment: Segment, x: Tensor) -> Tensor:
 
 
 def extract_segment(segment: Segment) -> nn.Sequential:
-    return nn.Sequential(*(copy.deepcopy(m) if block is None else m.extract(block) for m, block in segment))
+    return nn.Sequential(*(twin(m) if block is None else m.extract(block) for m, block in segment))
 
 
 @torch.no_grad()
@@ -278,15 +278,14 @@ def _expanding_blocks(model: nn.Module) -> list[ElasticInvertedResidual]:
     return [m for m in model.modules() if isinstance(m, ElasticInvertedResidual) and m.expand is not None]
 
 
-def _blank(make: Callable[[], nn.Module]) -> nn.Module:
-    """A module whose tensors hold nothing yet: to draw numbers that are copied over takes as long as to copy."""
+def _conv1x1(weight: Tensor, bias: Tensor | None = None) -> nn.Conv2d:
+    """A plain 1x1 convolution with a copy of `weight` (out, in, 1, 1) and `bias`."""
+    conv = _blank(nn.Conv2d, weight.shape[1], weight.shape[0], 1, bias=bias is not None)
+    return twin(conv, weight=weight) if bias is None else twin(conv, weight=weight, bias=bias)
+
+
+@functools.cache
+def _blank(make: Callable[..., nn.Module], *args: object, **options: object) -> nn.Module:
+    """A layer to copy, which takes less time than to make one, and draws no random numbers."""
     with torch.device("meta"):
-        module = make()
-    return module.to_empty(device="cpu")
-
-
-@torch.no_grad()
-def _copy(module: nn.Module, **tensors: Tensor) -> nn.Module:
-    for name, tensor in tensors.items():
-        getattr(module, name).copy_(tensor)
-    return module
+        return make(*args, **options)

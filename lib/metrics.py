@@ -174,8 +174,8 @@ def _all_point(right: np.ndarray, seen: np.ndarray, num_objects: np.ndarray) -> 
 def _eleven_point(right: np.ndarray, seen: np.ndarray, num_objects: np.ndarray) -> np.ndarray:
     """Mean of the highest precision at recall >= 0, 0.1, ..., 1, compared as whole numbers: 3 / 10 reaches 0.3."""
     precision = right / np.maximum(seen, 1)
-    reached = (10 * right >= k * num_objects[:, None] for k in range(11))
-    mean = np.mean([np.where(there, precision, 0).max(1, initial=0) for there in reached], axis=0)
+    reached = 10 * right >= np.arange(11)[:, None, None] * num_objects[:, None]  # (11, R, K)
+    mean = np.where(reached, precision, 0).max(2, initial=0).mean(0)
     return np.where(num_objects > 0, mean, np.nan)
 
 

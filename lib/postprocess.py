@@ -14,6 +14,7 @@ from lib.config import PostprocessConfig
 
 FIRST_LOOK = 2  # times `top_k`: candidates of an image among which its detections are looked for at first
 DEEPER = 4  # times as many at each further look
+TOGETHER = 64  # boxes of which NMS takes less time than a call of it
 
 
 class Detections(NamedTuple):
@@ -83,13 +84,23 @@ def _nms_by_class(
 ) -> Tensor:
     """Which of the boxes (N, 4), best first, survive, ascending; `counts` are those of each label.
 
-    One class after the other: shifting each class's boxes elsewhere, as torchvision's batched_nms does, rounds IoUs.
+    Classes with few boxes share a call, in which each has a place of its own. In float64, so that IoUs stay as they
+    are: torchvision's batched_nms shifts in float32, which rounds them.
     """
-    order = labels.argsort(stable=True)
-    groups = zip(*(t.split(counts) for t in (order, boxes[order], scores[order])), strict=True)
-    most, kept = config.pre_nms_top_k, [order[:0]]
-    for members, own_boxes, own_scores in groups:
-        if len(members) > 1:
-            members = members[nms(own_boxes[:most], own_scores[:most], config.nms_threshold)]
-        kept.append(members)
-    return torch.cat(kept).sort().values
+    order, most = labels.argsort(stable=True), config.pre_nms_top_k
+    if max(counts) > most:
+        order = torch.cat([members[:most] for members in order.split(counts)])
+        counts = [min(count, most) for count in counts]
+    apart = boxes[order].double() + 2 * labels[order, None]
+    groups = zip(*(t.split(_join_few(counts)) for t in (order, apart, scores[order].double())), strict=True)
+    return torch.cat([members[nms(*own, config.nms_threshold)] for members, *own in groups]).sort().values
+
+
+def _join_few(counts: Sequence[int]) -> list[int]:
+    """The sizes of classes, with neighbours joined up to `TOGETHER` boxes."""
+    sizes = [0]
+    for count in counts:
+        if sizes[-1] and sizes[-1] + count > TOGETHER:
+            sizes.append(0)
+        sizes[-1] += count
+    return sizes

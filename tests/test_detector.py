@@ -98,6 +98,14 @@ def test_an_extract_is_plain_and_on_its_own(tiny_detector):
 
 
 @torch.no_grad()
+def test_an_extract_draws_no_random_numbers(tiny_detector):
+    detector = tiny_detector()
+    before = torch.get_rng_state()
+    for _ in range(2):
+        detector.extract(detector.space.sample(random.Random(3)))
+    assert torch.equal(torch.get_rng_state(), before)  # else an evaluation would change the training that follows
+
+
 def test_an_extract_has_the_detectors_mode(tiny_detector):
     """Or else the parts that were copied and the parts that were cut would be in different modes."""
     for training in (True, False):

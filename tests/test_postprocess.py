@@ -71,6 +71,23 @@ def test_against_a_slow_loop(config, loss_type):
         torch.testing.assert_close(mine.boxes, boxes)
 
 
+@pytest.mark.parametrize("top_k", [3, 100])
+def test_many_classes_share_calls_and_suppress_none_of_each_other(top_k, monkeypatch):
+    """All boxes at nearly the same place, of classes with many and with few of them."""
+    calls = []
+    monkeypatch.setattr("lib.postprocess.nms", lambda boxes, *rest: calls.append(len(boxes)) or nms(boxes, *rest))
+    logits, offsets, priors = random_output(batch=2, priors=200, classes=30)
+    logits[..., 2:] -= 2  # class 1 has most boxes
+    config = PostprocessConfig(confidence_threshold=0.5, pre_nms_top_k=90, top_k=top_k)
+    priors[:, :2] = 0.5
+    expected = slow(logits, offsets, priors, config, "focal")
+    found = postprocess(logits, offsets, priors, config, "focal", VARIANCES)
+    assert len(calls) < 30 and max(calls) <= 90
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.labels.tolist() == [label for _, label, _ in theirs]
+        torch.testing.assert_close(mine.boxes, torch.stack([box for *_, box in theirs]))
+
+
 def test_scores_leave_the_background_out():
     logits = torch.tensor([[0.3, 1.0, -2.0]])
     assert torch.allclose(class_scores(logits, "focal"), torch.sigmoid(logits)[:, 1:])
