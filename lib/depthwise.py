@@ -68,15 +68,27 @@ def _weight_gradient(gradient: Tensor, x: Tensor, size: int, stride: int, paddin
     batch, channels, height, width = x.shape
     height, width = height + 2 * padding, width + 2 * padding
     row = channels * width
-    memory = x.new_zeros(batch * height * row + row)  # a row more, for the last image
+    memory = x.new_empty(batch * height * row + row)  # a row more, for the last image
+    memory[-row:].zero_()
     shape, strides = (batch, channels, height, width), (height * row, 1, row, channels)
-    inner = memory.as_strided(shape, strides)[:, :, padding : height - padding, padding : width - padding]
-    inner.copy_(x)
-    outputs = (width - COLUMNS) // stride + 1
-    padded = F.pad(gradient, (0, outputs - gradient.shape[3])).contiguous(memory_format=torch.channels_last)
+    _place(x, memory.as_strided(shape, strides), padding)
+    wider = (*gradient.shape[:3], (width - COLUMNS) // stride + 1)
+    padded = torch.empty(wider, dtype=x.dtype, memory_format=torch.channels_last)
+    _place(gradient, padded, 0)
     template = x.new_empty(channels, 1, size, COLUMNS)
     result = x.new_empty(channels, 1, size, size)
     for first in (*range(0, size - COLUMNS, COLUMNS), size - COLUMNS):
         shifted = memory.as_strided(shape, strides, first * channels)
         result[..., first : first + COLUMNS] = _gradients(padded, shifted, template, stride, 0, 1)
     return result
+
+
+def _place(x: Tensor, out: Tensor, first: int) -> None:
+    """Copy (B, C, H, W) into a larger tensor from row and column `first` on, with zeros around it.
+
+    F.pad would first fill all of it with zeros, in the time of the copy.
+    """
+    bottom, right = first + x.shape[2], first + x.shape[3]
+    out[:, :, first:bottom, first:right].copy_(x)
+    for border in (out[:, :, :first], out[:, :, bottom:], out[:, :, :, :first], out[:, :, :, right:]):
+        border.zero_()
