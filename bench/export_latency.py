@@ -80,7 +80,7 @@ def main() -> None:
     print(f"{setting}, {args.rounds} rounds; medians (10% to 90%)")
     table = [(name, f"{r['bytes'] / 1e6:.2f}", show(r["ms"]), show(r["of_peer"])) for name, r in rows.items()]
     print_table(("file", "MB", "ms", "of torchvision's time"), table)
-    write(args.out, {"image_size": size, "rounds": args.rounds, "rows": rows})
+    write(args.out, {"image_size": size, "classes": len(metadata["classes"]), "rounds": args.rounds, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""COCO's evaluation of boxes in numpy, all images, classes and thresholds at once; the numbers are pycocotools'.
+"""COCO's evaluation of boxes on arrays, all images, classes and thresholds at once; the numbers are pycocotools'.
 
 Two observations make it fast. Only pairs of a detection and an object that overlap by 0.5 matter, and they are few. And
 COCO's matching, in which the detections choose one after the other, best score first, is the stable matching of

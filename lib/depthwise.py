@@ -84,7 +84,7 @@ def _weight_gradient(gradient: Tensor, x: Tensor, size: int, stride: int, paddin
 
 
 def _place(x: Tensor, out: Tensor, first: int) -> None:
-    """Copy (B, C, H, W) into a larger tensor from row and column `first` on, with zeros around it.
+    """Copy (B, C, H, W) into a tensor of at least its size from row and column `first` on, with zeros around it.
 
     F.pad would first fill all of it with zeros, in the time of the copy.
     """

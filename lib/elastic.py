@@ -118,7 +118,8 @@ class ElasticDepthwiseConv(nn.Module):
 
     def extract(self, channels: int, size: int) -> nn.Conv2d:
         conv = _blank(make_conv, channels, channels, size, self.stride, self.same_padding, depthwise=True)
-        return twin(conv, weight=self.kernel(channels, size))
+        with torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):
+            return twin(conv, weight=self.kernel(channels, size))
 
 
 class ElasticSqueezeExcitation(nn.Module):

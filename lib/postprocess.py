@@ -84,8 +84,8 @@ def _nms_by_class(
 ) -> Tensor:
     """Which of the boxes (N, 4), best first, survive, ascending; `counts` are those of each label.
 
-    Classes with few boxes share a call, in which each has a place of its own. In float64, so that IoUs stay as they
-    are: torchvision's batched_nms shifts in float32, which rounds them.
+    Classes with few boxes share a call, in which each has a place of its own: boxes lie in [0, 1], places are 2 apart.
+    In float64, where the shift rounds nothing; torchvision's batched_nms shifts in float32.
     """
     order, most = labels.argsort(stable=True), config.pre_nms_top_k
     if max(counts) > most:

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 def twin(module: nn.Module, **tensors: Tensor) -> nn.Module:
     """A copy of `module` and all below it; copies of `tensors` stand in the place of its own of those names.
 
-    Parameters, buffers and modules are its own. Other attributes are shared, dicts excepted.
+    Parameters, buffers, modules, dicts and sets are its own, other attributes are shared. Parameters that two modules
+    have in common come apart.
     """
     if hasattr(module, "__deepcopy__"):  # it says itself what its copy is
         return copy.deepcopy(module)
     own = module.__new__(type(module))
-    own.__dict__ = {name: value.copy() if isinstance(value, dict) else value for name, value in vars(module).items()}
+    own.__dict__ = {n: value.copy() if isinstance(value, dict | set) else value for n, value in vars(module).items()}
     for name, parameter in module._parameters.items():
         if parameter is not None:
             own._parameters[name] = nn.Parameter(tensors.get(name, parameter).clone(), parameter.requires_grad)

@@ -97,7 +97,6 @@ def test_an_extract_is_plain_and_on_its_own(tiny_detector):
     assert all(torch.equal(t, before[name]) for name, t in detector.state_dict().items())
 
 
-@torch.no_grad()
 def test_an_extract_draws_no_random_numbers(tiny_detector):
     detector = tiny_detector()
     before = torch.get_rng_state()
@@ -106,6 +105,7 @@ def test_an_extract_draws_no_random_numbers(tiny_detector):
     assert torch.equal(torch.get_rng_state(), before)  # else an evaluation would change the training that follows
 
 
+@torch.no_grad()
 def test_an_extract_has_the_detectors_mode(tiny_detector):
     """Or else the parts that were copied and the parts that were cut would be in different modes."""
     for training in (True, False):

@@ -165,6 +165,14 @@ def slow_kernel(conv: ElasticDepthwiseConv, size: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("size", KERNELS)
+def test_a_kernel_cut_out_under_autocast_keeps_its_precision(size):
+    conv = randomise(ElasticDepthwiseConv(2, KERNELS, 1))
+    with torch.autocast("cpu", torch.bfloat16):
+        weight = conv.extract(2, size).weight
+    assert torch.equal(weight, conv.kernel(2, size)) and weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("size", KERNELS)
 def test_kernel_transform_equals_a_slow_loop(size):
     conv = randomise(ElasticDepthwiseConv(2, KERNELS, 1))
     assert torch.allclose(conv.kernel(2, size), slow_kernel(conv, size), atol=1e-5)

@@ -38,10 +38,11 @@ def test_nothing_of_it_is_the_originals(network):
         for tensor in own.state_dict().values():
             tensor.fill_(7)
     own.train().register_forward_hook(lambda *_: None)
+    own.features[0].register_buffer("note", torch.ones(1), persistent=False)
     own.features[0][0].bias = nn.Parameter(torch.ones(16))
     del own.classifier[0]
     assert not network.training and not network._forward_hooks and network.features[0][0].bias is None
-    assert len(network.classifier) == 4
+    assert len(network.classifier) == 4 and not network.features[0]._non_persistent_buffers_set
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
