@@ -7,6 +7,7 @@ free of what makes a picture hard for both of them.
 from __future__ import annotations
 
 import base64
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -22,10 +23,13 @@ class Interval(NamedTuple):
     high: float
 
 
+@functools.lru_cache(maxsize=3)  # the rungs of a race
 def image_weights(num_images: int, resamples: int) -> np.ndarray:
-    """(R, N) how often each image stands in each resample. Always the same for the same two numbers."""
+    """(R, N) how often each image stands in each resample. Always the same for the same two numbers; read only."""
     rng = np.random.default_rng([num_images, resamples])
-    return rng.multinomial(num_images, np.full(num_images, 1 / num_images), size=resamples)
+    weights = rng.multinomial(num_images, np.full(num_images, 1 / num_images), size=resamples)
+    weights.flags.writeable = False
+    return weights
 
 
 def interval(scores: np.ndarray) -> Interval:

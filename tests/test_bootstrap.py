@@ -51,6 +51,7 @@ def test_a_resample_without_objects_has_no_score():
 
 def test_weights_are_resamples_and_always_the_same():
     weights = image_weights(9, 50)
+    image_weights.cache_clear()
     assert weights.shape == (50, 9) and (weights.sum(1) == 9).all() and weights.std() > 0.5
     np.testing.assert_array_equal(weights, image_weights(9, 50))
 
