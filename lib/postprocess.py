@@ -45,38 +45,45 @@ def postprocess(
     best survivors stay. Boxes are cut at the image's border.
     """
     scores = class_scores(logits, loss_type)
-    first = scores.flatten(1).topk(min(FIRST_LOOK * config.top_k, scores[0].numel()))
-    detections = []
-    for i, look in enumerate(zip(*first, strict=True)):
-        detections.append(_detect(scores[i], look, offsets[i].float(), priors_cxcywh, config, variances))
+    depth, detections = FIRST_LOOK * config.top_k, []
+    for i, look in enumerate(zip(*_look(scores, offsets, priors_cxcywh, variances, depth), strict=True)):
+        own, deeper = slice(i, i + 1), depth
+        while (found := _detect(*look, scores.shape[1:], config)) is None:
+            deeper *= DEEPER
+            look = [t[0] for t in _look(scores[own], offsets[own], priors_cxcywh, variances, deeper)]
+        detections.append(found)
     return detections
 
 
+def _look(
+    scores: Tensor, offsets: Tensor, priors_cxcywh: Tensor, variances: Sequence[float], depth: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The `depth` best candidates of each image, K, or all: boxes (B, K, 4), scores (B, K) and classes from 0 (B, K).
+
+    By falling score; `scores` are (B, P, C).
+    """
+    best, place = scores.flatten(1).topk(min(depth, scores[0].numel()))
+    prior = place // scores.shape[2]
+    chosen = offsets.gather(1, prior[..., None].expand(-1, -1, 4)).float()
+    return decode(chosen, priors_cxcywh[prior], variances).clamp(0, 1), best, place % scores.shape[2]
+
+
 def _detect(
-    scores: Tensor,
-    look: tuple[Tensor, Tensor],
-    offsets: Tensor,
-    priors_cxcywh: Tensor,
-    config: PostprocessConfig,
-    variances: Sequence[float],
-) -> Detections:
-    """Detections of one image from scores (P, C); `look` are the best of them and their places, by falling score.
+    boxes: Tensor, scores: Tensor, labels: Tensor, shape: torch.Size, config: PostprocessConfig
+) -> Detections | None:
+    """Detections of one image from its best candidates, out of as many as `shape` (P, C) says; None: look deeper.
 
     What survives NMS depends on better boxes only. So a look at the best candidates is enough if `top_k` of them
-    survive, and else the next one goes deeper: with many classes, NMS of all candidates takes longer than the network.
+    survive: with many classes, NMS of all candidates takes longer than the network.
     """
-    classes = scores.shape[1]
-    while True:
-        best, place = look
-        above = int((best > config.confidence_threshold).sum())
-        best, prior, label = best[:above], place[:above] // classes, place[:above] % classes
-        boxes = decode(offsets[prior], priors_cxcywh[prior], variances).clamp(0, 1)
-        counts = label.bincount(minlength=classes).tolist()
-        keep = _nms_by_class(boxes, best, label, counts, config)[: config.top_k]
-        complete = above < len(place) or len(place) == scores.numel() or min(counts) >= config.pre_nms_top_k
-        if complete or len(keep) == config.top_k:
-            return Detections(boxes[keep], best[keep], label[keep] + 1)
-        look = scores.flatten().topk(min(DEEPER * len(place), scores.numel()))
+    above = int((scores > config.confidence_threshold).sum())
+    complete = above < len(scores) or len(scores) == shape.numel()
+    boxes, scores, labels = boxes[:above], scores[:above], labels[:above]
+    counts = labels.bincount(minlength=shape[1]).tolist()
+    keep = _nms_by_class(boxes, scores, labels, counts, config)[: config.top_k]
+    if complete or len(keep) == config.top_k or min(counts) >= config.pre_nms_top_k:
+        return Detections(boxes[keep], scores[keep], labels[keep] + 1)
+    return None
 
 
 def _nms_by_class(
