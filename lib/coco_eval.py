@@ -8,11 +8,13 @@ propose all at once, in rounds (Gale and Shapley, "College Admissions and the St
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.nn import functional as F
+
+from lib.overlaps import Found, Objects, Pairs, take
 
 NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
@@ -22,31 +24,13 @@ POINTS_AT_ONCE = 2_000_000  # of all resamples together; more are done in turns
 AREAS = ((0, 1e10), (0, 32**2), (32**2, 96**2), (96**2, 1e10))  # pixels^2: all, small, medium, large; both ends belong
 
 
-class Objects(NamedTuple):
-    """The ground truth of all images, N objects. A crowd is not asked for, and may match any number of detections."""
+class Ranked(NamedTuple):
+    """What the matching starts from. At most 100 detections of an image and class, the best."""
 
-    image: np.ndarray  # (N,) from 0, rising
-    label: np.ndarray  # (N,) from 0
-    box_xywh: np.ndarray  # (N, 4) float64, pixels
-    area: np.ndarray  # (N,) float64, pixels^2
-    crowd: np.ndarray  # (N,) bool
-
-
-class Found(NamedTuple):
-    """The detections of all images, K of them."""
-
-    image: np.ndarray  # (K,) from 0, rising
-    label: np.ndarray  # (K,) from 0
-    box_xywh: np.ndarray  # (K, 4) float64, pixels
-    score: np.ndarray  # (K,)
-
-
-class Pairs(NamedTuple):
-    """P pairs of a detection and an object of the same image and class, ordered by detection, then by object."""
-
-    detection: np.ndarray  # (P,) index into Found
-    object: np.ndarray  # (P,) index into Objects
-    iou: np.ndarray  # (P,)
+    objects: Objects
+    found: Found  # by class, then by falling score
+    rank: np.ndarray  # (K,) from 0, within an image and class
+    pairs: Pairs  # by detection, then by falling IoU
 
 
 class Matches(NamedTuple):
@@ -59,19 +43,28 @@ class Matches(NamedTuple):
     curve: np.ndarray  # (M,) threshold * number of classes + label
 
 
-Rows = TypeVar("Rows", Objects, Found, Pairs)
+def ranked(objects: Objects, found: Found, pairs: Pairs) -> Ranked:
+    """`pairs` are all that overlap by at least 0.5; others do no harm."""
+    order = np.lexsort((-found.score, found.label))  # stable: at equal scores the earlier image is first
+    rank = _rank(take(found, order))
+    order, rank = (column[rank < DETECTIONS_ALLOWED[-1]] for column in (order, rank))
+    place = np.full(len(found.label), -1)
+    place[order] = np.arange(len(order))
+    pairs = pairs._replace(detection=place[pairs.detection])
+    by_choice = np.lexsort((-pairs.object, -pairs.iou, pairs.detection))  # at equal IoU the later object wins
+    return Ranked(objects, take(found, order), rank, take(pairs, by_choice[pairs.detection[by_choice] >= 0]))
 
 
-def evaluate(objects: Objects, found: Found, num_classes: int) -> tuple[dict[str, float], np.ndarray]:
+def evaluate(ranked: Ranked, num_classes: int) -> tuple[dict[str, float], np.ndarray]:
     """The twelve numbers under `NAMES`, and AP (C,) of each class; nan where there are no objects to ask for."""
-    objects, found, rank, pairs = _prepare(objects, found, num_classes)
+    objects, found = ranked.objects, ranked.found
     once = np.ones((1, max(objects.image.max(initial=0), found.image.max(initial=0)) + 1), int)
     counts, aps, recalls = [], [], []
     for area in AREAS:
-        matches = _matches(objects, found, pairs, area, num_classes)
+        matches = _matches(ranked, area, num_classes)
         counts.append(_num_objects(objects, matches, once, num_classes))
         aps.append(_average_precision(found, matches, counts[-1], once))
-        recalls.append(_recall(rank, matches, counts[-1][0]))
+        recalls.append(_recall(ranked.rank, matches, counts[-1][0]))
     every = aps[0]
     values = [_mean(counts[0], ap) for ap in (every, every[:, :1], every[:, 5:6])]  # all thresholds, 0.5, 0.75
     values += [_mean(n, ap) for n, ap in zip(counts[1:], aps[1:], strict=True)]
@@ -81,9 +74,7 @@ def evaluate(objects: Objects, found: Found, num_classes: int) -> tuple[dict[str
     return {name: float(value[0]) for name, value in zip(NAMES, values, strict=True)}, per_class
 
 
-def resampled_ap(
-    objects: Objects, found: Found, num_classes: int, weight: np.ndarray, thresholds: slice = slice(None)
-) -> np.ndarray:
+def resampled_ap(ranked: Ranked, num_classes: int, weight: np.ndarray, thresholds: slice = slice(None)) -> np.ndarray:
     """AP (R,) of R resamples of the images: image i stands `weight[r, i]` times in resample r, weight (R, N) int.
 
     A copy of a detection ties with its original, and the precision at which all copies are in is the highest of
@@ -91,76 +82,34 @@ def resampled_ap(
     the order of two detections of one image and class with equal scores). The matching, which is within images, is
     found once. `thresholds` chooses among `IOU_THRESHOLDS`.
     """
-    objects, found, _, pairs = _prepare(objects, found, num_classes)
-    matches = _matches(objects, found, pairs, AREAS[0], num_classes)
+    matches = _matches(ranked, AREAS[0], num_classes)
     found_ap = np.empty(len(weight))
-    step = max(1, POINTS_AT_ONCE // (len(found.label) + len(matches.curve) + len(IOU_THRESHOLDS) * num_classes))
+    points = len(ranked.found.label) + len(matches.curve) + len(IOU_THRESHOLDS) * num_classes
+    step = max(1, POINTS_AT_ONCE // points)
     for some in (slice(i, i + step) for i in range(0, len(weight), step)):
-        num_objects = _num_objects(objects, matches, weight[some], num_classes)
-        ap = _average_precision(found, matches, num_objects, weight[some])
+        num_objects = _num_objects(ranked.objects, matches, weight[some], num_classes)
+        ap = _average_precision(ranked.found, matches, num_objects, weight[some])
         found_ap[some] = _mean(num_objects, ap[:, thresholds])
     return found_ap
 
 
-def _prepare(objects: Objects, found: Found, num_classes: int) -> tuple[Objects, Found, np.ndarray, Pairs]:
-    """Objects and detections of the classes, the latter by class, then score; their rank in the image; the pairs."""
-    objects, found = (_take(rows, (rows.label >= 0) & (rows.label < num_classes)) for rows in (objects, found))
-    found = _take(found, np.lexsort((-found.score, found.label)))  # stable: at equal scores the earlier image is first
-    rank = _rank(found)
-    found, rank = _take(found, rank < DETECTIONS_ALLOWED[-1]), rank[rank < DETECTIONS_ALLOWED[-1]]
-    pairs = overlapping(objects, found, IOU_THRESHOLDS[0])
-    pairs = _take(pairs, np.lexsort((-pairs.object, -pairs.iou, pairs.detection)))  # at equal IoU the later object wins
-    return objects, found, rank, pairs
-
-
-def overlapping(objects: Objects, found: Found, least_iou: float) -> Pairs:
-    """Pairs of one image and class with an IoU of at least `least_iou`; a crowd's is over the detection's area."""
-    object_group, group = _groups(objects, found)
-    by_group = np.argsort(object_group, kind="stable")
-    first, end = (np.searchsorted(object_group[by_group], group, side) for side in ("left", "right"))
-    count = end - first
-    detection = np.repeat(np.arange(len(group)), count)
-    other = by_group[np.arange(len(detection)) + np.repeat(first - np.cumsum(count) + count, count)]
-    iou = _iou(found, objects, detection, other)
-    return _take(Pairs(detection, other, iou), iou >= least_iou)
-
-
-def _groups(objects: Objects, found: Found) -> tuple[np.ndarray, np.ndarray]:
-    """One number for each image and class, of the objects and of the detections."""
-    images = max(objects.image.max(initial=0), found.image.max(initial=0)) + 1
-    return objects.label * images + objects.image, found.label * images + found.image
-
-
-def _iou(found: Found, objects: Objects, detection: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """(P,) of pairs given by their indices, rounded as pycocotools rounds: an IoU may equal a threshold exactly."""
-    a, b = (np.ascontiguousarray(rows.box_xywh.T) for rows in (found, objects))  # (4, K), (4, N)
-    width, height = (
-        np.minimum((a[axis] + a[axis + 2])[detection], (b[axis] + b[axis + 2])[other])
-        - np.maximum(a[axis][detection], b[axis][other])
-        for axis in (0, 1)
-    )
-    overlap = width.clip(0) * height.clip(0)
-    area = (a[2] * a[3])[detection]
-    union = np.where(objects.crowd[other], area, area + (b[2] * b[3])[other] - overlap)
-    return np.divide(overlap, union, out=np.zeros(len(overlap)), where=overlap > 0)
-
-
 def _rank(found: Found) -> np.ndarray:
     """(K,) 0, 1, ... within an image and class, in the order of the detections."""
-    _, group = _groups(found, found)
+    group = found.label * (found.image.max(initial=0) + 1) + found.image
     order = np.argsort(group, kind="stable")
     rank = np.empty(len(group), dtype=np.int64)
     rank[order] = _running_sum(np.ones(len(group), dtype=np.int64), group[order]) - 1
     return rank
 
 
-def _matches(objects: Objects, found: Found, pairs: Pairs, area: tuple[float, float], num_classes: int) -> Matches:
-    """The matches where objects within `area` are asked for; `found` by class, then score, `pairs` by falling IoU."""
+def _matches(ranked: Ranked, area: tuple[float, float], num_classes: int) -> Matches:
+    """The matches where objects within `area` are asked for."""
+    objects, found, _, pairs = ranked
     low, high = area
     asked = ~objects.crowd & (objects.area >= low) & (objects.area <= high)
     size = found.box_xywh[:, 2] * found.box_xywh[:, 3]
     # An object that is asked for is preferred to all that are not.
-    preferred = _take(pairs, np.argsort(2 * pairs.detection + ~asked[pairs.object], kind="stable"))
+    preferred = take(pairs, np.argsort(2 * pairs.detection + ~asked[pairs.object], kind="stable"))
     threshold, pair = _match(preferred, objects.crowd, len(found.label))
     detection = preferred.detection[pair]
     right, curve = asked[preferred.object[pair]], threshold * num_classes + found.label[detection]
@@ -171,7 +120,9 @@ def _num_objects(objects: Objects, matches: Matches, weight: np.ndarray, num_cla
     """(R, C) objects to find."""
     image, label = objects.image[matches.asked], objects.label[matches.asked]
     images = weight.shape[1]
-    return weight @ np.bincount(image * num_classes + label, minlength=images * num_classes).reshape(images, -1)
+    return weight @ np.bincount(image * num_classes + label, minlength=images * num_classes).reshape(
+        images, num_classes
+    )
 
 
 def _average_precision(found: Found, matches: Matches, num_objects: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -267,7 +218,3 @@ def _mean(num_objects: np.ndarray, values: np.ndarray) -> np.ndarray:
     has_objects = num_objects > 0
     total = np.where(has_objects, values.mean(1), 0.0).sum(1)
     return np.divide(total, has_objects.sum(1), out=np.full(len(total), np.nan), where=has_objects.any(1))
-
-
-def _take(rows: Rows, chosen: np.ndarray) -> Rows:
-    return type(rows)(*(column[chosen] for column in rows))

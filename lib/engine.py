@@ -17,7 +17,7 @@ from lib.datasets import Batch
 from lib.detector import SSD
 from lib.errors import UserError
 from lib.losses import DetectionLoss
-from lib.metrics import coco_metrics, voc_metrics
+from lib.metrics import Evaluation
 from lib.optim import build_ema, build_optimizer, build_scheduler
 from lib.postprocess import Detections, postprocess
 from lib.runlog import progress
@@ -210,9 +210,14 @@ def measure(
 
     `truth` and `sizes` (width, height) are per picture. With `reference` COCO's numbers are found by pycocotools.
     """
-    found = [to_pixels(d, *size) for d, size in zip(detections, sizes, strict=True)]
-    coco = coco_metrics(truth, found, len(classes), reference)
-    voc = voc_metrics(truth, found, len(classes))
+    evaluation = Evaluation(len(classes))
+    evaluation.add(truth, [to_pixels(d, *size) for d, size in zip(detections, sizes, strict=True)])
+    return summarise(evaluation, classes, reference)
+
+
+def summarise(evaluation: Evaluation, classes: Sequence[str], reference: bool = False) -> dict:
+    """What `measure` gives, of images that were evaluated already."""
+    coco, voc = evaluation.coco(reference), evaluation.voc()
     pairs = zip(classes, coco.pop("per_class"), voc["per_class"], strict=True)
     per_class = {name: {"AP": coco_ap, "mAP": voc_ap} for name, coco_ap, voc_ap in pairs}
     return {**coco, "mAP": voc["mAP"], "mAP_11point": voc["mAP_11point"], "per_class": per_class}

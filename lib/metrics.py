@@ -1,4 +1,4 @@
-"""Average precision as COCO and as VOC define it. Pure functions: nothing is kept between calls.
+"""Average precision as COCO and as VOC define it.
 
 Both take one dict per image, numpy arrays or CPU tensors, boxes in pixels, xyxy, continuous (0-based, x2 - x1 wide):
     ground truth   boxes (N, 4), labels (N,) in 1..num_classes, ignore (N,) bool, optionally area (N,) in pixels^2
@@ -18,25 +18,104 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from lib import coco_eval
-from lib.coco_eval import Found, Objects, overlapping
+from lib import coco_eval, voc_eval
+from lib.coco_eval import Ranked
+from lib.overlaps import Found, Objects, Rows, joined, overlapping, take
 
 Record = Mapping[str, Any]
 
-VOC_IOU = 0.5  # a detection that overlaps an object so much has found it
+
+class Evaluation:
+    """Detections of ever more images held against their ground truth. What its metrics have in common is found once.
+
+    `least_iou` is the lowest threshold that can be asked for.
+    """
+
+    def __init__(self, num_classes: int, least_iou: float = coco_eval.IOU_THRESHOLDS[0]):
+        self.num_classes, self.least_iou, self.num_images = num_classes, least_iou, 0
+        self._objects, self._found = _objects([]), _found([])
+        self._pairs = overlapping(self._objects, self._found, least_iou)
+        self._ranked: Ranked | None = None
+
+    def add(self, ground_truth: Sequence[Record], detections: Sequence[Record]) -> None:
+        """Further images."""
+        if len(ground_truth) != len(detections):
+            raise ValueError(f"{len(ground_truth)} images of ground truth, but {len(detections)} of detections")
+        objects, found = (self._known(rows) for rows in (_objects(ground_truth), _found(detections)))
+        pairs = overlapping(objects, found, self.least_iou)
+        pairs.detection[:] += len(self._found.label)
+        pairs.object[:] += len(self._objects.label)
+        self._objects, self._found = joined(self._objects, objects), joined(self._found, found)
+        self._pairs, self._ranked = joined(self._pairs, pairs), None
+        self.num_images += len(ground_truth)
+
+    def _known(self, rows: Rows) -> Rows:
+        """Those whose label is a class, their images numbered after those that are here."""
+        rows = take(rows, (rows.label >= 0) & (rows.label < self.num_classes))
+        return rows._replace(image=rows.image + self.num_images)
+
+    def coco(self, reference: bool = False) -> dict[str, Any]:
+        """COCO's twelve numbers under `coco_eval.NAMES`, and `per_class`: AP of classes 1..num_classes, a list.
+
+        With `reference` pycocotools itself finds them: the same numbers to 1e-9, in much more time.
+        """
+        if reference:
+            numbers, per_class = _pycocotools(self._objects, self._found, self.num_classes)
+        else:
+            numbers, per_class = coco_eval.evaluate(self._by_rank(), self.num_classes)
+        return {**numbers, "per_class": per_class.tolist()}
+
+    def voc(self, iou: float = voc_eval.IOU_THRESHOLD) -> dict[str, Any]:
+        """AP as the VOC devkit finds it at this IoU: `mAP`, and `per_class`, a list over classes 1..num_classes.
+
+        These are areas under the monotone curve, as from VOC 2010 on; `mAP_11point` and `per_class_11point` are VOC
+        2007's.
+        """
+        per_class = voc_eval.evaluate(self._objects, self._found, self._pairs, self.num_classes, iou)
+        metrics: dict[str, Any] = {}
+        for suffix, aps in zip(("", "_11point"), per_class, strict=True):
+            scored = aps[~np.isnan(aps)]
+            metrics[f"mAP{suffix}"] = float(scored.mean()) if len(scored) else float("nan")
+            metrics[f"per_class{suffix}"] = aps.tolist()
+        return metrics
+
+    def resampled(self, objective: str, weight: np.ndarray) -> np.ndarray:
+        """`objective` ("AP", "AP50" or "mAP") on each of R resamples of the images, (R,); nan where one has no object.
+
+        `weight` (R, N) int says how often each of the N images stands in a resample.
+        """
+        if objective == "mAP":
+            return voc_eval.resampled_map(self._objects, self._found, self._pairs, self.num_classes, weight)
+        thresholds = slice(1) if objective == "AP50" else slice(None)
+        return coco_eval.resampled_ap(self._by_rank(), self.num_classes, weight, thresholds)
+
+    def _by_rank(self) -> Ranked:
+        if self._ranked is None:
+            self._ranked = coco_eval.ranked(self._objects, self._found, self._pairs)
+        return self._ranked
 
 
 def coco_metrics(
     ground_truth: Sequence[Record], detections: Sequence[Record], num_classes: int, reference: bool = False
 ) -> dict[str, Any]:
-    """COCO's twelve numbers under `coco_eval.NAMES`, and `per_class`: AP of classes 1..num_classes, a list.
+    """`Evaluation.coco` of these images."""
+    return _evaluation(ground_truth, detections, num_classes).coco(reference)
 
-    With `reference` pycocotools itself finds them: the same numbers to 1e-9, in much more time.
-    """
-    _check_lengths(ground_truth, detections)
-    evaluate = _pycocotools if reference else coco_eval.evaluate
-    numbers, per_class = evaluate(_objects(ground_truth), _found(detections), num_classes)
-    return {**numbers, "per_class": per_class.tolist()}
+
+def voc_metrics(
+    ground_truth: Sequence[Record],
+    detections: Sequence[Record],
+    num_classes: int,
+    iou: float = voc_eval.IOU_THRESHOLD,
+) -> dict[str, Any]:
+    """`Evaluation.voc` of these images."""
+    return _evaluation(ground_truth, detections, num_classes, iou).voc(iou)
+
+
+def _evaluation(ground_truth: Sequence[Record], detections: Sequence[Record], *options: float) -> Evaluation:
+    evaluation = Evaluation(*options)
+    evaluation.add(ground_truth, detections)
+    return evaluation
 
 
 def _pycocotools(objects: Objects, found: Found, num_classes: int) -> tuple[dict[str, float], np.ndarray]:
@@ -92,93 +171,6 @@ def _found(detections: Sequence[Record]) -> Found:
     return Found(_images(detections), labels - 1, _join_xywh(detections), scores)
 
 
-def voc_metrics(
-    ground_truth: Sequence[Record], detections: Sequence[Record], num_classes: int, iou: float = VOC_IOU
-) -> dict[str, Any]:
-    """AP as VOCevaldet.m of the VOC devkit finds it: `mAP`, and `per_class`, a list over classes 1..num_classes.
-
-    These are areas under the monotone curve, as from VOC 2010 on; `mAP_11point` and `per_class_11point` are VOC 2007's.
-    A detection belongs to the object of its class that it overlaps most, from `iou` on; the first by score is right, a
-    second one of the same object is wrong, and one of an `ignore` object is neither. The devkit counts pixels,
-    x2 - x1 + 1; a VOC box read as continuous [xmin - 1, ymin - 1, xmax, ymax] has that very size, so nothing is added.
-    """
-    _check_lengths(ground_truth, detections)
-    objects, found = _objects(ground_truth), _found(detections)
-    once = np.ones((1, len(ground_truth)), int)
-    curves = _voc_curves(objects, found, _claims(objects, found, iou), once, num_classes)
-    metrics: dict[str, Any] = {}
-    for suffix, average_precision in (("", _all_point), ("_11point", _eleven_point)):
-        per_class = [average_precision(right, seen, n).item() for right, seen, n in curves]
-        scored = [ap for ap in per_class if not np.isnan(ap)]
-        metrics[f"mAP{suffix}"] = float(np.mean(scored)) if scored else float("nan")
-        metrics[f"per_class{suffix}"] = per_class
-    return metrics
-
-
-def _voc_curves(
-    objects: Objects, found: Found, claims: np.ndarray, weight: np.ndarray, num_classes: int
-) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Of each class, in each of R resamples (see `coco_eval.resampled_ap`): how many of the first 1, 2, ... detections
-    by score are right (R, K), how many there are (R, K), and the number of objects (R,)."""
-    curves = []
-    for label in range(num_classes):
-        chosen = np.flatnonzero(found.label == label)
-        chosen = chosen[np.argsort(-found.score[chosen], kind="stable")]
-        chosen = chosen[(claims[chosen] < 0) | ~np.append(objects.crowd, False)[claims[chosen]]]
-        right = np.zeros(len(chosen), int)
-        right[np.unique(claims[chosen], return_index=True)[1]] = 1
-        right[claims[chosen] < 0] = 0
-        times = weight[:, found.image[chosen]]
-        asked = objects.image[(objects.label == label) & ~objects.crowd]
-        curves.append((np.cumsum(times * right, 1), np.cumsum(times, 1), weight[:, asked].sum(1)))
-    return curves
-
-
-def resampled(
-    ground_truth: Sequence[Record], detections: Sequence[Record], num_classes: int, objective: str, weight: np.ndarray
-) -> np.ndarray:
-    """`objective` ("AP", "AP50" or "mAP") on each of R resamples of the images, (R,); nan where one has no object.
-
-    `weight` (R, N) int says how often each of the N images stands in a resample.
-    """
-    _check_lengths(ground_truth, detections)
-    objects, found = _objects(ground_truth), _found(detections)
-    if objective != "mAP":
-        thresholds = slice(1) if objective == "AP50" else slice(None)
-        return coco_eval.resampled_ap(objects, found, num_classes, weight, thresholds)
-    curves = _voc_curves(objects, found, _claims(objects, found, VOC_IOU), weight, num_classes)
-    per_class = np.stack([_all_point(*curve) for curve in curves])
-    counted = ~np.isnan(per_class)
-    total = np.where(counted, per_class, 0).sum(0)
-    return np.divide(total, counted.sum(0), out=np.full(len(total), np.nan), where=counted.any(0))
-
-
-def _claims(objects: Objects, found: Found, threshold: float) -> np.ndarray:
-    """The object that each detection belongs to; -1: none."""
-    same_measure = objects._replace(crowd=np.zeros(len(objects.crowd), bool))  # VOC's IoU knows no crowds
-    pairs = overlapping(same_measure, found, threshold)
-    best_last = np.lexsort((-pairs.object, pairs.iou))  # at equal IoU the earlier object wins
-    claims = np.full(len(found.label), -1)
-    claims[pairs.detection[best_last]] = pairs.object[best_last]  # the last one written stays
-    return claims
-
-
-def _all_point(right: np.ndarray, seen: np.ndarray, num_objects: np.ndarray) -> np.ndarray:
-    """(R,) area under precision made monotone; nan where there are no objects."""
-    precision = right / np.maximum(seen, 1)
-    highest_from_here = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-    area = (highest_from_here * np.diff(right, prepend=0, axis=1)).sum(1)
-    return np.divide(area, num_objects, out=np.full(len(area), np.nan), where=num_objects > 0)
-
-
-def _eleven_point(right: np.ndarray, seen: np.ndarray, num_objects: np.ndarray) -> np.ndarray:
-    """Mean of the highest precision at recall >= 0, 0.1, ..., 1, compared as whole numbers: 3 / 10 reaches 0.3."""
-    precision = right / np.maximum(seen, 1)
-    reached = 10 * right >= np.arange(11)[:, None, None] * num_objects[:, None]  # (11, R, K)
-    mean = np.where(reached, precision, 0).max(2, initial=0).mean(0)
-    return np.where(num_objects > 0, mean, np.nan)
-
-
 def _images(records: Sequence[Record]) -> np.ndarray:
     return np.repeat(np.arange(len(records)), [len(record["labels"]) for record in records])
 
@@ -191,8 +183,3 @@ def _join_xywh(records: Sequence[Record]) -> np.ndarray:
     boxes = np.concatenate([np.zeros((0, 4)), *(np.asarray(record["boxes"]) for record in records)])  # float64
     boxes[:, 2:] -= boxes[:, :2]
     return boxes
-
-
-def _check_lengths(ground_truth: Sequence[Record], detections: Sequence[Record]) -> None:
-    if len(ground_truth) != len(detections):
-        raise ValueError(f"{len(ground_truth)} images of ground truth, but {len(detections)} of detections")

@@ -18,11 +18,11 @@ from lib.config import Config
 from lib.config import from_dict as config_from_dict
 from lib.datasets import eval_loader
 from lib.detector import SSD, ElasticSSD
-from lib.engine import detect, measure, recalibrate, to_pixels
+from lib.engine import detect, recalibrate, summarise, to_pixels
 from lib.errors import UserError
 from lib.fuse import fuse_
 from lib.genotype import Genotype
-from lib.metrics import resampled
+from lib.metrics import Evaluation
 from lib.models import load_supernet
 from lib.postprocess import Detections
 from lib.racing import Scores, has_lost, rungs
@@ -111,30 +111,30 @@ class Scorer:
 
     def __call__(self, detector: ElasticSSD, genotype: Genotype) -> dict:
         """COCO's twelve numbers, mAP, per class AP, flops, params."""
-        found = self._detect(self._prepare(detector, genotype), 0, self.num_images)
-        return {**self._measure(found), **detector.cost(genotype)._asdict()}
+        evaluation = Evaluation(len(self.data["classes"]))
+        self._evaluate(self._prepare(detector, genotype), evaluation, self.num_images)
+        return self._summarise(evaluation, detector, genotype)
 
     def race(self, detector: ElasticSSD, genotype: Genotype, rivals: Sequence[Scores] = ()) -> dict:
         """The same "metrics", of the first "images" only if the candidate lost to its rivals there ("lost").
 
         "resampled" has its "objective" on `search.resamples` resamples of the images, packed, at each rung.
         """
-        model = self._prepare(detector, genotype)
+        model, evaluation = self._prepare(detector, genotype), Evaluation(len(self.data["classes"]))
         objective, resamples = self.config.search.objective, self.config.search.resamples
-        found: list[Detections] = []
         scores: dict[str, str] = {}
         lost = False
         for rung in rungs(self.num_images) if resamples else [self.num_images]:
-            found += self._detect(model, len(found), rung)
+            self._evaluate(model, evaluation, rung)
             if resamples:
-                drawn = resampled(*self._in_pixels(found), objective, image_weights(rung, resamples))
+                drawn = evaluation.resampled(objective, image_weights(rung, resamples))
                 scores[str(rung)] = pack(drawn)
                 lost = rung < self.num_images and has_lost(drawn, rung, rivals)
             if lost:
                 break
-        metrics = {**self._measure(found), **detector.cost(genotype)._asdict()}
+        metrics = self._summarise(evaluation, detector, genotype)
         judged = {"objective": objective, "resampled": scores} if scores else {}
-        return {"metrics": metrics, "images": len(found), "lost": lost, **judged}
+        return {"metrics": metrics, "images": evaluation.num_images, "lost": lost, **judged}
 
     def _prepare(self, detector: ElasticSSD, genotype: Genotype) -> SSD:
         model = detector.extract(genotype).to(self.device, memory_format=torch.channels_last)
@@ -143,9 +143,14 @@ class Scorer:
         recalibrate(model, bn_images[:whole].split(size), self.device)
         return fuse_(model)
 
-    def _detect(self, model: SSD, first: int, end: int) -> list[Detections]:
-        """Detections of the images from `first` up to `end`."""
-        images = self.data["images"][first:end]
+    def _evaluate(self, model: SSD, evaluation: Evaluation, end: int) -> None:
+        """Detect in the images from where `evaluation` is up to `end`."""
+        new = slice(evaluation.num_images, end)
+        found = self._detect(model, self.data["images"][new])
+        pixels = [to_pixels(d, *size) for d, size in zip(found, self.data["sizes"][new], strict=True)]
+        evaluation.add(self.data["truth"][new], pixels)
+
+    def _detect(self, model: SSD, images: Tensor) -> list[Detections]:
         while True:
             try:
                 return detect(model, images.split(self._batch_size), self.config, self.device)
@@ -155,14 +160,8 @@ class Scorer:
                 self._batch_size //= 2
                 torch.cuda.empty_cache()
 
-    def _measure(self, found: Sequence[Detections]) -> dict:
-        data, n = self.data, len(found)
-        return measure(found, data["truth"][:n], data["sizes"][:n], data["classes"])
-
-    def _in_pixels(self, found: Sequence[Detections]) -> tuple[Sequence[dict], list[dict], int]:
-        """Ground truth, detections and the number of classes, as the metrics take them."""
-        boxes = [to_pixels(d, *size) for d, size in zip(found, self.data["sizes"][: len(found)], strict=True)]
-        return self.data["truth"][: len(found)], boxes, len(self.data["classes"])
+    def _summarise(self, evaluation: Evaluation, detector: ElasticSSD, genotype: Genotype) -> dict:
+        return {**summarise(evaluation, self.data["classes"]), **detector.cost(genotype)._asdict()}
 
 
 def scoring_worker(device: str, supernet: str, data: str, settings: dict):

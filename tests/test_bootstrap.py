@@ -9,9 +9,15 @@ from hypothesis import strategies as st
 from test_coco_eval import random_case
 
 from lib.bootstrap import clearly_below, image_weights, interval, pack, unpack
-from lib.metrics import coco_metrics, resampled, voc_metrics
+from lib.metrics import Evaluation, coco_metrics, voc_metrics
 
 CLASSES = 4
+
+
+def resampled(truth, found, objective, weights):
+    evaluation = Evaluation(CLASSES)
+    evaluation.add(truth, found)
+    return evaluation.resampled(objective, weights)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.5])
@@ -23,7 +29,7 @@ def test_a_resample_scores_as_the_repeated_images_do(objective, noise, seed):
     for i, image in enumerate(found):  # ties between images stay, those within an image go
         image["scores"] = image["scores"] + (np.random.default_rng(i).permutation(len(image["scores"])) * 1e-4)
     weights = image_weights(7, 12)
-    scores = resampled(truth, found, CLASSES, objective, weights)
+    scores = resampled(truth, found, objective, weights)
     for weight, score in zip(weights, scores, strict=True):
         chosen = np.repeat(np.arange(7), weight)
         repeated = [truth[i] for i in chosen], [found[i] for i in chosen]
@@ -34,9 +40,9 @@ def test_a_resample_scores_as_the_repeated_images_do(objective, noise, seed):
 def test_many_resamples_are_done_in_turns(monkeypatch):
     truth, found = random_case(0, images=7, objects=5, detections=6, classes=CLASSES)
     weights = image_weights(7, 12)
-    expected = resampled(truth, found, CLASSES, "AP", weights)
+    expected = resampled(truth, found, "AP", weights)
     monkeypatch.setattr("lib.coco_eval.POINTS_AT_ONCE", 10_000)
-    np.testing.assert_array_equal(resampled(truth, found, CLASSES, "AP", weights), expected)
+    np.testing.assert_array_equal(resampled(truth, found, "AP", weights), expected)
 
 
 def test_a_resample_without_objects_has_no_score():
@@ -45,7 +51,7 @@ def test_a_resample_without_objects_has_no_score():
         for name in image:
             image[name] = image[name][:0]
     for objective in ("AP", "AP50", "mAP"):
-        scores = resampled(truth, found, CLASSES, objective, np.array([[1, 1], [0, 2]]))
+        scores = resampled(truth, found, objective, np.array([[1, 1], [0, 2]]))
         assert np.isfinite(scores[0]) and np.isnan(scores[1])
 
 

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.coco_eval import NAMES, Found, Objects, evaluate, overlapping
+from lib.coco_eval import NAMES, evaluate, ranked
 from lib.metrics import coco_metrics
+from lib.overlaps import Found, Objects, overlapping
 
 CLASSES = 3
 LABELS = st.integers(1, CLASSES)
@@ -111,28 +112,13 @@ def flat(boxes_xyxy):
     return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
 
 
-def test_overlapping_pairs_are_of_one_image_and_class_and_crowds_count_the_detection_only():
-    box, half, inner = (0, 0, 40, 40), (0, 0, 40, 20), (0, 0, 10, 10)
-    objects = Objects(
-        image=np.array([0, 0, 1, 1]),
-        label=np.array([0, 1, 0, 1]),
-        box_xywh=flat([box, box, box, box]),
-        area=np.full(4, 1600.0),
-        crowd=np.array([False, False, False, True]),
-    )
-    found = Found(np.array([0, 1, 1, 2]), np.array([0, 0, 1, 0]), flat([half, inner, inner, box]), np.ones(4))
-    pairs = overlapping(objects, found, 0.05)
-    assert [list(column) for column in pairs] == [[0, 1, 2], [0, 2, 3], [0.5, 0.0625, 1.0]]
-    assert list(overlapping(objects, found, 0.5).detection) == [0, 2]
-
-
 def test_the_later_choice_gives_way_and_may_free_a_third():
     """Best scores choose first: 1 takes A from 2, which takes B from 3, which is left with nothing at 0.5."""
     a, b = (0, 0, 100, 100), (0, 20, 100, 120)
     first, second, third = (0, 1, 100, 100), (0, 8, 100, 108), (0, 20, 100, 121)
     objects = Objects(np.zeros(2, int), np.zeros(2, int), flat([a, b]), np.full(2, 1e4), np.zeros(2, bool))
     found = Found(np.zeros(3, int), np.zeros(3, int), flat([third, second, first]), np.array([0.7, 0.8, 0.9]))
-    numbers, per_class = evaluate(objects, found, 1)
+    numbers, per_class = evaluate(ranked(objects, found, overlapping(objects, found, 0.5)), 1)
     assert numbers["AP50"] == pytest.approx(1) and numbers["AR1"] == pytest.approx(0.5)
     assert per_class.tolist() == [numbers["AP"]]
     assert np.isnan(numbers["APs"])
