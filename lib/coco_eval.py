@@ -43,7 +43,7 @@ class Matches(NamedTuple):
     curve: np.ndarray  # (M,) threshold * number of classes + label
 
 
-def ranked(objects: Objects, found: Found, pairs: Pairs) -> Ranked:
+def rank_found(objects: Objects, found: Found, pairs: Pairs) -> Ranked:
     """`pairs` are all that overlap by at least 0.5; others do no harm."""
     order = np.lexsort((-found.score, found.label))  # stable: at equal scores the earlier image is first
     rank = _rank(take(found, order))

@@ -20,15 +20,15 @@ from pycocotools.cocoeval import COCOeval
 
 from lib import coco_eval, voc_eval
 from lib.coco_eval import Ranked
-from lib.overlaps import Found, Objects, Rows, joined, overlapping, take
+from lib.overlaps import Found, Objects, Pairs, Rows, joined, overlapping, take
 
 Record = Mapping[str, Any]
 
 
 class Evaluation:
-    """Detections of ever more images held against their ground truth. What its metrics have in common is found once.
+    """Detections held against the ground truth of their images, which may come in several parts.
 
-    `least_iou` is the lowest threshold that can be asked for.
+    What the metrics have in common is found once. `least_iou` is the lowest threshold that can be asked for.
     """
 
     def __init__(self, num_classes: int, least_iou: float = coco_eval.IOU_THRESHOLDS[0]):
@@ -71,7 +71,7 @@ class Evaluation:
         These are areas under the monotone curve, as from VOC 2010 on; `mAP_11point` and `per_class_11point` are VOC
         2007's.
         """
-        per_class = voc_eval.evaluate(self._objects, self._found, self._pairs, self.num_classes, iou)
+        per_class = voc_eval.evaluate(self._objects, self._found, self._pairs_from(iou), self.num_classes, iou)
         metrics: dict[str, Any] = {}
         for suffix, aps in zip(("", "_11point"), per_class, strict=True):
             scored = aps[~np.isnan(aps)]
@@ -84,22 +84,33 @@ class Evaluation:
 
         `weight` (R, N) int says how often each of the N images stands in a resample.
         """
+        if weight.shape[1] != self.num_images:
+            raise ValueError(f"weights of {weight.shape[1]} images, but {self.num_images} are here")
         if objective == "mAP":
-            return voc_eval.resampled_map(self._objects, self._found, self._pairs, self.num_classes, weight)
+            pairs = self._pairs_from(voc_eval.IOU_THRESHOLD)
+            return voc_eval.resampled_map(self._objects, self._found, pairs, self.num_classes, weight)
         thresholds = slice(1) if objective == "AP50" else slice(None)
         return coco_eval.resampled_ap(self._by_rank(), self.num_classes, weight, thresholds)
 
     def _by_rank(self) -> Ranked:
         if self._ranked is None:
-            self._ranked = coco_eval.ranked(self._objects, self._found, self._pairs)
+            pairs = self._pairs_from(coco_eval.IOU_THRESHOLDS[0])
+            self._ranked = coco_eval.rank_found(self._objects, self._found, pairs)
         return self._ranked
+
+    def _pairs_from(self, iou: float) -> Pairs:
+        if iou < self.least_iou:
+            raise ValueError(f"a threshold of {iou}, but least_iou is {self.least_iou}")
+        return self._pairs
 
 
 def coco_metrics(
     ground_truth: Sequence[Record], detections: Sequence[Record], num_classes: int, reference: bool = False
 ) -> dict[str, Any]:
     """`Evaluation.coco` of these images."""
-    return _evaluation(ground_truth, detections, num_classes).coco(reference)
+    evaluation = Evaluation(num_classes)
+    evaluation.add(ground_truth, detections)
+    return evaluation.coco(reference)
 
 
 def voc_metrics(
@@ -109,13 +120,9 @@ def voc_metrics(
     iou: float = voc_eval.IOU_THRESHOLD,
 ) -> dict[str, Any]:
     """`Evaluation.voc` of these images."""
-    return _evaluation(ground_truth, detections, num_classes, iou).voc(iou)
-
-
-def _evaluation(ground_truth: Sequence[Record], detections: Sequence[Record], *options: float) -> Evaluation:
-    evaluation = Evaluation(*options)
+    evaluation = Evaluation(num_classes, iou)
     evaluation.add(ground_truth, detections)
-    return evaluation
+    return evaluation.voc(iou)
 
 
 def _pycocotools(objects: Objects, found: Found, num_classes: int) -> tuple[dict[str, float], np.ndarray]:

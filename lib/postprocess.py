@@ -45,18 +45,18 @@ def postprocess(
     best survivors stay. Boxes are cut at the image's border.
 
     What survives NMS depends on better boxes only. So a look at the best candidates is enough if `top_k` of them
-    survive, and only the other images need a deeper one: with many classes, NMS of all candidates takes longer than the
-    network.
+    survive: with many classes, NMS of all candidates takes longer than the network. Images that need it get a deeper
+    look, one by one, which bounds the memory.
     """
     scores = class_scores(logits, loss_type)
-    found: list[Detections | None] = [None] * len(scores)
-    depth, images = FIRST_LOOK * config.top_k, torch.arange(len(scores), device=scores.device)
-    while len(images):
-        look = _look(scores[images], offsets[images], priors_cxcywh, variances, depth)
-        detections, enough = _detect(look, scores.shape[1:], config)
-        for image, own in zip(images.tolist(), detections, strict=True):
-            found[image] = own
-        images, depth = images[~enough], depth * DEEPER
+    size, depth = scores.shape[1:], FIRST_LOOK * config.top_k
+    found, enough = _detect(_look(scores, offsets, priors_cxcywh, variances, depth), size, config)
+    for i in (~enough).nonzero().flatten().tolist():
+        own, deeper = slice(i, i + 1), depth
+        while not enough[i]:
+            deeper *= DEEPER
+            look = _look(scores[own], offsets[own], priors_cxcywh, variances, deeper)
+            (found[i],), enough[own] = _detect(look, size, config)
     return found
 
 
@@ -70,47 +70,49 @@ class Look(NamedTuple):
 
 def _look(scores: Tensor, offsets: Tensor, priors_cxcywh: Tensor, variances: Sequence[float], depth: int) -> Look:
     """At the `depth` best candidates of each image, or all; `scores` are (B, P, C)."""
-    best, place = scores.flatten(1).topk(min(depth, scores[0].numel()))
+    best, place = scores.flatten(1).topk(min(depth, scores.shape[1:].numel()))
     prior = place // scores.shape[2]
     chosen = offsets.gather(1, prior[..., None].expand(-1, -1, 4)).float()
     return Look(decode(chosen, priors_cxcywh[prior], variances).clamp(0, 1), best, place % scores.shape[2])
 
 
-def _detect(look: Look, shape: torch.Size, config: PostprocessConfig) -> tuple[list[Detections], Tensor]:
-    """Detections of each image from its best candidates, out of as many as `shape` (P, C) says; whether they are all
-    that there are (B,): else look deeper."""
+def _detect(look: Look, size: torch.Size, config: PostprocessConfig) -> tuple[list[Detections], Tensor]:
+    """Detections of each image from its best candidates, out of as many as `size` (P, C) says; (B,) whether a deeper
+    look could not change them."""
     above = look.scores > config.confidence_threshold
-    counts, survivors = _nms_by_class(look, above, shape[1], config)
+    survivors, counts = _nms_by_class(look, above, size[1], config)
     number = survivors.sum(1)
     enough = ~above[:, -1] | (number >= config.top_k) | (counts >= config.pre_nms_top_k).all(1)
-    if look.scores.shape[1] == shape.numel():
-        enough = torch.ones_like(enough)
+    if look.scores.shape[1] == size.numel():
+        enough[:] = True
     best = survivors & (survivors.cumsum(1) <= config.top_k)
-    kept = (t[best].split(number.clamp(max=config.top_k).tolist()) for t in (look.boxes, look.scores, look.labels + 1))
-    return [Detections(*own) for own in zip(*kept, strict=True)], enough
+    columns = (t[best].split(best.sum(1).tolist()) for t in (look.boxes, look.scores, look.labels + 1))
+    # Copies: views would keep, and take along to another process, what the whole batch holds.
+    return [Detections(*(t.clone() for t in own)) for own in zip(*columns, strict=True)], enough
 
 
 def _nms_by_class(look: Look, above: Tensor, num_classes: int, config: PostprocessConfig) -> tuple[Tensor, Tensor]:
-    """Candidates (B, C) of each image and class that are `above` (B, K) the threshold; which of them survive (B, K).
+    """Which of the candidates that are `above` (B, K) the threshold survive (B, K); how many entered (B, C) per class.
 
     Images and classes with few boxes share a call, in which each has a place of its own: boxes lie in [0, 1], places
     are 2 apart. In float64, where the shift loses nothing that counts; torchvision's batched_nms shifts in float32.
     """
     images = torch.arange(len(above), device=above.device)[:, None]
-    group = (num_classes * images + look.labels)[above]  # (N,) an image's classes are neighbours
+    candidates = above.flatten().nonzero().flatten()
+    group = (num_classes * images + look.labels).flatten()[candidates]  # an image's classes are neighbours
     counts = group.bincount(minlength=len(above) * num_classes)
     group, order = group.sort(stable=True)  # best first within a group
     rank = torch.arange(len(group), device=group.device) - (counts.cumsum(0) - counts)[group]
-    chosen = order[rank < config.pre_nms_top_k]
-    sizes = _join_few(counts.clamp(max=config.pre_nms_top_k).tolist())
-    group, boxes, scores = group[rank < config.pre_nms_top_k], look.boxes[above], look.scores[above]
-    boxes, scores = boxes[chosen].double() + 2 * group[:, None], scores[chosen].double()
-    members = above.flatten().nonzero().flatten()[chosen].split(sizes)
-    calls = zip(members, boxes.split(sizes), scores.split(sizes), strict=True)
-    kept = torch.cat([own[nms(*candidates, config.nms_threshold)] for own, *candidates in calls])
+    enters, counts = rank < config.pre_nms_top_k, counts.clamp(max=config.pre_nms_top_k)
+    candidates, group = candidates[order[enters]], group[enters]
+    boxes, scores = (
+        look.boxes.flatten(0, 1)[candidates].double() + 2 * group[:, None],
+        look.scores.flatten()[candidates],
+    )
+    calls = zip(*(t.split(_join_few(counts.tolist())) for t in (candidates, boxes, scores.double())), strict=True)
     survivors = torch.zeros_like(above)
-    survivors.view(-1)[kept] = True
-    return counts.view(len(above), num_classes), survivors
+    survivors.view(-1)[torch.cat([own[nms(*boxes, config.nms_threshold)] for own, *boxes in calls])] = True
+    return survivors, counts.view(len(above), num_classes)
 
 
 def _join_few(counts: Sequence[int]) -> list[int]:

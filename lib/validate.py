@@ -27,6 +27,8 @@ def validate(config: Config) -> None:
         _fail("search.resamples", "0 or at least 40, since intervals leave out 1 in 40", config.search.resamples)
     if config.search.time_limit and config.search.time_limit < 2:
         _fail("search.time_limit", "0 or at least 2", config.search.time_limit)
+    for name in ("top_k", "pre_nms_top_k"):
+        _at_least(f"postprocess.{name}", getattr(config.postprocess, name), 1)
     _at_least("supernet.samples", config.supernet.samples, 1)
     _at_least("data.workers", config.data.workers, 0)
     _check_portion(config.data.data_portion)

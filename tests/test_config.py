@@ -224,6 +224,7 @@ def test_a_least_above_the_most_is_a_contradiction():
         ("search.resamples=-5", "search.resamples"),
         ("search.resamples=10", "search.resamples"),
         ("search.steps=0", "search.steps"),
+        ("postprocess.top_k=0", "postprocess.top_k"),
         ("search.population_size=0", "search.population_size"),
         ("supernet.samples=0", "supernet.samples"),
         ("supernet.epochs=0", "supernet.epochs"),

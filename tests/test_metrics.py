@@ -192,6 +192,25 @@ def test_images_added_in_parts_are_those_added_at_once(seed, cuts):
     np.testing.assert_equal(evaluation.coco(), coco_metrics(ground_truth, detections, 2))
 
 
+def test_pycocotools_sees_all_parts():
+    ground_truth, detections = random_set(3, images=8)
+    evaluation = Evaluation(CLASSES)
+    for part in (slice(0, 3), slice(3, 8)):
+        evaluation.add(ground_truth[part], detections[part])
+    at_once = coco_metrics(ground_truth, detections, CLASSES, reference=True)
+    np.testing.assert_equal(evaluation.coco(reference=True), at_once)
+
+
+def test_what_an_evaluation_cannot_know_is_refused():
+    with pytest.raises(ValueError, match=r"0\.3, but least_iou is 0\.5"):
+        Evaluation(CLASSES).voc(iou=0.3)
+    for metric in (Evaluation.coco, lambda e: e.resampled("mAP", np.zeros((2, 0), int))):
+        with pytest.raises(ValueError, match=r"0\.5, but least_iou is 0\.75"):
+            metric(Evaluation(CLASSES, least_iou=0.75))
+    with pytest.raises(ValueError, match="weights of 3 images, but 0 are here"):
+        Evaluation(CLASSES).resampled("AP", np.ones((2, 3), int))
+
+
 def test_tensors_are_accepted():
     ground_truth, detections = random_set(3)
     as_tensors = [[{k: torch.as_tensor(v) for k, v in r.items()} for r in rs] for rs in (ground_truth, detections)]

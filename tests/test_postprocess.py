@@ -6,7 +6,7 @@ from torchvision.ops import box_iou, nms
 
 from lib.boxes import decode
 from lib.config import PostprocessConfig
-from lib.postprocess import Detections, class_scores, postprocess
+from lib.postprocess import Detections, _look, class_scores, postprocess
 
 VARIANCES = (0.1, 0.2)
 
@@ -86,6 +86,33 @@ def test_many_classes_share_calls_and_suppress_none_of_each_other(top_k, monkeyp
     for mine, theirs in zip(found, expected, strict=True):
         assert mine.labels.tolist() == [label for _, label, _ in theirs]
         torch.testing.assert_close(mine.boxes, torch.stack([box for *_, box in theirs]))
+
+
+def test_only_the_images_that_need_it_get_a_deeper_look(monkeypatch):
+    """Of four images the second and the last have all their best boxes at one place."""
+    logits, offsets, priors = random_output(batch=4, priors=300, classes=2)
+    offsets[1], offsets[3] = 0, 0
+    priors[:120, :] = torch.tensor([0.5, 0.5, 0.4, 0.4])
+    logits[[1, 3], :120, 1:] += 8
+    depths = []
+    monkeypatch.setattr("lib.postprocess._look", lambda *rest: depths.append(rest[-1]) or _look(*rest))
+    config = PostprocessConfig(top_k=20)
+    found = postprocess(logits, offsets, priors, config, "focal", VARIANCES)
+    assert depths == [40, 160, 640, 160, 640]
+    for mine, theirs in zip(found, slow(logits, offsets, priors, config, "focal"), strict=True):
+        assert mine.labels.tolist() == [label for _, label, _ in theirs]
+        torch.testing.assert_close(mine.boxes, torch.stack([box for *_, box in theirs]))
+
+
+def test_the_detections_of_an_image_hold_no_memory_of_the_others():
+    """They go to other processes, where a view would take the whole batch along."""
+    for found in postprocess(*random_output(5), PostprocessConfig(), "focal", VARIANCES):
+        assert all(t.untyped_storage().nbytes() == t.numel() * t.element_size() for t in found)
+
+
+def test_no_images_no_detections():
+    logits, offsets, priors = random_output()
+    assert postprocess(logits[:0], offsets[:0], priors, PostprocessConfig(), "focal", VARIANCES) == []
 
 
 def test_scores_leave_the_background_out():
