@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import SqueezeExcitation
 
 from lib.depthwise import DepthwiseConv2d, depthwise_conv
 from lib.genotype import Block
+from lib.squeeze import SqueezeExcitation, squeeze
 from lib.twin import twin
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -137,7 +137,7 @@ class ElasticSqueezeExcitation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         c = x.shape[1]
         s = self.squeeze_channels(c)
-        scale = x.mean((2, 3), keepdim=True)  # (B, c, 1, 1)
+        x, scale = squeeze(x)  # (B, c, 1, 1)
         scale = F.relu(F.conv2d(scale, self.fc1.weight[:s, :c], self.fc1.bias[:s]))
         scale = F.hardsigmoid(F.conv2d(scale, self.fc2.weight[:c, :s], self.fc2.bias[:c]))
         return x * scale
