@@ -105,11 +105,9 @@ def _nms_by_class(look: Look, above: Tensor, num_classes: int, config: Postproce
     rank = torch.arange(len(group), device=group.device) - (counts.cumsum(0) - counts)[group]
     enters, counts = rank < config.pre_nms_top_k, counts.clamp(max=config.pre_nms_top_k)
     candidates, group = candidates[order[enters]], group[enters]
-    boxes, scores = (
-        look.boxes.flatten(0, 1)[candidates].double() + 2 * group[:, None],
-        look.scores.flatten()[candidates],
-    )
-    calls = zip(*(t.split(_join_few(counts.tolist())) for t in (candidates, boxes, scores.double())), strict=True)
+    apart = look.boxes.flatten(0, 1)[candidates].double() + 2 * group[:, None]
+    scores, sizes = look.scores.flatten()[candidates].double(), _join_few(counts.tolist())
+    calls = zip(*(t.split(sizes) for t in (candidates, apart, scores)), strict=True)
     survivors = torch.zeros_like(above)
     survivors.view(-1)[torch.cat([own[nms(*boxes, config.nms_threshold)] for own, *boxes in calls])] = True
     return survivors, counts.view(len(above), num_classes)
