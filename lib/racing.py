@@ -13,7 +13,7 @@ import numpy as np
 from lib.bootstrap import clearly_below, unpack
 
 SHARES = (0.25, 0.5)  # of the images, at which a candidate may be stopped
-LEAST_IMAGES = 8  # resamples of fewer say little
+LEAST_IMAGES = 12  # resamples of fewer say little, and a batch of few takes longer than the few stopped there save
 
 Scores = Mapping[str, str]  # packed scores on the resamples, by the number of images
 

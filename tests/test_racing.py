@@ -9,7 +9,15 @@ from lib.racing import has_lost, rungs
 
 @pytest.mark.parametrize(
     ("images", "expected"),
-    [(1, [1]), (8, [8]), (15, [8, 15]), (29, [14, 29]), (40, [10, 20, 40]), (1000, [250, 500, 1000])],
+    [
+        (1, [1]),
+        (22, [22]),
+        (23, [12, 23]),
+        (29, [14, 29]),
+        (36, [18, 36]),
+        (48, [12, 24, 48]),
+        (1000, [250, 500, 1000]),
+    ],
 )
 def test_the_rungs_grow_to_all_images(images, expected):
     assert rungs(images) == expected

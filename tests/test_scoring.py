@@ -142,9 +142,9 @@ def same_result(a, b):
 
 @pytest.fixture(scope="module")
 def race(tiny_config, config, data):
-    """A scorer of 40 images, so that there are rungs at 10 and 20."""
-    more = {**data, "images": data["images"].repeat(4, 1, 1, 1)[:40]}
-    more |= {name: (data[name] * 4)[:40] for name in ("truth", "sizes")}
+    """A scorer of 48 images, so that there are rungs at 12 and 24."""
+    more = {**data, "images": data["images"].repeat(6, 1, 1, 1)[:48]}
+    more |= {name: (data[name] * 6)[:48] for name in ("truth", "sizes")}
     return Scorer(more, tiny_config(data__root=config.data.root, search__resamples=50), CPU)
 
 
@@ -153,11 +153,11 @@ def test_a_race_that_nobody_stops_gives_the_score(tiny_detector, race):
     genotype = detector.space.largest()
     result = race.race(detector, genotype)
     metrics = race(detector, genotype)
-    assert result["images"] == 40 and not result["lost"] and result["objective"] == "AP"
-    assert list(result["resampled"]) == ["10", "20", "40"]
+    assert result["images"] == 48 and not result["lost"] and result["objective"] == "AP"
+    assert list(result["resampled"]) == ["12", "24", "48"]
     for name in ("AP", "AP50", "mAP", "flops"):
         assert result["metrics"][name] == pytest.approx(metrics[name], abs=1e-6)
-    scores = unpack(result["resampled"]["40"])
+    scores = unpack(result["resampled"]["48"])
     assert len(scores) == 50 and scores.min() <= metrics["AP"] <= scores.max()
 
 
@@ -167,7 +167,7 @@ def test_who_clearly_loses_to_all_rivals_is_stopped_at_the_first_rung(tiny_detec
     whole = race.race(detector, genotype)
     better = {n: pack(np.minimum(unpack(packed) + 0.1, 1)) for n, packed in whole["resampled"].items()}
     lost = race.race(detector, genotype, [better, better])
-    assert lost["lost"] and lost["images"] == 10 and lost["resampled"] == {"10": whole["resampled"]["10"]}
+    assert lost["lost"] and lost["images"] == 12 and lost["resampled"] == {"12": whole["resampled"]["12"]}
     assert lost["metrics"]["flops"] == whole["metrics"]["flops"] and lost["metrics"]["AP"] is not None
     for rivals in ([whole["resampled"]], [better, whole["resampled"]], [better, {}]):
         assert same_result(race.race(detector, genotype, rivals), whole)
