@@ -118,11 +118,9 @@ def _matches(ranked: Ranked, area: tuple[float, float], num_classes: int) -> Mat
 
 def _num_objects(objects: Objects, matches: Matches, weight: np.ndarray, num_classes: int) -> np.ndarray:
     """(R, C) objects to find."""
-    image, label = objects.image[matches.asked], objects.label[matches.asked]
-    images = weight.shape[1]
-    return weight @ np.bincount(image * num_classes + label, minlength=images * num_classes).reshape(
-        images, num_classes
-    )
+    shape = weight.shape[1], num_classes
+    place = objects.image[matches.asked] * num_classes + objects.label[matches.asked]
+    return weight @ np.bincount(place, minlength=shape[0] * shape[1]).reshape(shape)
 
 
 def _average_precision(found: Found, matches: Matches, num_objects: np.ndarray, weight: np.ndarray) -> np.ndarray:

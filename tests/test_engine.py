@@ -148,6 +148,7 @@ def test_fp16_scales_the_loss_and_clips_the_true_gradient():
     assert (single[4].weight - start[4].weight).abs().max() > 2e-3
 
 
+@pytest.mark.filterwarnings("error:Detected call of")
 def test_an_overflow_in_fp16_skips_the_step_and_halves_the_scale():
     model = network()
     t, before = trainer(model, precision="fp16"), copy.deepcopy(model.state_dict())
