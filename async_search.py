@@ -31,12 +31,13 @@ from lib.config import Config, to_dict
 from lib.datasets import load_records, load_split
 from lib.errors import UserError
 from lib.estimate import scoring_seconds
-from lib.evolution import Controller, RandomSearch, best_record, make_controller
+from lib.evolution import Controller, RandomSearch, make_controller
 from lib.genotype import Genotype, SearchSpace
 from lib.genotype_file import read_genotype_files
 from lib.latency import Coster, measure_table, table_for
 from lib.ledger import Ledger
 from lib.models import Supernet, load_supernet
+from lib.pareto import best_record
 from lib.pool import WorkerPool
 from lib.records import Records
 from lib.runlog import duration, progress, say

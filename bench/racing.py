@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.search_table import Table, hypervolume, read_table, table_parser
 from lib.bootstrap import interval, unpack
-from lib.evolution import SpaceExhausted, make_controller, pareto_front
+from lib.evolution import SpaceExhausted, make_controller
+from lib.pareto import pareto_front
 from lib.racing import has_lost, rungs
 from lib.runlog import progress
 

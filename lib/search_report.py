@@ -13,9 +13,9 @@ from xml.sax.saxutils import escape
 
 from lib import genotype_svg
 from lib.bootstrap import CONFIDENCE
-from lib.evolution import pareto_front
 from lib.genotype import Genotype
 from lib.html_page import legend, note, page, section
+from lib.pareto import pareto_front
 from lib.runlog import duration
 from lib.search_run import SearchRun
 from lib.search_stats import BestOf, Use, worker_use

@@ -11,8 +11,8 @@ import numpy as np
 
 from lib.bootstrap import Interval, interval, unpack
 from lib.config import SearchConfig
-from lib.evolution import best_record, pareto_front
 from lib.genotype import SearchSpace
+from lib.pareto import best_record, pareto_front
 from lib.search_stats import BestOf, best_of_random, best_so_far
 
 

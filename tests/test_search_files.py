@@ -9,9 +9,9 @@ from search_records import ledger, make_run, with_resamples
 
 from lib import search_files
 from lib.config import Config
-from lib.evolution import pareto_front
 from lib.genotype import Genotype
 from lib.genotype_file import read_genotype_file
+from lib.pareto import pareto_front
 from lib.search_files import write_results
 
 FILES = {"best.json", "pareto.json", "front.png", "report.html"}
