@@ -82,8 +82,9 @@ def die_with_parent() -> None:
 class StopRequest:
     """Turns the first SIGINT or SIGTERM into `requested`, so that a loop can save and leave; the second one ends it.
 
-    A context manager; the handlers that were there before come back at its end. In a job of several processes,
-    `requested` changes in `agree` alone, and so after the same step in all of them.
+    A context manager; the handlers that were there before come back at its end, unless another process of the job is
+    lost: this one has to say so and ends by itself, whatever signals come. In a job of several processes, `requested`
+    changes in `agree` alone, and so after the same step in all of them.
     """
 
     def __init__(self) -> None:
@@ -95,7 +96,10 @@ class StopRequest:
             self._before[number] = signal.signal(number, self._on_signal)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is distributed.PeerLost:
+            self._before.pop(signal.SIGTERM)
+            _be_deaf_to_the_launcher()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -112,6 +116,12 @@ class StopRequest:
             print("\nStopping after this step; once more to stop at once.", file=sys.stderr, flush=True)
 
 
+def _be_deaf_to_the_launcher() -> None:
+    """Ignore SIGTERM, which torchrun sends to the rest of a job as soon as one process has ended."""
+    if distributed.world().size > 1:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a script's main function. A user's mistake is one line on stderr and exit status 2, a lost process status 1.
 
@@ -122,6 +132,7 @@ def run(main: Callable[[], None]) -> None:
         main()
         distributed.leave()
     except (UserError, distributed.PeerLost) as error:
+        _be_deaf_to_the_launcher()
         lost = isinstance(error, distributed.PeerLost)
         if distributed.first_to_report():
             print("\n" * lost + f"error: {error}", file=sys.stderr)  # the lost one may have left a progress bar

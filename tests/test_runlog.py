@@ -259,9 +259,37 @@ def test_the_second_signal_ends_it():
     assert (process.returncode, out) == (128 + signal.SIGINT, "")
 
 
-def start(script: str) -> subprocess.Popen:
+def start(script: str, **environment: str) -> subprocess.Popen:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, text=True, **pipes)
+    environment = {**os.environ, **environment}
+    return subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, env=environment, text=True, **pipes)
+
+
+LOST = """
+import contextlib, os, signal
+from lib.distributed import PeerLost
+from lib.runtime import StopRequest, run
+
+def main():
+    with contextlib.ExitStack() as stack:
+        if {within}:
+            stack.callback(os.kill, os.getpid(), signal.SIGTERM)  # between the error and its report
+            stack.enter_context(StopRequest())
+        raise PeerLost("gone")
+
+report = PeerLost.__str__
+PeerLost.__str__ = lambda self: os.kill(os.getpid(), signal.SIGTERM) or report(self)
+run(main)
+"""
+
+
+@pytest.mark.parametrize("within", [True, False])
+def test_a_lost_process_is_reported_whatever_the_launcher_sends_meanwhile(within):
+    several = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
+    with start(LOST.format(within=within), **several) as process:
+        _, error = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert error.startswith("\nerror: a process of this job died") and error.count("\n") == 2
 
 
 @pytest.mark.parametrize(
