@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 
 import pytest
 import torch
@@ -12,6 +13,23 @@ from tiny_runs import FINAL, SEARCH, SUPERNET, run, tiny_settings
 from lib import checkpoint, config
 from lib.detector import ElasticSSD
 from lib.models import Detector
+
+
+class Clock:
+    """It stands still but for the work that is said to take time."""
+
+    now = 0.0
+
+    def work(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """`time.perf_counter` reads a clock that only `clock.work(seconds)` moves."""
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
+    return clock
 
 
 @pytest.fixture(scope="session")
