@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -9,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 from tqdm import tqdm
 
@@ -23,13 +24,37 @@ def progress(items: Iterable[T], description: str, total: int | None = None, ini
     """A progress bar with rate and time left on stderr; a line every 30 seconds where that is not a terminal."""
     interval = 0.2 if sys.stderr.isatty() else 30.0
     options = {"mininterval": interval, "leave": False, "dynamic_ncols": True, "disable": not distributed.world().main}
-    return tqdm(items, description, total=total, initial=initial, **options)
+    return tqdm(items, description, total=total, initial=initial, file=_Forgiving(sys.stderr), **options)
 
 
 def say(message: str) -> None:
     """Print a line to stdout without tearing a progress bar."""
-    tqdm.write(message, file=sys.stdout)
-    sys.stdout.flush()
+    with contextlib.suppress(BrokenPipeError):
+        tqdm.write(message, file=sys.stdout)
+        sys.stdout.flush()
+
+
+class _Forgiving:
+    """A stream whose reader may go: Ctrl-C ends the `tee` of a log too, and a checkpoint is still to be written."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._stream, name)
+
+    def __eq__(self, other: object) -> bool:  # by which tqdm.write finds the bars on its screen
+        return self._stream == getattr(other, "_stream", other)
+
+    __hash__ = None
 
 
 class RunLog:

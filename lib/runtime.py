@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import multiprocessing
 import os
 import platform
 import random
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from lib.errors import UserError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 PR_SET_PDEATHSIG = 1  # sys/prctl.h
+ECHO_SECONDS = 1.0  # a batch system may send SIGTERM to a process, and again to the group it is in
 
 
 def pick_device(name: str, flag: str = "--device") -> torch.device:
@@ -77,6 +80,8 @@ def die_with_parent() -> None:
     """
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != multiprocessing.parent_process().pid:  # it ended before that
+        os._exit(1)
 
 
 class StopRequest:
@@ -88,7 +93,8 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self.requested = self._signalled = False
+        self.requested = False
+        self._signalled = 0.0  # when, on time.monotonic
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -105,15 +111,18 @@ class StopRequest:
 
     def agree(self) -> None:
         """To be called by all processes after each step."""
-        self.requested = distributed.any_of(self._signalled)
+        self.requested = distributed.any_of(bool(self._signalled))
 
     def _on_signal(self, number: int, _frame: object) -> None:
         if self._signalled:
-            os._exit(128 + number)
-        self._signalled = True
+            if number == signal.SIGINT or time.monotonic() - self._signalled > ECHO_SECONDS:
+                os._exit(128 + number)
+            return
+        self._signalled = time.monotonic()
         self.requested = self.requested or distributed.world().size == 1
         if distributed.world().main:
-            print("\nStopping after this step; once more to stop at once.", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # whoever reads it may have had the same signal
+                os.write(2, b"\nStopping after this step; once more to stop at once.\n")
 
 
 def _be_deaf_to_the_launcher() -> None:

@@ -248,6 +248,28 @@ def test_one_signal_lets_the_loop_save():
     assert "once more to stop at once" in error
 
 
+def test_a_batch_systems_second_sigterm_at_once_is_no_second_wish():
+    with start(LOOP.format(leave="time.monotonic() > stop._signalled + 0.5")) as process:
+        process.stdout.readline()
+        process.send_signal(signal.SIGTERM)
+        process.stderr.readline()
+        process.send_signal(signal.SIGTERM)
+        assert process.communicate(timeout=30)[0] == "saved\n" and process.returncode == 0
+
+
+def test_a_log_whose_reader_is_gone_does_not_keep_the_loop_from_saving(tmp_path):
+    script = LOOP.format(leave=True).replace("range(3000)", "progress(range(3000), 'work')")
+    script = script.replace("        time", "        say('a line'); time").replace('print("saved", flush=True)', "SAVE")
+    save = f"open({str(tmp_path / 'saved')!r}, 'w')"
+    with start("from lib.runlog import progress, say" + script.replace("SAVE", save)) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        process.stderr.close()
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=30)
+    assert (tmp_path / "saved").exists()
+
+
 def test_the_second_signal_ends_it():
     with start(LOOP.format(leave=False)) as process:
         process.stdout.readline()
