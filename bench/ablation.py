@@ -94,7 +94,7 @@ def main() -> None:
     args = parser.parse_args()
     base = [*args.set, f"data.root={args.data}"]
     settings = config.load(args.cfg, base)
-    records = load_records(settings.data, "train", settings.seed)
+    records = load_records(settings.data, "train")
     train_rows, _ = split_indices(records, settings.data.data_portion, settings.seed)
     batches = max(len(train_rows) // settings.supernet.batch_size, 1)
     budget = passes(settings, batches)

@@ -24,9 +24,9 @@ def scorers(supernet: Supernet, path: Path, config: Config) -> tuple[Scorer, Sco
     `path` is the supernet's checkpoint, beside which its split lies.
     """
     config.data.classes = list(supernet.classes)
-    records = load_records(config.data, "train", config.seed)
+    records = load_records(config.data, "train")
     search = prepare_scoring_data(records, *load_split(path.parent / "split.json", records), config)
-    test_records = load_records(config.data, "test", config.seed)
+    test_records = load_records(config.data, "test")
     test = prepare_scoring_data(test_records, [], range(len(test_records)), config)
     return Scorer(search, config, CPU), Scorer({**test, "bn_images": search["bn_images"]}, config, CPU)
 

@@ -148,7 +148,7 @@ def main() -> None:
     supernet = load_supernet(args.supernet / "last.pt")
     config = supernet.config
     config.data.classes = list(supernet.classes)
-    records = load_records(config.data, "train", config.seed)
+    records = load_records(config.data, "train")
     train, search = load_split(args.supernet / "split.json", records)
     genotypes = list(every_genotype(small_space(supernet.space, args.most)))
     images = args.out.with_suffix(".images.pt")

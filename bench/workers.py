@@ -35,7 +35,7 @@ def prepare(supernet: Supernet, path: Path, images: Path) -> tuple[str, str, dic
     """What a scoring worker is set up with; the pictures go to the file `images`."""
     config = supernet.config
     config.data.classes = list(supernet.classes)
-    records = load_records(config.data, "train", config.seed)
+    records = load_records(config.data, "train")
     split = load_split(path.parent / "split.json", records)
     save_scoring_data(prepare_scoring_data(records, *split, config), images)
     return str(path.resolve()), str(images), to_dict(config)

@@ -39,8 +39,8 @@ CACHE_BYTES = 2 * 1024**3  # of decoded pictures, per process
 # ------------------------------------------------------------------------------------------------------------ records
 
 
-def load_records(data: DataConfig, split: Literal["train", "test"], seed: int = 0) -> Records:
-    """Records of the training or the test data. The built-in shapes are drawn first (with `seed`) if they are missing.
+def load_records(data: DataConfig, split: Literal["train", "test"]) -> Records:
+    """Records of the training or the test data. The built-in shapes are drawn first if they are missing.
 
     Without `data.classes`, the classes are those of the training data also for "test", which reads both: whoever has
     the training records at hand saves that by putting their classes into `data`. Raises UserError that names the file.
@@ -49,10 +49,10 @@ def load_records(data: DataConfig, split: Literal["train", "test"], seed: int = 
     classes: Sequence[str] = data.classes
     if data.dataset_type == "shapes":
         with distributed.in_turns():
-            write_shapes(root, data.shapes_train, data.shapes_test, seed)
+            write_shapes(root, data.shapes_train, data.shapes_test)
         classes = classes or CLASSES  # a handful of pictures need not show them all
     if split == "test" and not classes:
-        classes = load_records(data, "train", seed).classes
+        classes = load_records(data, "train").classes
     if data.dataset_type == "coco":
         annotations, images = (getattr(data, f"{split}_{what}") for what in ("annotations", "images"))
         records = read_coco(root / annotations, root / images, classes, data.on_error)
@@ -345,7 +345,6 @@ def eval_loader(
     *,
     workers: int = 0,
     on_error: str = "raise",
-    cache: bool = False,
     device: torch.device | str = "cpu",
     shared: bool = False,
 ) -> DataLoader:
@@ -354,7 +353,7 @@ def eval_loader(
     With `shared`, the batches are dealt out to the processes of the job.
     """
     transform = eval_transform(image_size)
-    dataset = DetectionDataset(records, indices, transform, training=False, on_error=on_error, cache=cache)
+    dataset = DetectionDataset(records, indices, transform, training=False, on_error=on_error)
     keys = [(0, int(row)) for row in indices]
     batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
     return _loader(dataset, distributed.deal(batches) if shared else batches, workers, device)

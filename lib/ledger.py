@@ -4,7 +4,7 @@ A line: {"key", "basis", "genotype": Genotype.to_dict(), "metrics": {name: numbe
 "epoch", "error" (failed only)}. `key` and `basis` come from `evaluation_key` and `evaluation_basis`. "status" is "ok",
 "failed", or "stopped" where racing ended it: its metrics are those of the first "images" only. "resampled" has scores
 by which candidates are compared (lib/racing.py). The search adds "search" (its name), "origin" ("given", "random" or
-"bred", see evolution), "budget" (of the proposals) and "time" (of the end).
+"bred", see evolution; "front" where its members are scored on all images), "budget" (of the proposals), "time" (end).
 """
 
 from __future__ import annotations
@@ -17,11 +17,7 @@ from pathlib import Path
 
 from lib.errors import UserError
 from lib.genotype import Genotype
-
-try:
-    import fcntl
-except ImportError:  # not a POSIX system: nothing keeps a second search away
-    fcntl = None
+from lib.locks import lock
 
 
 def evaluation_basis(supernet_sha256: str, split_sha256: str, settings: dict) -> str:
@@ -125,16 +121,12 @@ class Ledger:
             self._remember(record)
 
     def _lock(self) -> None:
-        if fcntl is None:
-            return
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._file, wait=False)
         except BlockingIOError:
             pid = _lock_holder(os.fstat(self._file.fileno()).st_ino)
             who = f"process {pid}" if pid else "another process"
             raise UserError(f"{self.path}: in use by {who}; wait for it to end, or use another folder") from None
-        except OSError:
-            pass  # some network file systems have no locks
 
 
 def _parse(line: bytes) -> dict | None:

@@ -13,8 +13,9 @@ import torch
 from torchvision.io import write_jpeg
 
 from lib.errors import UserError
+from lib.locks import lock
 
-MARKER = "shapes.json"
+MARKER, LOCK = "shapes.json", ".lock"
 FORMAT = "shapes/1"
 SCALES = (0.28, 0.6)  # of the shorter side
 TILT = 0.25  # radians to either side
@@ -163,39 +164,45 @@ def write_shapes(root: str | Path, train: int, test: int, seed: int = 0) -> None
 
     The folder is at once a VOC year (JPEGImages, Annotations, ImageSets/Main/{trainval,test}.txt) and a COCO set
     (annotations/instances_{trainval,test}.json). The marker file says from the start whose folder it is, and only at
-    the end that it is complete. Raises UserError rather than write into a folder that holds something else.
+    the end that it is complete. Of several processes one draws, and the others wait. Raises UserError rather than write
+    into a folder that holds something else.
     """
     root = Path(root)
     settings = {"format": FORMAT, "train": train, "test": test, "seed": seed}
-    marker = root / MARKER
-    if marker.is_file():
-        if _read_marker(marker) == settings | {"complete": True}:
-            return
-    elif root.is_dir() and any(root.iterdir()):
+    if _read_marker(root / MARKER) == settings | {"complete": True}:
+        return
+    if not (root / MARKER).exists() and root.is_dir() and any(not p.name.startswith(".") for p in root.iterdir()):
         raise UserError(
             f"{root}: expected the drawn shapes or an empty folder, found other files (data.root; pictures of your own "
             "need a configuration that says how they are laid out, e.g. --cfg configs/bccd.yaml)"
         )
     root.mkdir(parents=True, exist_ok=True)
-    _write_marker(marker, settings | {"complete": False})
+    with (root / LOCK).open("w") as file:
+        lock(file, wait=True)
+        if _read_marker(root / MARKER) != settings | {"complete": True}:  # another process may have drawn meanwhile
+            _write_all(root, settings)
+
+
+def _write_all(root: Path, settings: dict) -> None:
+    _write_marker(root / MARKER, settings | {"complete": False})
     for folder in FOLDERS:
         shutil.rmtree(root / folder, ignore_errors=True)
     for folder in ("JPEGImages", "Annotations", "ImageSets/Main", "annotations"):
         (root / folder).mkdir(parents=True, exist_ok=True)
-    for number, (name, count) in enumerate((("trainval", train), ("test", test))):
-        _write_set(root, name, count, seed=(seed, number))
-    _write_marker(marker, settings | {"complete": True})
+    for number, (name, key) in enumerate((("trainval", "train"), ("test", "test"))):
+        _write_set(root, name, settings[key], seed=(settings["seed"], number))
+    _write_marker(root / MARKER, settings | {"complete": True})
 
 
 def _read_marker(marker: Path) -> object:
     try:
         return json.loads(marker.read_text())
-    except ValueError:
+    except (OSError, ValueError):
         return None
 
 
 def _write_marker(marker: Path, content: dict) -> None:
-    part = marker.with_suffix(".part")
+    part = marker.with_name(f".{marker.name}.part")
     part.write_text(json.dumps(content))
     part.replace(marker)
 

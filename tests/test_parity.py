@@ -36,7 +36,7 @@ def data(tiny_config, tmp_path_factory):
         write_voc(folder, objects, name)
     changes = {"data__root": folder, "data__workers": 0, "data__classes": CLASSES}
     config = tiny_config(data__dataset_type="voc", **changes)
-    return config, load_records(config.data, "test", 0)
+    return config, load_records(config.data, "test")
 
 
 @pytest.fixture(scope="module")

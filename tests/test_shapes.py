@@ -1,5 +1,8 @@
 import hashlib
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,6 +63,19 @@ def test_an_interrupted_writing_is_done_again(tmp_path, monkeypatch):
         write_shapes(tmp_path / "cut", 2, 2)
     write_shapes(tmp_path / "cut", 2, 2)
     assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
+
+
+def test_two_that_start_at_once_draw_once(tmp_path):
+    script = (
+        f"import sys; from lib.shapes import write_shapes; sys.stdin.read(); write_shapes({str(tmp_path)!r}, 40, 9)"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    root = Path(shapes.__file__).parents[1]
+    both = [subprocess.Popen([sys.executable, "-c", script], cwd=root, **pipes) for _ in "ab"]
+    for process in both:
+        process.stdin.close()
+    assert [process.wait(timeout=60) for process in both] == [0, 0], both[0].stderr.read() + both[1].stderr.read()
+    assert len(list((tmp_path / "JPEGImages").iterdir())) == 49
 
 
 def test_what_is_there_is_kept_and_other_settings_rewrite_it(tmp_path):
