@@ -180,7 +180,10 @@ def read_search_config(args: argparse.Namespace, supernet: Supernet, path: Path)
     config = cli.read_config(args, "search", to_dict(supernet.config))
     for section in ("search_space", "backbone", "head", "loss"):
         if getattr(config, section) != getattr(supernet.config, section):
-            raise UserError(f"{section}: differs from that of the supernet, {path}; another one is named with --load")
+            raise UserError(
+                f"{section}: differs from that of the supernet, {path}; --load names another one, and --train-dir "
+                "another folder than that of the search to resume"
+            )
     return config
 
 
@@ -206,8 +209,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     budget = Budget(costs, supernet.space, limits_of(config.search))
     RandomSearch(supernet.space, config.seed, budget, budget=str(budget)).ask()  # raises where nothing fits
     config.data.classes = list(supernet.classes)
-    records = load_records(config.data, "train", config.seed)
+    records = load_records(config.data, "train")
     train, candidates = load_split(path.parent / "split.json", records)
+    starts = start_genotypes(args.start_from, path.parent, supernet, budget)
     for line in (
         f"supernet: {path}, trained to epoch {supernet.epoch} of {supernet.config.supernet.epochs}",
         plan.describe_split(len(records), train, candidates),
@@ -222,7 +226,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         threads = make_dispatcher.keywords["threads_per_worker"]
         print_estimate(supernet, records, (train, candidates), config, devices, threads)
         return
-    starts = start_genotypes(args.start_from, path.parent, supernet, budget)
     with Ledger(folder / "evals.jsonl") as ledger, StopRequest() as stop:
         cli.save_config(config, folder)
         remember("search", folder)
@@ -241,19 +244,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         with contextlib.suppress(OSError):
             (folder / IMAGES).unlink()  # which a run that was killed leaves
         workers = functools.partial(scoring_workers, make_dispatcher, path, folder, records, (train, candidates))
+        limit = TimeLimit(config.search.time_limit)
         if len(search.told) < search.total:
             with workers(config) as dispatcher:
-                search_loop(search, dispatcher, stop, write, args.save_every or 1, TimeLimit(config.search.time_limit))
+                search_loop(search, dispatcher, stop, write, args.save_every or 1, limit)
         if stop.requested and not search.succeeded():
             print("stopped before an evaluation succeeded; the same command with --resume goes on")
             return
         if not search.succeeded():
             raise UserError(f"no evaluation succeeded; see {folder / 'evals.jsonl'}")
-        if not stop.requested and (jobs := search.missing_finalists(search.as_run(folder, path))):
+        finished = len(search.told) >= search.total
+        if finished and (jobs := search.missing_finalists(search.as_run(folder, path))):
             everything = replace(config, search=replace(config.search, images=0))
             with workers(everything) as dispatcher:
-                score_finalists(search, dispatcher, jobs)
+                finished = score_finalists(search, dispatcher, stop, jobs)
         write(final=True)
+        if not finished:
+            print("stopped; the same command with --resume goes on")
         report_end(search, search.as_run(folder, path), args.top)
 
 
@@ -301,8 +308,6 @@ def print_estimate(
 def report_end(search: Search, run: SearchRun, top: int) -> None:
     """What was found, what it is worth, where it is, what to do next."""
     folder, front = run.folder, run.front()
-    if len(search.told) < search.total:
-        print("stopped; the same command with --resume goes on")
     print(progress_line(search, search.epoch - 1))
     stopped = len(run.compared) - len(run.scored)
     if stopped:
@@ -321,16 +326,29 @@ def report_end(search: Search, run: SearchRun, top: int) -> None:
     print(f"next: python final_train.py --genotype {folder / 'best.json'}")
 
 
-def score_finalists(search: Search, dispatcher: WorkerPool, jobs: Sequence[tuple[str, dict]]) -> None:
-    """Score the front anew, on all images of the search split."""
-    for job in jobs:
-        dispatcher.submit(*job)
-    bar = progress(None, "front on all images", total=len(jobs))
-    while dispatcher.pending:
-        for result in dispatcher.results():
-            search.learn_finalist(result)
-            bar.update()
-    bar.close()
+def score_finalists(
+    search: Search, dispatcher: WorkerPool, stop: StopRequest, jobs: Sequence[tuple[str, dict]]
+) -> bool:
+    """Score the front anew, on all images of the search split; whether it came to that before a signal to stop.
+
+    After the signal what runs is finished, and the front stays as it was.
+    """
+    waiting, limit = list(reversed(jobs)), TimeLimit(search.config.search.time_limit, least=1)
+    with progress(None, "front on all images", total=len(jobs)) as bar:
+        while True:
+            while waiting and not stop.requested and dispatcher.free_slots() > 0:
+                dispatcher.submit(*waiting.pop())
+            if not dispatcher.pending:
+                break
+            for result in dispatcher.results(timeout=1.0):
+                search.learn_finalist(result)
+                bar.update()
+                if not result.error:
+                    limit.add(result.seconds)
+            dispatcher.time_limit = limit.seconds
+    if waiting:
+        search.finalists.clear()
+    return not waiting
 
 
 def configured_controller(config: Config, space: SearchSpace, budget: Budget, starts: Sequence[Genotype]) -> Controller:

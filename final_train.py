@@ -11,7 +11,8 @@
     python final_train.py --predict 'photos/*.jpg' --out drawn
     python final_train.py --export onnx --int8                # detector.onnx, detector_int8.onnx, export.json
 
-Writes best.pt (the detector), last.pt, metrics.json, log.jsonl and curves.png to runs/NAME/final.
+Writes best.pt (the detector), last.pt, metrics.json, log.jsonl and curves.png to runs/NAME/final; where it starts from
+a detector to runs/NAME/finetuned.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch.utils.data import DataLoader
 
 from lib import cli, distributed, estimate, inference, parity, plan
 from lib.compare import contestants, shortened
-from lib.config import Config, to_dict
+from lib.config import Config, to_dict, with_overrides
 from lib.contest import Contest
 from lib.datasets import configured_train_loader, load_records
 from lib.detector import SSD
@@ -34,7 +35,6 @@ from lib.export import export_graph
 from lib.final_training import evaluate, some_images
 from lib.genotype import Genotype
 from lib.genotype_file import is_genotype_string, parse_genotype_string, read_genotype_file
-from lib.inference import draw_pictures
 from lib.models import detector_checkpoint, load_detector
 from lib.pictures import find_pictures
 from lib.preflight import preflight
@@ -49,9 +49,9 @@ from lib.timing import describe_parts
 
 def load_data(config: Config) -> tuple[Records, Records]:
     """The training and the test data, of the same classes."""
-    records = load_records(config.data, "train", config.seed)
+    records = load_records(config.data, "train")
     config.data.classes = list(records.classes)
-    test = load_records(config.data, "test", config.seed)
+    test = load_records(config.data, "test")
     if bool(test.ignore.all()):
         raise UserError(f"{config.data.root}: none of the {len(test)} test images has an object to find")
     return records, test
@@ -70,15 +70,17 @@ def chosen_genotype(args: argparse.Namespace, other: Path | None) -> tuple[str, 
 
     It is that of --genotype, else the configuration's, else that of `other`, a detector, else best.json.
     """
-    name = args.genotype or (cli.read_config(args, "final").final.genotypes if args.cfg else "")
+    name = args.genotype or cli.said_config(args, "final").final.genotypes
     source = {}
+    if not is_genotype_string(name) and (name or not other):
+        source = read_genotype_file(find_genotype(name or "best.json"), args.index)
     if other:
         detector = load_detector(other)
-        source = {**detector.genotype.to_dict(), "config": to_dict(detector.config)}
-    if not is_genotype_string(name) and (name or not other):
-        source |= read_genotype_file(find_genotype(name or "best.json"), args.index)
-    if other and args.data:
-        source["config"]["data"] |= {"classes": [], "num_classes": 0}  # those of the new data
+        settings = to_dict(detector.config)
+        changed = with_overrides(settings, cli.overrides(args, "final"))
+        if args.data or changed["data"]["root"] != settings["data"]["root"]:
+            settings["data"] |= {"classes": [], "num_classes": 0}  # those of the new data
+        source = {**(source or detector.genotype.to_dict()), "config": settings}
     return name, source
 
 
@@ -86,10 +88,11 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     """The whole of stage 3, from a genotype to a detector."""
     origin, other = starting_point(args)
     name, source = chosen_genotype(args, other)
-    config = cli.read_config(args, "final", source.get("config"))
+    kind = "finetuned" if other else "final"
+    config = cli.read_config(args, "final", source.get("config"), kind)
     if other:
         config.backbone.pretrained_path = str(other)  # which config.yaml then says too
-    folder = cli.run_folder(args, config, "final")
+    folder = cli.run_folder(args, config, kind)
     seed_everything(config.seed)
     records, test = load_data(config)
     start = find_start(origin, config, source, records.classes, args.load)
@@ -109,10 +112,12 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         plan.describe_training("final", config.final, len(records), loader.batch_sampler.batches_per_epoch),
     ):
         print(line)
+    cli.refuse_to_overwrite(folder / "last.pt", args)
     if args.dry_run:
-        print_estimate(config, network.extract(genotype), loader, teacher, test, device)
+        model = network.extract(genotype)
+        training, scoring = estimate_seconds(config, model, loader, teacher, test, device)
+        print(f"time on {device}: about {duration(training + scoring)}, of which {duration(scoring)} to evaluate")
         return
-    cli.refuse_to_overwrite(folder / "last.pt", args.resume)
     cli.save_config(config, folder)
     remember("final", folder)
     options = {"resume": args.resume, "tensorboard": args.tensorboard}
@@ -127,15 +132,14 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     print(f"next: python final_train.py --predict PICTURES --load {folder} --out drawn")
 
 
-def print_estimate(
+def estimate_seconds(
     config: Config, model: SSD, loader: DataLoader, teacher: SSD | None, test: Records, device: torch.device
-) -> None:
-    """How long the training will take on this device: some seconds of each kind of work, added up."""
+) -> tuple[float, float]:
+    """Seconds of a training on this device, and of its evaluations, from some seconds of each kind of work."""
     settings = config.final
     training = estimate.final_seconds(model, config, device, loader, teacher)
     evaluations = -(-settings.epochs // settings.eval_every)
-    scoring = evaluations * estimate.detecting_seconds(model, test, config, device)
-    print(f"time on {device}: about {duration(training + scoring)}, of which {duration(scoring)} to evaluate")
+    return training, evaluations * estimate.detecting_seconds(model, test, config, device)
 
 
 def compare(args: argparse.Namespace, device: torch.device) -> None:
@@ -143,7 +147,7 @@ def compare(args: argparse.Namespace, device: torch.device) -> None:
     name, source = chosen_genotype(args, None)
     if is_genotype_string(name):
         raise UserError("--compare: takes a genotype from a file, such as best.json, which names its supernet")
-    whole = cli.read_config(args, "final", source.get("config"))
+    whole = cli.read_config(args, "final", source.get("config"), "compare")
     folder, config = cli.run_folder(args, whole, "compare"), shortened(whole, args.compare_epochs)
     records, test = load_data(config)
     path = supernet_path(config, source, args.load)
@@ -155,9 +159,10 @@ def compare(args: argparse.Namespace, device: torch.device) -> None:
     print(f"compare: {len(chosen)} networks, each trained twice for {config.final.epochs} epochs")
     for contestant, genotype in chosen.items():
         print(f"  {contestant}: {flops(genotype) / 1e6:.1f} M multiply-adds")
+    cli.refuse_to_overwrite(folder / "plan.json", args)
     if args.dry_run:
+        print_compare_estimate(config, supernet.detector.extract(found), len(chosen), records, test, device)
         return
-    cli.refuse_to_overwrite(folder / "plan.json", args.resume)
     contest = Contest(config, folder, supernet, path, chosen, records, test, device)
     cli.save_config(whole, folder)
     if not contest.run():
@@ -166,6 +171,19 @@ def compare(args: argparse.Namespace, device: torch.device) -> None:
     print(contest.write())
     print(f"wrote {folder / 'compare.json'}, {folder / 'compare.md'}, {folder / 'compare.png'}")
     print(f"next: python final_train.py --genotype {name or 'best.json'}")
+
+
+def print_compare_estimate(
+    config: Config, found: SSD, count: int, records: Records, test: Records, device: torch.device
+) -> None:
+    """How long --compare will take, if each of its trainings takes as long as that of the network that was found."""
+    data = records, range(len(records)), found.image_size, config.final.batch_size
+    loader = configured_train_loader(*data, config, device)
+    seconds = sum(estimate_seconds(config, found, loader, None, test, device))
+    print(
+        f"time on {device}: about {duration(2 * count * seconds)}, {2 * count} trainings of about {duration(seconds)} "
+        "(the found network's; a teacher, if there is one, apart)"
+    )
 
 
 def detector_path(args: argparse.Namespace) -> Path:
@@ -181,7 +199,7 @@ def evaluate_again(args: argparse.Namespace, device: torch.device) -> None:
     path = detector_path(args)
     detector = load_detector(path)
     config = cli.read_config(args, "final", to_dict(detector.config))
-    test = load_records(config.data, "test", config.seed)
+    test = load_records(config.data, "test")
     model = detector.model.to(device, memory_format=torch.channels_last)
     metrics = evaluate(model, test, config, device, args.pycocotools)
     for name, value in metrics.items():
@@ -198,17 +216,28 @@ def export_detector(args: argparse.Namespace) -> None:
     loaded = load_detector(path)
     config = cli.read_config(args, "final", to_dict(loaded.config))
     detector = loaded._replace(config=config)
-    test = load_records(config.data, "test", config.seed)
+    test = load_records(config.data, "test")
     graph, name = export_graph(detector, nms=not args.no_nms), "detector_raw" if args.no_nms else "detector"
     exact, small = (path.with_name(f"{name}{suffix}.onnx") for suffix in ("", "_int8"))
     reports = {exact.name: parity.write_verified(graph, exact, detector, test)}
     if args.int8:
-        records = load_records(config.data, "train", config.seed)
+        records = load_records(config.data, "train")
         quantized = quantize(graph, some_images(records, detector.model.image_size, config))
         reports[small.name] = parity.write_measured(quantized, small, detector, test, reports[exact.name]["AP"])
     parity.record(reports, path.parent)
     for file, report in reports.items():
         print(f"wrote {path.with_name(file)}, {report['bytes'] / 1e6:.2f} MB: {parity.describe(report)}")
+
+
+def predict(args: argparse.Namespace) -> None:
+    """--predict: pictures with what the detector finds in them, and detections.json."""
+    path, pictures = detector_path(args), find_pictures(args.predict)
+    detector = inference.load(path, args.device)
+    if isinstance(detector, inference.TorchDetector):
+        detector.config = cli.read_config(args, "final", to_dict(detector.config))
+    elif args.cfg or args.set:
+        raise UserError(f"{path}: has its rules inside, --cfg and --set change nothing; they go with best.pt")
+    inference.draw_pictures(detector, pictures, args.out, args.threshold)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -220,7 +249,12 @@ def make_parser() -> argparse.ArgumentParser:
     cli.add_tensorboard(parser)
     add = parser.add_argument
     add("--genotype", metavar="FILE", help="best.json, pareto.json with --index, or an aw_nas genotype string")
-    add("--index", metavar="K", type=int, help="which member of a front, cheapest first, from 0")
+    add(
+        "--index",
+        metavar="K",
+        type=int,
+        help="which member of pareto.json (cheapest first) or top.json (best first), from 0",
+    )
     add("--from-scratch", action="store_true", help="start from random weights instead of the supernet's")
     add("--from-pretrained", action="store_true", help="start from backbone.pretrained_path, not from the supernet")
     add("--compare", action="store_true", help="train the genotype and others in short, to see what the search gave")
@@ -247,6 +281,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
+    if args.dry_run and (args.predict or args.export or args.eval_only):
+        raise UserError("--dry-run: goes with training and with --compare")
     if args.pycocotools and not args.eval_only:
         raise UserError("--pycocotools: goes with --eval-only")
     if (args.no_nms or args.int8) and not args.export:
@@ -255,8 +291,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     distributed.join(device)
     if args.predict:
         cli.refuse_torchrun("--predict")
-        pictures = find_pictures(args.predict)
-        draw_pictures(inference.load(detector_path(args), args.device), pictures, args.out, args.threshold)
+        predict(args)
     elif args.export:
         cli.refuse_torchrun("--export")
         export_detector(args)

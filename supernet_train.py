@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = cli.read_config(args, "supernet")
     folder = cli.run_folder(args, config, "supernet")
     seed_everything(config.seed)
-    records = load_records(config.data, "train", config.seed)
+    records = load_records(config.data, "train")
     train, search = split_indices(records, config.data.data_portion, config.seed)
     detector = ElasticSSD(config, len(records.classes))
     pretrained = start_from_pretrained(detector, config, records.classes, folder, args.resume)
@@ -119,13 +119,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         *describe_openings(config, config.supernet.epochs),
     ):
         print(line)
-    if args.dry_run:
-        print_estimate(config, detector, loader, records, train, search, device)
-        return
-    cli.refuse_to_overwrite(folder / "last.pt", args.resume)
+    cli.refuse_to_overwrite(folder / "last.pt", args)
     if args.load:
         path = supernet_checkpoint(args.load)
         load_weights(detector, checkpoint.load(path), path)
+    priors = {size: detector.priors(size) for size in detector.space.image_size}
+    teacher = load_teacher(config.supernet.distill, "supernet.distill.teacher", records.classes, priors)
+    if teacher is not None:
+        teacher.to(device, memory_format=torch.channels_last)
+    if args.dry_run:
+        print_estimate(config, detector, loader, records, train, search, teacher, device)
+        return
     cli.save_config(config, folder)
     save_split(folder / "split.json", records, train, search)
     if pretrained:
@@ -133,10 +137,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         checkpoint.write_text(folder / "pretrained_genotype.json", json.dumps(content, indent=1) + "\n")
         print(f"wrote {folder / 'pretrained_genotype.json'}, the sub-network that holds the pretrained one")
     scorer = Scorer(prepare_scoring_data(records, train, search, config), config, device)
-    priors = {size: detector.priors(size) for size in detector.space.image_size}
-    teacher = load_teacher(config.supernet.distill, "supernet.distill.teacher", records.classes, priors)
-    if teacher is not None:
-        teacher.to(device, memory_format=torch.channels_last)
     finished = train_supernet(args, config, folder, detector, loader, scorer, records.classes, pretrained, teacher)
     if finished:
         print(f"wrote {folder / 'last.pt'}, {folder / 'curves.png'}\nnext: python async_search.py --load {folder}")
@@ -151,6 +151,7 @@ def print_estimate(
     records: Records,
     train: Sequence[int],
     search: Sequence[int],
+    teacher: SSD | None,
     device: torch.device,
 ) -> None:
     """How long this stage and the next will take on this device: some seconds of each kind of work, added up."""
@@ -163,7 +164,7 @@ def print_estimate(
 
         def forward(batch: Batch, space=space, weight=weight, draws=draws) -> Iterator[Losses]:
             genotypes = step_genotypes(space, settings, seed, next(draws))
-            return supernet_losses(detector, loss, batch, genotypes, settings.distill, weight)
+            return supernet_losses(detector, loss, batch, genotypes, settings.distill, weight, teacher)
 
         phases.append((end - first, forward))
     training = estimate.training_seconds(detector, settings, device, loader, phases)

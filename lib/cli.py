@@ -35,7 +35,7 @@ def make_parser(description: str, load_help: str, save_help: str = SAVE_HELP) ->
     add("--save-every", metavar="N", type=int, help=save_help)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--seed", type=int, help="seed of everything random (default: the configuration's)")
-    add("--dry-run", action="store_true", help="check everything, print the plan and stop")
+    add("--dry-run", action="store_true", help="check everything, print the plan and the time it takes, and stop")
     return parser
 
 
@@ -51,17 +51,26 @@ def overrides(args: argparse.Namespace, stage: str) -> list[str]:
     return [*args.set, *(f"{key}={value}" for key, value in flags.items() if value is not None)]
 
 
-def read_config(args: argparse.Namespace, stage: str, inherited: dict | None = None) -> Config:
-    """The configuration of a command: --cfg, else that of the run it continues, else `inherited`, else shapes.yaml."""
-    saved = args.train_dir / "config.yaml" if args.train_dir else None
-    if args.cfg:
-        settings = config.load(args.cfg, overrides(args, stage))
-    elif args.resume and saved and saved.is_file():
-        settings = config.load(saved, overrides(args, stage))
-    elif inherited is not None:
-        settings = config.from_dict(config.with_overrides(inherited, overrides(args, stage)))
+def said_config(args: argparse.Namespace, stage: str) -> Config:
+    """What --cfg and --set say by themselves, before it is known what the command goes on from."""
+    return config.load(args.cfg, overrides(args, stage))
+
+
+def read_config(
+    args: argparse.Namespace, stage: str, inherited: dict | None = None, folder: str | None = None
+) -> Config:
+    """The configuration of a command: --cfg, else that of the run it continues, else `inherited`, else shapes.yaml.
+
+    `folder` is the name of the run's folder where it is not the stage's.
+    """
+    changes = overrides(args, stage)
+    if inherited is not None and not args.cfg:
+        settings = config.from_dict(config.with_overrides(inherited, changes))
     else:
-        settings = config.load(DEFAULT_CONFIG, overrides(args, stage))
+        settings = config.load(args.cfg or DEFAULT_CONFIG, changes)
+    saved = run_folder(args, settings, folder or stage) / "config.yaml"
+    if args.resume and not args.cfg and saved.is_file():
+        settings = config.load(saved, changes)
     if args.data and settings.data.dataset_type == "shapes" and not Path(args.data).is_dir():
         raise UserError(
             f"--data {args.data}: no such folder; pictures of your own also need --cfg, and the built-in ones no --data"
@@ -82,12 +91,14 @@ def run_folder(args: argparse.Namespace, settings: Config, stage: str) -> Path:
     return args.train_dir or stage_folder(settings.name, stage)
 
 
-def refuse_to_overwrite(product: Path, resume: bool) -> None:
-    """Raise UserError if an earlier run's `product` would be overwritten."""
-    if product.exists() and not resume:
-        raise UserError(
-            f"{product} exists: --resume continues that run, --train-dir DIR starts one elsewhere, or remove the folder"
-        )
+def refuse_to_overwrite(product: Path, args: argparse.Namespace) -> None:
+    """Raise UserError if an earlier run's `product` would be overwritten; with --dry-run only say so."""
+    if not product.exists() or args.resume:
+        return
+    text = f"{product} exists: --resume continues that run, --train-dir DIR starts one elsewhere, or remove the folder"
+    if not args.dry_run:
+        raise UserError(text)
+    print(f"note: {text}")
 
 
 def save_config(settings: Config, folder: Path) -> None:

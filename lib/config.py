@@ -227,7 +227,7 @@ class SearchConfig:
     mutation_probability: float = 0.1
     crossover_probability: float = 0.5
     objective: Literal["AP", "AP50", "mAP"] = "AP"  # COCO AP, COCO AP at IoU 0.5, VOC mAP
-    costs: list[Literal["flops", "params", "latency_ms"]] = field(default_factory=lambda: ["flops"])
+    costs: list[Literal["flops", "params", "latency_ms"]] = field(default_factory=lambda: ["flops"])  # of the front
     min_flops: float = 0.0
     max_flops: float = 0.0
     min_params: float = 0.0
@@ -241,14 +241,14 @@ class SearchConfig:
     resamples: int = 200  # of the images, by which differences are judged; 0 = no intervals and no racing
     racing: bool = True  # stop scoring a candidate that clearly loses on a part of the images
     batch_size: int = 32
-    parallelism: int = 0  # worker processes; 0 = one per device
+    parallelism: int = 0  # worker processes on GPUs, or on the CPU without --gpus; 0 = one a GPU, or a core, up to 8
     gpu_ids: list[int] = field(default_factory=list)  # [] = every GPU, else the CPU
     time_limit: float = 10.0  # medians of an evaluation's time after which one that runs is stopped; 0 = never
 
 
 @dataclass
 class FinalConfig(TrainConfig):
-    """Stage 3. `genotypes` and `supernet_state_dict` are what --genotype and --load stand for."""
+    """Stage 3. --genotype goes before `genotypes`, --load before `supernet_state_dict`."""
 
     learning_rate: float = 0.001
     clip_grad_norm: float = 5.0

@@ -1,4 +1,4 @@
-"""What a search leaves: best.json, pareto.json, front.png, report.html; at its end report.png and top.json."""
+"""What a search leaves: best.json, pareto.json, front.png, report.html; on demand top.json; at its end report.png."""
 
 from __future__ import annotations
 

@@ -155,7 +155,8 @@ def read_source(name: str) -> Source:
     """The network that `backbone.pretrained_path` names: a file, a run's folder, `torchvision:NAME`, LITE0."""
     path = Path(name)
     if path.exists():
-        payload = checkpoint.read(supernet_checkpoint(path) if path.is_dir() else path)
+        best = path / "best.pt"  # of a final training
+        payload = checkpoint.read(path if path.is_file() else best if best.is_file() else supernet_checkpoint(path))
     elif name.startswith("torchvision:"):
         payload = _from_torchvision(name.removeprefix("torchvision:"))
     elif name == LITE0:

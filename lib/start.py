@@ -52,12 +52,14 @@ def find_start(
 
 
 def supernet_path(config: Config, source: dict, load: Path | None) -> Path:
-    """The checkpoint in `load`, else that which the genotype file names, else the configuration's."""
-    named = source.get("supernet", {}).get("path") or config.final.supernet_state_dict
-    if not load and not named:
+    """The checkpoint in `load`, else the configuration's, else that which the genotype file names."""
+    searched = source.get("supernet", {})
+    if named := load or config.final.supernet_state_dict:
+        return supernet_checkpoint(Path(named))
+    if not searched.get("path"):
         raise UserError("the genotype names no supernet: name its run with --load DIR, or use --from-scratch")
-    path = supernet_checkpoint(load or Path(named))
-    if not load and checkpoint.sha256(path) != source.get("supernet", {}).get("sha256", checkpoint.sha256(path)):
+    path = supernet_checkpoint(Path(searched["path"]))
+    if "sha256" in searched and checkpoint.sha256(path) != searched["sha256"]:
         say(f"note: {path} has changed since the search")
     return path
 

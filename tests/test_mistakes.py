@@ -15,8 +15,15 @@ PLANS = {  # what each script's plan must say
         *("epochs of 9 steps", "from epoch 1:", "from epoch 2:"),
     ],
     SEARCH: ["trained to epoch 2 of 2", "48 images, 36 train", "search space: 3.2e+06", "2 epochs of 3 evaluations"],
-    FINAL: ["test set: 8 images", "genotype: image_size=64", "multiply-adds", "priors at 64 px: 84"],
+    FINAL: [
+        "test set: 8 images",
+        "genotype: image_size=64",
+        "multiply-adds",
+        "priors at 64 px: 84",
+        "note: runs/tiny/final/last.pt exists",
+    ],
 }
+TEACHES = "supernet.distill.weight={boundary: [1], value: [1]}"
 MISTAKES = {
     "an unknown key": ([SUPERNET, "--set", "supernet.epoch=3"], "supernet.epoch.*epochs"),
     "a wrong type": ([SUPERNET, "--set", "supernet.epochs=many"], "supernet.epochs.*many"),
@@ -56,6 +63,24 @@ MISTAKES = {
     "a device that is not there": ([SEARCH, "--gpus", "7"], "--gpus 7.*0 CUDA devices"),
     "another network": ([SEARCH, "--set", "backbone.mult_ratio=0.25"], "backbone: differs from that of the supernet"),
     "no such genotype": ([FINAL, "--genotype", "bets.json"], r"bets\.json: no such genotype file here nor in runs"),
+    "no such genotype by its key": (
+        [FINAL, "--set", "final.genotypes=bets.json"],
+        r"bets\.json: no such genotype file",
+    ),
+    "no such supernet to start from": (
+        [FINAL, "--set", "final.supernet_state_dict=nowhere", "--train-dir", "new"],
+        "nowhere: no supernet checkpoint here",
+    ),
+    "no such teacher": (
+        [SUPERNET, "--dry-run", "--train-dir", "new", "--set", TEACHES, "--set", "supernet.distill.teacher=no/best.pt"],
+        r"no/best\.pt: no such",
+    ),
+    "no such start": ([SEARCH, "--dry-run", "--start-from", "bets.json"], r"bets\.json: cannot be read"),
+    "a plan of no training": ([FINAL, "--predict", "shapes", "--dry-run"], "--dry-run: goes with training"),
+    "an unknown key of a prediction": (
+        [FINAL, "--predict", "shapes/JPEGImages", "--set", "postprocess.topk=9"],
+        "topk.*top_k",
+    ),
     "no picture": ([FINAL, "--predict", "nothing.jpg"], r"nothing\.jpg: no picture"),
     "an empty test set": (
         [FINAL, "--set", "data.dataset_type=voc", "--data", "bare", "--set", "data.classes=[cat]", "--from-scratch"],

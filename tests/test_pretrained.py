@@ -231,9 +231,9 @@ def own(request, tiny_detector, tiny_config, tmp_path):
     eps = {"backbone__norm_eps": request.param}
     detector, settings = tiny_detector(**eps), to_dict(tiny_config(**eps))
     genotype = detector.space.sample(random.Random(3))
-    checkpoint.save(tmp_path / "last.pt", {"model": detector.state_dict(), "ema": None, "config": settings})
+    checkpoint.save(tmp_path / "supernet/last.pt", {"model": detector.state_dict(), "ema": None, "config": settings})
     content = {"model": detector.extract(genotype).state_dict(), "config": settings, "genotype": genotype.to_dict()}
-    checkpoint.save(tmp_path / "best.pt", content)
+    checkpoint.save(tmp_path / "final/best.pt", content)
     return detector, genotype, tmp_path
 
 
@@ -248,7 +248,11 @@ IMAGES = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torc
 @torch.no_grad()
 def test_a_supernet_of_this_project_comes_back_whole(own, tiny_config):
     source, _, folder = own
-    for name in (folder / "last.pt", folder):  # a run's folder stands for its checkpoint
+    for name in (
+        folder / "supernet" / "last.pt",
+        folder / "supernet",
+        folder,
+    ):  # a run's folder stands for its checkpoint
         target = fresh(tiny_config)
         genotype = embed(target, read_source(str(name))).genotype
         assert genotype == target.space.largest()
@@ -260,13 +264,13 @@ def test_a_supernet_of_this_project_comes_back_whole(own, tiny_config):
 def test_a_final_detector_comes_back_as_its_genotype(own, tiny_config):
     source, genotype, folder = own
     target = fresh(tiny_config, search_space__num_cell_groups="[1, 3, 3, 2, 2, 2]")
-    found = embed(target, read_source(str(folder / "best.pt"))).genotype
+    found = embed(target, read_source(str(folder / "final/best.pt"))).genotype
     assert found == genotype
     torch.testing.assert_close(target(IMAGES, found), source(IMAGES, genotype), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["last.pt", "best.pt"])
+@pytest.mark.parametrize("name", ["supernet/last.pt", "final/best.pt", "final"])
 def test_other_classes_start_with_fresh_logits_alone(own, tiny_config, name):
     source, genotype, folder = own
     target = fresh(tiny_config, classes=5)
@@ -306,7 +310,7 @@ def test_classes_of_the_same_name_keep_their_logits(tiny_detector, tiny_config, 
 def test_the_backbone_alone(own, tiny_config):
     source, genotype, folder = own
     target, untouched = fresh(tiny_config), fresh(tiny_config)
-    rows = dict(embed(target, read_source(str(folder / "last.pt")), with_head=False).rows)
+    rows = dict(embed(target, read_source(str(folder / "supernet/last.pt")), with_head=False).rows)
     assert rows["extra blocks"] == rows["predictors"] == "starts fresh"
     x = torch.randn(1, 3, 64, 64)
     for ours, theirs in zip(target.backbone(x, genotype), source.backbone(x, genotype), strict=True):

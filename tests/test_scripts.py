@@ -120,6 +120,8 @@ def test_predict_draws_pictures_and_writes_detections(flow):
             x >= 0 and y >= 0 and x + w <= width + 0.1 and y + h <= height + 0.1 for x, y, w, h in boxes
         )
     assert {d["category_id"] for d in detections} <= {1, 2, 3, 4, 5}
+    run(folder, FINAL, "--predict", "shapes/JPEGImages/test_0000*.jpg", "--out", "one", "--set", "postprocess.top_k=1")
+    assert len(json.loads((folder / "one" / "detections.json").read_text())) == len(sources) < len(detections)
 
 
 def test_a_teacher_of_either_kind_teaches_the_detector(flow, tmp_path):
@@ -144,11 +146,11 @@ def test_a_detector_learns_new_classes_from_another(flow, tmp_path):
     write_voc(tmp_path / "new", boxes)
     write_voc(tmp_path / "new", boxes, "test")
     options = ["--load", folder / "runs/tiny/final", "--data", "new", "--set", "data.dataset_type=voc"]
-    printed = run(tmp_path, FINAL, *options, "--train-dir", "own")
+    printed = run(tmp_path, FINAL, *options)
     known = json.loads((folder / "runs/tiny/final/metrics.json").read_text())
     kept, lost = ("circle", "emu"), [name for name in known["per_class"] if name != "circle"]
     assert f"kept: {kept[0]}; starts fresh: {kept[1]}; left out: {', '.join(lost)}" in printed
-    found = json.loads((tmp_path / "own/metrics.json").read_text())
+    found = json.loads((tmp_path / "runs/tiny/finetuned/metrics.json").read_text())
     assert list(found["per_class"]) == list(kept) and found["genotype"] == known["genotype"]
     front = folder / "runs/tiny/search/pareto.json"
     run(tmp_path, FINAL, *options, "--genotype", front, "--index", "0", "--train-dir", "another")

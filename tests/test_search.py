@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from search_records import SPACE
 
+from async_search import score_finalists
 from lib.bootstrap import pack
 from lib.config import Config, SearchConfig
 from lib.evolution import make_controller
@@ -151,6 +154,41 @@ def test_the_front_of_a_search_on_a_part_is_scored_on_all_images_once(tmp_path):
             assert {r["basis"] for r in run.front()} == {"all"} and run.best() in run.finalists
             assert len(search.told) == 80
     assert not jobs
+
+
+class OneAtATime:
+    """A pool that evaluates at once, and after `last` results has Ctrl-C pressed."""
+
+    def __init__(self, stop: SimpleNamespace, last: int = 0):
+        self.stop, self.last, self.pending, self.time_limit = stop, last, [], None
+
+    def free_slots(self) -> int:
+        return 1 - len(self.pending)
+
+    def submit(self, key: str, job: dict) -> None:
+        self.pending.append((key, job))
+
+    def results(self, timeout: float) -> list[Result]:
+        self.last -= 1
+        self.stop.requested = self.last == 0
+        key, job = self.pending.pop()
+        return [Result(key, evaluate(job), None, "cpu#0", 1.0)]
+
+
+def test_ctrl_c_while_the_front_is_scored_on_all_images_leaves_it_as_it_was(tmp_path):
+    stop = SimpleNamespace(requested=False)
+    with Ledger(tmp_path / "evals.jsonl") as ledger:
+        search = make(ledger, images=20)
+        finish(search)
+        before = run_of(search, tmp_path).front()
+        jobs = search.missing_finalists(run_of(search, tmp_path))
+        assert not score_finalists(search, OneAtATime(stop, last=1), stop, jobs)
+        assert run_of(search, tmp_path).front() == before
+        jobs = search.missing_finalists(run_of(search, tmp_path))
+        assert len(jobs) == len(before) - 1 > 0
+        stop.requested, pool = False, OneAtATime(stop)
+        assert score_finalists(search, pool, stop, jobs) and pool.time_limit == 60
+        assert {r["basis"] for r in run_of(search, tmp_path).front()} == {"all"}
 
 
 def test_the_best_ones_whether_on_the_front_or_not(tmp_path):

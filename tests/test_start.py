@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lib import checkpoint
 from lib.errors import UserError
 from lib.models import Supernet
-from lib.start import Start, find_teacher
+from lib.start import Start, find_teacher, supernet_path
 
 WEIGHT = {"final__distill__weight": "{boundary: [1], value: [0.5]}"}
 
@@ -37,6 +38,20 @@ def test_no_weight_is_no_teacher_and_no_supernet_an_error(tiny_detector, tiny_co
     assert find_teacher(start, tiny_config(), student, ["a"]) is None
     with pytest.raises(UserError, match=r"final\.distill\.teacher: .* starts from none; name a detector's best\.pt"):
         find_teacher(start, tiny_config(**WEIGHT), student, ["a"])
+
+
+def test_a_supernet_that_is_named_goes_before_that_of_the_search(tiny_config, tmp_path, capsys):
+    """By --load before the configuration before the genotype file, whose supernet may have changed since."""
+    for name in ("flag", "key", "file"):
+        checkpoint.save(tmp_path / name / "last.pt", {"model": {}})
+    source = {"supernet": {"path": str(tmp_path / "file" / "last.pt"), "sha256": "another"}}
+    named = tiny_config(final__supernet_state_dict=tmp_path / "key")
+    found = [supernet_path(*given) for given in ((named, source, tmp_path / "flag"), (named, source, None))]
+    assert [path.parent.name for path in found] == ["flag", "key"] and not capsys.readouterr().out
+    assert supernet_path(tiny_config(), source, None).parent.name == "file"
+    assert "has changed since the search" in capsys.readouterr().out
+    with pytest.raises(UserError, match="names no supernet: name its run with --load"):
+        supernet_path(tiny_config(), {}, None)
 
 
 def test_a_detector_that_is_named_teaches_whatever_the_start(tiny_detector, tiny_config, tiny_checkpoint):
