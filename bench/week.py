@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,19 +28,29 @@ from lib.pareto import pareto_front
 ROOT = Path(__file__).resolve().parent.parent
 
 SEARCH = """
-import sys
+import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from bench.simulated import simulate
-simulate(Path(sys.argv[2]), *map(int, sys.argv[3:]))
+from lib.ledger import Ledger
+folder, last, *numbers = sys.argv[2:]
+append = Ledger.append
+def append_or_die(ledger, record):
+    append(ledger, record)
+    if len(ledger) == int(last):
+        os.kill(os.getpid(), signal.SIGKILL)
+Ledger.append = append_or_die
+simulate(Path(folder), *map(int, numbers))
 """  # not a file, which the workers would import, and torch with it
 
 
-def start(folder: Path, args: argparse.Namespace, kill_every: int) -> subprocess.Popen:
-    numbers = args.evaluations, args.workers, kill_every
-    command = [sys.executable, "-c", SEARCH, ROOT, folder, *numbers]
+def search(folder: Path, args: argparse.Namespace, kill_every: int, last: int = 0) -> None:
+    """A search to its end, or until it is killed as soon as it has `last` evaluations."""
+    command = [sys.executable, "-c", SEARCH, ROOT, folder, last, args.evaluations, args.workers, kill_every]
     with (folder / "printed.txt").open("a") as file:
-        return subprocess.Popen(list(map(str, command)), stdout=file, stderr=file)
+        status = subprocess.run(list(map(str, command)), stdout=file, stderr=file).returncode
+    if status != (-signal.SIGKILL if last else 0):
+        sys.exit(f"the search failed or was not killed; see {folder / 'printed.txt'}")
 
 
 def lines_of(path: Path) -> int:
@@ -50,21 +61,10 @@ def disturbed(folder: Path, args: argparse.Namespace) -> list[int]:
     """Search, and kill the search itself at even distances; how many evaluations it had each time."""
     deaths = []
     for number in range(1, args.parent_kills + 1):
-        process = start(folder, args, args.kill_every)
-        while lines_of(folder / "evals.jsonl") < args.evaluations * number // (args.parent_kills + 1):
-            if process.poll() is not None:
-                sys.exit(f"the search ended before it was killed; see {folder / 'printed.txt'}")
-            time.sleep(0.05)
-        process.kill()
-        process.wait()
+        search(folder, args, args.kill_every, args.evaluations * number // (args.parent_kills + 1))
         deaths.append(lines_of(folder / "evals.jsonl"))
-    finish(start(folder, args, args.kill_every), folder)
+    search(folder, args, args.kill_every)
     return deaths
-
-
-def finish(process: subprocess.Popen, folder: Path) -> None:
-    if process.wait():
-        sys.exit(f"the search failed; see {folder / 'printed.txt'}")
 
 
 def read(folder: Path) -> list[dict]:
@@ -84,7 +84,7 @@ def report(folder: Path, args: argparse.Namespace) -> dict:
     begin = time.monotonic()
     deaths = disturbed(broken, args)
     middle = time.monotonic()
-    finish(start(whole, args, 0), whole)
+    search(whole, args, 0)
     end = time.monotonic()
     records, expected = read(broken), read(whole)
     return {

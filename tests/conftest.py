@@ -8,11 +8,16 @@ import time
 import pytest
 import torch
 import yaml
+from hypothesis import settings
 from tiny_runs import FINAL, SEARCH, SUPERNET, run, tiny_settings
 
 from lib import checkpoint, config
 from lib.detector import ElasticSSD
 from lib.models import Detector
+
+torch.set_num_threads(1)  # sums in the same order every time
+settings.register_profile("patient", deadline=None)  # how long an example takes is the machine's affair
+settings.load_profile("patient")
 
 
 class Clock:

@@ -27,7 +27,7 @@ def take(dispatcher: WorkerPool, count: int) -> list[Result]:
 def wait_for(condition: Callable, seconds: float = PATIENCE):
     deadline = time.monotonic() + seconds
     while not (value := condition()):
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, f"still {value!r} after {seconds} s"
         time.sleep(0.02)
     return value
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.errors import UserError
+from tests.dispatch_helpers import wait_for
 
 
 def setup(device: str, *args: Any) -> Callable[[tuple], Any]:
@@ -35,6 +36,12 @@ def do_where(argument, device, args):
 def do_sleep(seconds, device, args):
     time.sleep(seconds)
     return seconds
+
+
+def do_wait(path, device, args):
+    """Say with a file `path`.runs that this runs, and wait for a file `path`."""
+    Path(f"{path}.runs").touch()
+    wait_for(Path(path).exists)
 
 
 def do_pid_then_sleep(path, device, args):

@@ -41,6 +41,7 @@ def be_one_of_several(rank: int, port: int, folder: Path) -> None:
     """Everything, in one start of the processes: what each found goes to `folder`."""
     torch.set_num_threads(1)
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": rank, "RANK": rank, "WORLD_SIZE": PROCESSES}
+    where |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}  # the launcher has the store
     os.environ.update({name: str(value) for name, value in where.items()})
     distributed.join(CPU)
     found = {"messages": messages(), "norms": norms(), "stops": stops(), "reports": distributed.first_to_report()}
@@ -58,7 +59,7 @@ def settings(folder: Path, **changes: object) -> config.Config:
 
 
 def load(c: config.Config, split: str) -> Records:
-    return load_records(c.data, split, c.seed)
+    return load_records(c.data, split)
 
 
 def random_detector(c: config.Config) -> ElasticSSD:

@@ -9,14 +9,14 @@ from pathlib import Path
 from tiny_runs import REPOSITORY, SEARCH, command, environment
 
 STAND_IN = """
-import functools
 import sys
 import async_search
 from lib.runtime import run
 from tests import search_workers
 async_search.scoring_worker = getattr(search_workers, sys.argv[1])
 if sys.argv[1] == "hanging":
-    async_search.TimeLimit = functools.partial(async_search.TimeLimit, floor=1.0, least=1)
+    limit = async_search.TimeLimit(factor=0.1, floor=1.0, least=1)  # the floor, however slow the machine
+    async_search.TimeLimit = lambda factor: limit
 run(lambda: async_search.main(sys.argv[2:]))
 """
 

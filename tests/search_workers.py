@@ -1,4 +1,4 @@
-"""Stand-ins for a search's scoring worker, with made-up scores: no torch, so that they start fast."""
+"""Stand-ins for a search's scoring worker. All but `gated` make up the scores: no torch, so that they start fast."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import signal
 import time
 import zlib
 from collections.abc import Callable
+from pathlib import Path
+
+from tests.dispatch_helpers import wait_for
 
 
 def share_of(genotype: dict) -> float:
@@ -37,6 +40,21 @@ def slow(device: str, *args) -> Callable[[dict], dict]:
     def score(job: dict) -> dict:
         time.sleep(1)
         return score_of(job)
+
+    return score
+
+
+def gated(device: str, *args) -> Callable[[dict], dict]:
+    """The real worker, but after its first job it waits for a file `go`: no search ends before there is one."""
+    from lib.scoring import scoring_worker
+
+    real, done = scoring_worker(device, *args), []
+
+    def score(job: dict) -> dict:
+        if done:
+            wait_for(Path("go").exists)
+        done.append(real(job))
+        return done[-1]
 
     return score
 

@@ -17,7 +17,6 @@ from lib.errors import UserError
 from lib.genotype import Block, BlockChoices, SearchSpace, StageChoices
 from lib.schedule import full_space
 
-torch.set_num_threads(1)
 MBV2_DEPTHS = (1, 2, 3, 4, 3, 3, 1)
 
 

@@ -56,7 +56,7 @@ def test_decode_is_torchvisions_even_far_out():
     torch.testing.assert_close(decode(offsets, box_convert(priors, "xyxy", "cxcywh")), expected, rtol=1e-4, atol=1e-4)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 2**31), variances=st.tuples(st.floats(0.05, 1), st.floats(0.05, 1)))
 def test_decode_inverts_encode(seed, variances):
     boxes = random_boxes(2, 8, seed=seed, smallest=0.05).double()

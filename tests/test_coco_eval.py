@@ -77,14 +77,14 @@ def assert_same_numbers(truth, found, classes=CLASSES):
     return own
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(images=st.lists(st.tuples(OBJECTS, FOUND), min_size=1, max_size=4), with_area=st.booleans())
 def test_equals_pycocotools_where_much_is_tied(images, with_area):
     truth = [truth_record(objects, with_area) for objects, _ in images]
     assert_same_numbers(truth, [found_record(found) for _, found in images])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**31), classes=st.integers(1, CLASSES), noise=st.sampled_from([0, 4]))
 def test_equals_pycocotools_where_objects_are_dense(seed, classes, noise):
     case = random_case(seed, images=4, objects=15, detections=20, classes=classes, noise=noise)

@@ -18,8 +18,6 @@ from lib.config import Config
 from lib.cost import Cost, module_cost
 from lib.detector import ElasticSSD
 
-torch.set_num_threads(1)
-
 
 def slow_cost(model: nn.Module, x: torch.Tensor) -> Cost:
     """Output elements times inputs per output, layer by layer, by running the model on data."""

@@ -99,7 +99,7 @@ class Ids:
 
 
 @given(count=st.integers(2, 80), share=st.floats(0.05, 0.95), rest=st.floats(0.05, 1), seed=st.integers(0, 99))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_split_is_exact_and_never_leaks(count, share, rest, seed):
     portions = [share, (1 - share) * rest]
     records = Ids(f"image{i}" for i in range(count))
@@ -264,7 +264,7 @@ def rows_of(sampler):
     drop=st.booleans(),
     epoch=st.integers(1, 9),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_an_epoch_is_shared_out_evenly(count, batch, world, drop, epoch):
     indices = [3 * i for i in range(count)]
     ranks = [EpochSampler(indices, batch, 5, drop_last=drop, rank=rank, world=world) for rank in range(world)]

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -37,21 +36,11 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ranks(folder):
     """What two processes found, by rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
-        torch.multiprocessing.spawn(workers.be_one_of_several, (port, folder), nprocs=workers.PROCESSES)
+        torch.multiprocessing.spawn(workers.be_one_of_several, (store.port, folder), nprocs=workers.PROCESSES)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(workers.PROCESSES)]
-
-
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # ---------------------------------------------------------------------------------------------------------- exchanges
@@ -135,7 +124,7 @@ def test_a_copy_is_the_layer_that_was_replaced_and_normalises_its_own_share(rank
 
 
 @pytest.mark.parametrize("case", [case for case in workers.CASES if "local" not in case])
-def test_five_steps_are_those_of_one_process(ranks, folder, one_thread, case):
+def test_five_steps_are_those_of_one_process(ranks, folder, case):
     """The same weights, averages, statistics and losses from the same batches, each process with half of them."""
     alone, found = workers.train(folder, case), [rank["trained"][case] for rank in ranks]
     assert alone["images"] == 8 and alone["moved"] > 1e-2 and len(alone["losses"]) == 5
@@ -166,14 +155,14 @@ def test_without_synchronisation_the_weights_are_still_the_same_in_all(ranks):
 # --------------------------------------------------------------------------------------------------------- evaluation
 
 
-def test_a_shared_evaluation_is_that_of_one_process_to_the_digit(ranks, folder, one_thread):
+def test_a_shared_evaluation_is_that_of_one_process_to_the_digit(ranks, folder):
     alone = workers.evaluate(folder)
     assert alone["AR100"] > 0 and "per_class" in alone
     for rank in ranks:
         assert repr(rank["metrics"]) == repr(alone)
 
 
-def test_a_shared_panel_is_that_of_one_process_to_the_digit(ranks, folder, one_thread):
+def test_a_shared_panel_is_that_of_one_process_to_the_digit(ranks, folder):
     alone = workers.score_panel(folder, "panel alone")
     assert ranks[0]["panel"] == alone and list(alone[0]) == ["smallest", "random 1", "largest"]
     assert ranks[1]["panel"] == [] and not (folder / "panel of 1").exists()
@@ -310,7 +299,7 @@ def test_sigterm_stops_after_a_step_and_the_run_goes_on_as_if_nothing_had_happen
 
 
 def test_the_detector_is_trained_killed_resumed_and_evaluated(whole):
-    """A killed main process ends the job within seconds; --eval-only finds the same metrics alone."""
+    """Where the main process is killed, torchrun need not kill the other; --eval-only finds the same metrics alone."""
     folder, _ = whole
     c = workers.settings(folder)
     genotype = ElasticSSD(c, 5).space.smallest()
@@ -319,9 +308,8 @@ def test_the_detector_is_trained_killed_resumed_and_evaluated(whole):
     job = torchrun(folder, "final_train.py", *arguments, "--set", "final.epochs=6")
     wait_for(folder / "final" / "last.pt", job)
     os.kill(process_of(job, 0), signal.SIGKILL)
-    killed = time.monotonic()
     done = finish(job)
-    assert done.returncode != 0 and time.monotonic() - killed < 10
+    assert done.returncode != 0 and "forcefully exiting" not in done.stderr, done.stderr
     assert_told_once(done)
     done = finish(torchrun(folder, "final_train.py", *arguments, "--set", "final.epochs=6"))
     assert done.returncode == 0 and "resumed final/last.pt" in done.stdout, done.stderr

@@ -28,7 +28,6 @@ from lib.elastic import (
 )
 from lib.genotype import Block
 
-torch.set_num_threads(1)
 EXPANDS, KERNELS = (3, 4, 6), (3, 5, 7)
 
 
@@ -57,7 +56,7 @@ def no_elastic(module: nn.Module) -> bool:
     return not any(type(m).__name__.startswith("Elastic") for m in module.modules())
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.floats(0, 2000), st.sampled_from([4, 8, 16]))
 def test_make_divisible_equals_torchvisions(value, divisor):
     assert make_divisible(value, divisor) == _make_divisible(value, divisor)

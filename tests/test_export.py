@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torchvision.ops import box_iou
 
 from lib.boxes import decode
 from lib.config import PostprocessConfig
@@ -109,7 +110,7 @@ priors (float[batch, {p}, {c}] a, float[batch, {p}, 4] b) => (float[batch, {p}, 
 """  # noqa: E501
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 10**6),
     batch=st.integers(1, 4),
@@ -127,13 +128,14 @@ def test_nms_equals_postprocess(seed, batch, priors, classes, confidence, iou, p
     centres, sizes = torch.rand(priors, 2, generator=generator), 0.1 + 0.4 * torch.rand(priors, 2, generator=generator)
     prior_boxes = torch.cat((centres, sizes), 1)
     config = PostprocessConfig(confidence, iou, pre, top_k)
+    scores, boxes = class_scores(logits, "focal"), decode(offsets, prior_boxes, (0.1, 0.2)).clamp(0, 1)
+    # Torch finds overlaps in float64, onnxruntime in float32; of equal scores, either may come first.
+    assume(not any(((box_iou(image, image) - iou).abs() < 1e-5).any() for image in boxes))
+    assume(scores.flatten(1).sort().values.diff().all())
     reference = postprocess(logits, offsets, prior_boxes, config, "focal", (0.1, 0.2))
     graph = add_nms(onnx.parser.parse_model(IDENTITY.format(p=priors, c=classes)), config)
     onnx.checker.check_model(graph, full_check=True)
-    inputs = {
-        "a": class_scores(logits, "focal").numpy(),
-        "b": decode(offsets, prior_boxes, (0.1, 0.2)).clamp(0, 1).numpy(),
-    }
+    inputs = {"a": scores.numpy(), "b": boxes.numpy()}
     outputs = open_session(graph.SerializeToString()).run(list(DETECTIONS), inputs)
     assert_same_detections(unpad(*map(torch.from_numpy, outputs)), reference)
 

@@ -73,7 +73,7 @@ def test_smallest_and_largest():
     assert (smallest.head[1].expand, largest.head[1].expand) == (0.25, 0.5)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(RNGS, st.sampled_from([0.0, 0.1, 1.0]))
 def test_a_mutant_is_in_the_space_and_never_its_parent(rng, probability):
     space = make_space()
@@ -117,7 +117,7 @@ def test_mutation_keeps_the_blocks_that_stay():
     assert all(c.stages[1] == parent.stages[1][:2] for c in grown_or_shrunk)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(RNGS)
 def test_crossover_takes_each_choice_from_a_parent(rng):
     space = make_space()
@@ -158,7 +158,7 @@ def test_equal_genotypes_are_written_alike():
     assert str(one) == str(other)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(RNGS)
 def test_json_round_trip(rng):
     genotype = make_space().sample(rng)

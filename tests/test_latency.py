@@ -23,8 +23,6 @@ from lib.evolution import every_genotype
 from lib.genotype import Block, Genotype
 from lib.latency import Coster, all_features, designed_sample, features, fit, load_table
 
-torch.set_num_threads(1)
-
 
 # --------------------------------------------------------------------------------------------------------- the features
 
@@ -131,7 +129,7 @@ def test_noise_is_averaged_out(tiny_detector):
     assert min(ms.values()) >= 0
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 2**32), st.integers(1, 12), st.integers(1, 30), st.sampled_from([1e-6, 1e-3, 1.0]))
 def test_non_negative_ridge_meets_its_optimality_conditions(seed, columns, rows, ridge):
     """Karush, Kuhn, Tucker: no gain from raising a zero, no slope where it is positive."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
@@ -215,7 +216,11 @@ def test_20000_records_replay_in_two_seconds(path):
     path.write_text(
         "".join(json.dumps({**record(i), "worker": "cuda:0#0", "seconds": 1.5}) + "\n" for i in range(20_000))
     )
+    gc.collect()
+    gc.freeze()  # what other tests left would be gone through at this one's expense
     start = time.process_time()
     with Ledger(path) as ledger:
         assert len(ledger.records(status="ok")) == 20_000
-    assert time.process_time() - start < 2
+    seconds = time.process_time() - start
+    gc.unfreeze()
+    assert seconds < 2

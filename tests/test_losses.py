@@ -64,7 +64,7 @@ def slow_match(boxes, labels, priors, matched, unmatched):
     return prior_labels, owners
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**31),
     objects=st.integers(0, 6),
@@ -81,7 +81,7 @@ def test_match_equals_the_slow_loop(seed, objects, num_priors, crowded, matched)
     assert torch.equal(object_index[prior_labels > 0], owners[prior_labels > 0])
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**31), objects=st.integers(1, 12))
 def test_every_object_has_a_prior_and_padding_has_none(seed, objects):
     boxes, labels = random_batch(seed, objects=objects, crowded=True)

@@ -174,7 +174,7 @@ def test_voc_and_coco_agree_where_they_mean_the_same():
     assert voc["mAP"] == pytest.approx(coco["AP50"], abs=0.01)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 2**31), cuts=st.lists(st.integers(0, 8), max_size=3))
 def test_images_added_in_parts_are_those_added_at_once(seed, cuts):
     """Looked at after each part, as a race does; labels 3 are no class here."""

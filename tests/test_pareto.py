@@ -23,7 +23,7 @@ def slow_front(points: list[tuple]) -> list[tuple]:
     return [p for p in points if not beaten(p)]
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(POINTS)
 def test_pareto_front_against_the_definition(points):
     records = [{"metrics": {"AP": ap, "flops": f, "params": p}} for ap, f, p in points]
@@ -37,7 +37,7 @@ def test_pareto_front_against_the_definition(points):
             assert [r["metrics"]["flops"] for r in front] == sorted(r["metrics"]["flops"] for r in front)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(POINTS)
 def test_fronts_built_one_by_one_equal_fronts_peeled_off(points):
     fronts: list[list[Individual]] = []

@@ -62,15 +62,16 @@ def test_setup_gets_device_and_arguments_once_per_worker(shared):
     assert os.getpid() not in pids
 
 
-def test_there_is_no_barrier(shared):
-    shared.submit("slow", ("sleep", 1.0))
+def test_there_is_no_barrier(shared, tmp_path):
+    start = time.monotonic()
+    shared.submit("slow", ("wait", tmp_path / "go"))
     for i in range(4):
         shared.submit(i, ("sleep", 0.02))
-    results = take(shared, 5)
-    assert results[-1].job_id == "slow" or results[-2].job_id == "slow"  # at most one job waits behind the slow one
-    assert results[0].job_id != "slow"
-    slow = next(r for r in results if r.job_id == "slow")
-    assert 1.0 <= slow.seconds < 3.0
+    results = take(shared, 3)  # at most one job waits behind the slow one
+    assert "slow" not in {r.job_id for r in results}
+    assert all(0.02 <= r.seconds <= time.monotonic() - start for r in results)
+    (tmp_path / "go").touch()
+    assert "slow" in {r.job_id for r in take(shared, 2)}
 
 
 def test_free_slots_are_two_a_worker(shared):
@@ -94,11 +95,12 @@ def test_a_job_cannot_be_pending_twice(shared):
     assert [r.value for r in take(shared, 1)] == [3]
 
 
-def test_results_returns_empty_at_its_timeout(shared):
-    shared.submit("slow", ("sleep", 0.5))
+def test_results_returns_empty_at_its_timeout(shared, tmp_path):
+    shared.submit("slow", ("wait", tmp_path / "go"))
     start = time.monotonic()
     assert shared.results(timeout=0.1) == []
     assert time.monotonic() - start >= 0.1
+    (tmp_path / "go").touch()
     take(shared, 1)
 
 
@@ -151,11 +153,12 @@ def test_a_worker_killed_from_outside_is_replaced(make, tmp_path):
     with make(setup, (), ["cpu"]) as dispatcher:
         dispatcher.submit("before", ("where", None))
         pid = take(dispatcher, 1)[0].value[2]
-        for _ in range(2):
-            dispatcher.submit("running", ("sleep", 0.6))
+        for name in ("first", "second"):
+            dispatcher.submit("running", ("wait", tmp_path / name))
             dispatcher.submit("queued", ("where", None))
-            time.sleep(0.1)
+            wait_for((tmp_path / f"{name}.runs").exists)
             os.kill(pid, signal.SIGKILL)
+            (tmp_path / name).touch()
             results = {r.job_id: r for r in take(dispatcher, 2)}
             assert results["running"].error is None and results["queued"].value[2] != pid
             pid = results["queued"].value[2]
@@ -201,7 +204,7 @@ def test_a_job_over_its_time_limit_is_given_up_and_the_others_go_on(make, tmp_pa
         results = {r.job_id: r for r in take(dispatcher, 2)}
         assert "no result within 0.3 s (attempt 3 of 3)" in results["hung"].error
         assert results["next"].value == 1
-        assert len(pids_in(tmp_path)) == ATTEMPTS
+        assert len(pids_in(tmp_path)) <= ATTEMPTS  # one that was slow to begin left none
         wait_for(lambda: not any(map(is_alive, pids_in(tmp_path))), seconds=5)
 
 
@@ -254,15 +257,15 @@ def test_a_worker_that_the_system_kills_for_its_memory_is_replaced(make):
 
 
 def test_a_hung_job_is_stopped_by_the_median_of_those_that_ended(make, tmp_path):
-    limit = TimeLimit(factor=5, floor=1.0, least=4)
+    limit = TimeLimit(factor=4, floor=1.0, least=4)
     with make(setup, (), ["cpu"]) as dispatcher:
         for i in range(4):
-            dispatcher.submit(i, ("sleep", 0.02))
-        for result in take(dispatcher, 4):
-            limit.add(result.seconds)
+            dispatcher.submit(i, ("echo", i))
+        for _ in take(dispatcher, 4):
+            limit.add(0.3)  # as if it had taken so long
         dispatcher.time_limit = limit.seconds
         dispatcher.submit("hung", ("pid_then_sleep", str(tmp_path)))
         dispatcher.submit("next", ("echo", 1))
         results = {r.job_id: r for r in take(dispatcher, 2)}
-        assert "no result within 1 s (attempt 3 of 3)" in results["hung"].error
-        assert results["next"].value == 1 and len(pids_in(tmp_path)) == ATTEMPTS
+        assert "no result within 1.2 s (attempt 3 of 3)" in results["hung"].error
+        assert results["next"].value == 1 and len(pids_in(tmp_path)) <= ATTEMPTS

@@ -20,7 +20,6 @@ from lib.sources import read_source, recognise
 
 CLASSES = ["cat", "dog", "eel"]
 
-torch.set_num_threads(1)
 MBV3 = {"backbone": {"backbone_type": "mbv3_backbone"}}
 MBV2 = {
     "backbone": {"backbone_type": "mbv2_backbone"},

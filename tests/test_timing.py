@@ -14,7 +14,6 @@ from lib.postprocess import postprocess
 from lib.timing import FusedDetectors, time_detectors, time_interleaved, time_nms, visit
 
 CPU = torch.device("cpu")
-torch.set_num_threads(1)
 
 
 def test_a_detector_of_shared_parts_finds_what_the_extracted_one_does(tiny_detector, tiny_config):

@@ -56,7 +56,7 @@ def slow_iou_crop(view, boxes, rule):
 
 
 @given(seed=seeds, count=st.integers(1, 6))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_iou_crop_is_the_first_trial_that_the_slow_loop_accepts(seed, count):
     view, boxes, rule = View(-30, -20, 200, 150), random_boxes(120, 100, count, seed), v2.RandomIoUCrop()
     if len(boxes) == 0:
@@ -83,7 +83,7 @@ def test_iou_crop_follows_the_law_of_v2():
 
 
 @given(seed=seeds, p=st.sampled_from([0.0, 0.5, 1.0]))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_zoom_out_is_that_of_v2(seed, p):
     width, height, boxes = 40, 30, random_boxes(40, 30, 3)
     rule = v2.RandomZoomOut(p=p)
@@ -165,7 +165,7 @@ def test_boxes_labels_and_pixels_stay_together():
 
 
 @given(seed=seeds, width=st.integers(1, 90), height=st.integers(1, 90), count=st.integers(0, 4))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_picture_gives_a_valid_sample(seed, width, height, count):
     boxes = random_boxes(width, height, count, seed)
     image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)

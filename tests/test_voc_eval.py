@@ -65,7 +65,7 @@ def slow_voc_ap(ground_truth, detections, label, threshold, method):
     return sum(max((p for r, p in points if r >= k), default=0.0) for k in range(1, num_objects + 1)) / num_objects
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**31), threshold=st.sampled_from([0.3, 0.5, 0.75]))
 @pytest.mark.parametrize("method", SUFFIX)
 def test_voc_equals_the_devkits_loop(method, seed, threshold):

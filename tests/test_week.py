@@ -19,6 +19,5 @@ def test_no_death_loses_an_evaluation_or_changes_the_front(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "week.json").read_text())
     assert found["evaluations"] == found["distinct"] == 300 and found["failed"] == 0
-    assert found["workers_killed"] >= 7 and len(found["searches_killed_at"]) == 2
-    assert all(0 < count < 300 for count in found["searches_killed_at"])
+    assert found["workers_killed"] >= 7 and found["searches_killed_at"] == [100, 200]
     assert found["front_is_equal"] and found["evaluations_are_equal"] and found["front"] > 1
