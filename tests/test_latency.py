@@ -23,7 +23,6 @@ from lib.evolution import every_genotype
 from lib.genotype import Block, Genotype
 from lib.latency import Coster, all_features, designed_sample, features, fit, load_table
 
-
 # --------------------------------------------------------------------------------------------------------- the features
 
 
