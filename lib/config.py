@@ -241,7 +241,7 @@ class SearchConfig:
     resamples: int = 200  # of the images, by which differences are judged; 0 = no intervals and no racing
     racing: bool = True  # stop scoring a candidate that clearly loses on a part of the images
     batch_size: int = 32
-    parallelism: int = 0  # worker processes on GPUs, or on the CPU without --gpus; 0 = one a GPU, or a core, up to 8
+    parallelism: int = 0  # worker processes, on GPUs at least one each; 0 = one a GPU, or a core, up to 8
     gpu_ids: list[int] = field(default_factory=list)  # [] = every GPU, else the CPU
     time_limit: float = 10.0  # medians of an evaluation's time after which one that runs is stopped; 0 = never
 

@@ -29,14 +29,13 @@ def pick_workers(gpus: str | None, config: Config) -> tuple[list[str], int | Non
     """The device of each worker, and CPU threads per worker where it is the CPU.
 
     `--gpus` is `0,1,2`, `cpu` or `cpu,cpu`. Without it: the configured `gpu_ids` that exist, every GPU, or the CPU.
-    `search.parallelism` workers are dealt out over the GPUs; without `--gpus` it also says how many of them, or CPU
-    workers, there are.
+    `search.parallelism` workers are dealt out over the GPUs, where it is more than these; on a CPU it is how many there
+    are without `--gpus`.
     """
     count, cores = torch.cuda.device_count(), torch.get_num_threads()  # which OMP_NUM_THREADS bounds
     wanted = config.search.parallelism
     if gpus is None:
         ids = [i for i in config.search.gpu_ids if i < count] or list(range(count))
-        ids = ids[: wanted or None]
         devices = [f"cuda:{i}" for i in ids] or ["cpu"] * min(cores, wanted or CPU_WORKERS)
     else:
         names = [name.strip() for name in gpus.split(",")]
