@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 
 import pytest
 from tiny_data import write_voc
 from tiny_runs import FINAL, SEARCH, SUPERNET, finish, start
+
+from lib.errors import UserError
 
 PLANS = {  # what each script's plan must say
     SUPERNET: [
@@ -89,26 +92,38 @@ MISTAKES = {
 }
 
 
+# Of these a user's process is started; the others run in this one, which takes a tenth of the time.
+AS_A_USER = ("an unknown key", "a budget out of reach", "a device that is not there", "no such genotype", "no picture")
+
+
 @pytest.fixture(scope="module")
-def outcomes(flow):
-    """How many short runs ended, two at a time; none of them may change the folder."""
+def prepared(flow):
     folder, _ = flow
     write_voc(folder / "bare", {"a": [("cat", 1, 1, 20, 20)]})
     write_voc(folder / "bare", {"b": []}, "test")
     (folder / "empty").mkdir()
-    before = listing(folder)
+    return folder
+
+
+def command_of(name):
+    arguments, _ = MISTAKES[name]
+    return arguments if "--cfg" in arguments or arguments[0] != SUPERNET else [*arguments, "--cfg", "tiny.yaml"]
+
+
+@pytest.fixture(scope="module")
+def outcomes(prepared):
+    """How short runs of users ended, two at a time; none of them may change the folder."""
+    before = listing(prepared)
     commands: dict = {("dry", script): [script, "--cfg", "tiny.yaml", "--dry-run"] for script in PLANS}
     commands |= {("help", script): [script, "--help"] for script in PLANS}
-    for name, (arguments, _) in MISTAKES.items():
-        given = [] if "--cfg" in arguments or arguments[0] != SUPERNET else ["--cfg", "tiny.yaml"]
-        commands[name] = [*arguments, *given]
-    jobs = {key: (folder, arguments) for key, arguments in commands.items()}
-    jobs["no supernet"] = (folder / "empty", [SEARCH])
-    jobs["no detector"] = (folder / "empty", [FINAL, "--eval-only"])
+    jobs = {key: (prepared, arguments) for key, arguments in commands.items()}
+    jobs |= {name: (prepared, command_of(name)) for name in AS_A_USER}
+    jobs["no supernet"] = (prepared / "empty", [SEARCH])
+    jobs["no detector"] = (prepared / "empty", [FINAL, "--eval-only"])
     with ThreadPoolExecutor(2) as pool:
         found = pool.map(lambda job: finish(start(job[0], *job[1])), jobs.values())
         ended = dict(zip(jobs, found, strict=True))
-    return ended, before == listing(folder)
+    return ended, before == listing(prepared)
 
 
 def listing(folder):
@@ -131,9 +146,19 @@ def test_help_explains_the_flags(outcomes, script):
         assert flag in done.stdout
 
 
-@pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_line(outcomes, name):
+@pytest.mark.parametrize("name", AS_A_USER)
+def test_a_users_mistake_is_one_line(outcomes, name):
     assert_one_line(outcomes[0][name], MISTAKES[name][1])
+
+
+@pytest.mark.parametrize("name", [name for name in MISTAKES if name not in AS_A_USER])
+def test_a_mistake_is_refused_in_one_line_and_changes_nothing(prepared, name, monkeypatch):
+    """What `lib.runtime.run` makes of a UserError is seen above."""
+    monkeypatch.chdir(prepared)
+    before, (script, *arguments) = listing(prepared), command_of(name)
+    with pytest.raises(UserError, match=MISTAKES[name][1]) as caught:
+        import_module(script.removesuffix(".py")).main(arguments)
+    assert "\n" not in str(caught.value) and before == listing(prepared)
 
 
 def test_stages_without_the_one_before_say_so(outcomes):
