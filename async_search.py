@@ -333,7 +333,7 @@ def score_finalists(
 
     After the signal what runs is finished, and the front stays as it was.
     """
-    waiting, limit = list(reversed(jobs)), TimeLimit(search.config.search.time_limit, least=1)
+    waiting, limit = list(reversed(jobs)), TimeLimit(search.config.search.time_limit, least=3)
     with progress(None, "front on all images", total=len(jobs)) as bar:
         while True:
             while waiting and not stop.requested and dispatcher.free_slots() > 0:
@@ -343,7 +343,9 @@ def score_finalists(
             for result in dispatcher.results(timeout=1.0):
                 search.learn_finalist(result)
                 bar.update()
-                if not result.error:
+                if result.error:
+                    say(f"a member of the front failed on {result.worker}: {result.error.splitlines()[-1]}")
+                else:
                     limit.add(result.seconds)
             dispatcher.time_limit = limit.seconds
     if waiting:

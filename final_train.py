@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 
 from lib import cli, distributed, estimate, inference, parity, plan
 from lib.compare import contestants, shortened
-from lib.config import Config, to_dict, with_overrides
+from lib.config import Config, from_dict, to_dict, with_overrides
 from lib.contest import Contest
 from lib.datasets import configured_train_loader, load_records
 from lib.detector import SSD
@@ -77,8 +77,8 @@ def chosen_genotype(args: argparse.Namespace, other: Path | None) -> tuple[str, 
     if other:
         detector = load_detector(other)
         settings = to_dict(detector.config)
-        changed = with_overrides(settings, cli.overrides(args, "final"))
-        if args.data or changed["data"]["root"] != settings["data"]["root"]:
+        changed = from_dict(with_overrides(settings, cli.overrides(args, "final")))
+        if args.data or changed.data.root != settings["data"]["root"]:
             settings["data"] |= {"classes": [], "num_classes": 0}  # those of the new data
         source = {**(source or detector.genotype.to_dict()), "config": settings}
     return name, source
@@ -93,6 +93,8 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     if other:
         config.backbone.pretrained_path = str(other)  # which config.yaml then says too
     folder = cli.run_folder(args, config, kind)
+    if other and other.parent.resolve() == folder.resolve():
+        raise UserError(f"{folder}: holds the detector to start from; --train-dir DIR writes elsewhere")
     seed_everything(config.seed)
     records, test = load_data(config)
     start = find_start(origin, config, source, records.classes, args.load)
@@ -137,6 +139,8 @@ def estimate_seconds(
 ) -> tuple[float, float]:
     """Seconds of a training on this device, and of its evaluations, from some seconds of each kind of work."""
     settings = config.final
+    if teacher is not None:
+        teacher.to(device, memory_format=torch.channels_last)
     training = estimate.final_seconds(model, config, device, loader, teacher)
     evaluations = -(-settings.epochs // settings.eval_every)
     return training, evaluations * estimate.detecting_seconds(model, test, config, device)

@@ -3,7 +3,7 @@
     python supernet_train.py                                  # the built-in data set
     python supernet_train.py --cfg configs/bccd.yaml --data /path/to/bccd
     python supernet_train.py --cfg configs/voc_mbv3.yaml --dry-run
-    python supernet_train.py --cfg configs/bccd.yaml --resume # go on after any interruption
+    python supernet_train.py --train-dir runs/bccd/supernet --resume    # go on after any interruption
     torchrun --nproc_per_node=4 supernet_train.py             # the same training on four GPUs
 
 Writes last.pt (the supernet), split.json (which images train, which score candidates), log.jsonl and curves.png to

@@ -11,6 +11,7 @@ from lib.errors import UserError
 from lib.runs import stage_folder
 from lib.validate import validate, validate_shares
 
+PRODUCTS = ("last.pt", "evals.jsonl", "plan.json")  # what training, search and comparison resume from
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "shapes.yaml"
 
 
@@ -31,7 +32,7 @@ def make_parser(description: str, load_help: str, save_help: str = SAVE_HELP) ->
     add("--data", metavar="DIR", help="folder of the data set, short for --set data.root=DIR")
     add("--train-dir", metavar="DIR", type=Path, help="where this run writes (default: runs/NAME/STAGE)")
     add("--load", metavar="DIR", type=Path, help=load_help)
-    add("--resume", action="store_true", help="continue the run in --train-dir; starts it where there is none")
+    add("--resume", action="store_true", help="continue the run in --train-dir; start it where there is none")
     add("--save-every", metavar="N", type=int, help=save_help)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--seed", type=int, help="seed of everything random (default: the configuration's)")
@@ -68,9 +69,8 @@ def read_config(
         settings = config.from_dict(config.with_overrides(inherited, changes))
     else:
         settings = config.load(args.cfg or DEFAULT_CONFIG, changes)
-    saved = run_folder(args, settings, folder or stage) / "config.yaml"
-    if args.resume and not args.cfg and saved.is_file():
-        settings = config.load(saved, changes)
+    if args.resume and not args.cfg and (saved := _saved(run_folder(args, settings, folder or stage))):
+        settings = config.from_dict(config.with_overrides(saved, changes))
     if args.data and settings.data.dataset_type == "shapes" and not Path(args.data).is_dir():
         raise UserError(
             f"--data {args.data}: no such folder; pictures of your own also need --cfg, and the built-in ones no --data"
@@ -79,6 +79,16 @@ def read_config(
     if stage != "search":
         validate_shares(stage, getattr(settings, stage), distributed.world().size)
     return settings
+
+
+def _saved(folder: Path) -> dict | None:
+    """The configuration of the run in `folder`, if there is something to go on from. The main process reads it."""
+    path = folder / "config.yaml"
+    goes_on = path.is_file() and any((folder / product).exists() for product in PRODUCTS)
+    saved = distributed.from_main(config.read_yaml(path) if distributed.world().main and goes_on else None)
+    if saved:
+        print(f"configuration: {path}, with which this run began")
+    return saved
 
 
 def refuse_torchrun(command: str) -> None:

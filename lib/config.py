@@ -280,7 +280,7 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file (None: defaults only), apply `key.path=value` overrides, check types. Raises UserError."""
     data: dict = {}
     if path is not None:
-        data = _read_yaml(Path(path))
+        data = read_yaml(Path(path))
         data["name"] = data.get("name") or Path(path).stem
     return from_dict(with_overrides(data, overrides), str(path) if path else "configuration")
 
@@ -302,7 +302,8 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(asdict(config), sort_keys=False, default_flow_style=None, width=120)
 
 
-def _read_yaml(path: Path) -> dict:
+def read_yaml(path: Path) -> dict:
+    """The plain data of a YAML file. Raises UserError that names it."""
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch.utils.data import DataLoader
 
+from lib import distributed
 from lib.config import Config, TrainConfig
 from lib.datasets import Batch, collate, eval_loader
 from lib.detector import SSD, ElasticSSD
@@ -29,10 +30,13 @@ Forward = Callable[[Batch], Iterator[Losses]]
 
 
 def typical_seconds(work: Callable[[], object], budget: float) -> float:
-    """Median time of `work` after a first call, repeated for `budget` seconds, 3 to 9 times."""
+    """Median time of `work` after a first call, repeated for `budget` seconds, 3 to 9 times.
+
+    In a job of several processes all repeat it equally often.
+    """
     work()
     taken: list[float] = []
-    while len(taken) < 3 or (sum(taken) < budget and len(taken) < 9):
+    while distributed.any_of(len(taken) < 3 or (sum(taken) < budget and len(taken) < 9)):
         start = time.perf_counter()
         work()
         taken.append(time.perf_counter() - start)

@@ -105,7 +105,9 @@ class FinalTraining:
         last = folder / "last.pt"
         if resume and (payload := checkpoint.load_if_any(last)):
             if Genotype.from_dict(payload["genotype"]) != genotype:
-                raise UserError(f"{last}: holds another genotype; choose another folder with --train-dir")
+                raise UserError(
+                    f"{last}: holds another genotype; name its own with --genotype, or another folder with --train-dir"
+                )
             self.trainer.load_state_dict(payload)
             self.best = payload["best"]
             print(f"resumed {last} at epoch {self.trainer.epoch}, step {self.trainer.step}")

@@ -29,9 +29,11 @@ def progress(items: Iterable[T], description: str, total: int | None = None, ini
 
 def say(message: str) -> None:
     """Print a line to stdout without tearing a progress bar."""
-    with contextlib.suppress(BrokenPipeError):
+    try:
         tqdm.write(message, file=sys.stdout)
         sys.stdout.flush()
+    except BrokenPipeError:  # its reader is gone: what is to come goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _Forgiving:

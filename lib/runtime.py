@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import multiprocessing
 import os
 import platform
 import random
@@ -79,6 +80,8 @@ def die_with_parent() -> None:
     """
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if not multiprocessing.parent_process().is_alive():  # it ended before that
+        os._exit(1)
 
 
 class StopRequest:
@@ -142,6 +145,7 @@ def run(main: Callable[[], None]) -> None:
         lost = isinstance(error, distributed.PeerLost)
         if distributed.first_to_report():
             print("\n" * lost + f"error: {error}", file=sys.stderr)  # the lost one may have left a progress bar
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         sys.exit(1 if lost else 2)
     except KeyboardInterrupt:
         sys.exit(130)

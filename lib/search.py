@@ -152,7 +152,8 @@ class Search:
         for member in run.front():
             genotype = Genotype.from_dict(member["genotype"])
             key = evaluation_key(genotype, self.identity["basis_all"])
-            if (known := self.ledger.lookup(key)) is None:
+            known = self.ledger.lookup(key)
+            if known is None or known["status"] == "failed":  # which a resumed search tries again
                 self.running[key] = genotype, "front"
                 jobs.append((key, {"genotype": member["genotype"], "rivals": []}))
             else:

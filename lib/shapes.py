@@ -165,22 +165,26 @@ def write_shapes(root: str | Path, train: int, test: int, seed: int = 0) -> None
     The folder is at once a VOC year (JPEGImages, Annotations, ImageSets/Main/{trainval,test}.txt) and a COCO set
     (annotations/instances_{trainval,test}.json). The marker file says from the start whose folder it is, and only at
     the end that it is complete. Of several processes one draws, and the others wait. Raises UserError rather than write
-    into a folder that holds something else.
+    into a folder that holds something else, and where it cannot write.
     """
     root = Path(root)
     settings = {"format": FORMAT, "train": train, "test": test, "seed": seed}
     if _read_marker(root / MARKER) == settings | {"complete": True}:
         return
-    if not (root / MARKER).exists() and root.is_dir() and any(not p.name.startswith(".") for p in root.iterdir()):
+    found = [path for path in root.iterdir() if not path.name.startswith(".")] if root.is_dir() else []
+    if found and not (root / MARKER).exists():
         raise UserError(
             f"{root}: expected the drawn shapes or an empty folder, found other files (data.root; pictures of your own "
             "need a configuration that says how they are laid out, e.g. --cfg configs/bccd.yaml)"
         )
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / LOCK).open("w") as file:
-        lock(file, wait=True)
-        if _read_marker(root / MARKER) != settings | {"complete": True}:  # another process may have drawn meanwhile
-            _write_all(root, settings)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with (root / LOCK).open("w") as file:
+            lock(file, wait=True)
+            if _read_marker(root / MARKER) != settings | {"complete": True}:  # another process may have drawn meanwhile
+                _write_all(root, settings)
+    except OSError as error:
+        raise UserError(f"{root}: the built-in pictures cannot be written here: {error.strerror} (data.root)") from None
 
 
 def _write_all(root: Path, settings: dict) -> None:

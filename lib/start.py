@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -41,7 +41,9 @@ def find_start(
 ) -> Start:
     """The network to start from. `source` is the genotype file's content, `load` the supernet's run instead of its."""
     if origin == "supernet":
-        supernet = load_supernet_of(supernet_path(config, source, load), classes)
+        path = supernet_path(config, source, load)
+        supernet = load_supernet_of(path, classes)
+        _refuse_other_network(config, supernet.config, path)
         return Start(supernet.detector, True, supernet)
     network = ElasticSSD(config, len(classes))
     if origin == "pretrained":
@@ -49,6 +51,16 @@ def find_start(
             raise UserError("--from-pretrained: backbone.pretrained_path names nothing; --set it, or the YAML may")
         print("\n".join(as_table(load_pretrained(network, config, classes).rows)))
     return Start(network, origin == "pretrained", None)
+
+
+def _refuse_other_network(config: Config, trained: Config, path: Path) -> None:
+    """Raise UserError where `config` describes another network than that of the supernet."""
+    where_from = {"pretrained_path": "", "pretrained_head": True}
+    for section in ("search_space", "backbone", "head"):
+        ours, theirs = (asdict(getattr(settings, section)) for settings in (config, trained))
+        different = [key for key in ours if key not in where_from and ours[key] != theirs[key]]
+        if different:
+            raise UserError(f"{section}.{different[0]}: differs from that of the supernet, {path}")
 
 
 def supernet_path(config: Config, source: dict, load: Path | None) -> Path:

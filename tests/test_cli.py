@@ -21,9 +21,9 @@ def parse(*words):
     return cli.make_parser("", "").parse_args(words)
 
 
-def saved(settings, folder):
+def saved(settings, folder, product="last.pt"):
     cli.save_config(settings, folder)
-    return settings
+    checkpoint.write_text(folder / product, "")
 
 
 @pytest.mark.parametrize("given", [[], ["--train-dir", "elsewhere"]])
@@ -32,7 +32,7 @@ def test_a_resumed_run_keeps_its_own_configuration(given):
     inherited = config.to_dict(config.load("tiny.yaml"))
     args = parse("--resume", *given)
     folder = cli.run_folder(args, config.load("tiny.yaml"), "search")
-    saved(config.load("tiny.yaml", ["search.max_flops=3e6", "search.steps=5"]), folder)
+    saved(config.load("tiny.yaml", ["search.max_flops=3e6", "search.steps=5"]), folder, "evals.jsonl")
     assert cli.read_config(args, "search", inherited).search.max_flops == 3e6
     changed = cli.read_config(parse("--resume", *given, "--set", "search.steps=6"), "search", inherited).search
     assert (changed.max_flops, changed.steps) == (3e6, 6)
@@ -44,6 +44,8 @@ def test_without_a_run_to_resume_it_starts_from_what_it_inherits():
     inherited = config.to_dict(config.load("tiny.yaml", ["seed=3"]))
     assert cli.read_config(parse("--resume"), "final", inherited).seed == 3
     assert cli.read_config(parse("--resume"), "final").name == "shapes"
+    cli.save_config(config.load("tiny.yaml", ["seed=5"]), stage_folder("tiny", "final"))
+    assert cli.read_config(parse("--resume"), "final", inherited).seed == 3  # that run has nothing to go on from
     saved(config.load("tiny.yaml", ["seed=4"]), stage_folder("tiny", "finetuned"))
     assert cli.read_config(parse("--resume"), "final", inherited).seed == 3
     assert cli.read_config(parse("--resume"), "final", inherited, "finetuned").seed == 4

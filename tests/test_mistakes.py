@@ -78,6 +78,14 @@ MISTAKES = {
         [SUPERNET, "--dry-run", "--train-dir", "new", "--set", TEACHES, "--set", "supernet.distill.teacher=no/best.pt"],
         r"no/best\.pt: no such",
     ),
+    "a start that would be written over": (
+        [FINAL, "--load", "runs/tiny/final", "--train-dir", "runs/tiny/final", "--resume"],
+        "runs/tiny/final: holds the detector to start from",
+    ),
+    "another network than the supernet's": (
+        [FINAL, "--set", "backbone.mult_ratio=0.25", "--train-dir", "new"],
+        r"backbone\.mult_ratio: differs from that of the supernet, .*last\.pt",
+    ),
     "no such start": ([SEARCH, "--dry-run", "--start-from", "bets.json"], r"bets\.json: cannot be read"),
     "a plan of no training": ([FINAL, "--predict", "shapes", "--dry-run"], "--dry-run: goes with training"),
     "an unknown key of a prediction": (

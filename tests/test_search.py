@@ -186,6 +186,9 @@ def test_ctrl_c_while_the_front_is_scored_on_all_images_leaves_it_as_it_was(tmp_
         assert run_of(search, tmp_path).front() == before
         jobs = search.missing_finalists(run_of(search, tmp_path))
         assert len(jobs) == len(before) - 1 > 0
+        search.learn_finalist(Result(jobs[0][0], None, "it failed", "cpu#0", 1.0))
+        search.finalists.clear()
+        assert search.missing_finalists(run_of(search, tmp_path)) == jobs  # one that failed is tried again
         stop.requested, pool = False, OneAtATime(stop)
         assert score_finalists(search, pool, stop, jobs) and pool.time_limit == 60
         assert {r["basis"] for r in run_of(search, tmp_path).front()} == {"all"}

@@ -1,8 +1,6 @@
 import hashlib
 import json
-import subprocess
-import sys
-from pathlib import Path
+import shutil
 
 import numpy as np
 import pytest
@@ -65,17 +63,19 @@ def test_an_interrupted_writing_is_done_again(tmp_path, monkeypatch):
     assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
 
 
-def test_two_that_start_at_once_draw_once(tmp_path):
-    script = (
-        f"import sys; from lib.shapes import write_shapes; sys.stdin.read(); write_shapes({str(tmp_path)!r}, 40, 9)"
-    )
-    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    root = Path(shapes.__file__).parents[1]
-    both = [subprocess.Popen([sys.executable, "-c", script], cwd=root, **pipes) for _ in "ab"]
-    for process in both:
-        process.stdin.close()
-    assert [process.wait(timeout=60) for process in both] == [0, 0], both[0].stderr.read() + both[1].stderr.read()
-    assert len(list((tmp_path / "JPEGImages").iterdir())) == 49
+def test_what_another_process_drew_meanwhile_is_kept(tmp_path, monkeypatch):
+    """Of two that start at once, the second one comes to its lock when the first has drawn all."""
+    mine, first = tmp_path / "both" / "JPEGImages" / "trainval_00001.jpg", tmp_path / "first"
+    write_shapes(first, 2, 1)
+
+    def wait_for_the_first(file, wait):
+        assert wait
+        shutil.copytree(first, tmp_path / "both", dirs_exist_ok=True)
+
+    monkeypatch.setattr(shapes, "lock", wait_for_the_first)
+    monkeypatch.setattr(shapes, "_write_all", None)
+    write_shapes(tmp_path / "both", 2, 1)
+    assert mine.is_file()
 
 
 def test_what_is_there_is_kept_and_other_settings_rewrite_it(tmp_path):
@@ -99,6 +99,12 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path):
     with pytest.raises(UserError, match=r"data\.root"):
         write_shapes(tmp_path, 1, 1)
     assert (tmp_path / "JPEGImages" / "mine.jpg").read_text() == "precious"
+
+
+def test_a_folder_that_cannot_be_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/shapes: the built-in pictures cannot be written here: Not a directory"):
+        write_shapes(tmp_path / "file" / "shapes", 1, 1)
 
 
 @pytest.mark.parametrize("name", CLASSES)
