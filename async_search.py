@@ -49,6 +49,7 @@ from lib.search_files import write_results
 from lib.search_report import COSTS
 from lib.search_run import SearchRun
 from lib.time_limit import TimeLimit
+from lib.validate import validate_network
 from lib.workers import devices_of, pick_dispatcher
 
 IMAGES = "images.pt"  # the pictures that the workers share while they run
@@ -178,12 +179,7 @@ def read_search_config(args: argparse.Namespace, supernet: Supernet, path: Path)
     keys |= {"max_latency_ms": args.max_latency, "latency_table": args.latency_table}
     args.set += [f"search.{key}={value}" for key, value in keys.items() if value is not None]
     config = cli.read_config(args, "search", to_dict(supernet.config))
-    for section in ("search_space", "backbone", "head", "loss"):
-        if getattr(config, section) != getattr(supernet.config, section):
-            raise UserError(
-                f"{section}: differs from that of the supernet, {path}; --load names another one, and --train-dir "
-                "another folder than that of the search to resume"
-            )
+    validate_network(config, supernet.config, ("search_space", "backbone", "head", "loss"), path)
     return config
 
 

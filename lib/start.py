@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -22,6 +22,7 @@ from lib.pretrained import as_table, load_pretrained
 from lib.records import Records
 from lib.runlog import say
 from lib.runs import supernet_checkpoint
+from lib.validate import validate_network
 
 
 class Start(NamedTuple):
@@ -43,7 +44,7 @@ def find_start(
     if origin == "supernet":
         path = supernet_path(config, source, load)
         supernet = load_supernet_of(path, classes)
-        _refuse_other_network(config, supernet.config, path)
+        validate_network(config, supernet.config, ("search_space", "backbone", "head"), path)
         return Start(supernet.detector, True, supernet)
     network = ElasticSSD(config, len(classes))
     if origin == "pretrained":
@@ -51,16 +52,6 @@ def find_start(
             raise UserError("--from-pretrained: backbone.pretrained_path names nothing; --set it, or the YAML may")
         print("\n".join(as_table(load_pretrained(network, config, classes).rows)))
     return Start(network, origin == "pretrained", None)
-
-
-def _refuse_other_network(config: Config, trained: Config, path: Path) -> None:
-    """Raise UserError where `config` describes another network than that of the supernet."""
-    where_from = {"pretrained_path": "", "pretrained_head": True}
-    for section in ("search_space", "backbone", "head"):
-        ours, theirs = (asdict(getattr(settings, section)) for settings in (config, trained))
-        different = [key for key in ours if key not in where_from and ours[key] != theirs[key]]
-        if different:
-            raise UserError(f"{section}.{different[0]}: differs from that of the supernet, {path}")
 
 
 def supernet_path(config: Config, source: dict, load: Path | None) -> Path:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
 
 from lib.config import ChoiceSchedule, Config, SearchConfig, TrainConfig, ValueSchedule
 from lib.errors import UserError
@@ -140,6 +142,18 @@ def _check_training(name: str, config: TrainConfig) -> None:
     _at_least(f"{name}.lr_schedule.warmup_steps", config.lr_schedule.warmup_steps, 0)
     if config.lr_schedule.T_0 != "auto":
         _at_least(f"{name}.lr_schedule.T_0", config.lr_schedule.T_0, 1)
+
+
+def validate_network(config: Config, trained: Config, sections: Sequence[str], path: Path) -> None:
+    """Raise UserError where `sections` of `config` describe another network than that of the supernet in `path`.
+
+    Where its weights came from once does not matter.
+    """
+    for section in sections:
+        ours, theirs = (asdict(getattr(settings, section)) for settings in (config, trained))
+        for key in ours:
+            if ours[key] != theirs[key] and key not in ("pretrained_path", "pretrained_head"):
+                _fail(f"{section}.{key}", f"{theirs[key]}, as in the supernet, {path}", ours[key])
 
 
 def validate_shares(name: str, config: TrainConfig, processes: int) -> None:
