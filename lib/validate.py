@@ -153,7 +153,8 @@ def validate_network(config: Config, trained: Config, sections: Sequence[str], p
         ours, theirs = (asdict(getattr(settings, section)) for settings in (config, trained))
         for key in ours:
             if ours[key] != theirs[key] and key not in ("pretrained_path", "pretrained_head"):
-                _fail(f"{section}.{key}", f"{theirs[key]}, as in the supernet, {path}", ours[key])
+                expected = f"{theirs[key]} as in the supernet {path} (--load names another one)"
+                _fail(f"{section}.{key}", expected, ours[key])
 
 
 def validate_shares(name: str, config: TrainConfig, processes: int) -> None:
