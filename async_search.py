@@ -26,31 +26,26 @@ from pathlib import Path
 import torch
 
 from lib import cli, plan
-from lib.budget import Budget, limits_of
-from lib.config import Config, to_dict
+from lib.annotations import Records
+from lib.budget import Budget, Coster, limits_of, table_for
+from lib.cli import last_run, remember, supernet_checkpoint
+from lib.config import Config
+from lib.config_io import to_dict, validate_network
+from lib.controllers import Controller, RandomSearch, best_record, make_controller
 from lib.datasets import load_records, load_split
+from lib.detector import Supernet, load_supernet
+from lib.dispatcher import TimeLimit, WorkerPool
 from lib.errors import UserError
-from lib.estimate import scoring_seconds
-from lib.evolution import Controller, RandomSearch, make_controller
-from lib.genotype import Genotype, SearchSpace
-from lib.genotype_file import read_genotype_files
-from lib.latency import Coster, measure_table, table_for
+from lib.genotype import Genotype, SearchSpace, read_genotype_files
+from lib.latency import measure_table
 from lib.ledger import Ledger
-from lib.models import Supernet, load_supernet
-from lib.pareto import best_record
-from lib.pool import WorkerPool
-from lib.records import Records
-from lib.runlog import duration, progress, say
-from lib.runs import last_run, remember, supernet_checkpoint
-from lib.runtime import StopRequest, pick_device, run
+from lib.log import duration, progress, say
+from lib.plan import scoring_seconds
+from lib.ray_dispatcher import pick_dispatcher
+from lib.report import COSTS, write_results
+from lib.runtime import StopRequest, devices_of, pick_device, run
 from lib.scoring import prepare_scoring_data, save_scoring_data, scoring_worker
-from lib.search import Search, identify
-from lib.search_files import write_results
-from lib.search_report import COSTS
-from lib.search_run import SearchRun
-from lib.time_limit import TimeLimit
-from lib.validate import validate_network
-from lib.workers import devices_of, pick_dispatcher
+from lib.search import Search, SearchRun, identify
 
 IMAGES = "images.pt"  # the pictures that the workers share while they run
 

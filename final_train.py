@@ -24,27 +24,31 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from lib import cli, distributed, estimate, inference, parity, plan
-from lib.compare import contestants, shortened
-from lib.config import Config, from_dict, to_dict, with_overrides
-from lib.contest import Contest
+from lib import cli, distributed, export, inference, plan
+from lib.annotations import Records
+from lib.cli import find_genotype, last_run, remember
+from lib.config import Config
+from lib.config_io import from_dict, to_dict, with_overrides
 from lib.datasets import configured_train_loader, load_records
-from lib.detector import SSD
+from lib.detector import SSD, detector_checkpoint, load_detector
 from lib.errors import UserError
-from lib.export import export_graph
-from lib.final_training import evaluate, some_images
-from lib.genotype import Genotype
-from lib.genotype_file import is_genotype_string, parse_genotype_string, read_genotype_file
-from lib.models import detector_checkpoint, load_detector
-from lib.pictures import find_pictures
-from lib.preflight import preflight
-from lib.quantize import quantize
-from lib.records import Records
-from lib.runlog import duration
-from lib.runs import find_genotype, last_run, remember
+from lib.export import export_graph, quantize
+from lib.final_training import (
+    evaluate,
+    find_start,
+    find_teacher,
+    load_supernet_of,
+    make_training,
+    some_images,
+    supernet_path,
+)
+from lib.genotype import Genotype, is_genotype_string, parse_genotype_string, read_genotype_file
+from lib.images import find_pictures
+from lib.latency import describe_parts
+from lib.log import duration
+from lib.plan import preflight
 from lib.runtime import pick_device, run, seed_everything
-from lib.start import find_start, find_teacher, load_supernet_of, make_training, supernet_path
-from lib.timing import describe_parts
+from lib.trials import Contest, contestants, shortened
 
 
 def load_data(config: Config) -> tuple[Records, Records]:
@@ -141,9 +145,9 @@ def estimate_seconds(
     settings = config.final
     if teacher is not None:
         teacher.to(device, memory_format=torch.channels_last)
-    training = estimate.final_seconds(model, config, device, loader, teacher)
+    training = plan.final_seconds(model, config, device, loader, teacher)
     evaluations = -(-settings.epochs // settings.eval_every)
-    return training, evaluations * estimate.detecting_seconds(model, test, config, device)
+    return training, evaluations * plan.detecting_seconds(model, test, config, device)
 
 
 def compare(args: argparse.Namespace, device: torch.device) -> None:
@@ -215,7 +219,7 @@ def evaluate_again(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def export_detector(args: argparse.Namespace) -> None:
-    """--export: detector.onnx beside the checkpoint, if it passes the gate of lib/parity.py, and export.json."""
+    """--export: detector.onnx beside the checkpoint, if it passes the gate of lib/export.py, and export.json."""
     path = detector_path(args)
     loaded = load_detector(path)
     config = cli.read_config(args, "final", to_dict(loaded.config))
@@ -223,14 +227,14 @@ def export_detector(args: argparse.Namespace) -> None:
     test = load_records(config.data, "test")
     graph, name = export_graph(detector, nms=not args.no_nms), "detector_raw" if args.no_nms else "detector"
     exact, small = (path.with_name(f"{name}{suffix}.onnx") for suffix in ("", "_int8"))
-    reports = {exact.name: parity.write_verified(graph, exact, detector, test)}
+    reports = {exact.name: export.write_verified(graph, exact, detector, test)}
     if args.int8:
         records = load_records(config.data, "train")
         quantized = quantize(graph, some_images(records, detector.model.image_size, config))
-        reports[small.name] = parity.write_measured(quantized, small, detector, test, reports[exact.name]["AP"])
-    parity.record(reports, path.parent)
+        reports[small.name] = export.write_measured(quantized, small, detector, test, reports[exact.name]["AP"])
+    export.record(reports, path.parent)
     for file, report in reports.items():
-        print(f"wrote {path.with_name(file)}, {report['bytes'] / 1e6:.2f} MB: {parity.describe(report)}")
+        print(f"wrote {path.with_name(file)}, {report['bytes'] / 1e6:.2f} MB: {export.describe(report)}")
 
 
 def predict(args: argparse.Namespace) -> None:

@@ -23,26 +23,32 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from lib import checkpoint, cli, distributed, estimate, plan
-from lib.config import Config, DistillConfig, SupernetConfig, to_dict
+from lib import checkpoint, cli, distributed, plan
+from lib.annotations import Records
+from lib.cli import remember, supernet_checkpoint
+from lib.config import Config, DistillConfig, SupernetConfig
+from lib.config_io import to_dict
 from lib.datasets import Batch, configured_train_loader, load_records, save_split, split_indices
-from lib.detector import SSD, ElasticSSD
+from lib.detector import SSD, ElasticSSD, load_teacher, load_weights
 from lib.elastic import sort_hidden_channels
-from lib.engine import Losses, Trainer, detection_loss, train_epoch
-from lib.genotype import Genotype, SearchSpace
-from lib.genotype_file import read_genotype_file
+from lib.genotype import Genotype, SearchSpace, read_genotype_file
+from lib.log import RunLog, duration, plot_training, say
 from lib.losses import DetectionLoss
-from lib.models import load_teacher, load_weights
-from lib.panel import PanelLog, due_epochs, make_panel
-from lib.preflight import preflight
+from lib.plan import preflight
 from lib.pretrained import as_table, load_pretrained
-from lib.records import Records
-from lib.report import plot_training
-from lib.runlog import RunLog, duration, say
-from lib.runs import remember, supernet_checkpoint
 from lib.runtime import StopRequest, pick_device, run, seed_everything
-from lib.schedule import boundaries, describe_openings, first_narrower_epoch, space_at, value_at
 from lib.scoring import Scorer, prepare_scoring_data
+from lib.shrinking import (
+    PanelLog,
+    boundaries,
+    describe_openings,
+    due_epochs,
+    first_narrower_epoch,
+    make_panel,
+    space_at,
+    value_at,
+)
+from lib.training import Losses, Trainer, detection_loss, train_epoch
 
 
 def step_genotypes(space: SearchSpace, config: SupernetConfig, seed: int, step: int) -> list[Genotype]:
@@ -167,11 +173,11 @@ def print_estimate(
             return supernet_losses(detector, loss, batch, genotypes, settings.distill, weight, teacher)
 
         phases.append((end - first, forward))
-    training = estimate.training_seconds(detector, settings, device, loader, phases)
+    training = plan.training_seconds(detector, settings, device, loader, phases)
     panel = make_panel(detector.space, settings.panel, seed)
     middling = detector.extract(detector.space.sample(random.Random(seed)))
-    final = estimate.final_seconds(middling, config, device, loader)
-    score = estimate.scoring_seconds(detector, list(panel.values()), records, train, search, config, device)
+    final = plan.final_seconds(middling, config, device, loader)
+    score = plan.scoring_seconds(detector, list(panel.values()), records, train, search, config, device)
     evaluations = config.search.num_epochs * config.search.steps
     panels = len(due_epochs(config)) * len(panel) * score
     for line in (

@@ -6,7 +6,7 @@ The middling sub-network of the reference space (configs/voc_mbv3.yaml, 3 classe
 and inference of it cut out and fused (batch 16). torch.profiler gives each operator's own time and the shapes of its
 inputs, from which convolutions' operations are counted (a multiply-add is 2; a gradient counts for input and for
 weights). The peak is the best of several square float32 products in the same run; the forward pass's operations must be
-those that lib/cost.py counts. Prints a table, writes JSON.
+those that lib/detector.py counts. Prints a table, writes JSON.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.reference import SupernetSteps, middling, random_batch, reference
 from bench.turns import add_options, begin, print_table, write
+from lib.detector import fuse
 from lib.errors import UserError
-from lib.fuse import fuse
 
 CLASSES, OBJECTS = 3, 10
 SIDE = 2048  # of the matrices

@@ -25,9 +25,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from lib.annotations import Records, read_coco
 from lib.datasets import DetectionDataset, _loader, split_indices
-from lib.records import Records, read_coco
-from lib.runlog import progress
+from lib.log import progress
 from lib.scoring import load_scoring_data, save_scoring_data
 
 CLASSES, BOXES_PER_IMAGE = 80, 860 / 118

@@ -23,11 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench.reference import random_batch
 from bench.score import scoring_data
 from bench.turns import Clock, add_options, begin, print_table, ratio, show, spread, take_turns, timed, write
-from lib.config import Config, load
+from lib.config import Config
+from lib.config_io import load
 from lib.detector import ElasticSSD
-from lib.engine import Trainer, detection_loss
 from lib.genotype import Genotype
 from lib.scoring import Scorer
+from lib.training import Trainer, detection_loss
 
 CPU, CLASSES, OBJECTS = torch.device("cpu"), 3, 3
 Point = tuple[str, Callable[[], object]]

@@ -25,10 +25,10 @@ from torchvision.transforms import v2
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.turns import add_options, begin, print_table, show, spread, take_turns, timed, write
+from lib.annotations import Records
 from lib.config import AugmentConfig, DataConfig
 from lib.datasets import DetectionDataset, load_records
 from lib.errors import UserError
-from lib.records import Records
 from lib.transforms import train_transform
 
 MEAN = (123, 117, 104)  # of the preset: the fill when zooming out

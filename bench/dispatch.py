@@ -22,8 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.saturated import Window, saturate, wake_all
-from lib.dispatcher import Dispatcher
-from lib.pool import WorkerPool
+from lib.dispatcher import Dispatcher, WorkerPool
 
 LEAST_BUSY, MOST_PARENT_MS = 0.97, 2.0
 

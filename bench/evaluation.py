@@ -35,9 +35,8 @@ from bench.turns import (
     timed,
     write,
 )
-from lib.detector import ElasticSSD
-from lib.engine import detect, measure, recalibrate
-from lib.fuse import fuse
+from lib.detector import ElasticSSD, detect, fuse, recalibrate
+from lib.metrics import measure
 
 OBJECTS = 10  # a picture
 BN_IMAGES = 32

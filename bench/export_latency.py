@@ -23,7 +23,7 @@ from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.turns import add_options, begin, print_table, ratio, show, spread, take_turns, timed, write
-from lib.onnx_file import open_session, read_metadata, require
+from lib.export import open_session, read_metadata, require
 
 PEER = "torchvision's ssdlite"
 

@@ -25,11 +25,8 @@ from bench.peer import BACKGROUND, SIZE, Peer
 from bench.reference import CPU, middling, outputs, random_batch, reference
 from bench.turns import add_options, begin, check_equal, print_table, show, spread, take_turns, timed, write
 from lib.config import Config
-from lib.cost import Cost
-from lib.detector import SSD, ElasticSSD
-from lib.engine import detect
+from lib.detector import SSD, Cost, ElasticSSD, detect, fuse
 from lib.errors import UserError
-from lib.fuse import fuse
 from lib.genotype import Genotype
 
 CLASSES = 3

@@ -10,9 +10,8 @@ import torch
 
 from lib.config import Config
 from lib.datasets import load_records, load_split
-from lib.detector import ElasticSSD
+from lib.detector import ElasticSSD, Supernet
 from lib.genotype import Genotype, SearchSpace
-from lib.models import Supernet
 from lib.scoring import Scorer, prepare_scoring_data
 
 CPU = torch.device("cpu")

@@ -21,15 +21,16 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lib.bootstrap import pack
+from lib.budget import Coster
 from lib.coco_eval import NAMES
-from lib.config import Config, load
+from lib.config import Config
+from lib.config_io import load
+from lib.controllers import make_controller
 from lib.detector import ElasticSSD
-from lib.evolution import make_controller
-from lib.latency import Coster
 from lib.ledger import Ledger, evaluation_key
+from lib.report import write_results
+from lib.scoring import pack
 from lib.search import Search
-from lib.search_files import write_results
 
 IDENTITY = {"search": "this", "basis": "basis", "basis_all": "all", "budget": {}, "supernet_sha256": ""}
 PROPOSALS = 1000

@@ -31,7 +31,7 @@ from bench.turns import (
     timed,
     write,
 )
-from lib.engine import detection_loss
+from lib.training import detection_loss
 
 TOLERANCE = 1e-4  # of the largest loss
 

@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 
 from bench.turns import Clock, TimedRun
-from lib.cost import Cost
 from lib.datasets import Batch
+from lib.detector import Cost
 
 SIZE = 320
 BACKGROUND = 9.0  # logit that makes every prior box sure of the background, so that nothing enters NMS

@@ -19,11 +19,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.search_table import Table, hypervolume, read_table, table_parser
-from lib.bootstrap import interval, unpack
-from lib.evolution import SpaceExhausted, make_controller
-from lib.pareto import pareto_front
-from lib.racing import has_lost, rungs
-from lib.runlog import progress
+from lib.controllers import SpaceExhausted, make_controller, pareto_front
+from lib.log import progress
+from lib.scoring import has_lost, interval, rungs, unpack
 
 
 def search(table: Table, name: str, seed: int, evaluations: int, racing: bool, options: dict) -> dict:

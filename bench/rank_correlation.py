@@ -25,10 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.inherited import scorers, spread
 from lib import checkpoint
-from lib.config import to_dict
+from lib.cli import supernet_checkpoint
+from lib.config_io import to_dict
+from lib.detector import Supernet, load_supernet
 from lib.genotype import Genotype
-from lib.models import Supernet, load_supernet
-from lib.runs import supernet_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 

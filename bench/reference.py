@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lib import config
+from lib import config_io
 from lib.config import Config, TrainConfig
 from lib.datasets import Batch
 from lib.detector import SSD, ElasticSSD
-from lib.engine import Trainer, detection_loss
 from lib.final_training import detection_losses
 from lib.genotype import Genotype
+from lib.training import Trainer, detection_loss
 from supernet_train import supernet_losses
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "voc_mbv3.yaml"
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 def reference(num_classes: int = 3) -> tuple[Config, ElasticSSD]:
     """The reference MobileNetV3 space, at 300 px, with random weights."""
-    settings = config.load(CONFIG, [f"data.num_classes={num_classes}"])
+    settings = config_io.load(CONFIG, [f"data.num_classes={num_classes}"])
     torch.manual_seed(0)
     return settings, ElasticSSD(settings, num_classes)
 

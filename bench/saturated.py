@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from lib.pool import Result, WorkerPool
+from lib.dispatcher import Result, WorkerPool
 
 
 class Window(NamedTuple):

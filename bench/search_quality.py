@@ -21,9 +21,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.search_table import Table, hypervolume, read_table, table_parser
-from lib.evolution import SpaceExhausted, make_controller
-from lib.pareto import pareto_front
-from lib.runlog import progress
+from lib.controllers import SpaceExhausted, make_controller, pareto_front
+from lib.log import progress
 
 CONTROLLERS = ("random", "evo", "pareto-evo")
 

@@ -19,17 +19,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lib import checkpoint
-from lib.config import to_dict
+from lib.config_io import to_dict
+from lib.controllers import every_genotype
 from lib.datasets import load_records, load_split
+from lib.detector import load_supernet
 from lib.dispatcher import Dispatcher
-from lib.evolution import every_genotype
 from lib.genotype import Block, BlockChoices, Genotype, SearchSpace, StageChoices
 from lib.ledger import Ledger
-from lib.models import load_supernet
-from lib.runlog import progress
-from lib.runtime import run
+from lib.log import progress
+from lib.runtime import pick_workers, run
 from lib.scoring import prepare_scoring_data, save_scoring_data, scoring_worker
-from lib.workers import pick_workers
 
 
 def small_space(space: SearchSpace, most: int) -> SearchSpace:

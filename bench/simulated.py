@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from lib.dispatcher import Dispatcher
-from lib.pool import Result
+from lib.dispatcher import Dispatcher, Result
 
 KILLS = "kills.txt"  # a line for each worker that was killed
 STEPS = 100  # evaluations of an epoch
@@ -53,14 +52,14 @@ class Saboteur(Dispatcher):
 def simulate(folder: Path, evaluations: int, workers: int, kill_every: int) -> None:
     """Run the search in `folder` to its end, or go on with one that was interrupted there."""
     from async_search import search_loop
+    from lib.budget import Coster
     from lib.config import Config, SearchConfig
-    from lib.evolution import RandomSearch
+    from lib.controllers import RandomSearch
+    from lib.dispatcher import TimeLimit
     from lib.genotype import BlockChoices, SearchSpace, StageChoices
-    from lib.latency import Coster
     from lib.ledger import Ledger
     from lib.runtime import StopRequest
     from lib.search import Search
-    from lib.time_limit import TimeLimit
 
     stage = StageChoices((1, 2, 3), BlockChoices((3, 4, 6), (3, 5, 7)))
     space = SearchSpace("mbv3_backbone", (64, 96), (stage,) * 4, (BlockChoices((0.5,), (3,)),))

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from lib.errors import UserError
-from lib.runlog import progress
+from lib.log import progress
 from lib.runtime import device_name, keep_freed_memory
 
 Clock = Callable[[], float]  # seconds

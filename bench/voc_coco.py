@@ -13,8 +13,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from lib.annotations import Records, read_coco, read_voc
 from lib.metrics import coco_metrics, voc_metrics
-from lib.records import Records, read_coco, read_voc
 
 
 def read_both(root: Path, name: str) -> tuple[Records, Records]:

@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.simulated import KILLS
-from lib.pareto import pareto_front
+from lib.controllers import pareto_front
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -21,11 +21,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.saturated import Window, saturate, wake_all
-from lib.config import to_dict
+from lib.cli import supernet_checkpoint
+from lib.config_io import to_dict
 from lib.datasets import load_records, load_split
+from lib.detector import Supernet, load_supernet
 from lib.dispatcher import Dispatcher
-from lib.models import Supernet, load_supernet
-from lib.runs import supernet_checkpoint
 from lib.scoring import prepare_scoring_data, save_scoring_data, scoring_worker
 
 LEAST_GAIN = 1.8

@@ -6,13 +6,15 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from lib.config import SearchConfig
+from lib.detector import ElasticSSD
 from lib.errors import UserError
 from lib.genotype import Block, BlockChoices, Genotype, SearchSpace
+from lib.latency import LatencyTable, features, load_table
 
 COSTS = ("flops", "params", "latency_ms")
-
 Limits = dict[str, tuple[float, float]]
 
 
@@ -91,3 +93,30 @@ def _with_stage(genotype: Genotype, i: int, stage: tuple[Block, ...]) -> Genotyp
 
 def _blocks(choices: BlockChoices) -> Iterator[Block]:
     return itertools.starmap(Block, itertools.product(choices.expand, choices.kernel))
+
+
+def table_for(detector: ElasticSSD, settings: SearchConfig) -> LatencyTable | None:
+    """The configured table. Raises UserError if there is none and the search needs it."""
+    if settings.latency_table:
+        return load_table(Path(settings.latency_table), detector)
+    if counts_latency(settings):
+        raise UserError(
+            "search: latency as a cost or in the budget needs --latency-table FILE, which --measure-latency writes"
+        )
+    return None
+
+
+class Coster:
+    """`coster(genotype)` is what a whole detector costs: flops, params and, where there is a table, latency_ms."""
+
+    def __init__(self, detector: ElasticSSD, table: LatencyTable | None = None):
+        self._detector, self._table = detector, table
+
+    def __call__(self, genotype: Genotype) -> dict[str, float]:
+        return {**self._detector.cost(genotype)._asdict(), **self.latency(genotype)}
+
+    def latency(self, genotype: Genotype) -> dict[str, float]:
+        """latency_ms alone, nothing without a table."""
+        if self._table is None:
+            return {}
+        return {"latency_ms": round(self._table(features(self._detector, genotype)), 4)}

@@ -1,4 +1,8 @@
-"""Checkpoints: written atomically, loaded as data only, with the state of every random generator.
+"""Locks on open files, which end with the process that holds them.
+
+Which version of this code is running.
+
+Checkpoints: written atomically, loaded as data only, with the state of every random generator.
 
 Of the processes of a job, only the main one writes.
 """
@@ -9,15 +13,55 @@ import contextlib
 import hashlib
 import os
 import random
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 import numpy as np
 import torch
 
 from lib import distributed
 from lib.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: nothing keeps a second process away
+    fcntl = None
+
+
+def lock(file: IO, wait: bool) -> None:
+    """Lock `file` against other processes until it is closed; where there are no locks nothing happens.
+
+    Raises BlockingIOError if another process has it and this one would not `wait`.
+    """
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise
+    except OSError:
+        pass  # some network file systems have none
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def code_revision(root: Path = ROOT) -> str | None:
+    """The git commit of the code in `root`, with "-dirty" if a tracked file differs from it.
+
+    None where `root` is no git checkout (a folder within somebody else's is none), or there is no git.
+    """
+    if not (root / ".git").exists():  # a folder, or a file in a worktree
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
 
 FORMAT = "checkpoint/1"
 

@@ -1,15 +1,19 @@
-"""What the three commands have in common: their flags, and from flags to a configuration and a run folder."""
+"""What the three commands have in common: their flags, and from flags to a configuration and a run folder.
+
+Where runs live: the folder of each stage, and which run of a stage was the last one.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 
-from lib import checkpoint, config, distributed
+from lib import checkpoint, config_io, distributed
+from lib.checkpoint import write_text
 from lib.config import Config
+from lib.config_io import validate, validate_shares
 from lib.errors import UserError
-from lib.runs import stage_folder
-from lib.validate import validate, validate_shares
 
 PRODUCTS = ("last.pt", "evals.jsonl", "plan.json")  # what training, search and comparison resume from
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "shapes.yaml"
@@ -54,7 +58,7 @@ def overrides(args: argparse.Namespace, stage: str) -> list[str]:
 
 def said_config(args: argparse.Namespace, stage: str) -> Config:
     """What --cfg and --set say by themselves, before it is known what the command goes on from."""
-    return config.load(args.cfg, overrides(args, stage))
+    return config_io.load(args.cfg, overrides(args, stage))
 
 
 def read_config(
@@ -66,11 +70,11 @@ def read_config(
     """
     changes = overrides(args, stage)
     if inherited is not None and not args.cfg:
-        settings = config.from_dict(config.with_overrides(inherited, changes))
+        settings = config_io.from_dict(config_io.with_overrides(inherited, changes))
     else:
-        settings = config.load(args.cfg or DEFAULT_CONFIG, changes)
+        settings = config_io.load(args.cfg or DEFAULT_CONFIG, changes)
     if args.resume and not args.cfg and (saved := _saved(run_folder(args, settings, folder or stage))):
-        settings = config.from_dict(config.with_overrides(saved, changes))
+        settings = config_io.from_dict(config_io.with_overrides(saved, changes))
     if args.data and settings.data.dataset_type == "shapes" and not Path(args.data).is_dir():
         raise UserError(
             f"--data {args.data}: no such folder; pictures of your own also need --cfg, and the built-in ones no --data"
@@ -85,7 +89,7 @@ def _saved(folder: Path) -> dict | None:
     """The configuration of the run in `folder`, if there is something to go on from. The main process reads it."""
     path = folder / "config.yaml"
     goes_on = path.is_file() and any((folder / product).exists() for product in PRODUCTS)
-    saved = distributed.from_main(config.read_yaml(path) if distributed.world().main and goes_on else None)
+    saved = distributed.from_main(config_io.read_yaml(path) if distributed.world().main and goes_on else None)
     if saved:
         print(f"configuration: {path}, with which this run began")
     return saved
@@ -112,4 +116,52 @@ def refuse_to_overwrite(product: Path, args: argparse.Namespace) -> None:
 
 
 def save_config(settings: Config, folder: Path) -> None:
-    checkpoint.write_text(folder / "config.yaml", config.dump(settings))
+    checkpoint.write_text(folder / "config.yaml", config_io.dump(settings))
+
+
+RUNS = Path("runs")
+POINTER = RUNS / "last.json"
+
+
+def stage_folder(name: str, stage: str) -> Path:
+    return RUNS / name / stage
+
+
+def remember(stage: str, folder: Path) -> None:
+    """Note that `folder` is now the last run of `stage`, for commands that name none."""
+    pointers = _pointers()
+    pointers[stage] = str(folder)
+    write_text(POINTER, json.dumps(pointers, indent=2) + "\n")
+
+
+def last_run(stage: str) -> Path | None:
+    path = _pointers().get(stage)
+    return Path(path) if path and Path(path).is_dir() else None
+
+
+def supernet_checkpoint(folder: Path) -> Path:
+    """The checkpoint of a supernet run's folder (or of the run's parent folder), or the file itself."""
+    candidates = [folder, folder / "last.pt", folder / "supernet" / "last.pt"]
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise UserError(f"{folder}: no supernet checkpoint here; expected last.pt, which supernet_train.py writes")
+
+
+def find_genotype(name: str) -> Path:
+    """A genotype file: as named, or, for a bare file name that is not here, the last search's file of that name."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    search = last_run("search")
+    if path.parent == Path() and search is not None and (search / name).is_file():
+        return search / name
+    where = f" nor in {search}" if search is not None and path.parent == Path() else ""
+    raise UserError(f"{name}: no such genotype file here{where}; async_search.py writes best.json and pareto.json")
+
+
+def _pointers() -> dict[str, str]:
+    try:
+        return json.loads(POINTER.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return {}

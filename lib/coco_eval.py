@@ -1,4 +1,6 @@
-"""COCO's evaluation of boxes on arrays, all images, classes and thresholds at once; the numbers are pycocotools'.
+"""The objects and the detections of all images as arrays, and which of them overlap how much.
+
+COCO's evaluation of boxes on arrays, all images, classes and thresholds at once; the numbers are pycocotools'.
 
 Two observations make it fast. Only pairs of a detection and an object that overlap by 0.5 matter, and they are few. And
 COCO's matching, in which the detections choose one after the other, best score first, is the stable matching of
@@ -8,13 +10,80 @@ propose all at once, in rounds (Gale and Shapley, "College Admissions and the St
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from lib.overlaps import Found, Objects, Pairs, take
+
+class Objects(NamedTuple):
+    """The ground truth of all images, N objects. A crowd is not asked for, and may match any number of detections."""
+
+    image: np.ndarray  # (N,) from 0, rising
+    label: np.ndarray  # (N,) from 0
+    box_xywh: np.ndarray  # (N, 4) float64, pixels
+    area: np.ndarray  # (N,) float64, pixels^2
+    crowd: np.ndarray  # (N,) bool
+
+
+class Found(NamedTuple):
+    """The detections of all images, K of them."""
+
+    image: np.ndarray  # (K,) from 0, rising
+    label: np.ndarray  # (K,) from 0
+    box_xywh: np.ndarray  # (K, 4) float64, pixels
+    score: np.ndarray  # (K,)
+
+
+class Pairs(NamedTuple):
+    """P pairs of a detection and an object of the same image and class, ordered by detection, then by object."""
+
+    detection: np.ndarray  # (P,) index into Found
+    object: np.ndarray  # (P,) index into Objects
+    iou: np.ndarray  # (P,)
+
+
+Rows = TypeVar("Rows", Objects, Found, Pairs)
+
+
+def take(rows: Rows, chosen: np.ndarray) -> Rows:
+    return type(rows)(*(column[chosen] for column in rows))
+
+
+def joined(first: Rows, second: Rows) -> Rows:
+    return type(first)(*(np.concatenate(columns) for columns in zip(first, second, strict=True)))
+
+
+def overlapping(objects: Objects, found: Found, least_iou: float) -> Pairs:
+    """Pairs of one image and class with an IoU of at least `least_iou`; a crowd's is over the detection's area."""
+    images = max(objects.image.max(initial=0), found.image.max(initial=0)) + 1
+    object_group, group = (rows.label * images + rows.image for rows in (objects, found))
+    by_group = np.argsort(object_group, kind="stable")
+    first, end = (np.searchsorted(object_group[by_group], group, side) for side in ("left", "right"))
+    count = end - first
+    detection = np.repeat(np.arange(len(group)), count)
+    other = by_group[np.arange(len(detection)) + np.repeat(first - np.cumsum(count) + count, count)]
+    pairs = Pairs(detection, other, iou(objects, found, detection, other))
+    return take(pairs, pairs.iou >= least_iou)
+
+
+def iou(objects: Objects, found: Found, detection: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """(P,) of detections and objects given by their indices (P,); a crowd's is over the detection's area.
+
+    Rounded as pycocotools rounds: an IoU may equal a threshold exactly.
+    """
+    a, b = (np.ascontiguousarray(rows.box_xywh.T) for rows in (found, objects))  # (4, K), (4, N)
+    width, height = (
+        np.minimum((a[axis] + a[axis + 2])[detection], (b[axis] + b[axis + 2])[other])
+        - np.maximum(a[axis][detection], b[axis][other])
+        for axis in (0, 1)
+    )
+    overlap = width.clip(0) * height.clip(0)
+    area = (a[2] * a[3])[detection]
+    union = np.where(objects.crowd[other], area, area + (b[2] * b[3])[other] - overlap)
+    return np.divide(overlap, union, out=np.zeros(len(overlap)), where=overlap > 0)
+
 
 NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
@@ -55,7 +124,7 @@ def rank_found(objects: Objects, found: Found, pairs: Pairs) -> Ranked:
     return Ranked(objects, take(found, order), rank, take(pairs, by_choice[pairs.detection[by_choice] >= 0]))
 
 
-def evaluate(ranked: Ranked, num_classes: int) -> tuple[dict[str, float], np.ndarray]:
+def coco_numbers(ranked: Ranked, num_classes: int) -> tuple[dict[str, float], np.ndarray]:
     """The twelve numbers under `NAMES`, and AP (C,) of each class; nan where there are no objects to ask for."""
     objects, found = ranked.objects, ranked.found
     once = np.ones((1, max(objects.image.max(initial=0), found.image.max(initial=0)) + 1), int)

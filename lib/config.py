@@ -6,16 +6,8 @@ those of the aw_nas detection recipes where one exists.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Literal
-
-import yaml
-
-from lib import typed
-from lib.errors import UserError, did_you_mean
 
 
 @dataclass
@@ -274,72 +266,3 @@ class Config:
     supernet: SupernetConfig = field(default_factory=SupernetConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     final: FinalConfig = field(default_factory=FinalConfig)
-
-
-def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file (None: defaults only), apply `key.path=value` overrides, check types. Raises UserError."""
-    data: dict = {}
-    if path is not None:
-        data = read_yaml(Path(path))
-        data["name"] = data.get("name") or Path(path).stem
-    return from_dict(with_overrides(data, overrides), str(path) if path else "configuration")
-
-
-def from_dict(data: dict, source: str = "configuration") -> Config:
-    """Build a Config from plain data such as `to_dict` gives. `source` opens each error message."""
-    try:
-        return typed.build(Config, data)
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from None
-
-
-def to_dict(config: Config) -> dict:
-    return asdict(config)
-
-
-def dump(config: Config) -> str:
-    """The resolved configuration as YAML, in the order of the dataclasses."""
-    return yaml.safe_dump(asdict(config), sort_keys=False, default_flow_style=None, width=120)
-
-
-def read_yaml(path: Path) -> dict:
-    """The plain data of a YAML file. Raises UserError that names it."""
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        found = sorted(str(p) for p in Path(path.parent).glob("*.yaml"))
-        raise UserError(f"{path}: no such configuration file{did_you_mean(path, found)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if data is None:
-        return {}
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: expected keys and values, found {type(data).__name__}")
-    return data
-
-
-def with_overrides(data: dict, overrides: Sequence[str]) -> dict:
-    """A copy of plain configuration data with `key.path=value` applied."""
-    data = copy.deepcopy(data)
-    for override in overrides:
-        _apply_override(data, override)
-    return data
-
-
-def _apply_override(data: dict, override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise UserError(f"--set {override}: expected key.path=value, e.g. supernet.epochs=10")
-    try:
-        value = yaml.safe_load(text) if text.strip() else ""
-    except yaml.YAMLError:
-        raise UserError(f"--set {override}: the value is not valid YAML") from None
-    *path, leaf = key.strip().split(".")
-    node = data
-    for part in path:
-        node = node.setdefault(part, {})
-        if not isinstance(node, dict):
-            raise UserError(f"--set {override}: '{part}' is a value, not a section")
-    node[leaf] = value

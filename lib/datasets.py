@@ -19,10 +19,10 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from lib import distributed
+from lib.annotations import Records, find_voc_sets, read_coco, read_voc
 from lib.checkpoint import write_text
 from lib.errors import UserError, did_you_mean
-from lib.picture_files import UnreadableImage, is_large_jpeg, read_annotated_picture, read_reduced_jpeg
-from lib.records import Records, find_voc_sets, read_coco, read_voc
+from lib.images import UnreadableImage, is_large_jpeg, read_annotated_picture, read_reduced_jpeg
 from lib.runtime import die_with_parent
 from lib.shapes import CLASSES, write_shapes
 from lib.transforms import TrainTransform, Transform, eval_transform, scaled, train_transform
@@ -30,8 +30,8 @@ from lib.transforms import TrainTransform, Transform, eval_transform, scaled, tr
 if TYPE_CHECKING:
     from lib.config import AugmentConfig, Config, DataConfig
 
-logger = logging.getLogger(__name__)
 
+logger = logging.getLogger(__name__)
 SPLIT_FORMAT = "split/1"
 CACHE_BYTES = 2 * 1024**3  # of decoded pictures, per process
 

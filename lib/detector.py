@@ -1,25 +1,87 @@
-"""ElasticSSD: backbone, extra blocks, predictors, priors of every sub-network; `extract` gives one as a plain SSD."""
+"""What a network costs: multiply-adds and parameters, counted without running it on data.
+
+BatchNorm folded into the convolution before it: what a deployed detector computes, with fewer operations.
+
+ElasticSSD: backbone, extra blocks, predictors, priors of every sub-network; `extract` gives one as a plain SSD.
+
+Trained networks read back from their checkpoints: a supernet, a final detector, a teacher.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import fuse_conv_bn_weights
+from torch.optim.swa_utils import update_bn
+from torch.utils.flop_counter import FlopCounterMode
 
+from lib import checkpoint, config_io
 from lib.backbone import ElasticBackbone
-from lib.boxes import decode
-from lib.config import Config
-from lib.cost import Cost, ModuleCost, module_cost
-from lib.elastic import ElasticDepthwiseConv, Segment, extract_segment, run_segment
+from lib.config import Config, DistillConfig
+from lib.elastic import ElasticDepthwiseConv, Segment, extract_segment, run_segment, twin
+from lib.errors import UserError
 from lib.genotype import Block, Genotype, SearchSpace
 from lib.head import ElasticExtras, Predictors, extra_channels
 from lib.losses import focal_prior_bias
-from lib.postprocess import class_scores
-from lib.priors import prior_boxes, priors_per_cell
-from lib.schedule import full_space
-from lib.twin import twin
+from lib.postprocess import Detections, class_scores, postprocess
+from lib.priors import decode, prior_boxes, priors_per_cell
+from lib.shrinking import full_space, space_at
+
+
+class Cost(NamedTuple):
+    """`flops` are multiply-adds for one image, `params` are learned numbers."""
+
+    flops: int
+    params: int
+
+    def plus(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.params + other.params)
+
+
+ModuleCost = tuple[Cost, list[tuple[int, ...]]]  # and the shapes of the outputs
+
+
+def module_cost(module: nn.Module, *input_shapes: Sequence[int]) -> ModuleCost:
+    """The cost of a plain module on inputs of these shapes, and the shapes of its outputs.
+
+    Runs on torch's meta device, so no arithmetic is done. Convolutions and matrix products count, as in the papers.
+    """
+    shadow = copy.deepcopy(module).to("meta").eval()
+    inputs = [torch.empty(shape, device="meta") for shape in input_shapes]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        outputs = shadow(*inputs)
+    outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
+    params = sum(p.numel() for p in module.parameters())
+    return Cost(counter.get_total_flops() // 2, params), [tuple(o.shape) for o in outputs]
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    """A copy of a plain `model` in evaluation mode with the same outputs, but for rounding (Jacob et al., CVPR 2018).
+
+    Every BatchNorm that follows a convolution in an `nn.Sequential` is folded into it and gone.
+    """
+    return fuse_(copy.deepcopy(model))
+
+
+@torch.no_grad()
+def fuse_(model: nn.Module) -> nn.Module:
+    """`fuse` in place: without the copy, which takes a tenth of the time that a candidate's score does."""
+    model.eval()
+    for sequence in [module for module in model.modules() if isinstance(module, nn.Sequential)]:
+        layers = list(sequence._modules.items())  # named_children() leaves out a layer's second occurrence
+        for (_, conv), (norm_name, norm) in itertools.pairwise(layers):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+                conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
+                delattr(sequence, norm_name)
+    return model
 
 
 class Normalize(nn.Module):
@@ -199,3 +261,103 @@ def _initialise(model: ElasticSSD) -> None:
             nn.init.kaiming_normal_(module.weight, mode="fan_in")
     for net in (*model.predictors.classes, *model.predictors.boxes):
         nn.init.normal_(net[-1].weight, std=0.01)
+
+
+class Supernet(NamedTuple):
+    """`space` holds the sub-networks that were open at `epoch`, the last one that was trained."""
+
+    detector: ElasticSSD
+    config: Config
+    classes: tuple[str, ...]
+    epoch: int
+    space: SearchSpace
+
+
+class Detector(NamedTuple):
+    """A detector of final_train.py, ready to use: `model` is in evaluation mode."""
+
+    model: SSD
+    config: Config
+    genotype: Genotype
+    classes: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    epoch: int
+
+
+def load_supernet(path: Path, mmap: bool = False) -> Supernet:
+    """Read a checkpoint of supernet_train.py. `mmap` lets the processes of a machine share its memory."""
+    payload = checkpoint.load(path, mmap)
+    if "genotype" in payload or "config" not in payload:
+        raise UserError(f"{path}: not a supernet's checkpoint; expected last.pt of supernet_train.py")
+    settings = config_io.from_dict(payload["config"], str(path))
+    detector = ElasticSSD(settings, len(payload["classes"]))
+    load_weights(detector, payload, path)
+    epoch = max(payload["epoch"] - (payload["batch"] == 0), 1)
+    return Supernet(detector, settings, tuple(payload["classes"]), epoch, space_at(settings, epoch))
+
+
+def load_detector(path: Path) -> Detector:
+    """Read best.pt (or last.pt) of final_train.py; of a run's folder, its best.pt."""
+    path = path / "best.pt" if path.is_dir() else path
+    if path.suffix == ".onnx":
+        raise UserError(f"{path}: an exported detector; expected the checkpoint that it comes from, best.pt")
+    payload = checkpoint.load(path)
+    if "genotype" not in payload:
+        raise UserError(f"{path}: not a detector's checkpoint; expected best.pt of final_train.py")
+    settings = config_io.from_dict(payload["config"], str(path))
+    genotype = Genotype.from_dict(payload["genotype"])
+    classes = tuple(payload["classes"])
+    model = ElasticSSD(settings, len(classes)).extract(genotype)
+    load_weights(model, payload, path)
+    return Detector(model.eval(), settings, genotype, classes, tuple(payload["category_ids"]), payload["epoch"])
+
+
+def detector_checkpoint(where: Path) -> Path | None:
+    """best.pt in the folder of a final training, or `where` itself if it is a detector's checkpoint; else None."""
+    if where.is_dir():
+        return where / "best.pt" if (where / "best.pt").is_file() else None
+    return where if where.is_file() and "genotype" in checkpoint.load(where, mmap=True) else None
+
+
+def load_teacher(distill: DistillConfig, key: str, classes: Sequence[str], priors: Mapping[int, Tensor]) -> SSD | None:
+    """The detector that `distill.teacher` names, frozen. None if it names none, or never gives it a weight.
+
+    `key` is that setting's name; `priors` (P, 4), by image size, are those of the networks that it would teach. It may
+    have another image size, if that gives the same ones. Raises UserError unless these and the classes are equal.
+    """
+    if not distill.teacher or not distill.active():
+        return None
+    teacher = load_detector(Path(distill.teacher))
+    if teacher.classes != tuple(classes):
+        known = ", ".join(teacher.classes)
+        raise UserError(f"{key}: {distill.teacher} knows {known}, not {', '.join(classes)}")
+    for size, expected in priors.items():
+        if not torch.equal(teacher.model.priors, expected):
+            raise UserError(f"{key}: {distill.teacher} has other prior boxes than what it would teach at {size} px")
+    return teacher.model.requires_grad_(False)
+
+
+def load_weights(model: nn.Module, payload: dict, path: Path) -> None:
+    """The weights of a checkpoint, its moving average where there is one, into `model`."""
+    try:
+        model.load_state_dict(checkpoint.weights(payload))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: does not fit the configured network: {reason[:300]}") from None
+
+
+def recalibrate(model: nn.Module, images: Iterable[Tensor], device: torch.device) -> None:
+    """Reset the BatchNorm statistics and re-estimate them as the cumulative average over batches of images."""
+    update_bn(images, model, device)
+
+
+@torch.inference_mode()
+def detect(model: SSD, images: Iterable[Tensor], config: Config, device: torch.device) -> list[Detections]:
+    """Detections of every image of the batches (B, 3, H, W), in order, on the CPU."""
+    model.eval()
+    found: list[Detections] = []
+    for batch in images:
+        logits, offsets = model(batch.to(device, non_blocking=True))
+        options = config.postprocess, config.loss.type, config.head.variances
+        found += (Detections(*(t.cpu() for t in d)) for d in postprocess(logits, offsets, model.priors, *options))
+    return found

@@ -7,11 +7,14 @@ Tensors travel by NCCL on CUDA and by gloo on the CPU, Python objects always by 
 Gradients are averaged here and not by DistributedDataParallel. A step of the supernet runs several sub-networks, each
 with a backward pass over parameters of its own, and DDP's reducer follows one pass: it would not reduce a parameter
 that the last one left out. One reduction after the last pass is exact, and sends each gradient once a step.
+
+BatchNorm over the batches of all processes of a job, of whole layers and of slices of elastic ones.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import os
 import re
@@ -27,8 +30,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-T = TypeVar("T")
+from lib.elastic import ElasticBatchNorm
 
+T = TypeVar("T")
 TIMEOUT = timedelta(minutes=15)  # the longest that the others wait for one, which draws the data or measures AP
 BUCKET = 2**23  # numbers that travel together, 32 MiB in float32
 _NOTHING = object()
@@ -239,3 +243,52 @@ def in_turns() -> Iterator[None]:
     yield
     for _ in range(2 - turn):
         any_of(False)
+
+
+TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+class SyncBatchNorm(ElasticBatchNorm):
+    """Batch normalisation of the first channels with the statistics of all processes' batches, of equal shape.
+
+    torch.nn.SyncBatchNorm would do on CUDA for whole layers; it has no CPU version and knows no slices.
+    """
+
+    def __init__(self, replaced: nn.BatchNorm2d):
+        super().__init__(replaced.num_features, replaced.eps, replaced.momentum)
+        self.kind = type(replaced)
+        self.train(replaced.training)
+        for name in TENSORS:
+            setattr(self, name, getattr(replaced, name))
+
+    def __deepcopy__(self, memo: dict) -> nn.BatchNorm2d:
+        """The layer it stands for. What is cut out of a network, or averages one, does not run in all processes."""
+        norm = self.kind(self.num_features, self.eps, self.momentum).train(self.training)
+        for name in TENSORS:
+            setattr(norm, name, copy.deepcopy(getattr(self, name), memo))
+        return norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        c, count = x.shape[1], x.numel() // x.shape[1] * world().size
+        full = x.to(torch.promote_types(x.dtype, torch.float32))
+        own = torch.stack(torch.var_mean(full, (0, 2, 3), correction=0))  # (2, c)
+        variances, means = stack(own).unbind(1)  # (size, c)
+        mean = means.mean(0)
+        var = variances.mean(0) + (means - mean).square().mean(0)  # law of total variance
+        with torch.no_grad():
+            self.running_mean[:c].lerp_(mean, self.momentum)
+            self.running_var[:c].lerp_(var * (count / (count - 1)), self.momentum)
+        scale = self.weight[:c] * (var + self.eps).rsqrt()
+        shift = self.bias[:c] - mean * scale
+        return (full * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)).to(x.dtype)
+
+
+def synchronise_norms(module: nn.Module) -> None:
+    """Put a SyncBatchNorm with the same parameters and statistics in the place of every BatchNorm2d below `module`."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(module, name, SyncBatchNorm(child))
+        else:
+            synchronise_norms(child)

@@ -1,4 +1,8 @@
-"""A detector as an ONNX graph: uint8 pictures in, detections out, with normalisation, decoding and NMS inside.
+"""Exported detectors as files: optional packages, onnxruntime sessions, metadata, detections from the outputs.
+
+Post-training quantisation of an exported detector: convolutions in int8, everything else in float.
+
+A detector as an ONNX graph: uint8 pictures in, detections out, with normalisation, decoding and NMS inside.
 
 The network, scores and decoded boxes come from torch's exporter; NMS is a graph of its own behind them, since what
 torchvision's NMS becomes on export depends on the versions of both.
@@ -10,27 +14,143 @@ Outputs, best first, padded with zeros to K = postprocess.top_k detections an im
     labels  (B, K)    int64    from 1, the label of the first class; 0 is padding
 Without NMS, of each of the P prior boxes and C classes:
     prior_scores (B, P, C), prior_boxes (B, P, 4) in the same frame
+
+The gate of the export: a file is left only if it gives what the trained detector gives, on the test pictures.
+
+Three paths must agree: the supernet's way of running the genotype, the plain network, and the exported graph. A final
+detector's weights are no longer a slice of the supernet it started from, so the first path is a fresh ElasticSSD into
+which they are written back (`elastic_view`): the elastic layers must then compute what the exported graph does.
 """
 
 from __future__ import annotations
 
 import copy
+import importlib
 import json
+import logging
+import math
 import tempfile
 import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
+from lib import checkpoint
+from lib.annotations import Records
+from lib.checkpoint import replacing, write_text
 from lib.config import PostprocessConfig
-from lib.detector import ScoresAndBoxes
-from lib.fuse import fuse
-from lib.models import Detector
-from lib.onnx_file import FORMAT, PRIORS, require
+from lib.config_io import to_dict
+from lib.datasets import eval_loader
+from lib.detector import Detector, ElasticSSD, ScoresAndBoxes, fuse
+from lib.errors import UserError
+from lib.log import finite, progress
+from lib.metrics import measure
+from lib.postprocess import Detections, class_scores, postprocess
+from lib.pretrained import embed
+from lib.priors import decode
+from lib.sources import recognise
 
 if TYPE_CHECKING:
     from onnx import ModelProto
+
+
+FORMAT = "detector/1"
+DETECTIONS = ("boxes", "scores", "labels")  # the outputs of a graph with NMS inside
+PRIORS = ("prior_scores", "prior_boxes")  # and what NMS works on, the outputs of a graph without
+
+
+def require(*names: str) -> list[ModuleType]:
+    """Import optional packages. Raises UserError with the command that installs what is missing."""
+    modules, missing = [], []
+    for name in names:
+        try:
+            modules.append(importlib.import_module(name))
+        except ImportError:
+            missing.append(name.partition(".")[0])
+    if missing:
+        raise UserError(f"ONNX files need packages that are missing; pip install {' '.join(dict.fromkeys(missing))}")
+    return modules
+
+
+def open_session(model: Path | bytes):
+    """An onnxruntime session on the CPU with as many threads as torch has. `model` is a file or its bytes."""
+    (onnxruntime,) = require("onnxruntime")
+    if isinstance(model, Path) and not model.is_file():
+        raise UserError(f"{model}: no such file")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    source = str(model) if isinstance(model, Path) else model
+    try:
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions have no base class of their own
+        if not isinstance(model, Path):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{model}: onnxruntime cannot read it: {reason}") from None
+
+
+def run_session(session, images: Tensor, outputs: Sequence[str]) -> list[Tensor]:
+    """The named outputs for images (B, 3, S, S) uint8."""
+    return [torch.from_numpy(array) for array in session.run(list(outputs), {"images": images.cpu().numpy()})]
+
+
+def read_metadata(session, path: Path) -> dict:
+    """What `final_train.py --export` noted in the file: classes, category_ids, genotype, image_size, postprocess."""
+    stored = session.get_modelmeta().custom_metadata_map
+    if stored.get("format") != FORMAT:
+        raise UserError(f"{path}: not a detector of final_train.py --export (its metadata lack format {FORMAT})")
+    return {key: value if key == "format" else json.loads(value) for key, value in stored.items()}
+
+
+def unpad(boxes: Tensor, scores: Tensor, labels: Tensor) -> list[Detections]:
+    """Boxes (B, K, 4), scores (B, K) and labels (B, K), padded with zeros, to the detections of each image."""
+    return [Detections(b[k > 0], s[k > 0], k[k > 0]) for b, s, k in zip(boxes, scores, labels, strict=True)]
+
+
+class _Calibration:
+    """Batches of images as onnxruntime's calibration asks for them (its CalibrationDataReader)."""
+
+    def __init__(self, batches: Iterable[Tensor]):
+        self.batches: Iterator[Tensor] = iter(batches)
+
+    def get_next(self) -> dict | None:
+        batch = next(self.batches, None)
+        return None if batch is None else {"images": batch.numpy()}
+
+
+def quantize(model: ModelProto, batches: Iterable[Tensor]) -> ModelProto:
+    """`model` with quantised convolutions (QDQ): weights per channel, activations in the ranges seen on `batches`.
+
+    Batches (B, 3, S, S) uint8 are unaugmented training images. Scores, decoding and NMS have no convolution, so they
+    stay in float (Jacob et al., CVPR 2018, for the scheme).
+    """
+    onnx, quantization = require("onnx", "onnxruntime.quantization")
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
+        onnx.save(model, source)  # a model in memory would be changed
+        previous = logging.root.manager.disable
+        logging.disable(logging.WARNING)  # advice to run a preparation that fuses what is fused here already
+        try:
+            quantization.quantize_static(
+                source,
+                target,
+                _Calibration(batches),
+                quant_format=quantization.QuantFormat.QDQ,
+                op_types_to_quantize=["Conv"],
+                per_channel=True,
+            )
+        finally:
+            logging.disable(previous)
+        quantized = onnx.load(target)
+    onnx.helper.set_model_props(quantized, {entry.key: entry.value for entry in model.metadata_props})
+    return quantized
+
 
 OPSET = 18
 
@@ -164,3 +284,126 @@ def _forget_sources(model: ModelProto) -> None:
     for part in (graph, *graph.node, *graph.input, *graph.output, *graph.initializer, *graph.value_info):
         del part.metadata_props[:]
         part.doc_string = ""
+
+
+TOLERANCE = 1e-4  # of logits, offsets, scores and normalised boxes
+AP_TOLERANCE = 5e-4
+DIFFERENCES = ("supernet_difference", "score_difference", "box_difference")
+
+
+def write_verified(model: ModelProto, path: Path, detector: Detector, test: Records) -> dict:
+    """Write `model` to `path` if it passes the gate, and return `compare`'s report; else raise UserError.
+
+    What is checked are the bytes on the disk, under a temporary name. Of a graph that fails nothing is left.
+    """
+    with replacing(path) as file:
+        file.write(model.SerializeToString())
+        file.flush()
+        report = compare(Path(file.name), detector, test)
+        refuse(report, path)
+    return {**report, "bytes": path.stat().st_size}
+
+
+def write_measured(model: ModelProto, path: Path, detector: Detector, test: Records, exact_ap: float) -> dict:
+    """Write a graph that need not equal the detector, being in int8. The report has its loss from `exact_ap`."""
+    report = average_precision(model, detector, test)
+    report["AP_loss"] = exact_ap - report["AP"]
+    with replacing(path) as file:
+        file.write(model.SerializeToString())
+    return {**report, "bytes": path.stat().st_size}
+
+
+def record(reports: dict[str, dict], folder: Path) -> None:
+    """Put reports, by file name, into the folder's export.json; those of other files stay."""
+    path = folder / "export.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    write_text(path, json.dumps(finite({**known, **reports}), indent=1) + "\n")
+
+
+def refuse(report: dict, path: Path) -> None:
+    """Raise UserError if a report of `compare` shows a difference above the tolerances."""
+    for name in DIFFERENCES:
+        if not report[name] <= TOLERANCE:
+            what = name.replace("_", " ")
+            raise UserError(f"{path}: not written, since its {what} from the torch detector is {report[name]:.2g}")
+    exported, trained = report["AP"], report["AP_torch"]
+    both_undefined = math.isnan(exported) and math.isnan(trained)
+    if not both_undefined and not abs(exported - trained) <= AP_TOLERANCE:
+        raise UserError(f"{path}: not written, since its AP is {exported:.4f}, the torch detector's {trained:.4f}")
+
+
+def describe(report: dict) -> str:
+    """A report in a few words."""
+    text = f"AP {report['AP']:.4f} on {report['images']} test images"
+    if "AP_loss" in report:
+        return f"{text}, a loss of {report['AP_loss']:.4f}"
+    worst = max(report[name] for name in DIFFERENCES)
+    return f"{text}, the torch detector's {report['AP_torch']:.4f}; largest difference of an output {worst:.1g}"
+
+
+@torch.inference_mode()
+def compare(path: Path, detector: Detector, test: Records) -> dict:
+    """An exported file against its detector on every test image: the largest differences, and AP of both.
+
+    `supernet_difference` is of logits and offsets, between the elastic and the plain network; `score_difference` and
+    `box_difference` are of all priors before NMS, between the plain network and onnxruntime.
+    """
+    (onnx,) = require("onnx")
+    config, network = detector.config, detector.model
+    session = open_session(with_every_output(onnx.load(path), config.postprocess).SerializeToString())
+    elastic = elastic_view(detector)
+    worst = dict.fromkeys(DIFFERENCES, 0.0)
+    exported, trained = [], []
+    for images in test_images(detector, test):
+        logits, offsets = network(images)
+        boxes = decode(offsets, network.priors, config.head.variances).clamp(0, 1)
+        *detections, prior_scores, prior_boxes = run_session(session, images, [*DETECTIONS, *PRIORS])
+        pairs = (
+            (torch.cat(elastic(images, detector.genotype), -1), torch.cat((logits, offsets), -1)),
+            (prior_scores, class_scores(logits, config.loss.type)),
+            (prior_boxes, boxes),
+        )
+        for name, (a, b) in zip(DIFFERENCES, pairs, strict=True):
+            worst[name] = largest(worst[name], a, b)
+        exported += unpad(*detections)
+        trained += postprocess(
+            logits, offsets, network.priors, config.postprocess, config.loss.type, config.head.variances
+        )
+    scores, reference = (metrics(found, test) for found in (exported, trained))
+    return {**worst, "AP": scores["AP"], "AP50": scores["AP50"], "AP_torch": reference["AP"], "images": len(test)}
+
+
+def largest(so_far: float, a: Tensor, b: Tensor) -> float:
+    """The larger of `so_far` and the largest difference of two tensors; NaN counts as infinite."""
+    return max(so_far, float((a - b).abs().nan_to_num(nan=math.inf).max()))
+
+
+@torch.inference_mode()
+def average_precision(model: ModelProto, detector: Detector, test: Records) -> dict:
+    """AP and AP50 of a graph on the test images, without comparing: what is left of them in int8."""
+    session = open_session(with_every_output(model, detector.config.postprocess).SerializeToString())
+    batches = (run_session(session, images, DETECTIONS) for images in test_images(detector, test))
+    scores = metrics([found for batch in batches for found in unpad(*batch)], test)
+    return {"AP": scores["AP"], "AP50": scores["AP50"], "images": len(test)}
+
+
+def test_images(detector: Detector, test: Records) -> Iterator[Tensor]:
+    """Batches (B, 3, S, S) of all test images."""
+    data, batch_size = detector.config.data, detector.config.final.batch_size
+    options = {"workers": data.workers, "on_error": data.on_error}
+    loader = eval_loader(test, range(len(test)), detector.model.image_size, batch_size, **options)
+    return (batch.images for batch in progress(loader, "evaluate"))
+
+
+def metrics(found: list[Detections], test: Records) -> dict:
+    return measure(found, test.ground_truth(range(len(test))), test.sizes.tolist(), test.classes)
+
+
+def elastic_view(detector: Detector) -> ElasticSSD:
+    """An ElasticSSD whose sub-network `detector.genotype` has the detector's weights: `extract` backwards."""
+    elastic = ElasticSSD(detector.config, len(detector.classes)).eval()
+    content = {"model": detector.model.state_dict(), "genotype": detector.genotype.to_dict()}
+    embed(
+        elastic, recognise({"format": checkpoint.FORMAT, "config": to_dict(detector.config), **content}, "the detector")
+    )
+    return elastic

@@ -2,38 +2,43 @@
 
 A detector's time is the sum of its blocks' times and of what all detectors of an image size share, as in ProxylessNAS
 (Cai et al., ICLR 2019, section 3.3) and Once-for-All. Blocks are not timed one by one: their sum is what is measured.
+
+Milliseconds of whole detectors on a device: one picture in, scores and boxes out, non-maximum suppression apart.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
 import random
+import statistics
+import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
+from torchvision.ops import batched_nms
 
-from lib.budget import counts_latency
 from lib.checkpoint import write_text
-from lib.config import Config, SearchConfig
-from lib.detector import ElasticSSD
+from lib.config import Config
+from lib.detector import SSD, ElasticSSD, ScoresAndBoxes, fuse
 from lib.elastic import ElasticInvertedResidual
 from lib.errors import UserError
 from lib.genotype import Block, BlockChoices, Genotype, SearchSpace
+from lib.log import progress
 from lib.runtime import device_name
-from lib.timing import FusedDetectors, cpu_threads, time_detectors, time_nms
 
 FORMAT = "latency/1"
 SAMPLES_PER_BLOCK = 2  # measured detectors for each number of the table
 HELD_OUT = 40  # measured detectors that the table is not fitted to
 FEWEST_HELD_OUT = 10
 RIDGE = 1e-4  # variance of a measurement (1% of it) over that of block times (of their own size)
-ROUNDS = 10
 
 
 @dataclass(frozen=True)
@@ -101,33 +106,6 @@ def load_table(path: Path, detector: ElasticSSD) -> LatencyTable:
     if missing:
         raise UserError(f"{path}: measured on another search space, without '{missing[0]}'; {again}")
     return table
-
-
-def table_for(detector: ElasticSSD, settings: SearchConfig) -> LatencyTable | None:
-    """The configured table. Raises UserError if there is none and the search needs it."""
-    if settings.latency_table:
-        return load_table(Path(settings.latency_table), detector)
-    if counts_latency(settings):
-        raise UserError(
-            "search: latency as a cost or in the budget needs --latency-table FILE, which --measure-latency writes"
-        )
-    return None
-
-
-class Coster:
-    """`coster(genotype)` is what a whole detector costs: flops, params and, where there is a table, latency_ms."""
-
-    def __init__(self, detector: ElasticSSD, table: LatencyTable | None = None):
-        self._detector, self._table = detector, table
-
-    def __call__(self, genotype: Genotype) -> dict[str, float]:
-        return {**self._detector.cost(genotype)._asdict(), **self.latency(genotype)}
-
-    def latency(self, genotype: Genotype) -> dict[str, float]:
-        """latency_ms alone, nothing without a table."""
-        if self._table is None:
-            return {}
-        return {"latency_ms": round(self._table(features(self._detector, genotype)), 4)}
 
 
 # --------------------------------------------------------------------------------------------------------- the features
@@ -305,3 +283,152 @@ def measure_table(detector: ElasticSSD, config: Config, device: torch.device, th
         nms_boxes=rules.top_k,
         ms=ms,
     )
+
+
+PICTURE = (480, 640)  # height and width of the camera picture that a detector is given
+REPETITIONS = 3  # timed calls of a visit, after one that is not
+ROUNDS = 10  # visits of each run
+REFERENCE_EVERY = 4  # visits from one of the reference to the next
+Run = Callable[[], object]
+
+
+class FusedDetectors:
+    """`detectors(genotype)` is a whole detector as it would be deployed on `device`, BatchNorm folded away.
+
+    Each block is cut out once and shared by all detectors that have it, so hundreds of them fit into memory.
+    """
+
+    def __init__(self, detector: ElasticSSD, config: Config, device: torch.device):
+        self._detector, self._config, self._device = detector, config, device
+        self._parts: dict[tuple[nn.Module, Block | None], nn.Module] = {}
+
+    def __call__(self, genotype: Genotype) -> ScoresAndBoxes:
+        segments = self._detector.segments(genotype)
+        model = SSD(
+            image_size=genotype.image_size,
+            normalize=self._part(self._detector.normalize),
+            backbone=[nn.Sequential(*(self._part(*step) for step in segment)) for segment in segments],
+            extras=[],  # one module per feature map, wherever it stands
+            predictors=self._part(self._detector.predictors),
+            priors=self._detector.priors(genotype.image_size).to(self._device),
+        )
+        return ScoresAndBoxes(model, self._config).eval()
+
+    def _part(self, module: nn.Module, block: Block | None = None) -> nn.Module:
+        key = (module, block)
+        if key not in self._parts:
+            plain = module if block is None else module.extract(block)
+            self._parts[key] = fuse(plain).to(self._device, memory_format=torch.channels_last)
+        return self._parts[key]
+
+
+@contextlib.contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """Torch computes with `count` CPU threads, until the end of the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@torch.inference_mode()
+def time_parts(model: SSD, config: Config, device: torch.device) -> dict:
+    """Milliseconds of a plain detector and of its parts for one camera picture, and how they were taken.
+
+    BatchNorm is folded. `total_ms` is a measurement of its own plus `nms_ms`, so the parts sum to it only nearly.
+    """
+    deployed = ScoresAndBoxes(fuse(model).to(device, memory_format=torch.channels_last), config).eval()
+    net, rules, threads = deployed.model, config.postprocess, config.search.latency_threads
+    picture = torch.randint(0, 256, (1, 3, *PICTURE), dtype=torch.uint8, device=device)
+    x = net.normalize(picture, net.image_size)
+    logits, offsets = net.predict(x)
+    runs = {
+        "whole": lambda: deployed(picture),
+        "resize": lambda: net.normalize(picture, net.image_size),
+        "network": lambda: net.predict(x),
+        "decoding": lambda: deployed.decode(logits, offsets),
+    }
+    with cpu_threads(threads):
+        whole, *parts = time_interleaved(list(runs.values()), device, ROUNDS)
+        nms = time_nms(rules.top_k, model.predictors.num_classes, rules.nms_threshold, device, ROUNDS)
+    times = dict(zip(list(runs)[1:], parts, strict=True)) | {"nms": nms, "total": whole + nms}
+    return {
+        "device": str(device),
+        "device_name": device_name(device),
+        "threads": threads,
+        "batch": 1,
+        "picture": list(PICTURE),
+        "nms_boxes": rules.top_k,
+        **{f"{name}_ms": round(ms, 4) for name, ms in times.items()},
+    }
+
+
+def describe_parts(times: dict) -> str:
+    """What `time_parts` found, in one line."""
+    parts = ", ".join(f"{name} {times[f'{name}_ms']:.2f}" for name in ("resize", "network", "decoding", "nms"))
+    threads = f", CPU threads: {times['threads']}" if times["device"] == "cpu" else ""
+    return f"latency: {times['total_ms']:.2f} ms a picture ({parts}) on {times['device_name']}{threads}"
+
+
+def time_detectors(models: Sequence[nn.Module], device: torch.device, rounds: int) -> list[float]:
+    """Milliseconds of each model for one camera picture that is already on `device`, as `time_interleaved` takes them.
+
+    The first model is also the reference.
+    """
+    picture = torch.randint(0, 256, (1, 3, *PICTURE), dtype=torch.uint8, device=device)
+    with torch.inference_mode():
+        return time_interleaved([lambda model=model: model(picture) for model in models], device, rounds)
+
+
+def time_nms(boxes: int, num_classes: int, threshold: float, device: torch.device, rounds: int) -> float:
+    """Milliseconds of non-maximum suppression of that many random boxes."""
+    centres, sizes = torch.rand(boxes, 2, device=device), 0.2 * torch.rand(boxes, 2, device=device)
+    corners = torch.cat([centres - sizes / 2, centres + sizes / 2], 1)
+    scores = torch.rand(boxes, device=device)
+    labels = torch.randint(0, num_classes, (boxes,), device=device)
+    return statistics.median(
+        visit(lambda: batched_nms(corners, scores, labels, threshold), device) for _ in range(rounds)
+    )
+
+
+def time_interleaved(runs: Sequence[Run], device: torch.device, rounds: int) -> list[float]:
+    """Median milliseconds of each run over rounds that visit all of them, each round in an order of its own.
+
+    A machine's speed drifts. The first run is the reference: visited every few visits, it tells how fast each round
+    was, and the others count relative to it.
+    """
+    rng = random.Random(0)
+    order = list(range(len(runs)))
+    speeds: list[float] = []
+    relative: list[list[float]] = [[] for _ in runs]
+    bar = progress(None, "measure", total=rounds * len(runs))
+    for _ in range(rounds):
+        rng.shuffle(order)
+        reference, found = [], {}
+        for n, i in enumerate(order):
+            if n % REFERENCE_EVERY == 0:
+                reference.append(visit(runs[0], device))
+            found[i] = visit(runs[i], device)
+            bar.update()
+        speeds.append(statistics.median(reference))
+        for i, milliseconds in found.items():
+            relative[i].append(milliseconds / speeds[-1])
+    bar.close()
+    usual = statistics.median(speeds)
+    return [usual * statistics.median(values) for values in relative]
+
+
+def visit(run: Run, device: torch.device) -> float:
+    """Median milliseconds of a few calls after one that warms up; on a GPU until its work is done."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda _: None
+    run()
+    times = []
+    for _ in range(REPETITIONS):
+        wait(device)
+        start = time.perf_counter()
+        run()
+        wait(device)
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)

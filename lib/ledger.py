@@ -3,7 +3,7 @@
 A line: {"key", "basis", "genotype": Genotype.to_dict(), "metrics": {name: number}, "status", "seconds", "worker",
 "epoch", "error" (failed only)}. `key` and `basis` come from `evaluation_key` and `evaluation_basis`. "status" is "ok",
 "failed", or "stopped" where racing ended it: its metrics are those of the first "images" only. "resampled" has scores
-by which candidates are compared (lib/racing.py). The search adds "search" (its name), "origin" ("given", "random" or
+by which candidates are compared (lib/scoring.py). The search adds "search" (its name), "origin" ("given", "random" or
 "bred", see evolution; "front" where its members are scored on all images), "budget" (of the proposals), "time" (end).
 """
 
@@ -15,9 +15,9 @@ import json
 import os
 from pathlib import Path
 
+from lib.checkpoint import lock
 from lib.errors import UserError
 from lib.genotype import Genotype
-from lib.locks import lock
 
 
 def evaluation_basis(supernet_sha256: str, split_sha256: str, settings: dict) -> str:

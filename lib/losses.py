@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from lib.boxes import VARIANCES, encode, pairwise_iou
 from lib.errors import UserError, did_you_mean
+from lib.priors import VARIANCES, encode, pairwise_iou
 
 TYPES = ("focal", "multibox")
+
 SMOOTH_L1_BETA = 1 / 9
 
 

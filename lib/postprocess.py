@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import nms
 
-from lib.boxes import decode
 from lib.config import PostprocessConfig
+from lib.priors import decode
 
 FIRST_LOOK = 2  # times `top_k`: candidates of an image among which its detections are looked for at first
 DEEPER = 4  # times as many at each further look

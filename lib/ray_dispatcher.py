@@ -6,14 +6,17 @@ folder under the same paths: a shared folder. Nothing else is copied.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lib.config import Config
+from lib.dispatcher import Dispatcher, Worker, WorkerDied, WorkerPool, attempt, prepare
 from lib.errors import UserError
-from lib.pool import Worker, WorkerDied, WorkerPool, attempt, prepare
+from lib.runtime import pick_workers
 
 LOCAL = "local"  # a cluster of this machine alone, which ends with this process
 
@@ -137,3 +140,49 @@ def _ray():
     except ImportError:
         raise UserError("--dispatcher ray: the package is missing; pip install ray") from None
     return ray
+
+
+def pick_dispatcher(
+    kind: str, address: str | None, gpus: str | None, config: Config
+) -> tuple[list[str], Callable[..., WorkerPool]]:
+    """The device of each worker, and what makes the dispatcher from its `setup` and `args`.
+
+    `kind` and `address` are the values of --dispatcher and --ray-address. A cluster is joined here, or started.
+    """
+    if kind != "ray" and address:
+        raise UserError(f"--ray-address {address}: goes with --dispatcher ray")
+    if kind == "ray":
+        connect(address)
+        devices, threads = pick_ray_workers(gpus, machines(), config)
+        pool = RayDispatcher
+    else:
+        devices, threads = pick_workers(gpus, config)
+        pool = Dispatcher
+    return devices, functools.partial(pool, devices=devices, threads_per_worker=threads)
+
+
+def pick_ray_workers(gpus: str | None, machines: Sequence[dict], config: Config) -> tuple[list[str], int | None]:
+    """The device of each worker on a cluster whose machines have so much "CPU" and "GPU", and CPU threads of each.
+
+    Ray chooses the places, so a number in `--gpus` means any GPU. Without it: every GPU of the cluster, else every CPU
+    or `search.parallelism` CPU workers.
+    """
+    cpus, count = ([int(m.get(name, 0)) for m in machines] for name in ("CPU", "GPU"))
+    if gpus is None:
+        devices = ["cuda"] * sum(count) or ["cpu"] * (config.search.parallelism or sum(cpus))
+    else:
+        names = [name.strip() for name in gpus.split(",")]
+        bad = [name for name in names if name != "cpu" and not name.isdigit()]
+        if bad:
+            raise UserError(f"--gpus {gpus}: '{bad[0]}' is neither cpu nor the number of a GPU")
+        devices = ["cpu" if name == "cpu" else "cuda" for name in names]
+    on_gpu, on_cpu = devices.count("cuda"), devices.count("cpu")
+    if on_gpu > sum(count) or on_cpu > sum(cpus):
+        found = f"{sum(count)} GPUs and {sum(cpus)} CPUs"
+        raise UserError(f"{on_gpu} GPU and {on_cpu} CPU workers: more than the Ray cluster's {found}")
+    return devices, most_threads(cpus, on_cpu) if on_cpu else None
+
+
+def most_threads(cpus: Sequence[int], workers: int) -> int:
+    """The most threads that each of so many workers can have on machines of so many CPUs each."""
+    return next(n for n in range(max(cpus), 0, -1) if sum(machine // n for machine in cpus) >= workers)

@@ -1,34 +1,105 @@
-"""Scores of sub-networks with inherited weights: on the search split, after BatchNorm is re-estimated.
+"""Paired bootstrap over images: what a difference of two scores is worth on so few pictures (Efron, 1979).
+
+Every candidate is scored on the same resamples of the same images, so the differences of two candidates' scores are
+free of what makes a picture hard for both of them.
+
+Racing: a candidate is scored on ever more of the images, and stopped once it clearly loses to its rivals.
+
+After each rung its scores on the resamples of the images so far are compared with those that each rival got there, the
+same resamples of the same images (Maron & Moore, NeurIPS 1993, with a paired bootstrap interval for their bound).
+
+Scores of sub-networks with inherited weights: on the search split, after BatchNorm is re-estimated.
 
 The pictures are decoded and resized once, into one file that every process of a machine maps into its memory.
 """
 
 from __future__ import annotations
 
+import base64
+import functools
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lib import checkpoint
-from lib.bootstrap import image_weights, pack
+from lib.annotations import Records
 from lib.config import Config
-from lib.config import from_dict as config_from_dict
+from lib.config_io import from_dict as config_from_dict
 from lib.datasets import eval_loader
-from lib.detector import SSD, ElasticSSD
-from lib.engine import detect, recalibrate, summarise, to_pixels
+from lib.detector import SSD, ElasticSSD, detect, fuse_, load_supernet, recalibrate
 from lib.errors import UserError
-from lib.fuse import fuse_
 from lib.genotype import Genotype
-from lib.metrics import Evaluation
-from lib.models import load_supernet
+from lib.log import finite, progress
+from lib.metrics import Evaluation, summarise, to_pixels
 from lib.postprocess import Detections
-from lib.racing import Scores, has_lost, rungs
-from lib.records import Records
-from lib.runlog import finite, progress
 from lib.runtime import keep_freed_memory
+
+CONFIDENCE = 0.95
+_SCALE = 65534  # scores are in [0, 1], kept to 1.5e-5; the number above stands for nan
+
+
+class Interval(NamedTuple):
+    """Where `CONFIDENCE` of the resamples lie, equal shares left out on both sides."""
+
+    low: float
+    high: float
+
+
+@functools.lru_cache(maxsize=3)  # the rungs of a race
+def image_weights(num_images: int, resamples: int) -> np.ndarray:
+    """(R, N) how often each image stands in each resample. Always the same for the same two numbers; read only."""
+    rng = np.random.default_rng([num_images, resamples])
+    weights = rng.multinomial(num_images, np.full(num_images, 1 / num_images), size=resamples)
+    weights.flags.writeable = False
+    return weights
+
+
+def interval(scores: np.ndarray) -> Interval:
+    """Of the scores, or of the differences of two candidates' scores, on all resamples (R,); nan is left out."""
+    outside = (1 - CONFIDENCE) / 2
+    if np.isnan(scores).all():
+        return Interval(float("nan"), float("nan"))
+    return Interval(*(float(q) for q in np.nanquantile(scores, [outside, 1 - outside])))
+
+
+def clearly_below(scores: np.ndarray, others: np.ndarray) -> bool:
+    """Whether the whole interval of the paired difference lies below zero."""
+    return interval(scores - others).high < 0
+
+
+def pack(scores: np.ndarray) -> str:
+    """Scores in [0, 1] or nan as text for a ledger, 2.7 characters each, to 1.5e-5."""
+    whole = np.where(np.isnan(scores), _SCALE + 1, np.rint(np.nan_to_num(scores) * _SCALE))
+    return base64.b64encode(whole.astype("<u2").tobytes()).decode()
+
+
+def unpack(text: str) -> np.ndarray:
+    """What `pack` was given."""
+    whole = np.frombuffer(base64.b64decode(text), "<u2")
+    return np.where(whole > _SCALE, np.nan, whole / _SCALE)
+
+
+SHARES = (0.25, 0.5)  # of the images, at which a candidate may be stopped
+LEAST_IMAGES = 12  # resamples of fewer say little, and a batch of few takes longer than the few stopped there save
+Scores = Mapping[str, str]  # packed scores on the resamples, by the number of images
+
+
+def rungs(num_images: int) -> list[int]:
+    """Numbers of images, ascending, after which a candidate is compared; the last one is all of them."""
+    early = {round(share * num_images) for share in SHARES}
+    return [*sorted(n for n in early if LEAST_IMAGES <= n < num_images), num_images]
+
+
+def has_lost(scores: np.ndarray, num_images: int, rivals: Sequence[Scores]) -> bool:
+    """Whether `scores` (R,) on resamples of the first `num_images` are clearly below those of every rival."""
+    theirs = [rival.get(str(num_images)) for rival in rivals]
+    return bool(theirs) and all(packed is not None and clearly_below(scores, unpack(packed)) for packed in theirs)
+
 
 SCORING_VERSION = 2  # of how scores come about: those of another version are not compared with these
 

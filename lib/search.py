@@ -1,21 +1,28 @@
-"""A search between its controller and its ledger: what to evaluate next, and what is learnt from a result."""
+"""A search between its controller and its ledger: what to evaluate next, and what is learnt from a result.
+
+One search as it stands, for those who write about it: its front, its best, its noise, beside random search.
+"""
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 from lib import checkpoint
-from lib.budget import counts_latency, limits_of
-from lib.config import Config
-from lib.evolution import Controller, RandomSearch, SpaceExhausted
-from lib.genotype import Genotype
-from lib.latency import Coster
+from lib.budget import Coster, counts_latency, limits_of
+from lib.config import Config, SearchConfig
+from lib.controllers import Controller, RandomSearch, SpaceExhausted, best_record, pareto_front
+from lib.dispatcher import Result
+from lib.genotype import Genotype, SearchSpace
 from lib.ledger import Ledger, evaluation_basis, evaluation_key
-from lib.pool import Result
-from lib.runlog import say
-from lib.scoring import SCORING_VERSION
-from lib.search_run import SearchRun
+from lib.log import say
+from lib.scoring import SCORING_VERSION, Interval, interval, unpack
 
 
 def identify(supernet: Path, config: Config) -> dict:
@@ -182,3 +189,124 @@ class Search:
             random=self.random_evaluations(),
             finalists=self.finalists,
         )
+
+
+class Noise(NamedTuple):
+    """What the score of one sub-network is worth on so few images."""
+
+    interval: Interval  # of its score
+    behind: Interval  # of the best one's score less its own, on the same resamples
+    tie: bool  # not clearly behind the best
+
+
+@dataclass(frozen=True)
+class SearchRun:
+    """Records of the ledger, in the order they came.
+
+    `told`: all that the search has learnt from, of `total` in the end. `random`: every evaluation of a uniform random
+    proposal on this supernet, split, settings and budget, whichever search made it. `search`: the name that the
+    records of this search have in the ledger. `folder` is where pareto.json is. `finalists`: members of the front once
+    they have been scored anew on all images of the search split; the front and the best are then found among these.
+    """
+
+    name: str
+    search: str
+    supernet: Path
+    folder: Path
+    settings: SearchConfig
+    space: SearchSpace
+    total: int
+    told: Sequence[dict]
+    random: Sequence[dict]
+    finalists: Sequence[dict] = ()
+
+    @property
+    def scored(self) -> list[dict]:
+        """Those scored on all images."""
+        return [record for record in self.told if record["status"] == "ok"]
+
+    @property
+    def compared(self) -> list[dict]:
+        """Those scored, and those that racing stopped."""
+        return [record for record in self.told if record["status"] != "failed"]
+
+    @property
+    def own(self) -> list[dict]:
+        """What this search paid for itself; the rest it found in the ledger."""
+        return [record for record in self.told if record["search"] == self.search]
+
+    def front(self) -> list[dict]:
+        """The members of pareto.json, in its order."""
+        return pareto_front(self.finalists or self.scored, self.settings.objective, self.settings.costs)
+
+    def best(self) -> dict:
+        return best_record(self.finalists or self.scored, self.settings.objective, self.settings.costs[0])
+
+    def top(self, count: int) -> list[dict]:
+        """The `count` best, best first, the cheaper first among equals."""
+        objective, cost = self.settings.objective, self.settings.costs[0]
+        ordered = sorted(self.scored, key=lambda r: (-r["metrics"][objective], r["metrics"][cost]))
+        return ordered[:count]
+
+    def noise(self, record: dict) -> Noise | None:
+        """None where the ledger lacks the scores on resamples of the images."""
+        own, best = (_on_resamples(r, self.settings.objective) for r in (record, self.best()))
+        if own is None or best is None or own.shape != best.shape:
+            return None
+        behind = interval(best - own)
+        return Noise(interval(own), behind, behind.low <= 0)
+
+    def history(self) -> list[float]:
+        """The best objective so far, after each evaluation that did not fail; one stopped early is no new best."""
+        found = [r["metrics"][self.settings.objective] for r in self.scored]
+        scores = iter(found)
+        return best_so_far([next(scores) if r["status"] == "ok" else min(found) for r in self.compared])
+
+    def control(self) -> list[BestOf]:
+        """What random search would have found with as many evaluations, as far as the ledger can tell."""
+        objective = self.settings.objective
+        found = [r["metrics"][objective] for r in self.random if r["status"] != "failed"]
+        found = [score for score in found if score is not None]
+        return best_of_random(found, most=len(self.compared)) if found and self.compared else []
+
+
+def _on_resamples(record: dict, objective: str) -> np.ndarray | None:
+    if record.get("objective") != objective:
+        return None
+    return unpack(record["resampled"][str(record["images"])])
+
+
+TAIL = 0.1  # on either side of the range of what random search would have found
+
+
+class BestOf(NamedTuple):
+    """The best of `draws` random evaluations: its expected value, and the range that holds it 8 times in 10."""
+
+    draws: int
+    low: float
+    mean: float
+    high: float
+
+
+def best_so_far(values: Sequence[float]) -> list[float]:
+    """The largest of the first 1, 2, 3, ... values."""
+    return list(itertools.accumulate(values, max))
+
+
+def best_of_random(values: Sequence[float], most: int, points: int = 200) -> list[BestOf]:
+    """The best of n of these m values, drawn without replacement, for n = 1 to m or `most` (at `points` n at most).
+
+    Exact: of the C(m, n) equally likely draws, C(i, n) hold none but the i smallest values. Expected-best curves are
+    how Dodge et al. (EMNLP 2019) compare searches of different length; theirs draw with replacement.
+    """
+    ordered = np.sort(np.asarray(values, dtype=float))
+    m = len(ordered)
+    ranks = np.arange(m, 1, -1)  # C(i - 1, n) / C(i, n) = (i - n) / i, from i = m down
+    found = []
+    last = min(m, most)
+    for n in sorted({round(n) for n in np.linspace(1, last, min(last, points))}):
+        cdf = np.ones(m)  # cdf[i - 1]: the best is among the i smallest
+        cdf[:-1] = np.cumprod(np.maximum(ranks - n, 0) / ranks)[::-1]
+        low, high = (ordered[np.searchsorted(cdf, share - 1e-9)] for share in (TAIL, 1 - TAIL))
+        found.append(BestOf(n, float(low), float(np.diff(cdf, prepend=0.0) @ ordered), float(high)))
+    return found

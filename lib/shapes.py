@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torchvision.io import write_jpeg
 
+from lib.checkpoint import lock
 from lib.errors import UserError
-from lib.locks import lock
 
 MARKER, LOCK = "shapes.json", ".lock"
 FORMAT = "shapes/1"
@@ -57,6 +57,7 @@ SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "star": _star,
     "triangle": _triangle,
 }
+
 CLASSES = tuple(SHAPES)
 
 

@@ -15,15 +15,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lib import checkpoint, config
+from lib import checkpoint, config_io
+from lib.cli import supernet_checkpoint
 from lib.errors import UserError, did_you_mean
 from lib.genotype import Genotype
-from lib.runs import supernet_checkpoint
 
 Tensors = dict[str, Tensor]
-
 IMAGENET = {"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375)}
 TORCHVISION = ("mobilenet_v2", "mobilenet_v3_large")
+
 LITE0 = "efficientnet_lite0"
 
 
@@ -238,7 +238,7 @@ def _stages(blocks: Iterable[Tensors]) -> list[list[Tensors]]:
 
 def _own(payload: dict) -> Source:
     """A supernet or a final detector of this project; its moving average where it has one."""
-    backbone = config.from_dict(payload["config"]).backbone
+    backbone = config_io.from_dict(payload["config"]).backbone
     tensors = checkpoint.weights(payload)
     if "genotype" in payload:
         stem, stages, last_conv, extras = _own_detector(tensors, Genotype.from_dict(payload["genotype"]))

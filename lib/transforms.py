@@ -16,7 +16,6 @@ from lib.config import AugmentConfig
 
 # image (3, H, W) uint8, boxes (M, 4) pixels xyxy, labels (M,) -> image (3, S, S) uint8, boxes in [0, 1], labels
 Transform = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
-
 GREY = 127  # what zooming out shows beside the picture: nearly zero once the network has scaled its input
 
 

@@ -11,9 +11,8 @@ import yaml
 from hypothesis import settings
 from tiny_runs import FINAL, SEARCH, SUPERNET, run, tiny_settings
 
-from lib import checkpoint, config
-from lib.detector import ElasticSSD
-from lib.models import Detector
+from lib import checkpoint, config_io
+from lib.detector import Detector, ElasticSSD
 
 torch.set_num_threads(1)  # sums in the same order every time
 settings.register_profile("patient", deadline=None)  # how long an example takes is the machine's affair
@@ -40,7 +39,7 @@ def clock(monkeypatch):
 @pytest.fixture(scope="session")
 def tiny_config():
     """`tiny_config(head__predictor="plain")`: the tiny configuration with some keys changed."""
-    return lambda **changes: config.from_dict(tiny_settings(**changes))
+    return lambda **changes: config_io.from_dict(tiny_settings(**changes))
 
 
 @pytest.fixture(scope="session")
@@ -87,7 +86,7 @@ def tiny_checkpoint(tiny_trained, tmp_path_factory):
     detector, path = tiny_trained(), tmp_path_factory.mktemp("trained") / "best.pt"
     identity = {
         "genotype": detector.genotype.to_dict(),
-        "config": config.to_dict(detector.config),
+        "config": config_io.to_dict(detector.config),
         "classes": list(detector.classes),
         "category_ids": list(detector.category_ids),
         "epoch": detector.epoch,

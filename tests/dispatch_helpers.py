@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from lib.pool import Result, WorkerPool
+from lib.dispatcher import Result, WorkerPool
 
 PATIENCE = 120  # seconds until a test gives up waiting
 

@@ -12,17 +12,18 @@ from tiny_runs import tiny_settings
 from torch import nn
 
 import supernet_train
-from lib import config, distributed, final_training
+from lib import config_io, distributed, final_training
+from lib.annotations import Records
+from lib.config import Config
 from lib.datasets import configured_train_loader, load_records, split_indices
 from lib.detector import ElasticSSD
-from lib.engine import Trainer
+from lib.distributed import SyncBatchNorm, synchronise_norms
+from lib.log import RunLog, read_log
 from lib.losses import DetectionLoss
-from lib.panel import PanelLog, make_panel
-from lib.records import Records
-from lib.runlog import RunLog, read_log
 from lib.runtime import StopRequest
 from lib.scoring import Scorer, prepare_scoring_data
-from lib.sync_norm import SyncBatchNorm, synchronise_norms
+from lib.shrinking import PanelLog, make_panel
+from lib.training import Trainer
 
 CPU = torch.device("cpu")
 PROCESSES = 2
@@ -51,18 +52,18 @@ def be_one_of_several(rank: int, port: int, folder: Path) -> None:
     lose_a_process(folder)
 
 
-def settings(folder: Path, **changes: object) -> config.Config:
+def settings(folder: Path, **changes: object) -> Config:
     both = {"batch_size": 8, "ema_decay": 0.9, "sync_batch_norm": True, "clip_grad_norm": 20.0}
     keys = {f"{stage}__{key}": value for stage in ("supernet", "final") for key, value in both.items()}
     keys |= {"supernet__sampling": "sandwich", "data__root": folder / "shapes", "data__workers": 0}
-    return config.from_dict(tiny_settings(**keys | {"data__shapes_test": 7} | changes))
+    return config_io.from_dict(tiny_settings(**keys | {"data__shapes_test": 7} | changes))
 
 
-def load(c: config.Config, split: str) -> Records:
+def load(c: Config, split: str) -> Records:
     return load_records(c.data, split)
 
 
-def random_detector(c: config.Config) -> ElasticSSD:
+def random_detector(c: Config) -> ElasticSSD:
     """With random statistics, as after a training."""
     torch.manual_seed(0)
     detector = ElasticSSD(c, num_classes=5)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.bootstrap import pack
 from lib.config import SearchConfig
-from lib.evolution import make_controller
+from lib.controllers import make_controller
 from lib.genotype import BlockChoices, SearchSpace, StageChoices
-from lib.search_run import SearchRun
+from lib.scoring import pack
+from lib.search import SearchRun
 
 STAGE = StageChoices((1, 2, 3), BlockChoices((3, 4, 6), (3, 5, 7)))
 SPACE = SearchSpace("mbv3_backbone", (64, 96), (STAGE,) * 4, (BlockChoices((0.5,), (3,)),))

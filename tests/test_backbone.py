@@ -15,7 +15,7 @@ from lib.config import BackboneConfig, Config
 from lib.elastic import ElasticDepthwiseConv, ElasticInvertedResidual, extract_segment
 from lib.errors import UserError
 from lib.genotype import Block, BlockChoices, SearchSpace, StageChoices
-from lib.schedule import full_space
+from lib.shrinking import full_space
 
 MBV2_DEPTHS = (1, 2, 3, 4, 3, 3, 1)
 

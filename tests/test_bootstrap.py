@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_coco_eval import random_case
 
-from lib.bootstrap import clearly_below, image_weights, interval, pack, unpack
 from lib.metrics import Evaluation, coco_metrics, voc_metrics
+from lib.scoring import clearly_below, image_weights, interval, pack, unpack
 
 CLASSES = 4
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import box_convert, box_iou
 
-from lib.boxes import decode, encode, pairwise_iou
+from lib.priors import decode, encode, pairwise_iou
 
 
 def random_boxes(*shape: int, seed: int = 0, smallest: float = 0.01) -> torch.Tensor:

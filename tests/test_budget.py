@@ -8,8 +8,8 @@ import re
 import pytest
 
 from lib.budget import Budget, extreme, limits_of
+from lib.controllers import SAMPLE_TRIES, RandomSearch, every_genotype, make_controller
 from lib.errors import UserError
-from lib.evolution import SAMPLE_TRIES, RandomSearch, every_genotype, make_controller
 from lib.genotype import BlockChoices, SearchSpace, StageChoices
 
 SPACE = SearchSpace(

@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.coco_eval import NAMES, evaluate, rank_found
+from lib.coco_eval import NAMES, Found, Objects, evaluate, overlapping, rank_found
 from lib.metrics import coco_metrics
-from lib.overlaps import Found, Objects, overlapping
 
 CLASSES = 3
 LABELS = st.integers(1, CLASSES)

@@ -7,9 +7,8 @@ import random
 import pytest
 from torchvision.io import decode_image, read_file
 
-from lib.compare import STARTS, as_markdown, contestants, refuse_other_plan, shortened
 from lib.errors import UserError
-from lib.report import plot_comparison
+from lib.trials import STARTS, as_markdown, contestants, plot_comparison, refuse_other_plan, shortened
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,7 @@ from torchvision.models import (
 )
 
 from lib.config import Config
-from lib.cost import Cost, module_cost
-from lib.detector import ElasticSSD
+from lib.detector import Cost, ElasticSSD, module_cost
 
 
 def slow_cost(model: nn.Module, x: torch.Tensor) -> Cost:

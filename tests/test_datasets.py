@@ -11,6 +11,7 @@ from tiny_data import write_coco, write_voc
 from torch.utils.data import DataLoader, Dataset
 
 from lib import datasets
+from lib.annotations import read_voc
 from lib.config import AugmentConfig, DataConfig
 from lib.datasets import (
     DetectionDataset,
@@ -24,8 +25,7 @@ from lib.datasets import (
     train_loader,
 )
 from lib.errors import UserError
-from lib.picture_files import UnreadableImage
-from lib.records import read_voc
+from lib.images import UnreadableImage
 from lib.shapes import CLASSES
 from lib.transforms import eval_transform, train_transform
 

@@ -7,15 +7,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lib import depthwise
-from lib.depthwise import DepthwiseConv2d, depthwise_conv
+from lib import elastic
+from lib.elastic import DepthwiseConv2d, depthwise_conv
 
 
 @pytest.fixture
 def wide_calls(monkeypatch):
     """How often the gradient of a wide filter was put together."""
-    calls, original = [], depthwise._weight_gradient
-    monkeypatch.setattr(depthwise, "_weight_gradient", lambda *a: calls.append(a) or original(*a))
+    calls, original = [], elastic._weight_gradient
+    monkeypatch.setattr(elastic, "_weight_gradient", lambda *a: calls.append(a) or original(*a))
     return calls
 
 

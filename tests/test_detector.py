@@ -10,9 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lib.config import Config
-from lib.cost import module_cost
-from lib.detector import ElasticSSD, Normalize
-from lib.engine import recalibrate
+from lib.detector import ElasticSSD, Normalize, module_cost, recalibrate
 from lib.errors import UserError
 from lib.losses import DetectionLoss
 from lib.priors import priors_per_cell

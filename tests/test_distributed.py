@@ -22,10 +22,10 @@ from torch import nn
 
 from lib import checkpoint, distributed
 from lib.config import TrainConfig
+from lib.config_io import validate_shares
 from lib.detector import ElasticSSD
 from lib.errors import UserError
 from lib.runtime import pick_device
-from lib.validate import validate_shares
 
 
 @pytest.fixture(scope="module")

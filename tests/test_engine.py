@@ -9,10 +9,12 @@ from torch import nn
 
 from lib import final_training
 from lib.config import TrainConfig
-from lib.engine import Trainer, detect, measure, recalibrate, to_pixels, train_epoch
+from lib.detector import detect, recalibrate
 from lib.errors import UserError
 from lib.losses import DetectionLoss
+from lib.metrics import measure, to_pixels
 from lib.postprocess import Detections
+from lib.training import Trainer, train_epoch
 
 CPU = torch.device("cpu")
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lib import estimate
+from lib import plan
 from lib.config import TrainConfig
 from lib.datasets import collate, configured_train_loader, load_records, split_indices
 from lib.detector import ElasticSSD
-from lib.estimate import detecting_seconds, final_seconds, scoring_seconds, training_seconds, typical_seconds
+from lib.plan import detecting_seconds, final_seconds, scoring_seconds, training_seconds, typical_seconds
 from lib.scoring import Scorer
 
 CPU = torch.device("cpu")
@@ -46,7 +46,7 @@ class SlowLoss(torch.nn.Module):
 @pytest.mark.parametrize(("workers", "steps"), [(0, (0.18, 0.13)), (1, (0.1, 0.08)), (2, (0.1, 0.05))])
 def test_a_training_is_its_phases_and_the_slower_of_step_and_pictures(data, clock, workers, steps, monkeypatch):
     config, records, train, _ = data
-    monkeypatch.setattr(estimate, "collate", lambda samples: clock.work(0.08) or collate(samples))
+    monkeypatch.setattr(plan, "collate", lambda samples: clock.work(0.08) or collate(samples))
     loader = configured_train_loader(records, train, 64, 8, config, CPU)
     loader = type(loader)(loader.dataset, batch_sampler=loader.batch_sampler, num_workers=workers)
     model = SlowLoss(clock)
@@ -60,7 +60,7 @@ def test_a_score_is_that_of_all_pictures(data, clock, monkeypatch):
     config, records, train, search = data
     detector = ElasticSSD(config, len(records.classes))
     monkeypatch.setattr(Scorer, "race", lambda self, detector, g: clock.work(0.005 * (8 + self.num_images)))
-    monkeypatch.setattr(estimate, "SAMPLE", 8)
+    monkeypatch.setattr(plan, "SCORED_SAMPLE", 8)
     found = scoring_seconds(detector, [detector.space.smallest()], records, train, search, config, CPU)
     assert len(search) == 12 and config.search.bn_images == 8
     assert found == pytest.approx(0.005 * (8 + 12))
@@ -77,7 +77,7 @@ def test_a_final_training_is_its_steps_with_the_teachers_share(data, clock, monk
         clock.work(0.05)
         yield {"loss": next(model.parameters()).sum() * 0}
 
-    monkeypatch.setattr(estimate, "detection_losses", slow_losses)
+    monkeypatch.setattr(plan, "detection_losses", slow_losses)
     steps = loader.batch_sampler.batches_per_epoch * config.final.epochs
     assert final_seconds(model, config, CPU, loader) == pytest.approx(0.05 * steps)
     assert calls[0][0] is model and calls[0][-2:] == (0.0, None)
@@ -85,8 +85,8 @@ def test_a_final_training_is_its_steps_with_the_teachers_share(data, clock, monk
 
 def test_an_evaluation_is_that_of_the_whole_test_set(data, clock, monkeypatch):
     config, records, _, _ = data
-    monkeypatch.setattr(estimate, "SAMPLE", 8)
-    monkeypatch.setattr(estimate, "detect", lambda model, images, *_: clock.work(0.02 * len(images[0])))
+    monkeypatch.setattr(plan, "SCORED_SAMPLE", 8)
+    monkeypatch.setattr(plan, "detect", lambda model, images, *_: clock.work(0.02 * len(images[0])))
     detector = ElasticSSD(config, len(records.classes))
     found = detecting_seconds(detector.extract(detector.space.smallest()), records, config, CPU)
     assert found == pytest.approx(0.02 * len(records))

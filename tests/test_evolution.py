@@ -7,17 +7,17 @@ import random
 
 import pytest
 
-from lib.errors import UserError
-from lib.evolution import (
+from lib.controllers import (
     ParetoEvolution,
     RandomSearch,
     RegularizedEvolution,
     SpaceExhausted,
     every_genotype,
     make_controller,
+    pareto_front,
 )
+from lib.errors import UserError
 from lib.genotype import BlockChoices, Genotype, SearchSpace, StageChoices
-from lib.pareto import pareto_front
 
 NAMES = ["random", "evo", "pareto-evo"]
 

@@ -7,12 +7,21 @@ from hypothesis import strategies as st
 from torch import nn
 from torchvision.ops import box_iou
 
-from lib.boxes import decode
 from lib.config import PostprocessConfig
-from lib.export import add_nms, export_graph, with_every_output
+from lib.export import (
+    DETECTIONS,
+    PRIORS,
+    add_nms,
+    export_graph,
+    open_session,
+    read_metadata,
+    run_session,
+    unpad,
+    with_every_output,
+)
 from lib.genotype import Genotype
-from lib.onnx_file import DETECTIONS, PRIORS, open_session, read_metadata, run_session, unpad
 from lib.postprocess import class_scores, postprocess
+from lib.priors import decode
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 pytest.importorskip("onnxscript", reason="onnxscript is not installed")

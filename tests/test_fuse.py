@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from lib.detector import fuse, fuse_
 from lib.elastic import SamePadConv2d
-from lib.fuse import fuse, fuse_
 
 
 @pytest.mark.parametrize("changes", [{}, {"backbone__padding": "tf_same", "head__predictor": "plain"}])

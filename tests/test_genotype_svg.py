@@ -6,7 +6,7 @@ import random
 from xml.etree import ElementTree
 
 from lib.genotype import Block, BlockChoices, Genotype, SearchSpace, StageChoices
-from lib.genotype_svg import choices_made, kernel_classes, shares, slots, strip
+from lib.report import choices_made, kernel_classes, shares, slots, strip
 
 SPACE = SearchSpace(
     "mbv3_backbone",

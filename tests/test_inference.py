@@ -5,11 +5,11 @@ import torch
 from tiny_data import write_picture
 from torchvision.io import decode_image, read_file
 
+from lib.detector import load_detector
 from lib.errors import UserError
 from lib.export import add_nms, export_graph
+from lib.images import UnreadableImage
 from lib.inference import load
-from lib.models import load_detector
-from lib.picture_files import UnreadableImage
 from lib.postprocess import postprocess
 from lib.transforms import eval_transform
 

@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 
 import async_search
 from lib import checkpoint, latency
-from lib.config import to_dict
+from lib.budget import Coster
+from lib.config_io import to_dict
+from lib.controllers import every_genotype
 from lib.errors import UserError
-from lib.evolution import every_genotype
 from lib.genotype import Block, Genotype
-from lib.latency import Coster, all_features, designed_sample, features, fit, load_table
+from lib.latency import all_features, designed_sample, features, fit, load_table
 
 # --------------------------------------------------------------------------------------------------------- the features
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lib.locks import lock
+from lib.checkpoint import lock
 
 pytest.importorskip("fcntl", reason="locks are POSIX's")
 

@@ -14,18 +14,9 @@ from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.ssd import SSD
 from torchvision.ops import box_convert, box_iou, sigmoid_focal_loss
 
-from lib.boxes import decode
 from lib.errors import UserError
-from lib.losses import (
-    DetectionLoss,
-    Targets,
-    adaptive_distillation,
-    focal_loss,
-    focal_prior_bias,
-    match,
-    multibox_loss,
-)
-from lib.priors import prior_boxes
+from lib.losses import DetectionLoss, Targets, adaptive_distillation, focal_loss, focal_prior_bias, match, multibox_loss
+from lib.priors import decode, prior_boxes
 
 PRIORS = prior_boxes([(3, 3), (1, 1)], [0.3, 0.7, 0.9], [[2], []])  # (38, 4)
 CLASSES = 3

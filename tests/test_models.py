@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from lib import checkpoint
-from lib.config import DistillConfig, ValueSchedule, to_dict
-from lib.engine import Trainer
+from lib.config import DistillConfig, ValueSchedule
+from lib.config_io import to_dict
+from lib.detector import detector_checkpoint, load_detector, load_supernet, load_teacher, load_weights
 from lib.errors import UserError
-from lib.genotype import Genotype
-from lib.genotype_file import is_genotype_string, parse_genotype_string, read_genotype_file, read_genotype_files
-from lib.models import detector_checkpoint, load_detector, load_supernet, load_teacher, load_weights
+from lib.genotype import Genotype, is_genotype_string, parse_genotype_string, read_genotype_file, read_genotype_files
+from lib.training import Trainer
 
 CPU = torch.device("cpu")
 CLASSES = ["cat", "dog", "eel"]

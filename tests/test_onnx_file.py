@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lib.errors import UserError
-from lib.onnx_file import open_session, read_metadata, require, unpad
+from lib.export import open_session, read_metadata, require, unpad
 
 
 def test_missing_packages_are_named_with_the_command(monkeypatch):

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, CosineAnnealingWarmRestarts, MultiStepLR
 
 from lib.config import LRScheduleConfig, TrainConfig
-from lib.optim import build_ema, build_optimizer, build_scheduler
+from lib.training import build_ema, build_optimizer, build_scheduler
 
 STEPS = 4  # per epoch
 

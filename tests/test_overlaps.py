@@ -7,7 +7,7 @@ import torch
 from test_coco_eval import flat
 from torchvision.ops import box_iou
 
-from lib.overlaps import Found, Objects, overlapping
+from lib.coco_eval import Found, Objects, overlapping
 
 
 def test_overlapping_pairs_are_of_one_image_and_class_and_crowds_count_the_detection_only():

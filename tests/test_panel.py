@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from lib.config import Config, ScheduleConfig, SupernetConfig
-from lib.panel import PanelLog, describe_opening, make_panel
-from lib.runlog import RunLog, read_log
+from lib.log import RunLog, read_log
+from lib.shrinking import PanelLog, describe_opening, make_panel
 
 
 def make_log(tmp_path, scores, every=5):

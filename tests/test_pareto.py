@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.evolution import Individual
-from lib.pareto import best_record, crowding_distances, dominates, insert_into_fronts, pareto_front
+from lib.controllers import Individual, best_record, crowding_distances, dominates, insert_into_fronts, pareto_front
 
 POINTS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6), st.integers(0, 6)), max_size=40)
 

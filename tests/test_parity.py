@@ -10,13 +10,21 @@ from tiny_data import write_voc
 from tiny_runs import run
 
 import final_train
-from lib import checkpoint, parity
-from lib.config import to_dict
+from lib import checkpoint, export
+from lib.config_io import to_dict
 from lib.datasets import load_records
-from lib.engine import to_pixels
 from lib.errors import UserError
-from lib.export import export_graph
-from lib.parity import average_precision, compare, elastic_view, record, refuse, write_measured, write_verified
+from lib.export import (
+    average_precision,
+    compare,
+    elastic_view,
+    export_graph,
+    record,
+    refuse,
+    write_measured,
+    write_verified,
+)
+from lib.metrics import to_pixels
 from lib.postprocess import postprocess
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
@@ -43,7 +51,7 @@ def data(tiny_config, tmp_path_factory):
 def trained(data, tiny_trained):
     """A detector, its graph, and records whose objects are what the detector finds best, so that its AP is high."""
     detector, test = tiny_trained()._replace(config=data[0]), data[1]
-    images = torch.cat(list(parity.test_images(detector, test)))
+    images = torch.cat(list(export.test_images(detector, test)))
     with torch.no_grad():
         logits, offsets = detector.model(images)
     arguments = (detector.config.postprocess, detector.config.loss.type, detector.config.head.variances)
@@ -159,7 +167,7 @@ def test_an_elastic_layer_that_computes_something_else_is_seen(trained, monkeypa
             elastic.backbone.stem[0].weight.mul_(1.01)
         return elastic
 
-    monkeypatch.setattr("lib.parity.elastic_view", spoiled)
+    monkeypatch.setattr("lib.export.elastic_view", spoiled)
     with pytest.raises(UserError, match="supernet difference"):
         write_verified(graph, tmp_path / "detector.onnx", detector, test)
 

@@ -7,11 +7,12 @@ import torch
 from tiny_data import write_voc
 from torchvision.io import write_jpeg
 
-from lib import datasets, picture_files
+from lib import datasets
+from lib import images as images_file
+from lib.annotations import read_voc
 from lib.config import AugmentConfig
 from lib.datasets import DetectionDataset
-from lib.picture_files import UnreadableImage, read_reduced_jpeg
-from lib.records import read_voc
+from lib.images import UnreadableImage, read_reduced_jpeg
 from lib.transforms import train_transform
 
 
@@ -31,7 +32,7 @@ def test_a_large_jpeg_is_decoded_as_small_as_training_shows_it(photos, monkeypat
     reduced = DetectionDataset(photos, [0], transform)
     sizes, off, original = [], [], datasets.read_reduced_jpeg
     monkeypatch.setattr(datasets, "read_reduced_jpeg", lambda *a: sizes.append(a[-1]) or original(*a))
-    monkeypatch.setattr(picture_files, "LARGE_PICTURE", 400 * 300)
+    monkeypatch.setattr(images_file, "LARGE_PICTURE", 400 * 300)
     for epoch in range(40):
         (image, boxes, labels, row), expected = reduced[epoch, 0], whole[epoch, 0]
         assert torch.equal(labels, expected[2]) and row == 0 and image.dtype == torch.uint8
@@ -39,7 +40,7 @@ def test_a_large_jpeg_is_decoded_as_small_as_training_shows_it(photos, monkeypat
         off.append((image.float() - expected[0].float()).abs().mean().item())
     assert max(off) < 10 and sum(off) / len(off) < 2  # one pixel of 32 is some 20 levels here
     assert len(sizes) == 40 and {4, 8} <= set(sizes) <= {1, 2, 4, 8}
-    monkeypatch.setattr(picture_files, "LARGE_PICTURE", 400 * 300 + 1)
+    monkeypatch.setattr(images_file, "LARGE_PICTURE", 400 * 300 + 1)
     assert torch.equal(reduced[0, 0][0], whole[0, 0][0]) and len(sizes) == 40
 
 
@@ -52,7 +53,7 @@ def test_a_reduced_jpeg_has_the_size_that_was_asked_for(photos):
 
 
 def test_a_broken_large_jpeg_is_named_as_any_other(photos, monkeypatch):
-    monkeypatch.setattr(picture_files, "LARGE_PICTURE", 0)
+    monkeypatch.setattr(images_file, "LARGE_PICTURE", 0)
     Path(photos.path(0)).write_bytes(Path(photos.path(0)).read_bytes()[:100])
     dataset = DetectionDataset(photos, [0], train_transform(32))
     for epoch in range(10):

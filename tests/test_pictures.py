@@ -9,7 +9,8 @@ from pycocotools.coco import COCO
 from torchvision.io import decode_image, read_file, write_png
 
 from lib.errors import UserError
-from lib.pictures import SMALLEST_TEXT, class_colours, coco_results, draw, find_pictures, write_picture
+from lib.images import find_pictures, write_picture
+from lib.inference import SMALLEST_TEXT, class_colours, coco_results, draw
 from lib.postprocess import Detections
 
 FOUND = Detections(

@@ -10,10 +10,8 @@ import pytest
 from dispatch_helpers import is_alive, pids_in, take, wait_for
 from ray_cluster import cluster
 
-from lib.dispatcher import Dispatcher
+from lib.dispatcher import ATTEMPTS, Dispatcher, TimeLimit, WorkerError
 from lib.errors import UserError
-from lib.pool import ATTEMPTS, WorkerError
-from lib.time_limit import TimeLimit
 from tests.dispatch_workers import setup, setup_dies, setup_raises, setup_user_error
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torchvision.ops import box_iou, nms
 
-from lib.boxes import decode
 from lib.config import PostprocessConfig
 from lib.postprocess import Detections, _look, class_scores, postprocess
+from lib.priors import decode
 
 VARIANCES = (0.1, 0.2)
 

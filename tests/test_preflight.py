@@ -2,8 +2,8 @@ import pytest
 import torch
 from tiny_data import write_voc
 
-from lib.preflight import preflight
-from lib.records import read_voc
+from lib.annotations import read_voc
+from lib.plan import preflight
 
 
 @pytest.fixture
@@ -42,8 +42,8 @@ def test_coverage_is_at_the_matching_threshold(records, threshold, share):
 
 
 def test_many_objects_are_sampled(records, monkeypatch):
-    monkeypatch.setattr("lib.preflight.SAMPLE", 2)
-    monkeypatch.setattr("lib.preflight.CHUNK", 1)
+    monkeypatch.setattr("lib.plan.COVERAGE_SAMPLE", 2)
+    monkeypatch.setattr("lib.plan.CHUNK", 1)
     lines = preflight(records, range(9), PRIORS, 0.5)
     assert "measured on 2 of them" in lines[-4]
     assert [line.split()[1] for line in lines[-3:]] == ["2", "1", "0"]

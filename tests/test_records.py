@@ -10,8 +10,8 @@ import torch
 from pycocotools.coco import COCO
 from tiny_data import write_coco, write_picture, write_voc
 
+from lib.annotations import PackedStrings, find_voc_sets, read_coco, read_voc
 from lib.errors import UserError
-from lib.records import PackedStrings, find_voc_sets, read_coco, read_voc
 
 OBJECTS = {
     "b_02": [("dog", 0, 0, 20, 10), ("cat", 5, 6, 30, 32, 1), ("dog", 40, 20, 48, 32)],

@@ -6,9 +6,10 @@ import pytest
 from torchvision.io import decode_image, read_file
 
 from lib import plan
-from lib.cost import module_cost
-from lib.report import plot_front, plot_search, plot_training
-from lib.search_stats import best_of_random
+from lib.detector import module_cost
+from lib.log import plot_training
+from lib.report import plot_front, plot_search
+from lib.search import best_of_random
 
 
 def write_log(path, *records):

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from lib.revision import code_revision
+from lib.checkpoint import code_revision
 
 
 def git(folder, *arguments):

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from lib import runs
+from lib import cli
 from lib.errors import UserError
-from lib.runlog import RunLog, finite, progress, read_log, say
+from lib.log import RunLog, finite, progress, read_log, say
 from lib.runtime import StopRequest, pick_device, run, seed_everything
 
 ROOT = Path(__file__).parent.parent
@@ -124,60 +124,60 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 
 def test_the_last_run_of_each_stage(folder):
-    assert runs.last_run("search") is None
-    assert runs.stage_folder("bccd", "search") == Path("runs/bccd/search")
+    assert cli.last_run("search") is None
+    assert cli.stage_folder("bccd", "search") == Path("runs/bccd/search")
     for name in ("one", "two"):
-        path = runs.stage_folder(name, "search")
+        path = cli.stage_folder(name, "search")
         path.mkdir(parents=True)
-        runs.remember("search", path)
-    runs.remember("supernet", Path("runs/gone/supernet"))
-    assert runs.last_run("search") == Path("runs/two/search")
-    assert runs.last_run("supernet") is None  # its folder does not exist
+        cli.remember("search", path)
+    cli.remember("supernet", Path("runs/gone/supernet"))
+    assert cli.last_run("search") == Path("runs/two/search")
+    assert cli.last_run("supernet") is None  # its folder does not exist
 
 
 def test_a_broken_pointer_file_is_no_run(folder):
     Path("runs").mkdir()
-    runs.POINTER.write_text('{"search": ')
-    assert runs.last_run("search") is None
+    cli.POINTER.write_text('{"search": ')
+    assert cli.last_run("search") is None
     Path("runs/x/search").mkdir(parents=True)
-    runs.remember("search", Path("runs/x/search"))
-    assert runs.last_run("search") == Path("runs/x/search")
+    cli.remember("search", Path("runs/x/search"))
+    assert cli.last_run("search") == Path("runs/x/search")
 
 
 def test_supernet_checkpoint_from_file_run_or_parent(folder):
     last = Path("runs/x/supernet/last.pt")
     last.parent.mkdir(parents=True)
     last.touch()
-    assert [runs.supernet_checkpoint(p) for p in (last, last.parent, last.parent.parent)] == [last] * 3
+    assert [cli.supernet_checkpoint(p) for p in (last, last.parent, last.parent.parent)] == [last] * 3
     for missing in (Path("runs"), Path("nowhere")):
         with pytest.raises(UserError, match=f"^{missing}: no supernet checkpoint here; expected last.pt"):
-            runs.supernet_checkpoint(missing)
+            cli.supernet_checkpoint(missing)
 
 
 def test_a_bare_genotype_name_falls_back_to_the_last_search(folder):
-    search = runs.stage_folder("x", "search")
+    search = cli.stage_folder("x", "search")
     search.mkdir(parents=True)
     (search / "best.json").touch()
     with pytest.raises(UserError, match=r"^best.json: no such genotype file here; async_search.py writes"):
-        runs.find_genotype("best.json")
-    runs.remember("search", search)
-    assert runs.find_genotype("best.json") == search / "best.json"
-    assert runs.find_genotype(str(search / "best.json")) == search / "best.json"
+        cli.find_genotype("best.json")
+    cli.remember("search", search)
+    assert cli.find_genotype("best.json") == search / "best.json"
+    assert cli.find_genotype(str(search / "best.json")) == search / "best.json"
     Path("best.json").touch()
-    assert runs.find_genotype("best.json") == Path("best.json")
+    assert cli.find_genotype("best.json") == Path("best.json")
 
 
 def test_a_genotype_that_is_nowhere_names_where_it_was_sought(folder):
-    search = runs.stage_folder("x", "search")
+    search = cli.stage_folder("x", "search")
     search.mkdir(parents=True)
     (search / "best.json").touch()
     (search / "other").mkdir()
     (search / "other" / "best.json").touch()
-    runs.remember("search", search)
+    cli.remember("search", search)
     with pytest.raises(UserError, match=f"^bst.json: no such genotype file here nor in {search}; "):
-        runs.find_genotype("bst.json")
+        cli.find_genotype("bst.json")
     with pytest.raises(UserError, match=r"^other/best.json: no such genotype file here; "):
-        runs.find_genotype("other/best.json")
+        cli.find_genotype("other/best.json")
 
 
 # The process

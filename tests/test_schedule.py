@@ -8,7 +8,15 @@ import pytest
 
 from lib.config import ChoiceSchedule, Config, ScheduleConfig, ValueSchedule
 from lib.genotype import BlockChoices
-from lib.schedule import boundaries, choices_at, describe_openings, first_narrower_epoch, full_space, space_at, value_at
+from lib.shrinking import (
+    boundaries,
+    choices_at,
+    describe_openings,
+    first_narrower_epoch,
+    full_space,
+    space_at,
+    value_at,
+)
 
 
 @pytest.mark.parametrize(("epoch", "value"), [(1, 0.0), (80, 0.0), (81, 0.1), (82, 0.1), (10_000, 0.1)])

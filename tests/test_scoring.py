@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from lib import checkpoint
-from lib.bootstrap import pack, unpack
-from lib.config import to_dict
+from lib.config_io import to_dict
 from lib.datasets import load_records, split_indices
-from lib.engine import Trainer, detect, measure, recalibrate
+from lib.detector import detect, recalibrate
 from lib.errors import UserError
-from lib.scoring import Scorer, load_scoring_data, prepare_scoring_data, save_scoring_data, scoring_worker
+from lib.metrics import measure
+from lib.scoring import Scorer, load_scoring_data, pack, prepare_scoring_data, save_scoring_data, scoring_worker, unpack
+from lib.training import Trainer
 
 CPU = torch.device("cpu")
 

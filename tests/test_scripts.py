@@ -18,9 +18,9 @@ from torchvision.io import decode_image, read_file
 
 import async_search
 from lib import checkpoint, latency
+from lib.checkpoint import code_revision
+from lib.detector import load_supernet
 from lib.genotype import Genotype
-from lib.models import load_supernet
-from lib.revision import code_revision
 
 
 def test_each_stage_leaves_its_files(flow):

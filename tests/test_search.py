@@ -9,15 +9,13 @@ import pytest
 from search_records import SPACE
 
 from async_search import score_finalists
-from lib.bootstrap import pack
 from lib.config import Config, SearchConfig
-from lib.evolution import make_controller
+from lib.controllers import make_controller
+from lib.dispatcher import Result
 from lib.genotype import Genotype
 from lib.ledger import Ledger
-from lib.pool import Result
-from lib.racing import has_lost
-from lib.search import Search
-from lib.search_run import SearchRun
+from lib.scoring import has_lost, pack
+from lib.search import Search, SearchRun
 
 IMAGES, RESAMPLES = 40, 50
 NOISE = np.random.default_rng(0).normal(0, 0.02, RESAMPLES)  # what makes a resample easy is common to all candidates

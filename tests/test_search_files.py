@@ -7,12 +7,11 @@ from dataclasses import replace
 
 from search_records import ledger, make_run, with_resamples
 
-from lib import search_files
+from lib import report
 from lib.config import Config
-from lib.genotype import Genotype
-from lib.genotype_file import read_genotype_file
-from lib.pareto import pareto_front
-from lib.search_files import write_results
+from lib.controllers import pareto_front
+from lib.genotype import Genotype, read_genotype_file
+from lib.report import write_results
 
 FILES = {"best.json", "pareto.json", "front.png", "report.html"}
 
@@ -49,7 +48,7 @@ def test_what_cannot_be_drawn_ends_no_search(tmp_path, monkeypatch, capsys):
     write_results(run, Config(), "abc", final=True)
     assert {path.name for path in tmp_path.iterdir()} == FILES | {"report.png"} and capsys.readouterr().out == ""
     drawn = (tmp_path / "report.html").read_text()
-    monkeypatch.setattr(search_files, "search_report", lambda run: run.nonsense)
+    monkeypatch.setattr(report, "search_report", lambda run: run.nonsense)
     write_results(run, Config(), "abc", final=True)
     assert "report.html: not drawn: AttributeError: " in capsys.readouterr().out
     assert (tmp_path / "report.html").read_text() == drawn

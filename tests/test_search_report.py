@@ -10,8 +10,8 @@ from xml.etree import ElementTree
 import pytest
 from search_records import ledger, make_run, with_resamples
 
-from lib.search_report import search_report
-from lib.search_run import SearchRun
+from lib.report import search_report
+from lib.search import SearchRun
 
 VOID = {"meta"}  # elements that HTML never closes
 

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib.search_stats import best_of_random, best_so_far, worker_use
+from lib.report import worker_use
+from lib.search import best_of_random, best_so_far
 
 values = st.lists(st.floats(-1, 1, allow_subnormal=False) | st.sampled_from([0.1, 0.2]), min_size=1, max_size=7)
 

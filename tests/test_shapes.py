@@ -8,8 +8,8 @@ import torch
 from torchvision.ops import masks_to_boxes
 
 from lib import shapes
+from lib.annotations import read_coco, read_voc
 from lib.errors import UserError
-from lib.records import read_coco, read_voc
 from lib.shapes import CLASSES, SHAPES, draw_picture, write_shapes
 
 

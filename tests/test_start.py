@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from lib import checkpoint
+from lib.detector import Supernet
 from lib.errors import UserError
-from lib.models import Supernet
-from lib.start import Start, find_teacher, supernet_path
+from lib.final_training import Start, find_teacher, supernet_path
 
 WEIGHT = {"final__distill__weight": "{boundary: [1], value: [0.5]}"}
 

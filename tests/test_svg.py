@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib.svg import Chart, element, text, ticks
+from lib.report import Chart, element, text, ticks
 
 
 @given(st.floats(-1e9, 1e9), st.floats(1e-6, 1e9))

@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 
-from lib.time_limit import TimeLimit
+from lib.dispatcher import TimeLimit
 
 
 def test_the_limit_follows_the_running_median():

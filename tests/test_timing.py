@@ -7,11 +7,11 @@ import random
 import pytest
 import torch
 
-from lib import timing
+from lib import latency
 from lib.detector import Normalize, ScoresAndBoxes
 from lib.head import Predictors
+from lib.latency import FusedDetectors, time_detectors, time_interleaved, time_nms, visit
 from lib.postprocess import postprocess
-from lib.timing import FusedDetectors, time_detectors, time_interleaved, time_nms, visit
 
 CPU = torch.device("cpu")
 
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 def test_a_detector_of_shared_parts_finds_what_the_extracted_one_does(tiny_detector, tiny_config):
     detector, config = tiny_detector(), tiny_config()
     make, rng = FusedDetectors(detector, config, CPU), random.Random(0)
-    images = torch.randint(0, 256, (1, 3, *timing.PICTURE), dtype=torch.uint8)
+    images = torch.randint(0, 256, (1, 3, *latency.PICTURE), dtype=torch.uint8)
     for genotype in [detector.space.largest(), *(detector.space.sample(rng) for _ in range(3))]:
         plain = detector.extract(genotype)
         with torch.inference_mode():
@@ -51,15 +51,15 @@ def test_the_parts_of_a_detector_are_timed_by_themselves(tiny_trained, clock, mo
     for kind, name, milliseconds in ((Normalize, "forward", 20), (Predictors, "forward", 40)):
         monkeypatch.setattr(kind, name, slow(milliseconds, getattr(kind, name)))
     monkeypatch.setattr(ScoresAndBoxes, "decode", slow(10, ScoresAndBoxes.decode))
-    monkeypatch.setattr(timing, "ROUNDS", 1)
+    monkeypatch.setattr(latency, "ROUNDS", 1)
     before = torch.get_num_threads()
-    times = timing.time_parts(detector.model, detector.config, CPU)
+    times = latency.time_parts(detector.model, detector.config, CPU)
     assert torch.get_num_threads() == before and threads[-1] == 2 == times["threads"]
     found = [times[f"{name}_ms"] for name in ("resize", "network", "decoding")]
     assert found == [20, 40, 10] and times["total_ms"] == 70 and times["nms_ms"] == 0  # NMS moves no clock
-    assert "CPU threads: 2" in timing.describe_parts(times) and f"{times['total_ms']:.2f} ms" in timing.describe_parts(
+    assert "CPU threads: 2" in latency.describe_parts(
         times
-    )
+    ) and f"{times['total_ms']:.2f} ms" in latency.describe_parts(times)
 
 
 def test_blocks_are_shared(tiny_detector, tiny_config):
@@ -97,8 +97,8 @@ def test_drift_cancels(monkeypatch):
         def close(self):
             pass
 
-    monkeypatch.setattr(timing, "visit", slow)
-    monkeypatch.setattr(timing, "progress", lambda *_, **__: Bar())
+    monkeypatch.setattr(latency, "visit", slow)
+    monkeypatch.setattr(latency, "progress", lambda *_, **__: Bar())
     found = time_interleaved([lambda i=i: i for i in range(4)], CPU, rounds=5)
     assert found == pytest.approx([t * 1.5**2 for t in true])
     assert visits[0] == 5 * (4 + 1)  # and the reference once in four

@@ -10,15 +10,7 @@ from torchvision.ops import box_iou
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from lib.transforms import (
-    GREY,
-    View,
-    eval_transform,
-    random_iou_crop,
-    random_zoom_out,
-    resize_view,
-    train_transform,
-)
+from lib.transforms import GREY, View, eval_transform, random_iou_crop, random_zoom_out, resize_view, train_transform
 
 seeds = st.integers(0, 2**31)
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torchvision.models import mobilenet_v3_small
 
-from lib.twin import twin
+from lib.elastic import twin
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from lib.errors import UserError
-from lib.workers import most_threads, pick_dispatcher, pick_ray_workers
+from lib.ray_dispatcher import most_threads, pick_dispatcher, pick_ray_workers
 
 MACHINES = [{"CPU": 4.0}, {"CPU": 8.0, "GPU": 2.0, "memory": 1e9}]
 

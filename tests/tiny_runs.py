@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lib import config
+from lib import config_io
 
 REPOSITORY = Path(__file__).parent.parent
 SUPERNET, SEARCH, FINAL = "supernet_train.py", "async_search.py", "final_train.py"
@@ -53,7 +53,7 @@ TINY = {
 def tiny_settings(**changes: object) -> dict:
     """TINY with `changes`, whose keys are dotted paths with `__` for the dots."""
     overrides = [f"{key.replace('__', '.')}={value}" for key, value in changes.items()]
-    return config.with_overrides(copy.deepcopy(TINY), overrides)
+    return config_io.with_overrides(copy.deepcopy(TINY), overrides)
 
 
 def environment() -> dict[str, str]:

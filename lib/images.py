@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import glob
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image, read_file
+from torchvision.io import ImageReadMode, decode_image, read_file, write_jpeg
 
 from lib.errors import UserError
 
@@ -61,3 +63,26 @@ def read_reduced_jpeg(path: str, width: int, height: int, by: int) -> Tensor:
             return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise UnreadableImage(f"{path}: cannot be read: {error}") from None
+
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp")
+
+
+def find_pictures(patterns: Sequence[str]) -> list[Path]:
+    """Files, folders and globs as a sorted list of picture files. Raises UserError for one that matches nothing."""
+    found: list[Path] = []
+    for pattern in patterns:
+        path = Path(pattern)
+        if path.is_dir():
+            matches = [p for p in path.iterdir() if p.suffix.lower() in SUFFIXES]
+        else:
+            matches = [path] if path.is_file() else [Path(p) for p in glob.glob(pattern, recursive=True)]
+        if not matches:
+            raise UserError(f"{pattern}: no picture here (looked for {', '.join(SUFFIXES)})")
+        found += matches
+    return sorted(set(found))
+
+
+def write_picture(image: Tensor, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_jpeg(image, str(path), quality=92)

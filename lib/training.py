@@ -1,29 +1,105 @@
-"""The epoch loop of both trainings, and how a detector is evaluated and its BatchNorm re-estimated."""
+"""Optimizer, learning-rate schedule and moving average of the weights, from a configuration.
+
+The epoch loop of both trainings, and how a detector is evaluated and its BatchNorm re-estimated.
+"""
 
 from __future__ import annotations
 
+import bisect
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from lib import checkpoint, distributed
-from lib.config import Config, TrainConfig
+from lib.config import Config, LRScheduleConfig, TrainConfig
 from lib.datasets import Batch
-from lib.detector import SSD
+from lib.distributed import synchronise_norms
 from lib.errors import UserError
+from lib.log import progress
 from lib.losses import DetectionLoss
-from lib.metrics import Evaluation
-from lib.optim import build_ema, build_optimizer, build_scheduler
-from lib.postprocess import Detections, postprocess
-from lib.runlog import progress
 from lib.runtime import StopRequest
-from lib.sync_norm import synchronise_norms
+
+
+def build_optimizer(model: nn.Module, config: TrainConfig, backbone_lr: float | None = None) -> torch.optim.Optimizer:
+    """SGD or AdamW; `backbone_lr` gives the parameters below `backbone.` a learning rate of their own."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        lr = config.learning_rate if backbone_lr is None or not name.startswith("backbone.") else backbone_lr
+        decay = config.weight_decay if config.decay_norm_and_bias or parameter.ndim > 1 else 0.0
+        groups.setdefault((lr, decay), []).append(parameter)
+    params = [{"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(params, lr=config.learning_rate, momentum=config.momentum)
+    return torch.optim.AdamW(params, lr=config.learning_rate)
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int, restarts: Sequence[int]
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """A schedule that moves with every step; `restarts` are the epochs (from 1) at which `T_0: auto` begins anew."""
+    make = {"constant": _constant, "cosine": _cosine, "cosine_restarts": _cosine_restarts, "multistep": _multistep}
+    shape = make[config.lr_schedule.type](config.lr_schedule, config.epochs, restarts)
+    warmup = config.lr_schedule.warmup_steps
+
+    def factor(base: float) -> Callable[[int], float]:
+        floor = config.lr_schedule.eta_min / base if base else 0.0
+
+        def at(step: int) -> float:
+            decayed = shape(step / steps_per_epoch)
+            if config.lr_schedule.type.startswith("cosine"):
+                decayed = floor + (1 - floor) * decayed
+            return decayed * min(1.0, (step + 1) / (warmup + 1))
+
+        return at
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, [factor(group["lr"]) for group in optimizer.param_groups])
+
+
+def _constant(_config: LRScheduleConfig, _epochs: int, _restarts: Sequence[int]) -> Callable[[float], float]:
+    return lambda epoch: 1.0
+
+
+def _cosine(_config: LRScheduleConfig, epochs: int, _restarts: Sequence[int]) -> Callable[[float], float]:
+    return lambda epoch: 0.5 * (1 + math.cos(math.pi * min(epoch / epochs, 1)))
+
+
+def _cosine_restarts(config: LRScheduleConfig, epochs: int, restarts: Sequence[int]) -> Callable[[float], float]:
+    """SGDR (Loshchilov and Hutter, ICLR 2017, eq. 5) with equal periods, or from one restart to the next."""
+    starts = [e - 1 for e in restarts] if config.T_0 == "auto" else list(range(0, epochs, config.T_0))
+    ends = [*starts[1:], epochs if config.T_0 == "auto" else starts[-1] + config.T_0]
+
+    def at(epoch: float) -> float:
+        i = bisect.bisect_right(starts, epoch) - 1
+        return 0.5 * (1 + math.cos(math.pi * min((epoch - starts[i]) / (ends[i] - starts[i]), 1)))
+
+    return at
+
+
+def _multistep(config: LRScheduleConfig, _epochs: int, _restarts: Sequence[int]) -> Callable[[float], float]:
+    milestones = sorted(config.milestones)
+    return lambda epoch: config.gamma ** bisect.bisect_right(milestones, epoch)
+
+
+def build_ema(model: nn.Module, decay: float) -> AveragedModel:
+    """Moving average of weights and buffers; early on the decay is (1 + n) / (10 + n), to forget the start."""
+
+    @torch.no_grad()
+    def update(averages: Sequence[Tensor], values: Sequence[Tensor], n: Tensor | int) -> None:
+        keep = min(decay, (1 + int(n)) / (10 + int(n)))
+        if torch.is_floating_point(averages[0]):
+            torch._foreach_lerp_(list(averages), list(values), 1 - keep)
+        else:
+            for average, value in zip(averages, values, strict=True):
+                average.copy_(value)
+
+    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
+
 
 Losses = dict[str, Tensor]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -173,54 +249,3 @@ def train_epoch(
             bar.close()
             break
     return {name: value / max(done, 1) for name, value in sums.items()}
-
-
-def recalibrate(model: nn.Module, images: Iterable[Tensor], device: torch.device) -> None:
-    """Reset the BatchNorm statistics and re-estimate them as the cumulative average over batches of images."""
-    update_bn(images, model, device)
-
-
-@torch.inference_mode()
-def detect(model: SSD, images: Iterable[Tensor], config: Config, device: torch.device) -> list[Detections]:
-    """Detections of every image of the batches (B, 3, H, W), in order, on the CPU."""
-    model.eval()
-    found: list[Detections] = []
-    for batch in images:
-        logits, offsets = model(batch.to(device, non_blocking=True))
-        options = config.postprocess, config.loss.type, config.head.variances
-        found += (Detections(*(t.cpu() for t in d)) for d in postprocess(logits, offsets, model.priors, *options))
-    return found
-
-
-def to_pixels(detections: Detections, width: int, height: int) -> dict[str, Tensor]:
-    """Detections of one picture with boxes in its pixels, as the metrics take them."""
-    scale = torch.tensor([width, height, width, height], dtype=torch.float32)
-    return {
-        "boxes": detections.boxes * scale,
-        "scores": detections.scores,
-        "labels": detections.labels,
-    }
-
-
-def measure(
-    detections: Sequence[Detections],
-    truth: Sequence[dict],
-    sizes: Sequence[tuple[int, int]],
-    classes: Sequence[str],
-    reference: bool = False,
-) -> dict:
-    """COCO's twelve numbers, VOC's mAP over all points and over VOC 2007's 11, both APs per class.
-
-    `truth` and `sizes` (width, height) are per picture. With `reference` COCO's numbers are found by pycocotools.
-    """
-    evaluation = Evaluation(len(classes))
-    evaluation.add(truth, [to_pixels(d, *size) for d, size in zip(detections, sizes, strict=True)])
-    return summarise(evaluation, classes, reference)
-
-
-def summarise(evaluation: Evaluation, classes: Sequence[str], reference: bool = False) -> dict:
-    """What `measure` gives, of images that were evaluated already."""
-    coco, voc = evaluation.coco(reference), evaluation.voc()
-    pairs = zip(classes, coco.pop("per_class"), voc["per_class"], strict=True)
-    per_class = {name: {"AP": coco_ap, "mAP": voc_ap} for name, coco_ap, voc_ap in pairs}
-    return {**coco, "mAP": voc["mAP"], "mAP_11point": voc["mAP_11point"], "per_class": per_class}

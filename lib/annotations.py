@@ -22,7 +22,6 @@ from lib import distributed
 from lib.errors import UserError, did_you_mean
 
 logger = logging.getLogger(__name__)
-
 Image = tuple[str, str, int, int]  # id, path, width, height
 COLUMNS = 8  # of the table of objects: image (a position in the list of images), label, x1, y1, x2, y2, ignore, area
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")

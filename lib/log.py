@@ -8,14 +8,55 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TextIO, TypeVar
 
+from matplotlib import pyplot as plt
 from tqdm import tqdm
 
 from lib import distributed
+from lib.checkpoint import replacing
 from lib.errors import UserError
+
+
+def plot_training(log: Path, picture: Path, metric: str, phases: Sequence[int] = ()) -> None:
+    """Losses above, AP below, from a JSONL log; a dotted line where a phase begins."""
+    records = read_log(log)
+    train = {r["step"]: r for r in records if r["kind"] == "train"}  # a resumed epoch replaces the one cut short
+    scores = {r["step"]: r for r in records if r["kind"] == "eval"}
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 7), sharex=True)
+    for name in _names(train, "losses"):  # distillation may begin later than the others
+        top.plot(list(train), [r["losses"].get(name) for r in train.values()], label=name)
+    for name in _names(scores, "networks"):
+        bottom.plot(list(scores), [_value(r, name, metric) for r in scores.values()], marker=".", label=name)
+    top.set_ylabel("loss")
+    bottom.set_ylabel(metric)
+    bottom.set_xlabel("epoch")
+    for axis in (top, bottom):
+        for epoch in phases:
+            axis.axvline(epoch, linestyle=":", color="grey")
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
+    _save(figure, picture)
+
+
+def _names(records: dict[int, dict], field: str) -> list[str]:
+    """What any of the records has in `field`, in order of appearance."""
+    return list(dict.fromkeys(name for record in records.values() for name in record[field]))
+
+
+def _value(record: dict, network: str, metric: str) -> float:
+    value = record["networks"].get(network, {}).get(metric)
+    return float("nan") if value is None else value
+
+
+def _save(figure: plt.Figure, picture: Path) -> None:
+    figure.tight_layout()
+    with replacing(picture) as file:
+        figure.savefig(file, format="png", dpi=110)
+    plt.close(figure)
+
 
 T = TypeVar("T")
 

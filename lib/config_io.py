@@ -1,14 +1,182 @@
-"""What types cannot say: values of a configuration that contradict each other or that no backbone can serve."""
+"""Plain data to typed dataclasses: unknown keys and wrong types are errors that name the key's dotted path.
+
+What types cannot say: values of a configuration that contradict each other or that no backbone can serve.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import itertools
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
 
 from lib.config import ChoiceSchedule, Config, SearchConfig, TrainConfig, ValueSchedule
-from lib.errors import UserError
+from lib.errors import UserError, did_you_mean
+
+
+def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file (None: defaults only), apply `key.path=value` overrides, check types. Raises UserError."""
+    data: dict = {}
+    if path is not None:
+        data = read_yaml(Path(path))
+        data["name"] = data.get("name") or Path(path).stem
+    return from_dict(with_overrides(data, overrides), str(path) if path else "configuration")
+
+
+def from_dict(data: dict, source: str = "configuration") -> Config:
+    """Build a Config from plain data such as `to_dict` gives. `source` opens each error message."""
+    try:
+        return build(Config, data)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+
+
+def to_dict(config: Config) -> dict:
+    return asdict(config)
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML, in the order of the dataclasses."""
+    return yaml.safe_dump(asdict(config), sort_keys=False, default_flow_style=None, width=120)
+
+
+def read_yaml(path: Path) -> dict:
+    """The plain data of a YAML file. Raises UserError that names it."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        found = sorted(str(p) for p in Path(path.parent).glob("*.yaml"))
+        raise UserError(f"{path}: no such configuration file{did_you_mean(path, found)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected keys and values, found {type(data).__name__}")
+    return data
+
+
+def with_overrides(data: dict, overrides: Sequence[str]) -> dict:
+    """A copy of plain configuration data with `key.path=value` applied."""
+    data = copy.deepcopy(data)
+    for override in overrides:
+        _apply_override(data, override)
+    return data
+
+
+def _apply_override(data: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"--set {override}: expected key.path=value, e.g. supernet.epochs=10")
+    try:
+        value = yaml.safe_load(text) if text.strip() else ""
+    except yaml.YAMLError:
+        raise UserError(f"--set {override}: the value is not valid YAML") from None
+    *path, leaf = key.strip().split(".")
+    node = data
+    for part in path:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise UserError(f"--set {override}: '{part}' is a value, not a section")
+    node[leaf] = value
+
+
+T = TypeVar("T")
+
+
+def build(kind: type[T], data: object) -> T:
+    """`data` (dicts, lists, scalars) as the dataclass `kind`, whose defaults fill in what `data` lacks.
+
+    A field's metadata may give one `alias` for its name.
+    """
+    return _Builder(kind).section(data, kind(), "")
+
+
+def leaf_paths(kind: type, prefix: str = "") -> list[str]:
+    """Every key of a dataclass of dataclasses as a dotted path, aliases among them."""
+    hints = typing.get_type_hints(kind)
+    paths = []
+    for f in fields(kind):
+        if is_dataclass(hints[f.name]):
+            paths += leaf_paths(hints[f.name], f"{prefix}{f.name}.")
+        else:
+            paths += [prefix + name for name in (f.name, *f.metadata.values())]
+    return paths
+
+
+class _Builder:
+    """Converts values; knows the whole tree of keys, to suggest the right one."""
+
+    def __init__(self, root: type):
+        self.paths = leaf_paths(root)
+
+    def section(self, value: Any, default: Any, path: str) -> Any:
+        """`default`, an instance of a dataclass, with the keys of `value` set."""
+        if not isinstance(value, Mapping):
+            raise UserError(f"{path or 'configuration'}: expected a section with keys, found {value!r}")
+        kind = type(default)
+        hints = typing.get_type_hints(kind)
+        names = {f.metadata.get("alias", f.name): f.name for f in fields(kind)} | {f.name: f.name for f in fields(kind)}
+        prefix = f"{path}." if path else ""
+        values = {}
+        for key, item in value.items():
+            if key not in names:
+                raise UserError(f"{prefix}{key}: unknown key{self._nearest(str(key), prefix, hints)}")
+            name, where = names[key], f"{prefix}{key}"
+            if is_dataclass(hints[name]):
+                values[name] = self.section(item, getattr(default, name), where)
+            else:
+                values[name] = self.convert(item, hints[name], where)
+        return replace(default, **values)
+
+    def _nearest(self, key: str, prefix: str, names: Mapping[str, Any]) -> str:
+        """A hint: the same leaf elsewhere in the tree, else the nearest key of this section."""
+        elsewhere = [path for path in self.paths if path.rsplit(".", 1)[-1] == key]
+        if elsewhere:
+            return f" (did you mean '{elsewhere[0]}'?)"
+        return did_you_mean(prefix + key, [prefix + name for name in names])
+
+    def convert(self, value: Any, kind: Any, path: str) -> Any:
+        """`value` as the annotated type `kind`, or UserError naming `path`."""
+        origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+        if origin is list:
+            if not isinstance(value, list):
+                raise UserError(f"{path}: expected a list, found {value!r}")
+            return [self.convert(v, arguments[0], f"{path}[{i}]") for i, v in enumerate(value)]
+        if origin is Literal:
+            if value not in arguments:
+                raise UserError(f"{path}: expected one of {', '.join(map(str, arguments))}, found {value!r}")
+            return value
+        if origin in (typing.Union, types.UnionType):
+            for option in arguments:
+                with contextlib.suppress(UserError):
+                    return self.convert(value, option, path)
+            raise UserError(f"{path}: expected {' or '.join(map(_describe, arguments))}, found {value!r}")
+        return _scalar(value, kind, path)
+
+
+def _scalar(value: Any, kind: type, path: str) -> Any:
+    if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    accepted = (int, float) if kind is float else kind  # a whole number stays one: expand ratio 6 is not 6.0
+    if isinstance(value, accepted) and (kind is bool or not isinstance(value, bool)):
+        return value
+    raise UserError(f"{path}: expected {_describe(kind)}, found {value!r}")
+
+
+def _describe(kind: Any) -> str:
+    names = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+    return names.get(kind) or " or ".join(map(repr, typing.get_args(kind)))
 
 
 def validate(config: Config) -> None:
