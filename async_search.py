@@ -26,13 +26,13 @@ from pathlib import Path
 import torch
 
 from lib import cli, plan
-from lib.annotations import Records
+from lib.annotations import Annotations
 from lib.budget import Budget, Coster, limits_of, table_for
 from lib.cli import last_run, remember, supernet_checkpoint
 from lib.config import Config
 from lib.config_io import to_dict, validate_network
 from lib.controllers import Controller, RandomSearch, best_record, make_controller
-from lib.datasets import load_records, load_split
+from lib.datasets import load_annotations, load_split
 from lib.detector import Supernet, load_supernet
 from lib.dispatcher import TimeLimit, WorkerPool
 from lib.errors import UserError
@@ -200,12 +200,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     budget = Budget(costs, supernet.space, limits_of(config.search))
     RandomSearch(supernet.space, config.seed, budget, budget=str(budget)).ask()  # raises where nothing fits
     config.data.classes = list(supernet.classes)
-    records = load_records(config.data, "train")
-    train, candidates = load_split(path.parent / "split.json", records)
+    annotations = load_annotations(config.data, "train")
+    train, candidates = load_split(path.parent / "split.json", annotations)
     starts = start_genotypes(args.start_from, path.parent, supernet, budget)
     for line in (
         f"supernet: {path}, trained to epoch {supernet.epoch} of {supernet.config.supernet.epochs}",
-        plan.describe_split(len(records), train, candidates),
+        plan.describe_split(len(annotations), train, candidates),
         *plan.describe_space(supernet.detector, supernet.space),
         *([table.describe()] if table else []),
         f"budget: {budget}",
@@ -215,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(line)
     if args.dry_run:
         threads = make_dispatcher.keywords["threads_per_worker"]
-        print_estimate(supernet, records, (train, candidates), config, devices, threads)
+        print_estimate(supernet, annotations, (train, candidates), config, devices, threads)
         return
     with Ledger(folder / "evals.jsonl") as ledger, StopRequest() as stop:
         cli.save_config(config, folder)
@@ -234,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         with contextlib.suppress(OSError):
             (folder / IMAGES).unlink()  # which a run that was killed leaves
-        workers = functools.partial(scoring_workers, make_dispatcher, path, folder, records, (train, candidates))
+        workers = functools.partial(scoring_workers, make_dispatcher, path, folder, annotations, (train, candidates))
         limit = TimeLimit(config.search.time_limit)
         if len(search.told) < search.total:
             with workers(config) as dispatcher:
@@ -260,14 +260,14 @@ def scoring_workers(
     make_dispatcher: Callable[..., WorkerPool],
     supernet: Path,
     folder: Path,
-    records: Records,
+    annotations: Annotations,
     split: tuple[Sequence[int], Sequence[int]],
     config: Config,
 ) -> Iterator[WorkerPool]:
     """Workers that score candidates; the file of pictures that they share lasts as long as they do."""
     images = folder / IMAGES
     try:
-        save_scoring_data(prepare_scoring_data(records, *split, config), images)
+        save_scoring_data(prepare_scoring_data(annotations, *split, config), images)
         setup = (str(supernet.resolve()), str(images.resolve()), to_dict(config))
         with make_dispatcher(scoring_worker, setup) as dispatcher:
             yield dispatcher
@@ -278,7 +278,7 @@ def scoring_workers(
 
 def print_estimate(
     supernet: Supernet,
-    records: Records,
+    annotations: Annotations,
     split: tuple[Sequence[int], Sequence[int]],
     config: Config,
     devices: Sequence[str],
@@ -288,7 +288,7 @@ def print_estimate(
     torch.set_num_threads(threads or torch.get_num_threads())
     space, settings = supernet.space, config.search
     genotypes = [space.smallest(), space.sample(random.Random(config.seed)), space.largest()]
-    score = scoring_seconds(supernet.detector, genotypes, records, *split, config, torch.device(devices[0]))
+    score = scoring_seconds(supernet.detector, genotypes, annotations, *split, config, torch.device(devices[0]))
     evaluations = settings.num_epochs * settings.steps
     print(
         f"time: about {duration(evaluations * score / len(devices))} for {evaluations} candidates of {score:.2f} s "

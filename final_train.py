@@ -25,11 +25,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from lib import cli, distributed, export, inference, plan
-from lib.annotations import Records
+from lib.annotations import Annotations
 from lib.cli import find_genotype, last_run, remember
 from lib.config import Config
 from lib.config_io import from_dict, to_dict, with_overrides
-from lib.datasets import configured_train_loader, load_records
+from lib.datasets import configured_train_loader, load_annotations
 from lib.detector import SSD, detector_checkpoint, load_detector
 from lib.errors import UserError
 from lib.export import export_graph, quantize
@@ -51,14 +51,14 @@ from lib.runtime import pick_device, run, seed_everything
 from lib.trials import Contest, contestants, shortened
 
 
-def load_data(config: Config) -> tuple[Records, Records]:
+def load_data(config: Config) -> tuple[Annotations, Annotations]:
     """The training and the test data, of the same classes."""
-    records = load_records(config.data, "train")
-    config.data.classes = list(records.classes)
-    test = load_records(config.data, "test")
+    annotations = load_annotations(config.data, "train")
+    config.data.classes = list(annotations.classes)
+    test = load_annotations(config.data, "test")
     if bool(test.ignore.all()):
         raise UserError(f"{config.data.root}: none of the {len(test)} test images has an object to find")
-    return records, test
+    return annotations, test
 
 
 def starting_point(args: argparse.Namespace) -> tuple[str, Path | None]:
@@ -100,22 +100,22 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     if other and other.parent.resolve() == folder.resolve():
         raise UserError(f"{folder}: holds the detector to start from; --train-dir DIR writes elsewhere")
     seed_everything(config.seed)
-    records, test = load_data(config)
-    start = find_start(origin, config, source, records.classes, args.load)
+    annotations, test = load_data(config)
+    start = find_start(origin, config, source, annotations.classes, args.load)
     network = start.network
     as_text = is_genotype_string(name)
     genotype = parse_genotype_string(name, network.space) if as_text else Genotype.from_dict(source)
     network.space.check(genotype)
-    teacher, cost = find_teacher(start, config, genotype, records.classes), network.cost(genotype)
-    everything, batch_size = range(len(records)), config.final.batch_size
-    loader = configured_train_loader(records, everything, genotype.image_size, batch_size, config, device)
+    teacher, cost = find_teacher(start, config, genotype, annotations.classes), network.cost(genotype)
+    everything, batch_size = range(len(annotations)), config.final.batch_size
+    loader = configured_train_loader(annotations, everything, genotype.image_size, batch_size, config, device)
     for line in (
-        *preflight(records, everything, network.priors(genotype.image_size), config.loss.matched_threshold),
+        *preflight(annotations, everything, network.priors(genotype.image_size), config.loss.matched_threshold),
         f"test set: {len(test)} images",
         f"genotype: {genotype}",
         f"  {cost.flops / 1e6:.1f} M multiply-adds, {cost.params / 1e6:.3f} M parameters",
         *plan.describe_priors(network, config),
-        plan.describe_training("final", config.final, len(records), loader.batch_sampler.batches_per_epoch),
+        plan.describe_training("final", config.final, len(annotations), loader.batch_sampler.batches_per_epoch),
     ):
         print(line)
     cli.refuse_to_overwrite(folder / "last.pt", args)
@@ -139,7 +139,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def estimate_seconds(
-    config: Config, model: SSD, loader: DataLoader, teacher: SSD | None, test: Records, device: torch.device
+    config: Config, model: SSD, loader: DataLoader, teacher: SSD | None, test: Annotations, device: torch.device
 ) -> tuple[float, float]:
     """Seconds of a training on this device, and of its evaluations, from some seconds of each kind of work."""
     settings = config.final
@@ -157,9 +157,9 @@ def compare(args: argparse.Namespace, device: torch.device) -> None:
         raise UserError("--compare: takes a genotype from a file, such as best.json, which names its supernet")
     whole = cli.read_config(args, "final", source.get("config"), "compare")
     folder, config = cli.run_folder(args, whole, "compare"), shortened(whole, args.compare_epochs)
-    records, test = load_data(config)
+    annotations, test = load_data(config)
     path = supernet_path(config, source, args.load)
-    supernet = load_supernet_of(path, records.classes)
+    supernet = load_supernet_of(path, annotations.classes)
     written = path.parent / "pretrained_genotype.json"
     pretrained = Genotype.from_dict(read_genotype_file(written)) if written.exists() else None
     found, flops = Genotype.from_dict(source), (lambda genotype: supernet.detector.cost(genotype).flops)
@@ -169,9 +169,9 @@ def compare(args: argparse.Namespace, device: torch.device) -> None:
         print(f"  {contestant}: {flops(genotype) / 1e6:.1f} M multiply-adds")
     cli.refuse_to_overwrite(folder / "plan.json", args)
     if args.dry_run:
-        print_compare_estimate(config, supernet.detector.extract(found), len(chosen), records, test, device)
+        print_compare_estimate(config, supernet.detector.extract(found), len(chosen), annotations, test, device)
         return
-    contest = Contest(config, folder, supernet, path, chosen, records, test, device)
+    contest = Contest(config, folder, supernet, path, chosen, annotations, test, device)
     cli.save_config(whole, folder)
     if not contest.run():
         print(f"stopped; everything is in {folder}, the same command with --resume goes on")
@@ -182,10 +182,10 @@ def compare(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def print_compare_estimate(
-    config: Config, found: SSD, count: int, records: Records, test: Records, device: torch.device
+    config: Config, found: SSD, count: int, annotations: Annotations, test: Annotations, device: torch.device
 ) -> None:
     """How long --compare will take, if each of its trainings takes as long as that of the network that was found."""
-    data = records, range(len(records)), found.image_size, config.final.batch_size
+    data = annotations, range(len(annotations)), found.image_size, config.final.batch_size
     loader = configured_train_loader(*data, config, device)
     seconds = sum(estimate_seconds(config, found, loader, None, test, device))
     print(
@@ -207,7 +207,7 @@ def evaluate_again(args: argparse.Namespace, device: torch.device) -> None:
     path = detector_path(args)
     detector = load_detector(path)
     config = cli.read_config(args, "final", to_dict(detector.config))
-    test = load_records(config.data, "test")
+    test = load_annotations(config.data, "test")
     model = detector.model.to(device, memory_format=torch.channels_last)
     metrics = evaluate(model, test, config, device, args.pycocotools)
     for name, value in metrics.items():
@@ -224,15 +224,15 @@ def export_detector(args: argparse.Namespace) -> None:
     loaded = load_detector(path)
     config = cli.read_config(args, "final", to_dict(loaded.config))
     detector = loaded._replace(config=config)
-    test = load_records(config.data, "test")
+    test = load_annotations(config.data, "test")
     graph, name = export_graph(detector, nms=not args.no_nms), "detector_raw" if args.no_nms else "detector"
     exact, small = (path.with_name(f"{name}{suffix}.onnx") for suffix in ("", "_int8"))
     reports = {exact.name: export.write_verified(graph, exact, detector, test)}
     if args.int8:
-        records = load_records(config.data, "train")
-        quantized = quantize(graph, some_images(records, detector.model.image_size, config))
+        annotations = load_annotations(config.data, "train")
+        quantized = quantize(graph, some_images(annotations, detector.model.image_size, config))
         reports[small.name] = export.write_measured(quantized, small, detector, test, reports[exact.name]["AP"])
-    export.record(reports, path.parent)
+    export.update_report(reports, path.parent)
     for file, report in reports.items():
         print(f"wrote {path.with_name(file)}, {report['bytes'] / 1e6:.2f} MB: {export.describe(report)}")
 

@@ -24,11 +24,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from lib import checkpoint, cli, distributed, plan
-from lib.annotations import Records
+from lib.annotations import Annotations
 from lib.cli import remember, supernet_checkpoint
 from lib.config import Config, DistillConfig, SupernetConfig
 from lib.config_io import to_dict
-from lib.datasets import Batch, configured_train_loader, load_records, save_split, split_indices
+from lib.datasets import Batch, configured_train_loader, load_annotations, save_split, split_indices
 from lib.detector import SSD, ElasticSSD, load_teacher, load_weights
 from lib.elastic import sort_hidden_channels
 from lib.genotype import Genotype, SearchSpace, read_genotype_file
@@ -110,15 +110,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = cli.read_config(args, "supernet")
     folder = cli.run_folder(args, config, "supernet")
     seed_everything(config.seed)
-    records = load_records(config.data, "train")
-    train, search = split_indices(records, config.data.data_portion, config.seed)
-    detector = ElasticSSD(config, len(records.classes))
-    pretrained = start_from_pretrained(detector, config, records.classes, folder, args.resume)
+    annotations = load_annotations(config.data, "train")
+    train, search = split_indices(annotations, config.data.data_portion, config.seed)
+    detector = ElasticSSD(config, len(annotations.classes))
+    pretrained = start_from_pretrained(detector, config, annotations.classes, folder, args.resume)
     size = max(config.search_space.image_size_choice)
-    loader = configured_train_loader(records, train, size, config.supernet.batch_size, config, device)
+    loader = configured_train_loader(annotations, train, size, config.supernet.batch_size, config, device)
     for line in (
-        *preflight(records, range(len(records)), detector.priors(size), config.loss.matched_threshold),
-        plan.describe_split(len(records), train, search),
+        *preflight(annotations, range(len(annotations)), detector.priors(size), config.loss.matched_threshold),
+        plan.describe_split(len(annotations), train, search),
         *plan.describe_space(detector, detector.space),
         *plan.describe_priors(detector, config),
         plan.describe_training("supernet", config.supernet, len(train), loader.batch_sampler.batches_per_epoch),
@@ -128,22 +128,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     cli.refuse_to_overwrite(folder / "last.pt", args)
     if args.load:
         path = supernet_checkpoint(args.load)
-        load_weights(detector, checkpoint.load(path), path)
+        load_weights(detector, checkpoint.read(path), path)
     priors = {size: detector.priors(size) for size in detector.space.image_size}
-    teacher = load_teacher(config.supernet.distill, "supernet.distill.teacher", records.classes, priors)
+    teacher = load_teacher(config.supernet.distill, "supernet.distill.teacher", annotations.classes, priors)
     if teacher is not None:
         teacher.to(device, memory_format=torch.channels_last)
     if args.dry_run:
-        print_estimate(config, detector, loader, records, train, search, teacher, device)
+        print_estimate(config, detector, loader, annotations, train, search, teacher, device)
         return
     cli.save_config(config, folder)
-    save_split(folder / "split.json", records, train, search)
+    save_split(folder / "split.json", annotations, train, search)
     if pretrained:
         content = {**pretrained.to_dict(), "supernet": {"path": str(folder / "last.pt")}, "config": to_dict(config)}
         checkpoint.write_text(folder / "pretrained_genotype.json", json.dumps(content, indent=1) + "\n")
         print(f"wrote {folder / 'pretrained_genotype.json'}, the sub-network that holds the pretrained one")
-    scorer = Scorer(prepare_scoring_data(records, train, search, config), config, device)
-    finished = train_supernet(args, config, folder, detector, loader, scorer, records.classes, pretrained, teacher)
+    scorer = Scorer(prepare_scoring_data(annotations, train, search, config), config, device)
+    finished = train_supernet(args, config, folder, detector, loader, scorer, annotations.classes, pretrained, teacher)
     if finished:
         print(f"wrote {folder / 'last.pt'}, {folder / 'curves.png'}\nnext: python async_search.py --load {folder}")
     else:
@@ -154,7 +154,7 @@ def print_estimate(
     config: Config,
     detector: ElasticSSD,
     loader: DataLoader,
-    records: Records,
+    annotations: Annotations,
     train: Sequence[int],
     search: Sequence[int],
     teacher: SSD | None,
@@ -177,7 +177,7 @@ def print_estimate(
     panel = make_panel(detector.space, settings.panel, seed)
     middling = detector.extract(detector.space.sample(random.Random(seed)))
     final = plan.final_seconds(middling, config, device, loader)
-    score = plan.scoring_seconds(detector, list(panel.values()), records, train, search, config, device)
+    score = plan.scoring_seconds(detector, list(panel.values()), annotations, train, search, config, device)
     evaluations = config.search.num_epochs * config.search.steps
     panels = len(due_epochs(config)) * len(panel) * score
     for line in (
@@ -221,7 +221,7 @@ def train_supernet(
     sort_epoch = first_narrower_epoch(config.search_space.schedule_cfg) if settings.sort_channels else None
     trainer = Trainer(detector, settings, scorer.device, sampler.batches_per_epoch, phases)
     last = folder / "last.pt"
-    if args.resume and (payload := checkpoint.load_if_any(last)):
+    if args.resume and (payload := checkpoint.read_if_any(last)):
         trainer.load_state_dict(payload)
         print(f"resumed {last} at epoch {trainer.epoch}, step {trainer.step}")
     loss = detection_loss(config)

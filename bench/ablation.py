@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench.inherited import scorers, spread
 from lib import checkpoint, config_io
 from lib.config import Config
-from lib.datasets import load_records, split_indices
+from lib.datasets import load_annotations, split_indices
 from lib.detector import load_supernet
 from lib.shrinking import space_at
 from supernet_train import step_genotypes
@@ -44,7 +44,7 @@ def passes(settings: Config, batches: int) -> int:
 
 def with_epochs(cfg: Path, overrides: list[str], epochs: int) -> list[str]:
     """`overrides`, and those that make a training `epochs` long with its phases in proportion."""
-    settings = config_io.load(cfg, overrides)
+    settings = config_io.read_config(cfg, overrides)
     ratio = epochs / settings.supernet.epochs
     scaled = [f"supernet.epochs={epochs}"]
     for name, choice in vars(settings.search_space.schedule_cfg).items():
@@ -55,9 +55,9 @@ def with_epochs(cfg: Path, overrides: list[str], epochs: int) -> list[str]:
 
 def fit_epochs(cfg: Path, overrides: list[str], batches: int, budget: int) -> list[str]:
     """The number of epochs whose forward passes come nearest to `budget`."""
-    longest = config_io.load(cfg, overrides).supernet.epochs
+    longest = config_io.read_config(cfg, overrides).supernet.epochs
     options = [with_epochs(cfg, overrides, epochs) for epochs in range(6, longest + 1)]
-    return min(options, key=lambda o: abs(passes(config_io.load(cfg, o), batches) - budget))
+    return min(options, key=lambda o: abs(passes(config_io.read_config(cfg, o), batches) - budget))
 
 
 def train(name: str, overrides: list[str], args: argparse.Namespace) -> float:
@@ -93,9 +93,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
     args = parser.parse_args()
     base = [*args.set, f"data.root={args.data}"]
-    settings = config_io.load(args.cfg, base)
-    records = load_records(settings.data, "train")
-    train_rows, _ = split_indices(records, settings.data.data_portion, settings.seed)
+    settings = config_io.read_config(args.cfg, base)
+    annotations = load_annotations(settings.data, "train")
+    train_rows, _ = split_indices(annotations, settings.data.data_portion, settings.seed)
     batches = max(len(train_rows) // settings.supernet.batch_size, 1)
     budget = passes(settings, batches)
     rows = {"uniform": base, "sandwich": [*base, *SANDWICH], "sandwich, distillation": [*base, *DISTILL]}
@@ -106,7 +106,7 @@ def main() -> None:
         with ThreadPoolExecutor(args.jobs) as pool:
             times = list(pool.map(lambda name: train(_slug(name), rows[name], args), names))
         for name, seconds in zip(names, times, strict=True):
-            count = passes(config_io.load(args.cfg, rows[name]), batches)
+            count = passes(config_io.read_config(args.cfg, rows[name]), batches)
             results[name] = {"passes": count, "seconds": seconds, "scores": scores(args.out / _slug(name))}
 
     run(list(rows))

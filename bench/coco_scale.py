@@ -25,7 +25,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lib.annotations import Records, read_coco
+from lib.annotations import Annotations, read_coco
 from lib.datasets import DetectionDataset, _loader, split_indices
 from lib.log import progress
 from lib.scoring import load_scoring_data, save_scoring_data
@@ -97,16 +97,16 @@ def highest_mb() -> float:
     return int(line.split()[1]) / 1024
 
 
-def index(path: Path) -> tuple[Records, list[int], list[int], float]:
+def index(path: Path) -> tuple[Annotations, list[int], list[int], float]:
     start = time.perf_counter()
-    records = read_coco(path, path.parent / path.stem, [], "raise")
-    train, search = split_indices(records, [1 - SEARCH_SHARE, SEARCH_SHARE], 0)
-    return records, train, search, time.perf_counter() - start
+    annotations = read_coco(path, path.parent / path.stem, [], "raise")
+    train, search = split_indices(annotations, [1 - SEARCH_SHARE, SEARCH_SHARE], 0)
+    return annotations, train, search, time.perf_counter() - start
 
 
-def loader_workers(records: Records, train: list[int]) -> dict[str, float]:
+def loader_workers(annotations: Annotations, train: list[int]) -> dict[str, float]:
     """Private memory of a loader's worker after its first batches, and after every row has been through it."""
-    dataset = BlackPictures(records, train, tiny_transform)
+    dataset = BlackPictures(annotations, train, tiny_transform)
     keys = [(1, row) for row in train]
     batches = [keys[i : i + 64] for i in range(0, len(keys), 64)]
     loader = _loader(dataset, batches, 1, "cpu")
@@ -129,12 +129,12 @@ def search_worker(data: str, pipe) -> None:
     pipe.send(found)
 
 
-def search_workers(records: Records, search: list[int], folder: Path) -> dict[str, float]:
+def search_workers(annotations: Annotations, search: list[int], folder: Path) -> dict[str, float]:
     pictures = torch.zeros(len(search), 3, 8, 8, dtype=torch.uint8)
-    sizes = records.sizes[torch.as_tensor(search)].tolist()
-    truth = records.ground_truth(search)
+    sizes = annotations.sizes[torch.as_tensor(search)].tolist()
+    truth = annotations.ground_truth(search)
     path = folder / "images.pt"
-    save_scoring_data({"images": pictures, "truth": truth, "sizes": sizes, "classes": list(records.classes)}, path)
+    save_scoring_data({"images": pictures, "truth": truth, "sizes": sizes, "classes": list(annotations.classes)}, path)
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=search_worker, args=(str(path), theirs))
@@ -146,10 +146,13 @@ def search_workers(records: Records, search: list[int], folder: Path) -> dict[st
 
 def measure(path: Path) -> None:
     """In a process of its own: one line of JSON."""
-    records, train, search, seconds = index(path)
+    annotations, train, search, seconds = index(path)
     peak = highest_mb()
-    found = {"images": len(records), "boxes": len(records.boxes), "seconds": seconds, "peak_mb": peak}
-    found["loader"], found["search"] = loader_workers(records, train), search_workers(records, search, path.parent)
+    found = {"images": len(annotations), "boxes": len(annotations.boxes), "seconds": seconds, "peak_mb": peak}
+    found["loader"], found["search"] = (
+        loader_workers(annotations, train),
+        search_workers(annotations, search, path.parent),
+    )
     print(json.dumps(found))
 
 

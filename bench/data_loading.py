@@ -25,9 +25,9 @@ from torchvision.transforms import v2
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.turns import add_options, begin, print_table, show, spread, take_turns, timed, write
-from lib.annotations import Records
+from lib.annotations import Annotations
 from lib.config import AugmentConfig, DataConfig
-from lib.datasets import DetectionDataset, load_records
+from lib.datasets import DetectionDataset, load_annotations
 from lib.errors import UserError
 from lib.transforms import train_transform
 
@@ -48,10 +48,13 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=300, help="pixels a side (default: 300)")
     args = parser.parse_args()
     clock = begin(args)
-    records = load_records(DataConfig(dataset_type="voc", root=str(args.data)), "train")
-    rows = range(min(args.images, len(records)))
-    check_plain(records, rows, args.size)
-    sides = {"ours": ours(records, args.size, AS_THE_PRESET), "torchvision": torchvisions(records, args.size, True)}
+    annotations = load_annotations(DataConfig(dataset_type="voc", root=str(args.data)), "train")
+    rows = range(min(args.images, len(annotations)))
+    check_plain(annotations, rows, args.size)
+    sides = {
+        "ours": ours(annotations, args.size, AS_THE_PRESET),
+        "torchvision": torchvisions(annotations, args.size, True),
+    }
     objects = {name: mean_objects(load, rows) for name, load in sides.items()}
     if abs(objects["ours"] / objects["torchvision"] - 1) > OBJECTS_TOLERANCE:
         raise UserError(f"the mean number of objects left differs: {objects}")
@@ -67,8 +70,8 @@ def main() -> None:
     report(args, len(rows), seconds, objects)
 
 
-def ours(records: Records, size: int, augment: AugmentConfig) -> Load:
-    dataset = DetectionDataset(records, range(len(records)), train_transform(size, augment))
+def ours(annotations: Annotations, size: int, augment: AugmentConfig) -> Load:
+    dataset = DetectionDataset(annotations, range(len(annotations)), train_transform(size, augment))
 
     def load(epoch: int, row: int) -> tuple[Tensor, Tensor]:
         image, boxes, *_ = dataset[epoch, row]
@@ -77,7 +80,7 @@ def ours(records: Records, size: int, augment: AugmentConfig) -> Load:
     return load
 
 
-def torchvisions(records: Records, size: int, augment: bool) -> Load:
+def torchvisions(annotations: Annotations, size: int, augment: bool) -> Load:
     fill = {tv_tensors.Image: MEAN, Image.Image: MEAN, "others": 0}
     random = [
         v2.RandomPhotometricDistort(),
@@ -89,8 +92,8 @@ def torchvisions(records: Records, size: int, augment: bool) -> Load:
     transform = v2.Compose([*random, *rest] if augment else rest)
 
     def load(_epoch: int, row: int) -> tuple[Tensor, Tensor]:
-        image = Image.open(records.path(row)).convert("RGB")
-        target = records.target(row)
+        image = Image.open(annotations.path(row)).convert("RGB")
+        target = annotations.target(row)
         canvas = image.size[::-1]
         sample = {
             "image": image,
@@ -103,13 +106,15 @@ def torchvisions(records: Records, size: int, augment: bool) -> Load:
     return load
 
 
-def check_plain(records: Records, rows: Sequence[int], size: int) -> None:
-    mine, theirs = ours(records, size, NOTHING_RANDOM), torchvisions(records, size, False)
+def check_plain(annotations: Annotations, rows: Sequence[int], size: int) -> None:
+    mine, theirs = ours(annotations, size, NOTHING_RANDOM), torchvisions(annotations, size, False)
     for row in rows:
         (image, boxes), (their_image, their_boxes) = mine(0, row), theirs(0, row)
         off = (image.float() - their_image.float()).abs().mean().item()
         if off > PIXEL_TOLERANCE or not torch.allclose(boxes, their_boxes, atol=1e-4):
-            raise UserError(f"{records.path(row)}: without anything random, the pictures differ by {off:.2f} levels")
+            raise UserError(
+                f"{annotations.path(row)}: without anything random, the pictures differ by {off:.2f} levels"
+            )
 
 
 def mean_objects(load: Load, rows: Sequence[int], passes: int = 3) -> float:

@@ -36,7 +36,7 @@ from bench.turns import (
     write,
 )
 from lib.detector import ElasticSSD, detect, fuse, recalibrate
-from lib.metrics import measure
+from lib.metrics import detection_metrics
 
 OBJECTS = 10  # a picture
 BN_IMAGES = 32
@@ -74,7 +74,7 @@ def compare(args: argparse.Namespace, classes: int, scores: str, clock: Clock) -
     recalibrate(model, [data["bn_images"]], CPU)
     fused = fuse(model).to(memory_format=torch.channels_last)
     detections = detect(fused, batches, settings, CPU)
-    metrics = measure(detections, data["truth"], data["sizes"], data["classes"])
+    metrics = detection_metrics(detections, data["truth"], data["sizes"], data["classes"])
     score(genotype)
     names = ("AP", "AP50", "AR100", "mAP")
     pair = (torch.tensor([found[name] for name in names]) for found in (score.metrics, metrics))

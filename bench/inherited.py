@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from lib.config import Config
-from lib.datasets import load_records, load_split
+from lib.datasets import load_annotations, load_split
 from lib.detector import ElasticSSD, Supernet
 from lib.genotype import Genotype, SearchSpace
 from lib.scoring import Scorer, prepare_scoring_data
@@ -23,9 +23,9 @@ def scorers(supernet: Supernet, path: Path, config: Config) -> tuple[Scorer, Sco
     `path` is the supernet's checkpoint, beside which its split lies.
     """
     config.data.classes = list(supernet.classes)
-    records = load_records(config.data, "train")
-    search = prepare_scoring_data(records, *load_split(path.parent / "split.json", records), config)
-    test_records = load_records(config.data, "test")
+    annotations = load_annotations(config.data, "train")
+    search = prepare_scoring_data(annotations, *load_split(path.parent / "split.json", annotations), config)
+    test_records = load_annotations(config.data, "test")
     test = prepare_scoring_data(test_records, [], range(len(test_records)), config)
     return Scorer(search, config, CPU), Scorer({**test, "bn_images": search["bn_images"]}, config, CPU)
 

@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 def reference(num_classes: int = 3) -> tuple[Config, ElasticSSD]:
     """The reference MobileNetV3 space, at 300 px, with random weights."""
-    settings = config_io.load(CONFIG, [f"data.num_classes={num_classes}"])
+    settings = config_io.read_config(CONFIG, [f"data.num_classes={num_classes}"])
     torch.manual_seed(0)
     return settings, ElasticSSD(settings, num_classes)
 

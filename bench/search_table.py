@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lib import checkpoint
 from lib.config_io import to_dict
 from lib.controllers import every_genotype
-from lib.datasets import load_records, load_split
+from lib.datasets import load_annotations, load_split
 from lib.detector import load_supernet
 from lib.dispatcher import Dispatcher
 from lib.genotype import Block, BlockChoices, Genotype, SearchSpace, StageChoices
@@ -62,11 +62,11 @@ def _fixed_from_the_input(stages: tuple[StageChoices, ...]) -> Iterator[tuple[St
 
 
 class Table:
-    """The records of a table by genotype, as a search looks them up."""
+    """The annotations of a table by genotype, as a search looks them up."""
 
-    def __init__(self, records: list[dict], objective: str):
-        self.records, self.objective = records, objective
-        self._by_genotype = {Genotype.from_dict(r["genotype"]): r for r in records}
+    def __init__(self, annotations: list[dict], objective: str):
+        self.annotations, self.objective = annotations, objective
+        self._by_genotype = {Genotype.from_dict(r["genotype"]): r for r in annotations}
         self.space = spanned_space(list(self._by_genotype))
 
     @classmethod
@@ -79,14 +79,14 @@ class Table:
     def holds(self, genotype: Genotype) -> bool:
         return genotype in self._by_genotype
 
-    def best(self, records: list[dict]) -> float:
-        return max(r["metrics"][self.objective] for r in records)
+    def best(self, annotations: list[dict]) -> float:
+        return max(r["metrics"][self.objective] for r in annotations)
 
     def describe(self) -> str:
-        scores = [r["metrics"][self.objective] for r in self.records]
-        flops = [r["metrics"]["flops"] / 1e6 for r in self.records]
+        scores = [r["metrics"][self.objective] for r in self.annotations]
+        flops = [r["metrics"]["flops"] / 1e6 for r in self.annotations]
         return (
-            f"{self.objective} {min(scores):.4f} to {max(scores):.4f} on {self.records[0]['images']} images, "
+            f"{self.objective} {min(scores):.4f} to {max(scores):.4f} on {self.annotations[0]['images']} images, "
             f"{min(flops):.0f} to {max(flops):.0f} M multiply-adds"
         )
 
@@ -106,7 +106,7 @@ def table_parser(doc: str, seeds: int, out: str) -> argparse.ArgumentParser:
 def read_table(args: argparse.Namespace) -> tuple[Table, dict]:
     """The table of `--table`, and the options of the controllers that search it."""
     table = Table.read(args.table, args.objective)
-    print(f"{args.table}: {len(table.records)} sub-networks, {table.describe()}")
+    print(f"{args.table}: {len(table.annotations)} sub-networks, {table.describe()}")
     return table, {"population_size": args.population_size, "tournament_size": args.tournament_size}
 
 
@@ -128,7 +128,7 @@ def spanned_space(genotypes: Sequence[Genotype]) -> SearchSpace:
 
 def hypervolume(front: Sequence[dict], table: Table) -> float:
     """Area between a front, cheapest first, and the table's worst: objective against multiply-adds, each 0 to 1."""
-    scores, flops = ([r["metrics"][name] for r in table.records] for name in (table.objective, "flops"))
+    scores, flops = ([r["metrics"][name] for r in table.annotations] for name in (table.objective, "flops"))
     low, dear = min(scores), max(flops)
     volume, reached = 0.0, low
     for metrics in (r["metrics"] for r in front):
@@ -147,11 +147,11 @@ def main() -> None:
     supernet = load_supernet(args.supernet / "last.pt")
     config = supernet.config
     config.data.classes = list(supernet.classes)
-    records = load_records(config.data, "train")
-    train, search = load_split(args.supernet / "split.json", records)
+    annotations = load_annotations(config.data, "train")
+    train, search = load_split(args.supernet / "split.json", annotations)
     genotypes = list(every_genotype(small_space(supernet.space, args.most)))
     images = args.out.with_suffix(".images.pt")
-    save_scoring_data(prepare_scoring_data(records, train, search, config), images)
+    save_scoring_data(prepare_scoring_data(annotations, train, search, config), images)
     setup = (str(args.supernet / "last.pt"), str(images), to_dict(config))
     devices, threads = pick_workers(args.gpus, config)
     with Ledger(args.out) as ledger, Dispatcher(scoring_worker, setup, devices, threads_per_worker=threads) as pool:

@@ -1,4 +1,4 @@
-"""BCCD read as VOC and as COCO: the same records, and the same AP from the same detections.
+"""BCCD read as VOC and as COCO: the same annotations, and the same AP from the same detections.
 
 python bench/voc_coco.py /path/to/bccd
 """
@@ -13,11 +13,11 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lib.annotations import Records, read_coco, read_voc
+from lib.annotations import Annotations, read_coco, read_voc
 from lib.metrics import coco_metrics, voc_metrics
 
 
-def read_both(root: Path, name: str) -> tuple[Records, Records]:
+def read_both(root: Path, name: str) -> tuple[Annotations, Annotations]:
     coco = read_coco(root / "coco" / f"instances_{name}.json", root / "JPEGImages")
     return read_voc(root, [name], coco.classes), coco
 
@@ -52,7 +52,7 @@ def main() -> None:
         results = [(coco_metrics(t, found, len(voc.classes)), voc_metrics(t, found, len(voc.classes))) for t in truths]
         gaps = [abs(results[0][k][m] - results[1][k][m]) for k, m in ((0, "AP"), (0, "AP50"), (1, "mAP"))]
         print(
-            f"{name}: {len(voc)} images, {len(voc.boxes)} boxes, records {'equal' if same else 'DIFFER'}, "
+            f"{name}: {len(voc)} images, {len(voc.boxes)} boxes, annotations {'equal' if same else 'DIFFER'}, "
             f"AP {results[0][0]['AP']:.6f} and {results[1][0]['AP']:.6f}, largest difference {max(gaps):.1e}"
         )
         if not same or max(gaps) > 1e-6:

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench.saturated import Window, saturate, wake_all
 from lib.cli import supernet_checkpoint
 from lib.config_io import to_dict
-from lib.datasets import load_records, load_split
+from lib.datasets import load_annotations, load_split
 from lib.detector import Supernet, load_supernet
 from lib.dispatcher import Dispatcher
 from lib.scoring import prepare_scoring_data, save_scoring_data, scoring_worker
@@ -35,9 +35,9 @@ def prepare(supernet: Supernet, path: Path, images: Path) -> tuple[str, str, dic
     """What a scoring worker is set up with; the pictures go to the file `images`."""
     config = supernet.config
     config.data.classes = list(supernet.classes)
-    records = load_records(config.data, "train")
-    split = load_split(path.parent / "split.json", records)
-    save_scoring_data(prepare_scoring_data(records, *split, config), images)
+    annotations = load_annotations(config.data, "train")
+    split = load_split(path.parent / "split.json", annotations)
+    save_scoring_data(prepare_scoring_data(annotations, *split, config), images)
     return str(path.resolve()), str(images), to_dict(config)
 
 

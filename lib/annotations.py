@@ -44,7 +44,7 @@ class PackedStrings:
 
 
 @dataclass(frozen=True)
-class Records:
+class Annotations:
     """N images, sorted by id, and their M objects, in the order of the files.
 
     boxes (M, 4) float32 pixels, xyxy, continuous (0-based, x2 - x1 wide), inside the image; labels (M,) int64 from 1;
@@ -100,8 +100,8 @@ def _offsets(counts: np.ndarray) -> Tensor:
 
 def _assemble(
     classes: Sequence[str], category_ids: Sequence[int], images: list[Image], objects: np.ndarray, source: Path
-) -> Records:
-    """Records from `images` and the (M, 8) table of objects: sorted, clipped to the image, without empty boxes."""
+) -> Annotations:
+    """Annotations from `images` and the (M, 8) table of objects: sorted, clipped to the image, without empty boxes."""
     if not images:
         raise UserError(f"{source}: no readable image is left in this set")
     order = sorted(range(len(images)), key=lambda i: images[i][0])
@@ -128,7 +128,7 @@ def _assemble(
     owner, objects, boxes = owner[keep], objects[keep], boxes[keep]
     own_area = objects[:, 7]
     area = np.where(np.isnan(own_area), (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]), own_area)
-    return Records(
+    return Annotations(
         classes=tuple(classes),
         category_ids=tuple(category_ids),
         boxes=_shared(boxes, np.float32),
@@ -196,8 +196,10 @@ def find_voc_sets(root: Path, sets: Sequence[str], default: str) -> list[str]:
     return found
 
 
-def read_voc(root: str | Path, sets: Sequence[str], classes: Sequence[str] = (), on_error: str = "raise") -> Records:
-    """Records of some VOC image sets (`find_voc_sets`). No `classes` means the names found, sorted.
+def read_voc(
+    root: str | Path, sets: Sequence[str], classes: Sequence[str] = (), on_error: str = "raise"
+) -> Annotations:
+    """Annotations of some VOC image sets (`find_voc_sets`). No `classes` means the names found, sorted.
 
     VOC's boxes are 1-based and inclusive: (x1, y1, x2, y2) becomes (x1 - 1, y1 - 1, x2, y2).
     """
@@ -269,8 +271,8 @@ def _text(element: ElementTree.Element, path: str) -> str:
 
 def read_coco(
     annotations: str | Path, image_folder: str | Path, classes: Sequence[str] = (), on_error: str = "raise"
-) -> Records:
-    """Records of an instances JSON. No `classes` means its categories by id; crowds are marked `ignore`.
+) -> Annotations:
+    """Annotations of an instances JSON. No `classes` means its categories by id; crowds are marked `ignore`.
 
     pycocotools' own reader keeps a Python object of every annotation and names no file in its errors, so the JSON is
     read here, and the tests hold the outcome against pycocotools.

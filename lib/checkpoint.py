@@ -106,16 +106,16 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             partial.unlink()
 
 
-def load(path: Path, mmap: bool = False) -> dict:
+def read(path: Path, mmap: bool = False) -> dict:
     """Read a checkpoint onto the CPU. `mmap` maps the file, so that processes share its memory."""
-    payload = read(path, mmap)
+    payload = read_any(path, mmap)
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         found = payload.get("format") if isinstance(payload, dict) else type(payload).__name__
         raise UserError(f"{path}: expected a checkpoint of format '{FORMAT}', found {found!r}")
     return payload
 
 
-def read(path: Path, mmap: bool = False) -> object:
+def read_any(path: Path, mmap: bool = False) -> object:
     """Tensors and plain data of any file that torch.save wrote, onto the CPU."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -138,9 +138,9 @@ def weights(payload: dict) -> dict:
     return {name[len(prefix) :]: tensor for name, tensor in average.items() if name.startswith(prefix)}
 
 
-def load_if_any(path: Path) -> dict | None:
+def read_if_any(path: Path) -> dict | None:
     """The checkpoint, None where there is none; every process of a job has what the main one found."""
-    return distributed.from_main(load(path) if distributed.world().main and path.exists() else None)
+    return distributed.from_main(read(path) if distributed.world().main and path.exists() else None)
 
 
 def random_states() -> dict:

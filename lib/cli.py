@@ -58,7 +58,7 @@ def overrides(args: argparse.Namespace, stage: str) -> list[str]:
 
 def said_config(args: argparse.Namespace, stage: str) -> Config:
     """What --cfg and --set say by themselves, before it is known what the command goes on from."""
-    return config_io.load(args.cfg, overrides(args, stage))
+    return config_io.read_config(args.cfg, overrides(args, stage))
 
 
 def read_config(
@@ -72,7 +72,7 @@ def read_config(
     if inherited is not None and not args.cfg:
         settings = config_io.from_dict(config_io.with_overrides(inherited, changes))
     else:
-        settings = config_io.load(args.cfg or DEFAULT_CONFIG, changes)
+        settings = config_io.read_config(args.cfg or DEFAULT_CONFIG, changes)
     if args.resume and not args.cfg and (saved := _saved(run_folder(args, settings, folder or stage))):
         settings = config_io.from_dict(config_io.with_overrides(saved, changes))
     if args.data and settings.data.dataset_type == "shapes" and not Path(args.data).is_dir():

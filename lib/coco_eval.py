@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 
 
-class Objects(NamedTuple):
+class GroundTruth(NamedTuple):
     """The ground truth of all images, N objects. A crowd is not asked for, and may match any number of detections."""
 
     image: np.ndarray  # (N,) from 0, rising
@@ -27,7 +27,7 @@ class Objects(NamedTuple):
     crowd: np.ndarray  # (N,) bool
 
 
-class Found(NamedTuple):
+class ScoredBoxes(NamedTuple):
     """The detections of all images, K of them."""
 
     image: np.ndarray  # (K,) from 0, rising
@@ -39,12 +39,12 @@ class Found(NamedTuple):
 class Pairs(NamedTuple):
     """P pairs of a detection and an object of the same image and class, ordered by detection, then by object."""
 
-    detection: np.ndarray  # (P,) index into Found
-    object: np.ndarray  # (P,) index into Objects
+    detection: np.ndarray  # (P,) index into ScoredBoxes
+    object: np.ndarray  # (P,) index into GroundTruth
     iou: np.ndarray  # (P,)
 
 
-Rows = TypeVar("Rows", Objects, Found, Pairs)
+Rows = TypeVar("Rows", GroundTruth, ScoredBoxes, Pairs)
 
 
 def take(rows: Rows, chosen: np.ndarray) -> Rows:
@@ -55,7 +55,7 @@ def joined(first: Rows, second: Rows) -> Rows:
     return type(first)(*(np.concatenate(columns) for columns in zip(first, second, strict=True)))
 
 
-def overlapping(objects: Objects, found: Found, least_iou: float) -> Pairs:
+def overlapping(objects: GroundTruth, found: ScoredBoxes, least_iou: float) -> Pairs:
     """Pairs of one image and class with an IoU of at least `least_iou`; a crowd's is over the detection's area."""
     images = max(objects.image.max(initial=0), found.image.max(initial=0)) + 1
     object_group, group = (rows.label * images + rows.image for rows in (objects, found))
@@ -68,7 +68,7 @@ def overlapping(objects: Objects, found: Found, least_iou: float) -> Pairs:
     return take(pairs, pairs.iou >= least_iou)
 
 
-def iou(objects: Objects, found: Found, detection: np.ndarray, other: np.ndarray) -> np.ndarray:
+def iou(objects: GroundTruth, found: ScoredBoxes, detection: np.ndarray, other: np.ndarray) -> np.ndarray:
     """(P,) of detections and objects given by their indices (P,); a crowd's is over the detection's area.
 
     Rounded as pycocotools rounds: an IoU may equal a threshold exactly.
@@ -96,8 +96,8 @@ AREAS = ((0, 1e10), (0, 32**2), (32**2, 96**2), (96**2, 1e10))  # pixels^2: all,
 class Ranked(NamedTuple):
     """What the matching starts from. At most 100 detections of an image and class, the best."""
 
-    objects: Objects
-    found: Found  # by class, then by falling score
+    objects: GroundTruth
+    found: ScoredBoxes  # by class, then by falling score
     rank: np.ndarray  # (K,) from 0, within an image and class
     pairs: Pairs  # by detection, then by falling IoU
 
@@ -107,12 +107,12 @@ class Matches(NamedTuple):
 
     asked: np.ndarray  # (N,) bool, the objects to find
     inside: np.ndarray  # (K,) bool, the detections that count where they match nothing
-    detection: np.ndarray  # (M,) index into Found
+    detection: np.ndarray  # (M,) index into ScoredBoxes
     right: np.ndarray  # (M,) bool: of an object that is asked for
     curve: np.ndarray  # (M,) threshold * number of classes + label
 
 
-def rank_found(objects: Objects, found: Found, pairs: Pairs) -> Ranked:
+def rank_found(objects: GroundTruth, found: ScoredBoxes, pairs: Pairs) -> Ranked:
     """`pairs` are all that overlap by at least 0.5; others do no harm."""
     order = np.lexsort((-found.score, found.label))  # stable: at equal scores the earlier image is first
     rank = _rank(take(found, order))
@@ -162,7 +162,7 @@ def resampled_ap(ranked: Ranked, num_classes: int, weight: np.ndarray, threshold
     return found_ap
 
 
-def _rank(found: Found) -> np.ndarray:
+def _rank(found: ScoredBoxes) -> np.ndarray:
     """(K,) 0, 1, ... within an image and class, in the order of the detections."""
     group = found.label * (found.image.max(initial=0) + 1) + found.image
     order = np.argsort(group, kind="stable")
@@ -185,14 +185,14 @@ def _matches(ranked: Ranked, area: tuple[float, float], num_classes: int) -> Mat
     return Matches(asked, (size >= low) & (size <= high), detection, right, curve)
 
 
-def _num_objects(objects: Objects, matches: Matches, weight: np.ndarray, num_classes: int) -> np.ndarray:
+def _num_objects(objects: GroundTruth, matches: Matches, weight: np.ndarray, num_classes: int) -> np.ndarray:
     """(R, C) objects to find."""
     shape = weight.shape[1], num_classes
     place = objects.image[matches.asked] * num_classes + objects.label[matches.asked]
     return weight @ np.bincount(place, minlength=shape[0] * shape[1]).reshape(shape)
 
 
-def _average_precision(found: Found, matches: Matches, num_objects: np.ndarray, weight: np.ndarray) -> np.ndarray:
+def _average_precision(found: ScoredBoxes, matches: Matches, num_objects: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """(R, T, C) mean over `RECALLS` of the highest precision at that recall or a higher one."""
     inside, detection, right, curve = matches[1:]
     label, first = found.label[detection], np.searchsorted(found.label, found.label[detection])

@@ -21,7 +21,7 @@ from lib.config import ChoiceSchedule, Config, SearchConfig, TrainConfig, ValueS
 from lib.errors import UserError, did_you_mean
 
 
-def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+def read_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file (None: defaults only), apply `key.path=value` overrides, check types. Raises UserError."""
     data: dict = {}
     if path is not None:

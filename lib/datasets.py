@@ -1,4 +1,4 @@
-"""What the scripts train and score on: records by configuration, the train/search split, loaders."""
+"""What the scripts train and score on: annotations by configuration, the train/search split, loaders."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from lib import distributed
-from lib.annotations import Records, find_voc_sets, read_coco, read_voc
+from lib.annotations import Annotations, find_voc_sets, read_coco, read_voc
 from lib.checkpoint import write_text
 from lib.errors import UserError, did_you_mean
 from lib.images import UnreadableImage, is_large_jpeg, read_annotated_picture, read_reduced_jpeg
@@ -36,14 +36,14 @@ SPLIT_FORMAT = "split/1"
 CACHE_BYTES = 2 * 1024**3  # of decoded pictures, per process
 
 
-# ------------------------------------------------------------------------------------------------------------ records
+# ---- annotations
 
 
-def load_records(data: DataConfig, split: Literal["train", "test"]) -> Records:
-    """Records of the training or the test data. The built-in shapes are drawn first if they are missing.
+def load_annotations(data: DataConfig, split: Literal["train", "test"]) -> Annotations:
+    """Annotations of the training or the test data. The built-in shapes are drawn first if they are missing.
 
-    Without `data.classes`, the classes are those of the training data also for "test", which reads both: whoever has
-    the training records at hand saves that by putting their classes into `data`. Raises UserError that names the file.
+    Without `data.classes`, the classes are those of the training data also for "test", which reads both: whoever
+    has the training annotations saves that by putting their classes into `data`. Raises UserError that names the file.
     """
     root = Path(data.root)
     classes: Sequence[str] = data.classes
@@ -52,50 +52,50 @@ def load_records(data: DataConfig, split: Literal["train", "test"]) -> Records:
             write_shapes(root, data.shapes_train, data.shapes_test)
         classes = classes or CLASSES  # a handful of pictures need not show them all
     if split == "test" and not classes:
-        classes = load_records(data, "train").classes
+        classes = load_annotations(data, "train").classes
     if data.dataset_type == "coco":
         annotations, images = (getattr(data, f"{split}_{what}") for what in ("annotations", "images"))
-        records = read_coco(root / annotations, root / images, classes, data.on_error)
+        annotations = read_coco(root / annotations, root / images, classes, data.on_error)
     else:
         sets = {"train": data.train_sets, "test": data.test_sets}[split]
         found = find_voc_sets(root, sets, {"train": "trainval", "test": "test"}[split])
-        records = read_voc(root, found, classes, data.on_error)
-    if data.num_classes not in (0, len(records.classes)):
-        names = ", ".join(records.classes)
+        annotations = read_voc(root, found, classes, data.on_error)
+    if data.num_classes not in (0, len(annotations.classes)):
+        names = ", ".join(annotations.classes)
         raise UserError(
-            f"data.num_classes: {data.num_classes}, but {root} has {len(records.classes)} classes ({names})"
+            f"data.num_classes: {data.num_classes}, but {root} has {len(annotations.classes)} classes ({names})"
         )
-    return records
+    return annotations
 
 
 # -------------------------------------------------------------------------------------------------------------- split
 
 
-def split_indices(records: Records, data_portion: Sequence[float], seed: int) -> tuple[list[int], list[int]]:
-    """Rows of `records` that train the supernet and that score candidates: disjoint, in ascending order.
+def split_indices(annotations: Annotations, data_portion: Sequence[float], seed: int) -> tuple[list[int], list[int]]:
+    """Rows of `annotations` that train the supernet and that score candidates: disjoint, in ascending order.
 
     An image's side follows from the rank of its hash among all, so the split depends on the seed and the image ids
     only, and the proportions are exact. Portions that sum to less than 1 leave images out.
     """
     if len(data_portion) != 2 or min(data_portion) < 0 or sum(data_portion) > 1 + 1e-9:
         raise UserError(f"data.data_portion: expected two shares that sum to at most 1, found {list(data_portion)}")
-    hashes = [hashlib.sha256(f"{seed}-{records.image_id(i)}".encode()).digest() for i in range(len(records))]
-    ranked = sorted(range(len(records)), key=hashes.__getitem__)
-    first, second = round(data_portion[0] * len(records)), round(sum(data_portion) * len(records))
+    hashes = [hashlib.sha256(f"{seed}-{annotations.image_id(i)}".encode()).digest() for i in range(len(annotations))]
+    ranked = sorted(range(len(annotations)), key=hashes.__getitem__)
+    first, second = round(data_portion[0] * len(annotations)), round(sum(data_portion) * len(annotations))
     train, search = sorted(ranked[:first]), sorted(ranked[first:second])
     for portion, part in zip(data_portion, (train, search), strict=True):
         if portion > 0 and not part:
-            raise UserError(f"data.data_portion: {portion} of {len(records)} images is no image")
+            raise UserError(f"data.data_portion: {portion} of {len(annotations)} images is no image")
     return train, search
 
 
-def save_split(path: str | Path, records: Records, train: Sequence[int], search: Sequence[int]) -> None:
+def save_split(path: str | Path, annotations: Annotations, train: Sequence[int], search: Sequence[int]) -> None:
     """Write the split as JSON with image ids, which outlast a new order of the rows."""
-    ids = {name: [records.image_id(i) for i in part] for name, part in (("train", train), ("search", search))}
+    ids = {name: [annotations.image_id(i) for i in part] for name, part in (("train", train), ("search", search))}
     write_text(Path(path), json.dumps({"format": SPLIT_FORMAT, **ids}))
 
 
-def load_split(path: str | Path, records: Records) -> tuple[list[int], list[int]]:
+def load_split(path: str | Path, annotations: Annotations) -> tuple[list[int], list[int]]:
     """The rows of a saved split. Raises UserError if it is unreadable, leaks, or names an image that is not there."""
     path = Path(path)
     try:
@@ -105,7 +105,7 @@ def load_split(path: str | Path, records: Records) -> tuple[list[int], list[int]
         ids: list[list[str]] = [content["train"], content["search"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a saved split: {' '.join(str(error).split())}") from None
-    rows = {records.image_id(i): i for i in range(len(records))}
+    rows = {annotations.image_id(i): i for i in range(len(annotations))}
     for image_id in (image_id for part in ids for image_id in part):
         if image_id not in rows:
             raise UserError(f"{path}: image '{image_id}' is not in the data{did_you_mean(image_id, list(rows)[:1000])}")
@@ -149,7 +149,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 
 class DetectionDataset(Dataset):
-    """Pictures of some rows of `records`, transformed.
+    """Pictures of some rows of `annotations`, transformed.
 
     It is asked for (epoch, row): the outcome is a function of (seed, epoch, row) alone, whichever process computes it
     and whatever it did before. Ignored objects are not trained on. Under `on_error: skip`, a picture that cannot be
@@ -160,7 +160,7 @@ class DetectionDataset(Dataset):
 
     def __init__(
         self,
-        records: Records,
+        annotations: Annotations,
         indices: Sequence[int],
         transform: Transform,
         *,
@@ -169,7 +169,7 @@ class DetectionDataset(Dataset):
         on_error: str = "raise",
         cache: bool = False,
     ) -> None:
-        self.records = records
+        self.annotations = annotations
         self.indices = torch.as_tensor(indices, dtype=torch.int64).share_memory_()
         self.transform, self.seed, self.training, self.on_error = transform, seed, training, on_error
         self.cache_room = CACHE_BYTES if cache else 0
@@ -182,7 +182,7 @@ class DetectionDataset(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, row = key
-        if self.reduces and is_large_jpeg(self.records.path(row), self.records.sizes[row]):
+        if self.reduces and is_large_jpeg(self.annotations.path(row), self.annotations.sizes[row]):
             with contextlib.suppress(UnreadableImage), self._random(epoch, row):
                 return *self._reduced(row), row
         if self.on_error == "skip":
@@ -202,15 +202,15 @@ class DetectionDataset(Dataset):
             yield
 
     def _objects(self, row: int) -> tuple[Tensor, Tensor]:
-        target = self.records.target(row)
+        target = self.annotations.target(row)
         counted = ~target["ignore"]
         return target["boxes"][counted], target["labels"][counted]
 
     def _reduced(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
         """What the transform makes of a picture that is decoded no larger than what will be seen of it needs."""
-        width, height = self.records.sizes[row].tolist()
+        width, height = self.annotations.sizes[row].tolist()
         view, boxes, labels = self.transform.choose(width, height, *self._objects(row))
-        image = read_reduced_jpeg(self.records.path(row), width, height, self.transform.reduction(view))
+        image = read_reduced_jpeg(self.annotations.path(row), width, height, self.transform.reduction(view))
         view, boxes = scaled(view, boxes, image.shape[2] / width, image.shape[1] / height)
         return self.transform.show(image, view, boxes, labels)
 
@@ -225,9 +225,9 @@ class DetectionDataset(Dataset):
                 logger.warning("%s; skipped", error)
         if self.training:
             raise UnreadableImage(
-                f"{self.records.path(row)}: neither this nor any other picture of the set can be read"
+                f"{self.annotations.path(row)}: neither this nor any other picture of the set can be read"
             )
-        width, height = self.records.sizes[row].tolist()
+        width, height = self.annotations.sizes[row].tolist()
         return torch.zeros(3, height, width, dtype=torch.uint8), row
 
     def _candidates(self, row: int) -> Iterator[int]:
@@ -239,7 +239,7 @@ class DetectionDataset(Dataset):
     def _image(self, row: int) -> Tensor:
         if row in self.cached:
             return self.cached[row]
-        image = read_annotated_picture(self.records.path(row), *self.records.sizes[row].tolist())
+        image = read_annotated_picture(self.annotations.path(row), *self.annotations.sizes[row].tolist())
         if image.numel() <= self.cache_room:
             self.cache_room -= image.numel()
             self.cached[row] = image
@@ -295,7 +295,7 @@ class EpochSampler:
 
 
 def train_loader(
-    records: Records,
+    annotations: Annotations,
     indices: Sequence[int],
     image_size: int,
     batch_size: int,
@@ -311,18 +311,23 @@ def train_loader(
 ) -> DataLoader:
     """Augmented batches in an order drawn anew each epoch; `loader.batch_sampler.set_epoch` before each."""
     transform = train_transform(image_size, augment)
-    dataset = DetectionDataset(records, indices, transform, seed=seed, on_error=on_error, cache=cache)
+    dataset = DetectionDataset(annotations, indices, transform, seed=seed, on_error=on_error, cache=cache)
     sampler = EpochSampler(indices, batch_size, seed, rank=rank, world=world)
     return _loader(dataset, sampler, workers, device)
 
 
 def configured_train_loader(
-    records: Records, indices: Sequence[int], image_size: int, batch_size: int, config: Config, device: torch.device
+    annotations: Annotations,
+    indices: Sequence[int],
+    image_size: int,
+    batch_size: int,
+    config: Config,
+    device: torch.device,
 ) -> DataLoader:
     """`train_loader` as `config.data` says; of several processes, each has its share of every batch."""
     data, world = config.data, distributed.world()
     return train_loader(
-        records,
+        annotations,
         indices,
         image_size,
         batch_size // world.size,
@@ -338,7 +343,7 @@ def configured_train_loader(
 
 
 def eval_loader(
-    records: Records,
+    annotations: Annotations,
     indices: Sequence[int],
     image_size: int,
     batch_size: int,
@@ -353,7 +358,7 @@ def eval_loader(
     With `shared`, the batches are dealt out to the processes of the job.
     """
     transform = eval_transform(image_size)
-    dataset = DetectionDataset(records, indices, transform, training=False, on_error=on_error)
+    dataset = DetectionDataset(annotations, indices, transform, training=False, on_error=on_error)
     keys = [(0, int(row)) for row in indices]
     batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
     return _loader(dataset, distributed.deal(batches) if shared else batches, workers, device)

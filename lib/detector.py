@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lib import checkpoint, config_io
 from lib.backbone import ElasticBackbone
 from lib.config import Config, DistillConfig
-from lib.elastic import ElasticDepthwiseConv, Segment, extract_segment, run_segment, twin
+from lib.elastic import ElasticDepthwiseConv, Segment, copy_module, extract_segment, run_segment
 from lib.errors import UserError
 from lib.genotype import Block, Genotype, SearchSpace
 from lib.head import ElasticExtras, Predictors, extra_channels
@@ -205,10 +205,10 @@ class ElasticSSD(nn.Module):
         self.space.check(genotype)
         return SSD(
             image_size=genotype.image_size,
-            normalize=twin(self.normalize),
+            normalize=copy_module(self.normalize),
             backbone=[extract_segment(s) for s in self.backbone.segments(genotype)],
             extras=[extract_segment(s) for s in self.extras.segments(genotype)],
-            predictors=twin(self.predictors),
+            predictors=copy_module(self.predictors),
             priors=self.priors(genotype.image_size).clone(),
         ).train(self.training)
 
@@ -286,7 +286,7 @@ class Detector(NamedTuple):
 
 def load_supernet(path: Path, mmap: bool = False) -> Supernet:
     """Read a checkpoint of supernet_train.py. `mmap` lets the processes of a machine share its memory."""
-    payload = checkpoint.load(path, mmap)
+    payload = checkpoint.read(path, mmap)
     if "genotype" in payload or "config" not in payload:
         raise UserError(f"{path}: not a supernet's checkpoint; expected last.pt of supernet_train.py")
     settings = config_io.from_dict(payload["config"], str(path))
@@ -301,7 +301,7 @@ def load_detector(path: Path) -> Detector:
     path = path / "best.pt" if path.is_dir() else path
     if path.suffix == ".onnx":
         raise UserError(f"{path}: an exported detector; expected the checkpoint that it comes from, best.pt")
-    payload = checkpoint.load(path)
+    payload = checkpoint.read(path)
     if "genotype" not in payload:
         raise UserError(f"{path}: not a detector's checkpoint; expected best.pt of final_train.py")
     settings = config_io.from_dict(payload["config"], str(path))
@@ -316,7 +316,7 @@ def detector_checkpoint(where: Path) -> Path | None:
     """best.pt in the folder of a final training, or `where` itself if it is a detector's checkpoint; else None."""
     if where.is_dir():
         return where / "best.pt" if (where / "best.pt").is_file() else None
-    return where if where.is_file() and "genotype" in checkpoint.load(where, mmap=True) else None
+    return where if where.is_file() and "genotype" in checkpoint.read(where, mmap=True) else None
 
 
 def load_teacher(distill: DistillConfig, key: str, classes: Sequence[str], priors: Mapping[int, Tensor]) -> SSD | None:

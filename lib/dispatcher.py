@@ -56,7 +56,7 @@ class Worker:
     """What a pool knows of one worker. It runs its `jobs` in order, the first since `since`."""
 
     slot: int
-    still_births: int  # deaths before it was ready, in a row, of this worker's predecessors
+    failed_starts: int  # deaths before it was ready, in a row, of this worker's predecessors
     ready: bool = field(default=False, init=False)
     jobs: deque[Hashable] = field(default_factory=deque, init=False)
     since: float = field(default=0.0, init=False)
@@ -140,7 +140,7 @@ class WorkerPool(ABC):
         self._waiting.clear()
 
     @abstractmethod
-    def _start(self, slot: int, still_births: int) -> Worker:
+    def _start(self, slot: int, failed_starts: int) -> Worker:
         """A new worker on this slot's device. It sets itself up, and its first message says whether it could."""
 
     @abstractmethod
@@ -195,7 +195,7 @@ class WorkerPool(ABC):
         return True
 
     def _on_ready(self, worker: Worker) -> None:
-        worker.ready, worker.still_births = True, 0
+        worker.ready, worker.failed_starts = True, 0
 
     def _on_setup_failed(self, worker: Worker, user_error: bool, text: str) -> None:
         if user_error:
@@ -236,10 +236,10 @@ class WorkerPool(ABC):
         self._waiting.extendleft(reversed([job_id for job_id in unfinished if job_id != culprit]))
         if culprit in unfinished:
             self._failed(worker, culprit, time.monotonic() - worker.since, reason or f"the worker died ({how})")
-        still_births = 0 if worker.ready else worker.still_births + 1
-        if still_births >= ATTEMPTS:
+        failed_starts = 0 if worker.ready else worker.failed_starts + 1
+        if failed_starts >= ATTEMPTS:
             raise UserError(f"worker {self._name(worker)} died {ATTEMPTS} times in a row before it was ready ({how})")
-        self._workers[worker.slot] = self._start(worker.slot, still_births)
+        self._workers[worker.slot] = self._start(worker.slot, failed_starts)
 
     def _stop_overdue(self) -> None:
         if self.time_limit is None:
@@ -299,7 +299,7 @@ class Dispatcher(WorkerPool):
     are daemons: they may not start `multiprocessing` children of their own.
     """
 
-    def _start(self, slot: int, still_births: int) -> _Process:
+    def _start(self, slot: int, failed_starts: int) -> _Process:
         ours, theirs = _CONTEXT.Pipe()
         process = _CONTEXT.Process(
             target=_work, args=(theirs, os.getpid(), self._setup, self._devices[slot], self._args), daemon=True
@@ -307,7 +307,7 @@ class Dispatcher(WorkerPool):
         with _inherited_by_children(self._threads):
             process.start()
         theirs.close()  # so that the worker's death closes the pipe
-        return _Process(slot, still_births, process, ours)
+        return _Process(slot, failed_starts, process, ours)
 
     def _listen(self, timeout: float | None) -> list[_Process]:
         owners = {channel: w for w in self._workers for channel in (w.conn, w.process.sentinel)}

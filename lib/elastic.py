@@ -30,7 +30,7 @@ from lib.genotype import Block
 
 
 @torch.no_grad()
-def twin(module: nn.Module, **tensors: Tensor) -> nn.Module:
+def copy_module(module: nn.Module, **tensors: Tensor) -> nn.Module:
     """A copy of `module` and all below it; copies of `tensors` stand in the place of its own of those names.
 
     Parameters, buffers, modules, dicts and sets are its own, other attributes are shared. Parameters that two modules
@@ -47,7 +47,7 @@ def twin(module: nn.Module, **tensors: Tensor) -> nn.Module:
         if buffer is not None:
             own._buffers[name] = tensors.get(name, buffer).clone()
     for name, child in module._modules.items():
-        own._modules[name] = twin(child) if child is not None else None
+        own._modules[name] = copy_module(child) if child is not None else None
     return own
 
 
@@ -195,7 +195,7 @@ class ElasticBatchNorm(nn.BatchNorm2d):
     def extract(self, channels: int) -> nn.BatchNorm2d:
         norm = _blank(nn.BatchNorm2d, channels, self.eps, self.momentum)
         tensors = {name: getattr(self, name)[:channels] for name in ("weight", "bias", "running_mean", "running_var")}
-        return twin(norm, num_batches_tracked=self.num_batches_tracked, **tensors)
+        return copy_module(norm, num_batches_tracked=self.num_batches_tracked, **tensors)
 
 
 class ElasticDepthwiseConv(nn.Module):
@@ -231,7 +231,7 @@ class ElasticDepthwiseConv(nn.Module):
     def extract(self, channels: int, size: int) -> nn.Conv2d:
         conv = _blank(make_conv, channels, channels, size, self.stride, self.same_padding, depthwise=True)
         with torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):
-            return twin(conv, weight=self.kernel(channels, size))
+            return copy_module(conv, weight=self.kernel(channels, size))
 
 
 class ElasticSqueezeExcitation(nn.Module):
@@ -256,7 +256,7 @@ class ElasticSqueezeExcitation(nn.Module):
 
     def extract(self, channels: int) -> SqueezeExcitation:
         s = self.squeeze_channels(channels)
-        plain = twin(_blank(SqueezeExcitation, 1, 1, scale_activation=nn.Hardsigmoid))
+        plain = copy_module(_blank(SqueezeExcitation, 1, 1, scale_activation=nn.Hardsigmoid))
         plain.fc1 = _conv1x1(self.fc1.weight[:s, :channels], self.fc1.bias[:s])
         plain.fc2 = _conv1x1(self.fc2.weight[:channels, :s], self.fc2.bias[:channels])
         return plain
@@ -362,7 +362,7 @@ def run_segment(segment: Segment, x: Tensor) -> Tensor:
 
 
 def extract_segment(segment: Segment) -> nn.Sequential:
-    return nn.Sequential(*(twin(m) if block is None else m.extract(block) for m, block in segment))
+    return nn.Sequential(*(copy_module(m) if block is None else m.extract(block) for m, block in segment))
 
 
 @torch.no_grad()
@@ -394,7 +394,7 @@ def _expanding_blocks(model: nn.Module) -> list[ElasticInvertedResidual]:
 def _conv1x1(weight: Tensor, bias: Tensor | None = None) -> nn.Conv2d:
     """A plain 1x1 convolution with a copy of `weight` (out, in, 1, 1) and `bias`."""
     conv = _blank(nn.Conv2d, weight.shape[1], weight.shape[0], 1, bias=bias is not None)
-    return twin(conv, weight=weight) if bias is None else twin(conv, weight=weight, bias=bias)
+    return copy_module(conv, weight=weight) if bias is None else copy_module(conv, weight=weight, bias=bias)
 
 
 @functools.cache

@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 
 from lib import checkpoint
-from lib.annotations import Records
+from lib.annotations import Annotations
 from lib.checkpoint import replacing, write_text
 from lib.config import PostprocessConfig
 from lib.config_io import to_dict
@@ -49,7 +49,7 @@ from lib.datasets import eval_loader
 from lib.detector import Detector, ElasticSSD, ScoresAndBoxes, fuse
 from lib.errors import UserError
 from lib.log import finite, progress
-from lib.metrics import measure
+from lib.metrics import detection_metrics
 from lib.postprocess import Detections, class_scores, postprocess
 from lib.pretrained import embed
 from lib.priors import decode
@@ -291,7 +291,7 @@ AP_TOLERANCE = 5e-4
 DIFFERENCES = ("supernet_difference", "score_difference", "box_difference")
 
 
-def write_verified(model: ModelProto, path: Path, detector: Detector, test: Records) -> dict:
+def write_verified(model: ModelProto, path: Path, detector: Detector, test: Annotations) -> dict:
     """Write `model` to `path` if it passes the gate, and return `compare`'s report; else raise UserError.
 
     What is checked are the bytes on the disk, under a temporary name. Of a graph that fails nothing is left.
@@ -304,7 +304,7 @@ def write_verified(model: ModelProto, path: Path, detector: Detector, test: Reco
     return {**report, "bytes": path.stat().st_size}
 
 
-def write_measured(model: ModelProto, path: Path, detector: Detector, test: Records, exact_ap: float) -> dict:
+def write_measured(model: ModelProto, path: Path, detector: Detector, test: Annotations, exact_ap: float) -> dict:
     """Write a graph that need not equal the detector, being in int8. The report has its loss from `exact_ap`."""
     report = average_precision(model, detector, test)
     report["AP_loss"] = exact_ap - report["AP"]
@@ -313,7 +313,7 @@ def write_measured(model: ModelProto, path: Path, detector: Detector, test: Reco
     return {**report, "bytes": path.stat().st_size}
 
 
-def record(reports: dict[str, dict], folder: Path) -> None:
+def update_report(reports: dict[str, dict], folder: Path) -> None:
     """Put reports, by file name, into the folder's export.json; those of other files stay."""
     path = folder / "export.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -342,7 +342,7 @@ def describe(report: dict) -> str:
 
 
 @torch.inference_mode()
-def compare(path: Path, detector: Detector, test: Records) -> dict:
+def compare(path: Path, detector: Detector, test: Annotations) -> dict:
     """An exported file against its detector on every test image: the largest differences, and AP of both.
 
     `supernet_difference` is of logits and offsets, between the elastic and the plain network; `score_difference` and
@@ -379,7 +379,7 @@ def largest(so_far: float, a: Tensor, b: Tensor) -> float:
 
 
 @torch.inference_mode()
-def average_precision(model: ModelProto, detector: Detector, test: Records) -> dict:
+def average_precision(model: ModelProto, detector: Detector, test: Annotations) -> dict:
     """AP and AP50 of a graph on the test images, without comparing: what is left of them in int8."""
     session = open_session(with_every_output(model, detector.config.postprocess).SerializeToString())
     batches = (run_session(session, images, DETECTIONS) for images in test_images(detector, test))
@@ -387,7 +387,7 @@ def average_precision(model: ModelProto, detector: Detector, test: Records) -> d
     return {"AP": scores["AP"], "AP50": scores["AP50"], "images": len(test)}
 
 
-def test_images(detector: Detector, test: Records) -> Iterator[Tensor]:
+def test_images(detector: Detector, test: Annotations) -> Iterator[Tensor]:
     """Batches (B, 3, S, S) of all test images."""
     data, batch_size = detector.config.data, detector.config.final.batch_size
     options = {"workers": data.workers, "on_error": data.on_error}
@@ -395,8 +395,8 @@ def test_images(detector: Detector, test: Records) -> Iterator[Tensor]:
     return (batch.images for batch in progress(loader, "evaluate"))
 
 
-def metrics(found: list[Detections], test: Records) -> dict:
-    return measure(found, test.ground_truth(range(len(test))), test.sizes.tolist(), test.classes)
+def metrics(found: list[Detections], test: Annotations) -> dict:
+    return detection_metrics(found, test.ground_truth(range(len(test))), test.sizes.tolist(), test.classes)
 
 
 def elastic_view(detector: Detector) -> ElasticSSD:

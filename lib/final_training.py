@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lib import checkpoint, distributed
-from lib.annotations import Records
+from lib.annotations import Annotations
 from lib.checkpoint import code_revision
 from lib.cli import supernet_checkpoint
 from lib.config import Config, DistillConfig
@@ -28,7 +28,7 @@ from lib.genotype import Genotype
 from lib.latency import time_parts
 from lib.log import RunLog, finite, plot_training, progress, say
 from lib.losses import DetectionLoss
-from lib.metrics import measure
+from lib.metrics import detection_metrics
 from lib.pretrained import as_table, load_pretrained
 from lib.runtime import StopRequest
 from lib.shrinking import value_at
@@ -54,24 +54,26 @@ def detection_losses(
     yield losses
 
 
-def evaluate(model: SSD, records: Records, config: Config, device: torch.device, by_pycocotools: bool = False) -> dict:
-    """Metrics of a detector on every image of `records`. The processes share the batches, and all get the metrics."""
-    everything = range(len(records))
+def evaluate(
+    model: SSD, annotations: Annotations, config: Config, device: torch.device, by_pycocotools: bool = False
+) -> dict:
+    """Metrics of a detector on all images of `annotations`. Processes share the batches, and all get the metrics."""
+    everything = range(len(annotations))
     options = {"workers": config.data.workers, "on_error": config.data.on_error, "device": device, "shared": True}
-    loader = eval_loader(records, everything, model.image_size, config.final.batch_size, **options)
+    loader = eval_loader(annotations, everything, model.image_size, config.final.batch_size, **options)
     found = [detect(model, [batch.images], config, device) for batch in progress(loader, "evaluate")]
     found = [image for batch in distributed.collect(found) for image in batch]
     metrics = {}
     if distributed.world().main:
-        truth, sizes = records.ground_truth(everything), records.sizes.tolist()
-        metrics = measure(found, truth, sizes, records.classes, reference=by_pycocotools)
+        truth, sizes = annotations.ground_truth(everything), annotations.sizes.tolist()
+        metrics = detection_metrics(found, truth, sizes, annotations.classes, reference=by_pycocotools)
     return distributed.from_main(metrics)
 
 
-def some_images(records: Records, image_size: int, config: Config) -> Iterator[torch.Tensor]:
+def some_images(annotations: Annotations, image_size: int, config: Config) -> Iterator[torch.Tensor]:
     """Batches of unaugmented training images, to re-estimate BatchNorm or to calibrate on."""
-    chosen = range(min(config.search.bn_images, len(records)))
-    loader = eval_loader(records, chosen, image_size, config.search.batch_size, on_error=config.data.on_error)
+    chosen = range(min(config.search.bn_images, len(annotations)))
+    loader = eval_loader(annotations, chosen, image_size, config.search.batch_size, on_error=config.data.on_error)
     return (batch.images for batch in loader if len(batch) == config.search.batch_size or len(chosen) == len(batch))
 
 
@@ -97,7 +99,7 @@ class FinalTraining:
         genotype: Genotype,
         cost: dict,
         loader: DataLoader,
-        test: Records,
+        test: Annotations,
         device: torch.device,
         *,
         teacher: SSD | None = None,
@@ -111,7 +113,7 @@ class FinalTraining:
         self.trainer = Trainer(model, config.final, device, steps, backbone_lr=backbone_lr)
         self.best: dict = {}
         last = folder / "last.pt"
-        if resume and (payload := checkpoint.load_if_any(last)):
+        if resume and (payload := checkpoint.read_if_any(last)):
             if Genotype.from_dict(payload["genotype"]) != genotype:
                 raise UserError(
                     f"{last}: holds another genotype; name its own with --genotype, or another folder with --train-dir"
@@ -270,7 +272,7 @@ def make_training(
     genotype: Genotype,
     teacher: SSD | None,
     loader: DataLoader,
-    test: Records,
+    test: Annotations,
     device: torch.device,
     **options: bool,
 ) -> FinalTraining:
@@ -281,6 +283,6 @@ def make_training(
         teacher.to(device, memory_format=torch.channels_last)
         shared += [] if config.final.distill.teacher else [teacher]
     for net in shared:
-        recalibrate(net.to(device), some_images(loader.dataset.records, net.image_size, config), device)
+        recalibrate(net.to(device), some_images(loader.dataset.annotations, net.image_size, config), device)
     made_of = config, folder, model, genotype, cost._asdict(), loader, test, device
     return FinalTraining(*made_of, teacher=teacher, **options)

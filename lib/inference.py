@@ -94,7 +94,7 @@ def coco_results(image_id: str, boxes_xyxy: Tensor, scores: Tensor, category_ids
     ]
 
 
-class Objects(NamedTuple):
+class PictureDetections(NamedTuple):
     """What was found in one picture, best first: boxes (K, 4) xyxy in its pixels, scores (K,), K class names."""
 
     boxes: Tensor
@@ -103,7 +103,7 @@ class Objects(NamedTuple):
 
 
 class PictureDetector(ABC):
-    """`detector(picture)` gives Objects. A subclass knows how to `detect` in a batch."""
+    """`detector(picture)` gives PictureDetections. A subclass knows how to `detect` in a batch."""
 
     def __init__(self, classes: Sequence[str], category_ids: Sequence[int], image_size: int):
         self.classes, self.category_ids, self.image_size = tuple(classes), tuple(category_ids), image_size
@@ -118,12 +118,12 @@ class PictureDetector(ABC):
         small, *_ = self._transform(image, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
         return self.detect(small[None])[0]
 
-    def __call__(self, picture: Tensor | str | Path) -> Objects:
+    def __call__(self, picture: Tensor | str | Path) -> PictureDetections:
         """What is in a picture, a file or (3, H, W) uint8 RGB. Raises UnreadableImage, a UserError, for a bad file."""
         image = picture if isinstance(picture, Tensor) else read_picture(str(picture))
         pixels = to_pixels(self.detect_picture(image), image.shape[2], image.shape[1])
         names = [self.classes[k - 1] for k in pixels["labels"].tolist()]
-        return Objects(pixels["boxes"], pixels["scores"], names)
+        return PictureDetections(pixels["boxes"], pixels["scores"], names)
 
 
 class TorchDetector(PictureDetector):

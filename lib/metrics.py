@@ -27,7 +27,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from lib import coco_eval
-from lib.coco_eval import Found, Objects, Pairs, Ranked, Rows, iou, joined, overlapping, take
+from lib.coco_eval import GroundTruth, Pairs, Ranked, Rows, ScoredBoxes, iou, joined, overlapping, take
 from lib.postprocess import Detections
 
 
@@ -41,7 +41,7 @@ def to_pixels(detections: Detections, width: int, height: int) -> dict[str, Tens
     }
 
 
-def measure(
+def detection_metrics(
     detections: Sequence[Detections],
     truth: Sequence[dict],
     sizes: Sequence[tuple[int, int]],
@@ -58,7 +58,7 @@ def measure(
 
 
 def summarise(evaluation: Evaluation, classes: Sequence[str], reference: bool = False) -> dict:
-    """What `measure` gives, of images that were evaluated already."""
+    """What `detection_metrics` gives, of images that were evaluated already."""
     coco, voc = evaluation.coco(reference), evaluation.voc()
     pairs = zip(classes, coco.pop("per_class"), voc["per_class"], strict=True)
     per_class = {name: {"AP": coco_ap, "mAP": voc_ap} for name, coco_ap, voc_ap in pairs}
@@ -66,7 +66,7 @@ def summarise(evaluation: Evaluation, classes: Sequence[str], reference: bool = 
 
 
 VOC_IOU = 0.5
-Record = Mapping[str, Any]
+PerImage = Mapping[str, Any]
 
 
 class Evaluation:
@@ -81,7 +81,7 @@ class Evaluation:
         self._pairs = overlapping(self._objects, self._found, least_iou)
         self._ranked: Ranked | None = None
 
-    def add(self, ground_truth: Sequence[Record], detections: Sequence[Record]) -> None:
+    def add(self, ground_truth: Sequence[PerImage], detections: Sequence[PerImage]) -> None:
         """Further images."""
         if len(ground_truth) != len(detections):
             raise ValueError(f"{len(ground_truth)} images of ground truth, but {len(detections)} of detections")
@@ -149,7 +149,7 @@ class Evaluation:
 
 
 def coco_metrics(
-    ground_truth: Sequence[Record], detections: Sequence[Record], num_classes: int, reference: bool = False
+    ground_truth: Sequence[PerImage], detections: Sequence[PerImage], num_classes: int, reference: bool = False
 ) -> dict[str, Any]:
     """`Evaluation.coco` of these images."""
     evaluation = Evaluation(num_classes)
@@ -158,8 +158,8 @@ def coco_metrics(
 
 
 def voc_metrics(
-    ground_truth: Sequence[Record],
-    detections: Sequence[Record],
+    ground_truth: Sequence[PerImage],
+    detections: Sequence[PerImage],
     num_classes: int,
     iou: float = VOC_IOU,
 ) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def voc_metrics(
     return evaluation.voc(iou)
 
 
-def _pycocotools(objects: Objects, found: Found, num_classes: int) -> tuple[dict[str, float], np.ndarray]:
+def _pycocotools(objects: GroundTruth, found: ScoredBoxes, num_classes: int) -> tuple[dict[str, float], np.ndarray]:
     """What `coco_eval.coco_numbers` gives, by pycocotools."""
     area = found.box_xywh[:, 2] * found.box_xywh[:, 3]
     with contextlib.redirect_stdout(io.StringIO()):
@@ -187,7 +187,7 @@ def _pycocotools(objects: Objects, found: Found, num_classes: int) -> tuple[dict
     return dict(zip(coco_eval.NAMES, numbers.tolist(), strict=True)), per_class
 
 
-def _annotation_keys(rows: Objects | Found) -> dict[str, np.ndarray]:
+def _annotation_keys(rows: GroundTruth | ScoredBoxes) -> dict[str, np.ndarray]:
     return {"image_id": rows.image, "category_id": rows.label, "bbox": rows.box_xywh}
 
 
@@ -204,7 +204,7 @@ def _coco(num_classes: int, **columns: np.ndarray) -> COCO:
     return coco
 
 
-def _objects(ground_truth: Sequence[Record]) -> Objects:
+def _objects(ground_truth: Sequence[PerImage]) -> GroundTruth:
     """The objects of all images, labels from 0."""
     boxes = _join_xywh(ground_truth)
     area = boxes[:, 2] * boxes[:, 3]
@@ -213,24 +213,24 @@ def _objects(ground_truth: Sequence[Record]) -> Objects:
         for record, own in zip(ground_truth, np.split(area, sizes[:-1]), strict=True):
             own[:] = record.get("area", own)
     labels, crowd = _join(ground_truth, "labels", int), _join(ground_truth, "ignore", bool)
-    return Objects(_images(ground_truth), labels - 1, boxes, area, crowd)
+    return GroundTruth(_images(ground_truth), labels - 1, boxes, area, crowd)
 
 
-def _found(detections: Sequence[Record]) -> Found:
+def _found(detections: Sequence[PerImage]) -> ScoredBoxes:
     """The detections of all images, labels from 0."""
     labels, scores = _join(detections, "labels", int), _join(detections, "scores", float)
-    return Found(_images(detections), labels - 1, _join_xywh(detections), scores)
+    return ScoredBoxes(_images(detections), labels - 1, _join_xywh(detections), scores)
 
 
-def _images(records: Sequence[Record]) -> np.ndarray:
+def _images(records: Sequence[PerImage]) -> np.ndarray:
     return np.repeat(np.arange(len(records)), [len(record["labels"]) for record in records])
 
 
-def _join(records: Sequence[Record], key: str, dtype: type) -> np.ndarray:
+def _join(records: Sequence[PerImage], key: str, dtype: type) -> np.ndarray:
     return np.concatenate([np.zeros(0, dtype), *(np.asarray(record[key]) for record in records)]).astype(dtype)
 
 
-def _join_xywh(records: Sequence[Record]) -> np.ndarray:
+def _join_xywh(records: Sequence[PerImage]) -> np.ndarray:
     boxes = np.concatenate([np.zeros((0, 4)), *(np.asarray(record["boxes"]) for record in records)])  # float64
     boxes[:, 2:] -= boxes[:, :2]
     return boxes
@@ -240,7 +240,7 @@ Curve = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def voc_ap(
-    objects: Objects, found: Found, pairs: Pairs, num_classes: int, threshold: float = VOC_IOU
+    objects: GroundTruth, found: ScoredBoxes, pairs: Pairs, num_classes: int, threshold: float = VOC_IOU
 ) -> tuple[np.ndarray, np.ndarray]:
     """AP (C,) of each class over all points, as from VOC 2010 on, and over VOC 2007's 11; nan where no object is."""
     once = np.ones((1, max(objects.image.max(initial=0), found.image.max(initial=0)) + 1), int)
@@ -249,7 +249,9 @@ def voc_ap(
     return all_points, eleven
 
 
-def resampled_map(objects: Objects, found: Found, pairs: Pairs, num_classes: int, weight: np.ndarray) -> np.ndarray:
+def resampled_map(
+    objects: GroundTruth, found: ScoredBoxes, pairs: Pairs, num_classes: int, weight: np.ndarray
+) -> np.ndarray:
     """mAP (R,) over all points, as `coco_eval.resampled_ap` finds AP; nan without objects."""
     curves = _curves(objects, found, _claims(objects, found, pairs, VOC_IOU), weight, num_classes)
     per_class = np.stack([_all_point(*curve) for curve in curves])
@@ -258,7 +260,7 @@ def resampled_map(objects: Objects, found: Found, pairs: Pairs, num_classes: int
     return np.divide(total, counted.sum(0), out=np.full(len(total), np.nan), where=counted.any(0))
 
 
-def _claims(objects: Objects, found: Found, pairs: Pairs, threshold: float) -> np.ndarray:
+def _claims(objects: GroundTruth, found: ScoredBoxes, pairs: Pairs, threshold: float) -> np.ndarray:
     """(K,) the object that each detection belongs to; -1: none."""
     same_measure = objects._replace(crowd=np.zeros(len(objects.crowd), bool))  # VOC's IoU knows no crowds
     overlap = iou(same_measure, found, pairs.detection, pairs.object)
@@ -269,7 +271,9 @@ def _claims(objects: Objects, found: Found, pairs: Pairs, threshold: float) -> n
     return claims
 
 
-def _curves(objects: Objects, found: Found, claims: np.ndarray, weight: np.ndarray, num_classes: int) -> list[Curve]:
+def _curves(
+    objects: GroundTruth, found: ScoredBoxes, claims: np.ndarray, weight: np.ndarray, num_classes: int
+) -> list[Curve]:
     """Of each class, in each of R resamples: how many of the first 1, 2, ... detections by score are right (R, K), how
     many there are (R, K), and the number of objects (R,)."""
     curves = []

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from torchvision.ops import box_convert, box_iou
 
 from lib import distributed
-from lib.annotations import Records
+from lib.annotations import Annotations
 from lib.config import Config, TrainConfig
 from lib.datasets import Batch, collate, eval_loader
 from lib.detector import SSD, ElasticSSD, detect
@@ -73,24 +73,26 @@ COVERAGE_SAMPLE = 20_000  # objects that the coverage is measured on, evenly spr
 CHUNK = 1024  # objects whose IoU with every prior is in memory at a time
 
 
-def preflight(records: Records, indices: Sequence[int], priors_cxcywh: Tensor, matched_threshold: float) -> list[str]:
-    """Lines about some images of `records`, given the priors (P, 4), normalised, and the IoU that matches an object.
+def preflight(
+    annotations: Annotations, indices: Sequence[int], priors_cxcywh: Tensor, matched_threshold: float
+) -> list[str]:
+    """Lines about some images of `annotations`, given normalised priors (P, 4) and the IoU that matches an object.
 
-    Boxes that were dropped are those of all of `records`. Coverage leaves ignored objects out, as training does.
+    Boxes that were dropped are those of all of `annotations`. Coverage leaves ignored objects out, as training does.
     """
     rows = torch.as_tensor(indices, dtype=torch.int64)
-    counts = records.offsets.diff()  # (N,)
-    chosen = torch.zeros(len(records), dtype=torch.bool)
+    counts = annotations.offsets.diff()  # (N,)
+    chosen = torch.zeros(len(annotations), dtype=torch.bool)
     chosen[rows] = True
     objects = chosen.repeat_interleave(counts)  # (M,)
-    ignored = int((objects & records.ignore).sum())
+    ignored = int((objects & annotations.ignore).sum())
     empty = rows[counts[rows] == 0].tolist()
     return [
         f"data: {len(rows)} images, {int(objects.sum())} boxes ({ignored} ignored: difficult or crowd), "
-        f"{len(records.classes)} classes",
-        *_named("boxes dropped", records.dropped),
-        *_named("images without objects", [Path(records.path(row)).name for row in empty]),
-        *_coverage(records, (objects & ~records.ignore).nonzero().flatten(), priors_cxcywh, matched_threshold),
+        f"{len(annotations.classes)} classes",
+        *_named("boxes dropped", annotations.dropped),
+        *_named("images without objects", [Path(annotations.path(row)).name for row in empty]),
+        *_coverage(annotations, (objects & ~annotations.ignore).nonzero().flatten(), priors_cxcywh, matched_threshold),
     ]
 
 
@@ -99,25 +101,25 @@ def _named(what: str, names: Sequence[str]) -> list[str]:
     return [f"{what}: {len(names)}", *(f"  {name}" for name in names[:SHOWN]), *more]
 
 
-def _coverage(records: Records, objects: Tensor, priors_cxcywh: Tensor, threshold: float) -> list[str]:
+def _coverage(annotations: Annotations, objects: Tensor, priors_cxcywh: Tensor, threshold: float) -> list[str]:
     """One line per class: its objects, and how many of them have a prior with an IoU of at least `threshold`."""
-    counts = torch.bincount(records.labels[objects], minlength=len(records.classes) + 1)
+    counts = torch.bincount(annotations.labels[objects], minlength=len(annotations.classes) + 1)
     sample = objects[:: max(1, -(-len(objects) // COVERAGE_SAMPLE))].contiguous()
-    labels, covered = records.labels[sample], _best_iou(records, sample, priors_cxcywh) >= threshold
+    labels, covered = annotations.labels[sample], _best_iou(annotations, sample, priors_cxcywh) >= threshold
     measured = "" if len(sample) == len(objects) else f", measured on {len(sample)} of them"
     lines = [f"objects, and the share that a prior covers with an IoU of at least {threshold:g}{measured}:"]
-    width = max(map(len, records.classes), default=0)
-    for label, name in enumerate(records.classes, start=1):
+    width = max(map(len, annotations.classes), default=0)
+    for label, name in enumerate(annotations.classes, start=1):
         of_class = covered[labels == label]
         share = f"{of_class.float().mean():7.1%}" if len(of_class) else "      -"
         lines.append(f"  {name:{width}} {int(counts[label]):8d} {share}")
     return lines
 
 
-def _best_iou(records: Records, objects: Tensor, priors_cxcywh: Tensor) -> Tensor:
+def _best_iou(annotations: Annotations, objects: Tensor, priors_cxcywh: Tensor) -> Tensor:
     """Of each object (K,), its IoU with the nearest prior."""
-    owner = torch.searchsorted(records.offsets, objects, right=True) - 1
-    boxes = records.boxes[objects] / records.sizes[owner].repeat(1, 2)
+    owner = torch.searchsorted(annotations.offsets, objects, right=True) - 1
+    boxes = annotations.boxes[objects] / annotations.sizes[owner].repeat(1, 2)
     priors_xyxy = box_convert(priors_cxcywh.cpu(), "cxcywh", "xyxy")
     best = [box_iou(chunk, priors_xyxy).amax(1) for chunk in boxes.split(CHUNK)]
     return torch.cat(best) if best else boxes.new_zeros(0)
@@ -173,7 +175,7 @@ def training_seconds(
 def scoring_seconds(
     detector: ElasticSSD,
     genotypes: Sequence[Genotype],
-    records: Records,
+    annotations: Annotations,
     train: Sequence[int],
     search: Sequence[int],
     config: Config,
@@ -183,7 +185,7 @@ def scoring_seconds(
     settings = config.search
     images = min(settings.images or len(search), len(search))
     part = replace(settings, bn_images=min(settings.bn_images, SCORED_SAMPLE), images=min(images, SCORED_SAMPLE))
-    scorer = Scorer(prepare_scoring_data(records, train, search, replace(config, search=part)), config, device)
+    scorer = Scorer(prepare_scoring_data(annotations, train, search, replace(config, search=part)), config, device)
     budget = SCORING_SHARE * SECONDS / len(genotypes)
     measured = [
         typical_seconds(lambda g=g: scorer.race(detector, g), budget) for g in progress(genotypes, "measure scoring")
@@ -205,7 +207,7 @@ def final_seconds(
     return training_seconds(model, settings, device, loader, [(settings.epochs, forward)])
 
 
-def detecting_seconds(model: SSD, test: Records, config: Config, device: torch.device) -> float:
+def detecting_seconds(model: SSD, test: Annotations, config: Config, device: torch.device) -> float:
     """Seconds of one evaluation on all of `test`, from at most `SCORED_SAMPLE` of its pictures."""
     some = range(min(SCORED_SAMPLE, len(test)))
     loader = eval_loader(test, some, model.image_size, config.final.batch_size, on_error=config.data.on_error)

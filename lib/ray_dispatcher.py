@@ -51,7 +51,7 @@ class RayDispatcher(WorkerPool):
     counts as an attempt.
     """
 
-    def _start(self, slot: int, still_births: int) -> _Actor:
+    def _start(self, slot: int, failed_starts: int) -> _Actor:
         ray = _ray()
         threads = self._threads or 1
         on_gpu = self._devices[slot].startswith("cuda")
@@ -63,7 +63,7 @@ class RayDispatcher(WorkerPool):
             "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}},
         }
         handle = ray.remote(_Remote).options(**options).remote(self._setup, device, self._args)
-        actor = _Actor(slot, still_births, handle, device)
+        actor = _Actor(slot, failed_starts, handle, device)
         actor.calls.append(handle.ready.remote())
         return actor
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from lib import checkpoint
-from lib.annotations import Records
+from lib.annotations import Annotations
 from lib.config import Config
 from lib.config_io import from_dict as config_from_dict
 from lib.datasets import eval_loader
@@ -104,7 +104,7 @@ def has_lost(scores: np.ndarray, num_images: int, rivals: Sequence[Scores]) -> b
 SCORING_VERSION = 2  # of how scores come about: those of another version are not compared with these
 
 
-def prepare_scoring_data(records: Records, train: Sequence[int], search: Sequence[int], config: Config) -> dict:
+def prepare_scoring_data(annotations: Annotations, train: Sequence[int], search: Sequence[int], config: Config) -> dict:
     """Pictures as uint8 (N, 3, S, S), S the largest image size of the space, and the search split's ground truth.
 
     The search split is put into a random order, always the same; `search.images` of them are taken.
@@ -113,21 +113,21 @@ def prepare_scoring_data(records: Records, train: Sequence[int], search: Sequenc
     search = list(search)
     random.Random(0).shuffle(search)  # so that the first few are like the rest
     search = search[: config.search.images] if config.search.images else search
-    if all(bool(target["ignore"].all()) for target in records.ground_truth(search)):
+    if all(bool(target["ignore"].all()) for target in annotations.ground_truth(search)):
         raise UserError(f"data.data_portion: none of the {len(search)} images that score candidates has an object")
     size = max(config.search_space.image_size_choice)
     return {
-        "bn_images": _pictures(records, train[: config.search.bn_images], size, config),
-        "images": _pictures(records, search, size, config),
-        "truth": records.ground_truth(search),
-        "sizes": records.sizes[torch.as_tensor(search)].tolist(),
-        "classes": list(records.classes),
+        "bn_images": _pictures(annotations, train[: config.search.bn_images], size, config),
+        "images": _pictures(annotations, search, size, config),
+        "truth": annotations.ground_truth(search),
+        "sizes": annotations.sizes[torch.as_tensor(search)].tolist(),
+        "classes": list(annotations.classes),
     }
 
 
-def _pictures(records: Records, indices: Sequence[int], size: int, config: Config) -> Tensor:
+def _pictures(annotations: Annotations, indices: Sequence[int], size: int, config: Config) -> Tensor:
     pictures = torch.empty(len(indices), 3, size, size, dtype=torch.uint8)
-    loader = eval_loader(records, indices, size, 32, workers=config.data.workers, on_error=config.data.on_error)
+    loader = eval_loader(annotations, indices, size, 32, workers=config.data.workers, on_error=config.data.on_error)
     done = 0
     for batch in progress(loader, "decode"):
         pictures[done : done + len(batch.images)] = batch.images
@@ -146,7 +146,7 @@ def save_scoring_data(data: dict, path: Path) -> None:
 
 def load_scoring_data(path: Path) -> dict:
     """As it was saved, without what would cost memory: the ground truth of an image is made when it is asked for."""
-    data = checkpoint.load(path, mmap=True)
+    data = checkpoint.read(path, mmap=True)
     data["truth"] = Truth(data["truth"], data.pop("counts"))
     return data
 

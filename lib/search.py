@@ -201,7 +201,7 @@ class Noise(NamedTuple):
 
 @dataclass(frozen=True)
 class SearchRun:
-    """Records of the ledger, in the order they came.
+    """Annotations of the ledger, in the order they came.
 
     `told`: all that the search has learnt from, of `total` in the end. `random`: every evaluation of a uniform random
     proposal on this supernet, split, settings and budget, whichever search made it. `search`: the name that the

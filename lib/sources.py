@@ -156,11 +156,11 @@ def read_source(name: str) -> Source:
     path = Path(name)
     if path.exists():
         best = path / "best.pt"  # of a final training
-        payload = checkpoint.read(path if path.is_file() else best if best.is_file() else supernet_checkpoint(path))
+        payload = checkpoint.read_any(path if path.is_file() else best if best.is_file() else supernet_checkpoint(path))
     elif name.startswith("torchvision:"):
         payload = _from_torchvision(name.removeprefix("torchvision:"))
     elif name == LITE0:
-        payload = checkpoint.read(_lite0_file())
+        payload = checkpoint.read_any(_lite0_file())
     else:
         known = [LITE0, *(f"torchvision:{n}" for n in TORCHVISION)]
         raise UserError(

@@ -15,7 +15,7 @@ import torch
 from matplotlib import pyplot as plt
 
 from lib import checkpoint
-from lib.annotations import Records
+from lib.annotations import Annotations
 from lib.checkpoint import code_revision
 from lib.config import Config
 from lib.config_io import to_dict
@@ -165,16 +165,16 @@ class Contest:
         supernet: Supernet,
         supernet_path: Path,
         contestants: Mapping[str, Genotype],
-        records: Records,
-        test: Records,
+        annotations: Annotations,
+        test: Annotations,
         device: torch.device,
     ):
         self.config, self.folder, self.contestants = config, folder, contestants
-        self.supernet, self.records, self.test, self.device = supernet, records, test, device
+        self.supernet, self.annotations, self.test, self.device = supernet, annotations, test, device
         plan = {
             "contestants": {name: genotype.to_dict() for name, genotype in contestants.items()},
             "supernet": checkpoint.sha256(supernet_path),
-            "data": {"train": records.fingerprint(), "test": test.fingerprint()},
+            "data": {"train": annotations.fingerprint(), "test": test.fingerprint()},
             "config": to_dict(config) | {"data": {}},  # a folder may move: the fingerprints count
         }
         self.plan = json.loads(json.dumps(plan))
@@ -206,11 +206,11 @@ class Contest:
         """Metrics on the test set by start. None if it was told to stop."""
         inherited = Start(self.supernet.detector, True, self.supernet)
         model = inherited.network.extract(genotype).to(self.device, memory_format=torch.channels_last)
-        recalibrate(model, some_images(self.records, genotype.image_size, self.config), self.device)
+        recalibrate(model, some_images(self.annotations, genotype.image_size, self.config), self.device)
         metrics = {"inherited": finite(evaluate(model, self.test, self.config, self.device))}
         for name in ("fine_tuned", "scratch"):
             seed_everything(self.config.seed)
-            network = ElasticSSD(self.config, len(self.records.classes))
+            network = ElasticSSD(self.config, len(self.annotations.classes))
             start = inherited if name == "fine_tuned" else Start(network, False, self.supernet)
             trained = self._train(folder / name, start, genotype)
             if trained is None:
@@ -220,10 +220,10 @@ class Contest:
 
     def _train(self, folder: Path, start: Start, genotype: Genotype) -> dict | None:
         """The metrics after the last epoch of one training. None if it was told to stop."""
-        everything, batch_size = range(len(self.records)), self.config.final.batch_size
-        data = self.records, everything, genotype.image_size, batch_size
+        everything, batch_size = range(len(self.annotations)), self.config.final.batch_size
+        data = self.annotations, everything, genotype.image_size, batch_size
         loader = configured_train_loader(*data, self.config, self.device)
-        teacher = find_teacher(start, self.config, genotype, self.records.classes)
+        teacher = find_teacher(start, self.config, genotype, self.annotations.classes)
         made_of = self.config, folder, start, genotype, teacher, loader, self.test, self.device
         training = make_training(*made_of, resume=True)
         return training.best if training.run() else None

@@ -13,9 +13,9 @@ from torch import nn
 
 import supernet_train
 from lib import config_io, distributed, final_training
-from lib.annotations import Records
+from lib.annotations import Annotations
 from lib.config import Config
-from lib.datasets import configured_train_loader, load_records, split_indices
+from lib.datasets import configured_train_loader, load_annotations, split_indices
 from lib.detector import ElasticSSD
 from lib.distributed import SyncBatchNorm, synchronise_norms
 from lib.log import RunLog, read_log
@@ -59,8 +59,8 @@ def settings(folder: Path, **changes: object) -> Config:
     return config_io.from_dict(tiny_settings(**keys | {"data__shapes_test": 7} | changes))
 
 
-def load(c: Config, split: str) -> Records:
-    return load_records(c.data, split)
+def load(c: Config, split: str) -> Annotations:
+    return load_annotations(c.data, split)
 
 
 def random_detector(c: Config) -> ElasticSSD:
@@ -78,12 +78,12 @@ def train(folder: Path, case: str) -> dict:
     """Five steps of a script's own."""
     stage, fixed, changes = CASES[case]
     c = settings(folder, **changes)
-    records, detector = load(c, "train"), random_detector(c)
+    annotations, detector = load(c, "train"), random_detector(c)
     model = detector if stage == "supernet" else detector.extract(detector.space.smallest())
     if not fixed:  # the last maps have a pixel an image: steps through their statistics magnify float32's rounding
         model.double()
     training = getattr(c, stage)
-    loader = configured_train_loader(records, range(len(records)), 64, training.batch_size, c, CPU)
+    loader = configured_train_loader(annotations, range(len(annotations)), 64, training.batch_size, c, CPU)
     trainer = Trainer(model, training, CPU, loader.batch_sampler.batches_per_epoch)
     loss = DetectionLoss(**vars(c.loss), normalizers=distributed.normalizers)
     start = flat(model)
@@ -116,11 +116,11 @@ def evaluate(folder: Path) -> dict:
 def score_panel(folder: Path, name: str) -> list[dict]:
     """What is logged about three sub-networks of a supernet whose BatchNorm is synchronised."""
     c = settings(folder, supernet__panel=1)  # which scores before its phase of epoch 2
-    records, detector = load(c, "train"), random_detector(c)
+    annotations, detector = load(c, "train"), random_detector(c)
     synchronise_norms(detector)
-    split = split_indices(records, c.data.data_portion, c.seed)
+    split = split_indices(annotations, c.data.data_portion, c.seed)
     log = RunLog(folder / name / "log.jsonl")
-    scorer = Scorer(prepare_scoring_data(records, *split, c), c, CPU)
+    scorer = Scorer(prepare_scoring_data(annotations, *split, c), c, CPU)
     networks = make_panel(detector.space, 1, c.seed)
     panel = PanelLog(networks, lambda genotype: scorer(detector, genotype), log, c)
     assert panel.due(1)

@@ -18,7 +18,7 @@ SPACE = SearchSpace("mbv3_backbone", (64, 96), (STAGE,) * 4, (BlockChoices((0.5,
 
 
 def ledger(count: int, controller: str = "evo", search: str = "this", failed=lambda i: False, seed: int = 0):
-    """Records of a search whose AP grows with cost, with some noise."""
+    """Annotations of a search whose AP grows with cost, with some noise."""
     rng = random.Random(seed)
     asked = make_controller(controller, SPACE, seed, lambda g: True, population_size=20)
     records = []

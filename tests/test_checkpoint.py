@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 def refusal(path: Path) -> str:
     with pytest.raises(UserError) as caught:
-        checkpoint.load(path)
+        checkpoint.read(path)
     text = str(caught.value)
     assert text.startswith(f"{path}: ")
     assert "\n" not in text
@@ -32,7 +32,7 @@ def test_round_trip(tmp_path, mmap):
     path = tmp_path / "new" / "folder" / "last.pt"
     payload = {"epoch": 3, "lr": 0.1, "ema": None, "names": ["a", "b"], "model": {"w": torch.arange(6).view(2, 3)}}
     checkpoint.save(path, payload)
-    loaded = checkpoint.load(path, mmap)
+    loaded = checkpoint.read(path, mmap)
     assert torch.equal(loaded["model"].pop("w"), payload["model"].pop("w"))
     assert loaded == {"format": "checkpoint/1", **payload}
     assert list(path.parent.iterdir()) == [path]
@@ -53,7 +53,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
     if isinstance(error, OSError):
         assert str(caught.value) == f"{path}: cannot be written (No space left on device)"
     monkeypatch.undo()
-    assert checkpoint.load(path)["epoch"] == 1
+    assert checkpoint.read(path)["epoch"] == 1
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -64,22 +64,22 @@ def test_the_old_file_has_its_name_until_the_new_one_is_whole(tmp_path, monkeypa
 
     def watching(payload, file):
         save(payload, file)
-        seen.append(checkpoint.load(path)["epoch"])
+        seen.append(checkpoint.read(path)["epoch"])
 
     monkeypatch.setattr(torch, "save", watching)
     checkpoint.save(path, {"epoch": 2})
     assert seen == [1]
-    assert checkpoint.load(path)["epoch"] == 2
+    assert checkpoint.read(path)["epoch"] == 2
 
 
 def test_a_process_that_has_the_old_file_mapped_keeps_it(tmp_path):
     """The new one is another file that takes the name; written over, the old bytes would change under their readers."""
     path = tmp_path / "last.pt"
     checkpoint.save(path, {"w": torch.zeros(1000)})
-    mapped = checkpoint.load(path, mmap=True)["w"]
+    mapped = checkpoint.read(path, mmap=True)["w"]
     checkpoint.save(path, {"w": torch.ones(1000)})
     assert not mapped.any()
-    assert checkpoint.load(path)["w"].all()
+    assert checkpoint.read(path)["w"].all()
 
 
 def test_a_disk_that_fills_up_is_one_line(tmp_path):
@@ -98,7 +98,7 @@ runtime.run(lambda: checkpoint.save(Path({str(path)!r}), {{"w": torch.zeros(10**
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr == f"error: {path}: cannot be written (File too large)\n"
-    assert checkpoint.load(path)["epoch"] == 1
+    assert checkpoint.read(path)["epoch"] == 1
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -183,7 +183,7 @@ def test_random_states_round_trip_through_a_file(tmp_path):
     expected = [draws(), draws()]
     assert expected[0] != expected[1]
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
-    checkpoint.restore_random_states(checkpoint.load(tmp_path / "last.pt")["random"])
+    checkpoint.restore_random_states(checkpoint.read(tmp_path / "last.pt")["random"])
     assert [draws(), draws()] == expected
 
 

@@ -29,10 +29,10 @@ def saved(settings, folder, product="last.pt"):
 @pytest.mark.parametrize("given", [[], ["--train-dir", "elsewhere"]])
 def test_a_resumed_run_keeps_its_own_configuration(given):
     """--set comes after it, --cfg before it, and a run that starts anew does not know it."""
-    inherited = config_io.to_dict(config_io.load("tiny.yaml"))
+    inherited = config_io.to_dict(config_io.read_config("tiny.yaml"))
     args = parse("--resume", *given)
-    folder = cli.run_folder(args, config_io.load("tiny.yaml"), "search")
-    saved(config_io.load("tiny.yaml", ["search.max_flops=3e6", "search.steps=5"]), folder, "evals.jsonl")
+    folder = cli.run_folder(args, config_io.read_config("tiny.yaml"), "search")
+    saved(config_io.read_config("tiny.yaml", ["search.max_flops=3e6", "search.steps=5"]), folder, "evals.jsonl")
     assert cli.read_config(args, "search", inherited).search.max_flops == 3e6
     changed = cli.read_config(parse("--resume", *given, "--set", "search.steps=6"), "search", inherited).search
     assert (changed.max_flops, changed.steps) == (3e6, 6)
@@ -41,12 +41,12 @@ def test_a_resumed_run_keeps_its_own_configuration(given):
 
 
 def test_without_a_run_to_resume_it_starts_from_what_it_inherits():
-    inherited = config_io.to_dict(config_io.load("tiny.yaml", ["seed=3"]))
+    inherited = config_io.to_dict(config_io.read_config("tiny.yaml", ["seed=3"]))
     assert cli.read_config(parse("--resume"), "final", inherited).seed == 3
     assert cli.read_config(parse("--resume"), "final").name == "shapes"
-    cli.save_config(config_io.load("tiny.yaml", ["seed=5"]), stage_folder("tiny", "final"))
+    cli.save_config(config_io.read_config("tiny.yaml", ["seed=5"]), stage_folder("tiny", "final"))
     assert cli.read_config(parse("--resume"), "final", inherited).seed == 3  # that run has nothing to go on from
-    saved(config_io.load("tiny.yaml", ["seed=4"]), stage_folder("tiny", "finetuned"))
+    saved(config_io.read_config("tiny.yaml", ["seed=4"]), stage_folder("tiny", "finetuned"))
     assert cli.read_config(parse("--resume"), "final", inherited).seed == 3
     assert cli.read_config(parse("--resume"), "final", inherited, "finetuned").seed == 4
 

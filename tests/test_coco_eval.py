@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.coco_eval import NAMES, Found, Objects, evaluate, overlapping, rank_found
+from lib.coco_eval import NAMES, GroundTruth, ScoredBoxes, coco_numbers, overlapping, rank_found
 from lib.metrics import coco_metrics
 
 CLASSES = 3
@@ -115,9 +115,9 @@ def test_the_later_choice_gives_way_and_may_free_a_third():
     """Best scores choose first: 1 takes A from 2, which takes B from 3, which is left with nothing at 0.5."""
     a, b = (0, 0, 100, 100), (0, 20, 100, 120)
     first, second, third = (0, 1, 100, 100), (0, 8, 100, 108), (0, 20, 100, 121)
-    objects = Objects(np.zeros(2, int), np.zeros(2, int), flat([a, b]), np.full(2, 1e4), np.zeros(2, bool))
-    found = Found(np.zeros(3, int), np.zeros(3, int), flat([third, second, first]), np.array([0.7, 0.8, 0.9]))
-    numbers, per_class = evaluate(rank_found(objects, found, overlapping(objects, found, 0.5)), 1)
+    objects = GroundTruth(np.zeros(2, int), np.zeros(2, int), flat([a, b]), np.full(2, 1e4), np.zeros(2, bool))
+    found = ScoredBoxes(np.zeros(3, int), np.zeros(3, int), flat([third, second, first]), np.array([0.7, 0.8, 0.9]))
+    numbers, per_class = coco_numbers(rank_found(objects, found, overlapping(objects, found, 0.5)), 1)
     assert numbers["AP50"] == pytest.approx(1) and numbers["AR1"] == pytest.approx(0.5)
     assert per_class.tolist() == [numbers["AP"]]
     assert np.isnan(numbers["APs"])

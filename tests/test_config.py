@@ -19,7 +19,7 @@ SCHEDULE = "search_space.schedule_cfg"
 def mistake(*overrides: str, path: Path | None = None) -> str:
     """The message that loading and validating end with: one line."""
     with pytest.raises(UserError) as caught:
-        validate(config_io.load(path, overrides))
+        validate(config_io.read_config(path, overrides))
     text = str(caught.value)
     assert "\n" not in text
     return text
@@ -33,7 +33,7 @@ def write(folder: Path, text: str) -> Path:
 
 def test_defaults_then_yaml_then_set(tmp_path):
     path = write(tmp_path, "supernet: {epochs: 7, batch_size: 4}\n")
-    settings = config_io.load(path, ["supernet.epochs=9", "seed=3"])
+    settings = config_io.read_config(path, ["supernet.epochs=9", "seed=3"])
     assert settings.supernet.epochs == 9
     assert settings.supernet.batch_size == 4
     assert settings.supernet.momentum == Config().supernet.momentum
@@ -56,15 +56,15 @@ def test_a_partial_section_keeps_the_defaults_of_its_own_kind():
 
 
 def test_two_configurations_share_no_lists():
-    config_io.load(None).data.classes.append("cat")
-    assert config_io.load(None).data.classes == []
+    config_io.read_config(None).data.classes.append("cat")
+    assert config_io.read_config(None).data.classes == []
 
 
 @pytest.mark.parametrize(
     ("text", "name"), [("", "mine"), ("name: other", "other"), ("name: ''", "mine"), ("# nothing but a remark", "mine")]
 )
 def test_the_name_is_the_files_unless_given(tmp_path, text, name):
-    assert config_io.load(write(tmp_path, text)).name == name
+    assert config_io.read_config(write(tmp_path, text)).name == name
 
 
 @pytest.mark.parametrize(
@@ -133,22 +133,22 @@ def test_a_broken_override_is_shown(override, expected):
 
 def test_an_override_without_a_value_is_the_empty_string():
     """As one would take a path out of a configuration."""
-    assert config_io.load(None, ["backbone.pretrained_path="]).backbone.pretrained_path == ""
+    assert config_io.read_config(None, ["backbone.pretrained_path="]).backbone.pretrained_path == ""
 
 
 def test_numbers_that_yaml_reads_as_strings():
-    assert config_io.load(None, ["supernet.weight_decay=1e-4"]).supernet.weight_decay == 1e-4
+    assert config_io.read_config(None, ["supernet.weight_decay=1e-4"]).supernet.weight_decay == 1e-4
     assert yaml.safe_load("1e-4") == "1e-4"
 
 
 @pytest.mark.parametrize("name", ["T_0", "T_max"])
 @pytest.mark.parametrize("value", [80, "auto"])
 def test_the_reference_name_of_the_restart_period(name, value):
-    assert value == config_io.load(None, [f"supernet.lr_schedule.{name}={value}"]).supernet.lr_schedule.T_0
+    assert value == config_io.read_config(None, [f"supernet.lr_schedule.{name}={value}"]).supernet.lr_schedule.T_0
 
 
 def test_whole_numbers_stay_whole_in_lists_of_numbers():
-    values = config_io.load(None, [f"{SCHEDULE}.width_choice.value=[[6],[6,4.5],[6,3]]"])
+    values = config_io.read_config(None, [f"{SCHEDULE}.width_choice.value=[[6],[6,4.5],[6,3]]"])
     values = values.search_space.schedule_cfg.width_choice.value
     assert values == [[6], [6, 4.5], [6, 3]]
     assert [type(v) for v in values[1]] == [int, float]
@@ -275,18 +275,18 @@ def test_files_that_are_no_configuration(tmp_path):
 
 
 def test_round_trips():
-    settings = config_io.load(
+    settings = config_io.read_config(
         None, ["supernet.lr_schedule.T_0=3", "data.classes=[a,b]", f"{SCHEDULE}.kernel_choice.boundary=[1,9]"]
     )
     assert config_io.from_dict(config_io.to_dict(settings)) == settings
     assert config_io.from_dict(yaml.safe_load(config_io.dump(settings))) == settings
     assert settings != Config()
-    validate(config_io.load(None, ["search.num_epochs=1"]))
+    validate(config_io.read_config(None, ["search.num_epochs=1"]))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_shipped_file_is_valid(path):
-    settings = config_io.load(path)
+    settings = config_io.read_config(path)
     validate(settings)
     assert settings.name == path.stem
 

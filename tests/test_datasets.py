@@ -18,7 +18,7 @@ from lib.datasets import (
     EpochSampler,
     collate,
     eval_loader,
-    load_records,
+    load_annotations,
     load_split,
     save_split,
     split_indices,
@@ -33,7 +33,7 @@ OBJECTS = {f"{i:03d}": [("cat", 5, 5, 30, 25), ("dog", 20, 4, 40, 28, 1)][: i % 
 
 
 @pytest.fixture
-def records(tmp_path):
+def annotations(tmp_path):
     write_voc(tmp_path / "voc", OBJECTS)
     return read_voc(tmp_path / "voc", ["trainval"], ["cat", "dog"])
 
@@ -42,23 +42,23 @@ def voc_config(tmp_path, **options):
     return DataConfig(dataset_type="voc", root=str(tmp_path), **options)
 
 
-# ------------------------------------------------------------------------------------------------------------ records
+# ---- annotations
 
 
 def test_shapes_are_drawn_and_then_read(tmp_path):
     data = DataConfig(root=str(tmp_path / "shapes"), shapes_train=4, shapes_test=2)
-    train, test = load_records(data, "train"), load_records(data, "test")
+    train, test = load_annotations(data, "train"), load_annotations(data, "test")
     assert (len(train), len(test)) == (4, 2) and train.classes == test.classes == CLASSES
 
 
 def test_the_classes_of_the_test_set_are_those_of_the_training_set(tmp_path):
     write_voc(tmp_path, {"a": [("ant", 1, 1, 9, 9)], "b": [("dog", 1, 1, 9, 9)]})
     write_voc(tmp_path, {"c": [("dog", 1, 1, 9, 9)]}, "test")
-    test = load_records(voc_config(tmp_path), "test")
+    test = load_annotations(voc_config(tmp_path), "test")
     assert test.classes == ("ant", "dog") and test.labels.tolist() == [2]
     write_voc(tmp_path, {"d": [("dig", 1, 1, 9, 9)]}, "test")
     with pytest.raises(UserError, match=r"d\.xml: unknown class 'dig' \(did you mean 'dog'"):
-        load_records(voc_config(tmp_path), "test")
+        load_annotations(voc_config(tmp_path), "test")
 
 
 def test_coco_is_read_from_the_paths_of_the_configuration(tmp_path):
@@ -69,24 +69,24 @@ def test_coco_is_read_from_the_paths_of_the_configuration(tmp_path):
         dataset_type="coco", root=str(tmp_path), train_annotations="a/train.json", train_images="JPEGImages"
     )
     data = replace(data, test_annotations="a/test.json", test_images="JPEGImages")
-    train, test = load_records(data, "train"), load_records(data, "test")
+    train, test = load_annotations(data, "train"), load_annotations(data, "test")
     assert (len(train), len(test)) == (10, 1) and train.classes == test.classes == ("cat", "dog")
-    voc = load_records(voc_config(tmp_path), "train")
+    voc = load_annotations(voc_config(tmp_path), "train")
     assert voc.fingerprint() == train.fingerprint()
 
 
 def test_num_classes_is_checked_against_the_data(tmp_path):
     write_voc(tmp_path, OBJECTS)
-    assert len(load_records(voc_config(tmp_path, num_classes=2), "train")) == 10
+    assert len(load_annotations(voc_config(tmp_path, num_classes=2), "train")) == 10
     with pytest.raises(UserError, match=r"data\.num_classes: 3, but .* has 2 classes \(cat, dog\)"):
-        load_records(voc_config(tmp_path, num_classes=3), "train")
+        load_annotations(voc_config(tmp_path, num_classes=3), "train")
 
 
 # -------------------------------------------------------------------------------------------------------------- split
 
 
 class Ids:
-    """All that the split asks of records."""
+    """All that the split asks of annotations."""
 
     def __init__(self, ids):
         self.ids = list(ids)
@@ -102,9 +102,9 @@ class Ids:
 @settings(max_examples=50)
 def test_the_split_is_exact_and_never_leaks(count, share, rest, seed):
     portions = [share, (1 - share) * rest]
-    records = Ids(f"image{i}" for i in range(count))
+    annotations = Ids(f"image{i}" for i in range(count))
     try:
-        train, search = split_indices(records, portions, seed)
+        train, search = split_indices(annotations, portions, seed)
     except UserError:
         assert min(portions) * count < 1
         return
@@ -112,15 +112,15 @@ def test_the_split_is_exact_and_never_leaks(count, share, rest, seed):
     assert len(train) == round(share * count) and len(train) + len(search) == round(sum(portions) * count)
     if rest == 1:
         assert sorted(train + search) == list(range(count))
-    backwards = Ids(reversed(records.ids))
+    backwards = Ids(reversed(annotations.ids))
     again = split_indices(backwards, portions, seed)
     for rows, others in zip((train, search), again, strict=True):
-        assert {records.ids[i] for i in rows} == {backwards.ids[i] for i in others}
+        assert {annotations.ids[i] for i in rows} == {backwards.ids[i] for i in others}
 
 
 def test_the_split_follows_the_seed():
-    records = Ids(map(str, range(50)))
-    assert split_indices(records, [0.8, 0.2], 0) != split_indices(records, [0.8, 0.2], 1)
+    annotations = Ids(map(str, range(50)))
+    assert split_indices(annotations, [0.8, 0.2], 0) != split_indices(annotations, [0.8, 0.2], 1)
 
 
 @pytest.mark.parametrize("portions", [[0.9], [0.9, 0.2], [1.1, -0.1], [0.99, 0.01]])
@@ -129,11 +129,11 @@ def test_a_wrong_portion_is_named(portions):
         split_indices(Ids("abcdefghij"), portions, 0)
 
 
-def test_a_saved_split_comes_back_by_image_id(tmp_path, records):
-    train, search = split_indices(records, [0.7, 0.3], 0)
-    save_split(tmp_path / "split.json", records, train, search)
-    assert load_split(tmp_path / "split.json", records) == (train, search)
-    shifted = Ids(["extra", *records.ids])
+def test_a_saved_split_comes_back_by_image_id(tmp_path, annotations):
+    train, search = split_indices(annotations, [0.7, 0.3], 0)
+    save_split(tmp_path / "split.json", annotations, train, search)
+    assert load_split(tmp_path / "split.json", annotations) == (train, search)
+    shifted = Ids(["extra", *annotations.ids])
     assert load_split(tmp_path / "split.json", shifted) == ([i + 1 for i in train], [i + 1 for i in search])
 
 
@@ -147,13 +147,13 @@ def test_a_saved_split_comes_back_by_image_id(tmp_path, records):
         ("[]", "not a saved split"),
     ],
 )
-def test_a_wrong_split_file_is_refused(tmp_path, records, content, message):
+def test_a_wrong_split_file_is_refused(tmp_path, annotations, content, message):
     path = tmp_path / "split.json"
     path.write_text(content)
     with pytest.raises(UserError, match=message):
-        load_split(path, records)
+        load_split(path, annotations)
     with pytest.raises(UserError, match="nowhere"):
-        load_split(tmp_path / "nowhere.json", records)
+        load_split(tmp_path / "nowhere.json", annotations)
 
 
 # ----------------------------------------------------------------------------------------------------------- pictures
@@ -163,25 +163,25 @@ def same(one, other):
     return all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(one, other, strict=True))
 
 
-def test_a_sample_is_a_function_of_seed_epoch_and_row(records):
-    dataset = DetectionDataset(records, range(10), train_transform(32), seed=3)
+def test_a_sample_is_a_function_of_seed_epoch_and_row(annotations):
+    dataset = DetectionDataset(annotations, range(10), train_transform(32), seed=3)
     first = dataset[1, 4]
     torch.manual_seed(99)
     state = torch.get_rng_state()
     assert same(dataset[1, 4], first)
     assert torch.equal(torch.get_rng_state(), state)
-    other_seed = DetectionDataset(records, range(10), train_transform(32), seed=4)
+    other_seed = DetectionDataset(annotations, range(10), train_transform(32), seed=4)
     assert not same(dataset[2, 4], first) and not same(other_seed[1, 4], first)
 
 
-def test_ignored_objects_are_not_trained_on(records):
-    dataset = DetectionDataset(records, range(10), eval_transform(32))
+def test_ignored_objects_are_not_trained_on(annotations):
+    dataset = DetectionDataset(annotations, range(10), eval_transform(32))
     assert [len(dataset[0, row][2]) for row in range(3)] == [0, 1, 1]
-    assert records.target(2)["labels"].tolist() == [1, 2] and dataset[0, 2][2].tolist() == [1]
+    assert annotations.target(2)["labels"].tolist() == [1, 2] and dataset[0, 2][2].tolist() == [1]
 
 
-def test_a_batch_is_padded_with_background(records):
-    dataset = DetectionDataset(records, range(10), eval_transform(32))
+def test_a_batch_is_padded_with_background(annotations):
+    dataset = DetectionDataset(annotations, range(10), eval_transform(32))
     batch = collate([dataset[0, 0], dataset[0, 1]])
     assert batch.images.shape == (2, 3, 32, 32) and batch.images.dtype == torch.uint8 and len(batch) == 2
     assert batch.labels.tolist() == [[0], [1]]
@@ -192,59 +192,59 @@ def test_a_batch_is_padded_with_background(records):
     assert torch.equal(batch.to("cpu").images, batch.images)
 
 
-def spoil(records, row):
-    path = Path(records.path(row))
+def spoil(annotations, row):
+    path = Path(annotations.path(row))
     path.write_bytes(path.read_bytes()[:200])
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_broken_jpeg_is_one_line_that_names_it(records, workers):
-    spoil(records, 3)
+def test_a_broken_jpeg_is_one_line_that_names_it(annotations, workers):
+    spoil(annotations, 3)
     with pytest.raises(UserError) as error:
-        list(eval_loader(records, range(10), 32, 4, workers=workers))
+        list(eval_loader(annotations, range(10), 32, 4, workers=workers))
     assert "003.jpg: cannot be read" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_picture_of_another_size_or_none_is_named(records):
-    dataset = DetectionDataset(records, range(10), eval_transform(32))
-    records.sizes[1] = torch.tensor([32, 48])
+def test_a_picture_of_another_size_or_none_is_named(annotations):
+    dataset = DetectionDataset(annotations, range(10), eval_transform(32))
+    annotations.sizes[1] = torch.tensor([32, 48])
     with pytest.raises(UnreadableImage, match=r"001\.jpg: is 48 x 32 pixels, its annotation says 32 x 48"):
         dataset[0, 1]
-    Path(records.path(2)).unlink()
+    Path(annotations.path(2)).unlink()
     with pytest.raises(UnreadableImage, match=r"002\.jpg: cannot be read: .*No such file"):
         dataset[0, 2]
 
 
-def test_a_neighbour_stands_in_for_a_broken_picture_in_training(records, caplog):
-    spoil(records, 3)
-    spoil(records, 5)
-    dataset = DetectionDataset(records, [1, 3, 5, 8], eval_transform(32), on_error="skip")
+def test_a_neighbour_stands_in_for_a_broken_picture_in_training(annotations, caplog):
+    spoil(annotations, 3)
+    spoil(annotations, 5)
+    dataset = DetectionDataset(annotations, [1, 3, 5, 8], eval_transform(32), on_error="skip")
     with caplog.at_level(logging.WARNING):
         rows = [dataset[epoch, row][3] for epoch in (1, 2) for row in (1, 3, 5, 8)]
     assert rows == [1, 8, 8, 8] * 2
     assert ["003.jpg" in m or "005.jpg" in m for m in caplog.messages] == [True, True]
-    spoil(records, 8)
-    last = DetectionDataset(records, [3, 5, 8], eval_transform(32), on_error="skip")
+    spoil(annotations, 8)
+    last = DetectionDataset(annotations, [3, 5, 8], eval_transform(32), on_error="skip")
     with pytest.raises(UserError, match="any other picture"):
         last[1, 5]
 
 
-def test_a_broken_picture_is_black_in_evaluation(records, caplog):
-    spoil(records, 3)
-    batch = next(iter(eval_loader(records, [2, 3, 4], 32, 8, on_error="skip")))
+def test_a_broken_picture_is_black_in_evaluation(annotations, caplog):
+    spoil(annotations, 3)
+    batch = next(iter(eval_loader(annotations, [2, 3, 4], 32, 8, on_error="skip")))
     assert batch.index.tolist() == [2, 3, 4]
     assert batch.images[1].max() == 0 and batch.images[0].max() > 0
     assert len(caplog.messages) == 1
 
 
-def test_cached_pictures_are_decoded_once_and_within_the_budget(records, monkeypatch):
+def test_cached_pictures_are_decoded_once_and_within_the_budget(annotations, monkeypatch):
     monkeypatch.setattr(datasets, "CACHE_BYTES", 2 * 3 * 32 * 48)
-    dataset = DetectionDataset(records, range(10), train_transform(32), cache=True)
-    plain = DetectionDataset(records, range(10), train_transform(32))
+    dataset = DetectionDataset(annotations, range(10), train_transform(32), cache=True)
+    plain = DetectionDataset(annotations, range(10), train_transform(32))
     expected = [plain[1, row] for row in range(3)]
     assert all(same(dataset[1, row], expected[row]) for row in (0, 1, 2, 1, 0))
     for row in range(3):
-        spoil(records, row)
+        spoil(annotations, row)
     assert all(same(dataset[1, row], expected[row]) for row in (0, 1))
     with pytest.raises(UserError):
         dataset[1, 2]
@@ -311,29 +311,29 @@ def epochs_of(loader, start=0):
     return found
 
 
-def test_workers_and_a_resume_change_nothing(records):
+def test_workers_and_a_resume_change_nothing(annotations):
     options = {"seed": 1, "image_size": 24, "batch_size": 3}
-    alone = epochs_of(train_loader(records, range(10), **options))
-    shared = epochs_of(train_loader(records, range(10), workers=2, cache=True, **options))
-    resumed = epochs_of(train_loader(records, range(10), **options), start=2)
+    alone = epochs_of(train_loader(annotations, range(10), **options))
+    shared = epochs_of(train_loader(annotations, range(10), workers=2, cache=True, **options))
+    resumed = epochs_of(train_loader(annotations, range(10), **options), start=2)
     assert len(alone) == 6
     assert all(same(a, b) for a, b in zip(alone, shared, strict=True))
     assert all(same(a, b) for a, b in zip(alone[2:], resumed, strict=True))
     assert not same(alone[0], alone[3])
 
 
-def test_loading_takes_nothing_from_the_global_generator(records):
-    loader = train_loader(records, range(10), 24, 3)
+def test_loading_takes_nothing_from_the_global_generator(annotations):
+    loader = train_loader(annotations, range(10), 24, 3)
     torch.manual_seed(0)
     state = torch.get_rng_state()
     list(loader)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_evaluation_goes_through_every_picture_in_order(records):
-    batches = list(eval_loader(records, [7, 0, 9, 2, 4], 24, 2))
+def test_evaluation_goes_through_every_picture_in_order(annotations):
+    batches = list(eval_loader(annotations, [7, 0, 9, 2, 4], 24, 2))
     assert [batch.index.tolist() for batch in batches] == [[7, 0], [9, 2], [4]]
-    assert list(eval_loader(records, [], 24, 2)) == []
+    assert list(eval_loader(annotations, [], 24, 2)) == []
 
 
 class Worker(Dataset):
@@ -351,14 +351,14 @@ def test_workers_have_one_thread_and_leave_ctrl_c_to_the_main_process():
     assert signal.getsignal(signal.SIGINT) == mine
 
 
-def test_the_configured_augmentation_is_the_one_that_is_used(records):
+def test_the_configured_augmentation_is_the_one_that_is_used(annotations):
     off = AugmentConfig(zoom_out=0, iou_crop=0, distort=0, flip=0)
     plain = {
         int(i): image
-        for b in eval_loader(records, range(10), 24, 5)
+        for b in eval_loader(annotations, range(10), 24, 5)
         for i, image in zip(b.index, b.images, strict=True)
     }
     for augment, unchanged in ((off, True), (None, False)):
-        batches = list(train_loader(records, range(10), 24, 5, augment=augment))
+        batches = list(train_loader(annotations, range(10), 24, 5, augment=augment))
         pairs = [(plain[int(i)], image) for b in batches for i, image in zip(b.index, b.images, strict=True)]
         assert len(pairs) == 10 and all(torch.equal(a, b) for a, b in pairs) == unchanged

@@ -237,7 +237,7 @@ def whole(tmp_path_factory):
 
 
 def final_state(folder: Path) -> dict:
-    return checkpoint.load(folder / "last.pt")
+    return checkpoint.read(folder / "last.pt")
 
 
 def test_only_the_main_process_prints_and_writes(whole):

@@ -12,7 +12,7 @@ from lib.config import TrainConfig
 from lib.detector import detect, recalibrate
 from lib.errors import UserError
 from lib.losses import DetectionLoss
-from lib.metrics import measure, to_pixels
+from lib.metrics import detection_metrics, to_pixels
 from lib.postprocess import Detections
 from lib.training import Trainer, train_epoch
 
@@ -281,10 +281,10 @@ def test_detect_and_measure_a_model_that_is_always_right(tiny_config):
         {"boxes": to_pixels(d, *size)["boxes"], "labels": d.labels, "ignore": torch.tensor([False])}
         for d, size in zip(found, sizes, strict=True)
     ]
-    metrics = measure(found, truth, sizes, ["cat", "dog"])
+    metrics = detection_metrics(found, truth, sizes, ["cat", "dog"])
     assert metrics["AP"] == metrics["AP50"] == metrics["mAP"] == 1
     assert metrics["per_class"] == {"cat": {"AP": 1, "mAP": 1}, "dog": {"AP": 1, "mAP": 1}}
-    wrong = measure(found[1:] + found[:1], truth, sizes, ["cat", "dog"])
+    wrong = detection_metrics(found[1:] + found[:1], truth, sizes, ["cat", "dog"])
     assert wrong["AP50"] < 0.5
 
 
@@ -292,8 +292,8 @@ def test_a_model_that_detects_nothing_scores_zero_after_one_that_is_right(tiny_c
     truth = [{"boxes": torch.tensor([[1.0, 1, 9, 9]]), "labels": torch.tensor([1]), "ignore": torch.tensor([False])}]
     right = Detections(torch.tensor([[0.1, 0.1, 0.9, 0.9]]), torch.tensor([0.9]), torch.tensor([1]))
     nothing = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
-    assert measure([right], truth, [(10, 10)], ["cat"])["AP"] == pytest.approx(1)
-    assert measure([nothing], truth, [(10, 10)], ["cat"])["AP"] == 0
+    assert detection_metrics([right], truth, [(10, 10)], ["cat"])["AP"] == pytest.approx(1)
+    assert detection_metrics([nothing], truth, [(10, 10)], ["cat"])["AP"] == 0
 
 
 def test_to_pixels_scales_width_and_height():

@@ -7,7 +7,7 @@ import torch
 
 from lib import plan
 from lib.config import TrainConfig
-from lib.datasets import collate, configured_train_loader, load_records, split_indices
+from lib.datasets import collate, configured_train_loader, load_annotations, split_indices
 from lib.detector import ElasticSSD
 from lib.plan import detecting_seconds, final_seconds, scoring_seconds, training_seconds, typical_seconds
 from lib.scoring import Scorer
@@ -26,8 +26,8 @@ def test_the_first_call_does_not_count_and_the_median_does(clock):
 @pytest.fixture(scope="module")
 def data(tiny_config, tmp_path_factory):
     config = tiny_config(data__root=tmp_path_factory.mktemp("shapes"))
-    records = load_records(config.data, "train")
-    return config, records, *split_indices(records, config.data.data_portion, 0)
+    annotations = load_annotations(config.data, "train")
+    return config, annotations, *split_indices(annotations, config.data.data_portion, 0)
 
 
 class SlowLoss(torch.nn.Module):
@@ -45,9 +45,9 @@ class SlowLoss(torch.nn.Module):
 
 @pytest.mark.parametrize(("workers", "steps"), [(0, (0.18, 0.13)), (1, (0.1, 0.08)), (2, (0.1, 0.05))])
 def test_a_training_is_its_phases_and_the_slower_of_step_and_pictures(data, clock, workers, steps, monkeypatch):
-    config, records, train, _ = data
+    config, annotations, train, _ = data
     monkeypatch.setattr(plan, "collate", lambda samples: clock.work(0.08) or collate(samples))
-    loader = configured_train_loader(records, train, 64, 8, config, CPU)
+    loader = configured_train_loader(annotations, train, 64, 8, config, CPU)
     loader = type(loader)(loader.dataset, batch_sampler=loader.batch_sampler, num_workers=workers)
     model = SlowLoss(clock)
     phases = [(10, lambda b: model.losses(0.1)), (30, lambda b: model.losses(0.05))]
@@ -57,19 +57,19 @@ def test_a_training_is_its_phases_and_the_slower_of_step_and_pictures(data, cloc
 
 def test_a_score_is_that_of_all_pictures(data, clock, monkeypatch):
     """Measured on a part of them."""
-    config, records, train, search = data
-    detector = ElasticSSD(config, len(records.classes))
+    config, annotations, train, search = data
+    detector = ElasticSSD(config, len(annotations.classes))
     monkeypatch.setattr(Scorer, "race", lambda self, detector, g: clock.work(0.005 * (8 + self.num_images)))
     monkeypatch.setattr(plan, "SCORED_SAMPLE", 8)
-    found = scoring_seconds(detector, [detector.space.smallest()], records, train, search, config, CPU)
+    found = scoring_seconds(detector, [detector.space.smallest()], annotations, train, search, config, CPU)
     assert len(search) == 12 and config.search.bn_images == 8
     assert found == pytest.approx(0.005 * (8 + 12))
 
 
 def test_a_final_training_is_its_steps_with_the_teachers_share(data, clock, monkeypatch):
-    config, records, train, _ = data
-    detector = ElasticSSD(config, len(records.classes))
-    loader = configured_train_loader(records, train, 64, 8, config, CPU)
+    config, annotations, train, _ = data
+    detector = ElasticSSD(config, len(annotations.classes))
+    loader = configured_train_loader(annotations, train, 64, 8, config, CPU)
     model, calls = detector.extract(detector.space.smallest()), []
 
     def slow_losses(*arguments):
@@ -84,9 +84,9 @@ def test_a_final_training_is_its_steps_with_the_teachers_share(data, clock, monk
 
 
 def test_an_evaluation_is_that_of_the_whole_test_set(data, clock, monkeypatch):
-    config, records, _, _ = data
+    config, annotations, _, _ = data
     monkeypatch.setattr(plan, "SCORED_SAMPLE", 8)
     monkeypatch.setattr(plan, "detect", lambda model, images, *_: clock.work(0.02 * len(images[0])))
-    detector = ElasticSSD(config, len(records.classes))
-    found = detecting_seconds(detector.extract(detector.space.smallest()), records, config, CPU)
-    assert found == pytest.approx(0.02 * len(records))
+    detector = ElasticSSD(config, len(annotations.classes))
+    found = detecting_seconds(detector.extract(detector.space.smallest()), annotations, config, CPU)
+    assert found == pytest.approx(0.02 * len(annotations))

@@ -55,12 +55,12 @@ def interrupted(folder, script, arguments, number):
         assert done.returncode == 0 and "--resume goes on" in done.stdout, done.stderr
     else:
         assert done.returncode == -number, done.stderr
-    halfway = checkpoint.load(folder / "broken" / "last.pt")
+    halfway = checkpoint.read(folder / "broken" / "last.pt")
     printed = run(folder, script, *arguments, "--train-dir", "broken", "--resume")
     assert "resumed broken/last.pt" in printed
     done = finish(whole)
     assert done.returncode == 0, done.stderr
-    return halfway, *(checkpoint.load(folder / name / "last.pt") for name in ("broken", "whole"))
+    return halfway, *(checkpoint.read(folder / name / "last.pt") for name in ("broken", "whole"))
 
 
 def test_a_killed_supernet_goes_on_bit_by_bit(arguments, tmp_path):

@@ -29,7 +29,7 @@ def supernet(tiny_detector, tiny_config, tmp_path):
 
 
 def change(path, **values):
-    payload = checkpoint.load(path)
+    payload = checkpoint.read(path)
     checkpoint.save(path, {**payload, **values})
 
 
@@ -132,7 +132,7 @@ def test_weights_of_another_network_are_refused_in_one_line(supernet, tiny_detec
     _, path = supernet
     other = tiny_detector(backbone__mult_ratio=0.25)
     with pytest.raises(UserError, match=r"last\.pt: does not fit the configured network: .*size mismatch") as caught:
-        load_weights(other, checkpoint.load(path), path)
+        load_weights(other, checkpoint.read(path), path)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 

@@ -12,15 +12,15 @@ from tiny_runs import run
 import final_train
 from lib import checkpoint, export
 from lib.config_io import to_dict
-from lib.datasets import load_records
+from lib.datasets import load_annotations
 from lib.errors import UserError
 from lib.export import (
     average_precision,
     compare,
     elastic_view,
     export_graph,
-    record,
     refuse,
+    update_report,
     write_measured,
     write_verified,
 )
@@ -37,19 +37,19 @@ GOOD = {"supernet_difference": 1e-6, "score_difference": 0.0, "box_difference": 
 
 @pytest.fixture(scope="module")
 def data(tiny_config, tmp_path_factory):
-    """The configuration of a few pictures of noise, and the test set's records."""
+    """The configuration of a few pictures of noise, and the test set's annotations."""
     folder = tmp_path_factory.mktemp("voc")
     for name, count in (("trainval", 8), ("test", 8)):
         objects = {f"{name}_{i}": [(CLASSES[i % 3], 5, 5, 30, 25)] for i in range(count)}
         write_voc(folder, objects, name)
     changes = {"data__root": folder, "data__workers": 0, "data__classes": CLASSES}
     config = tiny_config(data__dataset_type="voc", **changes)
-    return config, load_records(config.data, "test")
+    return config, load_annotations(config.data, "test")
 
 
 @pytest.fixture(scope="module")
 def trained(data, tiny_trained):
-    """A detector, its graph, and records whose objects are what the detector finds best, so that its AP is high."""
+    """A detector, its graph, and annotations whose objects are what the detector finds best, so that its AP is high."""
     detector, test = tiny_trained()._replace(config=data[0]), data[1]
     images = torch.cat(list(export.test_images(detector, test)))
     with torch.no_grad():
@@ -183,8 +183,8 @@ def test_a_measured_graph_is_written_whatever_its_ap(trained, tmp_path):
 
 
 def test_reports_of_other_files_stay(tmp_path):
-    record({"a.onnx": {"AP": 0.5}, "b.onnx": {"AP": 0.4}}, tmp_path)
-    record({"b.onnx": {"AP": float("nan")}}, tmp_path)
+    update_report({"a.onnx": {"AP": 0.5}, "b.onnx": {"AP": 0.4}}, tmp_path)
+    update_report({"b.onnx": {"AP": float("nan")}}, tmp_path)
     assert json.loads((tmp_path / "export.json").read_text()) == {"a.onnx": {"AP": 0.5}, "b.onnx": {"AP": None}}
 
 
@@ -195,7 +195,7 @@ def test_reports_of_other_files_stay(tmp_path):
 def folder(data, tiny_checkpoint, tmp_path_factory):
     """A folder with a detector's checkpoint and the pictures that its configuration names."""
     folder = tmp_path_factory.mktemp("export")
-    checkpoint.save(folder / "best.pt", {**checkpoint.load(tiny_checkpoint), "config": to_dict(data[0])})
+    checkpoint.save(folder / "best.pt", {**checkpoint.read(tiny_checkpoint), "config": to_dict(data[0])})
     return folder
 
 

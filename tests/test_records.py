@@ -35,17 +35,17 @@ def read_json(folder, **options):
 def test_voc_corners_are_one_based_and_inclusive(folder):
     text = (folder / "Annotations" / "b_02.xml").read_text()
     assert "<xmin>1</xmin><ymin>1</ymin><xmax>20</xmax><ymax>10</ymax>" in text
-    records = read_voc(folder, ["trainval"])
-    assert [records.image_id(i) for i in range(3)] == ["a_01", "b_02", "c_03"]
-    assert records.classes == ("cat", "dog") and records.category_ids == (1, 2)
-    target = records.target(1)
+    annotations = read_voc(folder, ["trainval"])
+    assert [annotations.image_id(i) for i in range(3)] == ["a_01", "b_02", "c_03"]
+    assert annotations.classes == ("cat", "dog") and annotations.category_ids == (1, 2)
+    target = annotations.target(1)
     assert target["boxes"].tolist() == [[0, 0, 20, 10], [5, 6, 30, 32], [40, 20, 48, 32]]
     assert target["labels"].tolist() == [2, 1, 2]
     assert target["ignore"].tolist() == [False, True, False]
     assert target["area"].tolist() == [200, 650, 96]
-    assert records.sizes.tolist() == [[48, 32]] * 3
-    assert Path(records.path(1)) == folder / "JPEGImages" / "b_02.jpg"
-    assert len(records.target(0)["boxes"]) == 0 and records.target(0)["boxes"].shape == (0, 4)
+    assert annotations.sizes.tolist() == [[48, 32]] * 3
+    assert Path(annotations.path(1)) == folder / "JPEGImages" / "b_02.jpg"
+    assert len(annotations.target(0)["boxes"]) == 0 and annotations.target(0)["boxes"].shape == (0, 4)
 
 
 def test_voc_and_coco_give_the_same_records(folder):
@@ -59,18 +59,18 @@ def test_voc_and_coco_give_the_same_records(folder):
 
 
 def test_coco_agrees_with_pycocotools(folder):
-    records = read_json(folder)
+    annotations = read_json(folder)
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(str(folder / "instances.json"))
     for image in coco.dataset["images"]:
-        row = [records.image_id(i) for i in range(3)].index(image["file_name"].removesuffix(".jpg"))
+        row = [annotations.image_id(i) for i in range(3)].index(image["file_name"].removesuffix(".jpg"))
         expected = coco.loadAnns(coco.getAnnIds([image["id"]]))
-        target = records.target(row)
+        target = annotations.target(row)
         xywh = torch.cat((target["boxes"][:, :2], target["boxes"][:, 2:] - target["boxes"][:, :2]), 1)
         assert xywh.tolist() == [a["bbox"] for a in expected]
         assert target["area"].tolist() == [a["area"] for a in expected]
         assert target["ignore"].tolist() == [bool(a["iscrowd"]) for a in expected]
-        ids = [records.category_ids[label - 1] for label in target["labels"]]
+        ids = [annotations.category_ids[label - 1] for label in target["labels"]]
         assert ids == [a["category_id"] for a in expected]
 
 
@@ -85,10 +85,10 @@ def test_boxes_are_clipped_and_empty_ones_named(tmp_path, kind):
     objects = {"one": [("cat", -5, 3, 60, 20), ("cat", 7, 7, 8, 8), ("cat", 50, 2, 70, 9), ("cat", 9, 4, 9, 20)]}
     write_voc(tmp_path, objects)
     write_coco(tmp_path / "instances.json", objects, CATEGORIES)
-    records = read_voc(tmp_path, ["trainval"]) if kind == "voc" else read_json(tmp_path)
-    assert records.boxes.tolist() == [[0, 3, 48, 20]]
-    assert len(records.dropped) == 3 and all("one.jpg" in message for message in records.dropped)
-    assert ["outside" in message for message in records.dropped] == [False, True, False]
+    annotations = read_voc(tmp_path, ["trainval"]) if kind == "voc" else read_json(tmp_path)
+    assert annotations.boxes.tolist() == [[0, 3, 48, 20]]
+    assert len(annotations.dropped) == 3 and all("one.jpg" in message for message in annotations.dropped)
+    assert ["outside" in message for message in annotations.dropped] == [False, True, False]
 
 
 def test_the_fingerprint_knows_the_contents_and_not_the_place(folder, tmp_path):
@@ -101,11 +101,11 @@ def test_the_fingerprint_knows_the_contents_and_not_the_place(folder, tmp_path):
 
 
 def test_tensors_are_shared_and_pickle_whole(folder):
-    records = read_voc(folder, ["trainval"])
+    annotations = read_voc(folder, ["trainval"])
     for name in ("boxes", "labels", "ignore", "area", "offsets", "sizes"):
-        assert getattr(records, name).is_shared(), name
-    assert records.ids.bytes.is_shared() and records.paths.offsets.is_shared()
-    assert pickle.loads(pickle.dumps(records)).fingerprint() == records.fingerprint()
+        assert getattr(annotations, name).is_shared(), name
+    assert annotations.ids.bytes.is_shared() and annotations.paths.offsets.is_shared()
+    assert pickle.loads(pickle.dumps(annotations)).fingerprint() == annotations.fingerprint()
 
 
 def test_packed_strings_keep_any_text():
@@ -124,8 +124,8 @@ def test_voc_folders_are_found_in_all_their_forms(tmp_path):
     assert find_voc_sets(devkit, [], "test") == ["VOC2007/test"]
     assert find_voc_sets(devkit / "VOC2007", [], "trainval") == ["trainval"]
     assert find_voc_sets(tmp_path, [], "test") == ["VOCdevkit/VOC2007/test"]
-    records = read_voc(devkit, both)
-    assert [records.image_id(i) for i in range(2)] == ["VOC2007_1", "VOC2012_1"]
+    annotations = read_voc(devkit, both)
+    assert [annotations.image_id(i) for i in range(2)] == ["VOC2007_1", "VOC2012_1"]
     with pytest.raises(UserError, match="did you mean 'VOC2007/trainval'"):
         find_voc_sets(devkit, ["VOC2007/trainvl"], "trainval")
     with pytest.raises(UserError, match="there are trainval: name one"):
@@ -166,17 +166,17 @@ def test_a_fault_of_a_voc_file_is_raised_or_skipped(folder, fault, caplog):
         read_voc(folder, ["trainval"])
     assert "\n" not in str(error.value)
     with caplog.at_level(logging.WARNING):
-        records = read_voc(folder, ["trainval"], on_error="skip")
-    assert [records.image_id(i) for i in range(len(records))] == ["a_01", "c_03"]
-    assert records.target(1)["boxes"].tolist() == [[1, 2, 3, 4]]  # still with its own image
+        annotations = read_voc(folder, ["trainval"], on_error="skip")
+    assert [annotations.image_id(i) for i in range(len(annotations))] == ["a_01", "c_03"]
+    assert annotations.target(1)["boxes"].tolist() == [[1, 2, 3, 4]]  # still with its own image
     assert len(caplog.messages) == 1 and "b_02" in caplog.messages[0]
 
 
 def test_an_unknown_voc_class_names_the_file_and_the_nearest_class(folder, caplog):
     with pytest.raises(UserError, match=r"b_02\.xml: unknown class 'dog' \(did you mean 'dogs'\?\)"):
         read_voc(folder, ["trainval"], ["cat", "dogs"])
-    records = read_voc(folder, ["trainval"], ["cat", "dogs"], on_error="skip")
-    assert len(records) == 3 and records.target(1)["labels"].tolist() == [1]
+    annotations = read_voc(folder, ["trainval"], ["cat", "dogs"], on_error="skip")
+    assert len(annotations) == 3 and annotations.target(1)["labels"].tolist() == [1]
 
 
 def test_an_empty_image_set_is_named(folder):
@@ -215,8 +215,8 @@ def test_a_fault_of_a_coco_image_is_raised_or_skipped(folder):
     (folder / "JPEGImages" / "b_02.jpg").unlink()
     with pytest.raises(UserError, match=r"b_02\.jpg: no such image"):
         read_json(folder)
-    records = read_json(folder, on_error="skip")
-    assert len(records) == 2 and records.boxes.tolist() == [[1, 2, 3, 4]]
+    annotations = read_json(folder, on_error="skip")
+    assert len(annotations) == 2 and annotations.boxes.tolist() == [[1, 2, 3, 4]]
 
 
 @pytest.mark.parametrize(
@@ -250,6 +250,6 @@ def test_coco_images_in_subfolders_keep_apart(tmp_path):
     for stem in objects:
         write_picture(tmp_path / "JPEGImages" / f"{stem}.jpg")
     write_coco(tmp_path / "instances.json", objects, CATEGORIES)
-    records = read_json(tmp_path)
-    assert [records.image_id(i) for i in range(2)] == ["x/1", "y/1"]
-    assert np.diff(records.offsets.numpy()).tolist() == [1, 0]
+    annotations = read_json(tmp_path)
+    assert [annotations.image_id(i) for i in range(2)] == ["x/1", "y/1"]
+    assert np.diff(annotations.offsets.numpy()).tolist() == [1, 0]

@@ -9,10 +9,10 @@ import torch
 
 from lib import checkpoint
 from lib.config_io import to_dict
-from lib.datasets import load_records, split_indices
+from lib.datasets import load_annotations, split_indices
 from lib.detector import detect, recalibrate
 from lib.errors import UserError
-from lib.metrics import measure
+from lib.metrics import detection_metrics
 from lib.scoring import Scorer, load_scoring_data, pack, prepare_scoring_data, save_scoring_data, scoring_worker, unpack
 from lib.training import Trainer
 
@@ -27,8 +27,8 @@ def config(tiny_config, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def split(config):
-    records = load_records(config.data, "train")
-    return records, *split_indices(records, config.data.data_portion, 0)
+    annotations = load_annotations(config.data, "train")
+    return annotations, *split_indices(annotations, config.data.data_portion, 0)
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +44,14 @@ def same(a, b):
 
 
 def test_the_pictures_are_those_of_their_split(config, split, data):
-    records, train, search = split
+    annotations, train, search = split
     search = search[:]
     random.Random(0).shuffle(search)
     assert data["bn_images"].shape == (8, 3, 64, 64) and data["images"].shape == (len(search), 3, 64, 64)
     assert data["images"].dtype == torch.uint8 and len(data["truth"]) == len(data["sizes"]) == len(search) == 12
-    assert data["sizes"] == [records.sizes[i].tolist() for i in search]
+    assert data["sizes"] == [annotations.sizes[i].tolist() for i in search]
     for row, truth in zip(search, data["truth"], strict=True):
-        assert torch.equal(truth["boxes"], records.target(row)["boxes"])
+        assert torch.equal(truth["boxes"], annotations.target(row)["boxes"])
     seen = {image.numpy().tobytes() for image in data["images"]}
     assert len(seen) == len(search) and not seen & {image.numpy().tobytes() for image in data["bn_images"]}
     assert len(train) > len(data["bn_images"])
@@ -69,10 +69,10 @@ def test_pictures_are_prepared_at_the_largest_size(tiny_config, config, split):
 
 def test_pictures_without_any_object_cannot_score(config, split):
     """A mean over nothing is not a number, and no search can tell such candidates apart."""
-    records, train, _ = split
-    empty = [i for i in range(len(records)) if len(records.target(i)["labels"]) == 0]
+    annotations, train, _ = split
+    empty = [i for i in range(len(annotations)) if len(annotations.target(i)["labels"]) == 0]
     with pytest.raises(UserError, match=r"data\.data_portion: none of the 1 images"):
-        prepare_scoring_data(records, train, empty[:1], config)
+        prepare_scoring_data(annotations, train, empty[:1], config)
 
 
 def test_a_score_does_not_depend_on_what_was_scored_before(tiny_detector, config, data):
@@ -107,7 +107,7 @@ def test_a_score_is_that_of_the_recalibrated_extract(tiny_detector, config, data
     plain = detector.extract(genotype)
     recalibrate(plain, data["bn_images"].split(4), CPU)
     found = detect(plain, data["images"].split(6), config, CPU)
-    expected = measure(found, data["truth"], data["sizes"], data["classes"])
+    expected = detection_metrics(found, data["truth"], data["sizes"], data["classes"])
     score = Scorer(data, config, CPU)(detector, genotype)
     assert {"AP", "AP50", "mAP", "flops", "params", "per_class"} <= score.keys()
     cost = detector.cost(genotype)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torchvision.models import mobilenet_v3_small
 
-from lib.elastic import twin
+from lib.elastic import copy_module
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def network():
 
 
 def test_it_is_what_deepcopy_gives(network):
-    mine, theirs = twin(network), copy.deepcopy(network)
+    mine, theirs = copy_module(network), copy.deepcopy(network)
     assert repr(mine) == repr(theirs)
     assert [type(m) for m in mine.modules()] == [type(m) for m in theirs.modules()]
     assert vars(mine).keys() == vars(theirs).keys()
@@ -33,7 +33,7 @@ def test_it_is_what_deepcopy_gives(network):
 
 def test_nothing_of_it_is_the_originals(network):
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    own = twin(network)
+    own = copy_module(network)
     with torch.no_grad():
         for tensor in own.state_dict().values():
             tensor.fill_(7)
@@ -48,7 +48,7 @@ def test_nothing_of_it_is_the_originals(network):
 
 def test_tensors_take_the_place_of_its_own():
     norm, scale = nn.BatchNorm2d(4), torch.arange(4.0)
-    own = twin(norm, weight=scale, running_mean=-scale)
+    own = copy_module(norm, weight=scale, running_mean=-scale)
     assert own.weight.tolist() == [0, 1, 2, 3] and own.running_mean.tolist() == [0, -1, -2, -3]
     assert own.bias.tolist() == [0] * 4 and norm.weight.tolist() == [1] * 4
     scale.zero_()
@@ -60,4 +60,4 @@ def test_a_module_that_copies_itself_is_asked():
         def __deepcopy__(self, memo):
             return nn.Identity()
 
-    assert type(twin(nn.Sequential(Stub()))[0]) is nn.Identity
+    assert type(copy_module(nn.Sequential(Stub()))[0]) is nn.Identity

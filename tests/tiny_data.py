@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torchvision.io import write_jpeg
 
-Objects = Sequence[tuple]  # (name, x1, y1, x2, y2) continuous pixels from 0, and optionally 1 for difficult or crowd
+Boxes = Sequence[tuple]  # (name, x1, y1, x2, y2) continuous pixels from 0, and optionally 1 for difficult or crowd
 
 
 def write_picture(path: Path, width: int = 48, height: int = 32) -> None:
@@ -19,7 +19,7 @@ def write_picture(path: Path, width: int = 48, height: int = 32) -> None:
 
 
 def write_voc(
-    folder: Path, objects: Mapping[str, Objects], name: str = "trainval", size: tuple[int, int] = (48, 32)
+    folder: Path, objects: Mapping[str, Boxes], name: str = "trainval", size: tuple[int, int] = (48, 32)
 ) -> None:
     """One VOC year (or bare folder) with the pictures `objects` by stem, of size (width, height)."""
     (folder / "Annotations").mkdir(parents=True, exist_ok=True)
@@ -38,7 +38,7 @@ def write_voc(
 
 
 def write_coco(
-    path: Path, objects: Mapping[str, Objects], category_ids: Mapping[str, int], size: tuple[int, int] = (48, 32)
+    path: Path, objects: Mapping[str, Boxes], category_ids: Mapping[str, int], size: tuple[int, int] = (48, 32)
 ) -> None:
     """An instances JSON of pictures that are there already; image ids run from 10."""
     image_ids = {stem: 10 + i for i, stem in enumerate(objects)}
