@@ -1,9 +1,7 @@
-"""Genotypes, and the space they come from: sample, mutate, crossover, smallest, largest, JSON.
+"""Genotypes and the space they come from: sample, mutate, crossover; as JSON, as aw_nas strings, in files.
 
 A `Genotype` is a value: immutable, hashable and canonical. It lists active blocks only, so two genotypes are equal
 exactly when their sub-networks are. A `SearchSpace` is the set of genotypes that some choices allow.
-
-Genotype files: one genotype with its provenance (best.json), a front (pareto.json), or an aw_nas string.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -48,13 +46,13 @@ class Genotype:
         return {
             "format": FORMAT,
             "image_size": self.image_size,
-            "backbone": {"type": self.backbone_type, "stages": [[_plain(b) for b in s] for s in self.stages]},
-            "head": [_plain(b) for b in self.head],
+            "backbone": {"type": self.backbone_type, "stages": [_plain_blocks(stage) for stage in self.stages]},
+            "head": _plain_blocks(self.head),
         }
 
     @classmethod
     def from_dict(cls, data: object) -> Genotype:
-        """Read the JSON form. Unknown top-level keys (metrics, supernet, config) are the file's, not the genotype's."""
+        """Read the JSON form. Other top-level keys of a genotype file (metrics, supernet, config) are ignored."""
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             found = data.get("format") if isinstance(data, dict) else type(data).__name__
             raise UserError(f'not a genotype: expected a JSON object with "format": "{FORMAT}", found {found!r}')
@@ -63,8 +61,8 @@ class Genotype:
             return cls(
                 image_size=_integer(data["image_size"], "image_size"),
                 backbone_type=str(backbone["type"]),
-                stages=tuple(tuple(_block(b) for b in stage) for stage in backbone["stages"]),
-                head=tuple(_block(b) for b in data["head"]),
+                stages=tuple(tuple(_read_block(block) for block in stage) for stage in backbone["stages"]),
+                head=tuple(_read_block(block) for block in data["head"]),
             )
         except KeyError as error:
             raise UserError(f"genotype: the key {error} is missing") from None
@@ -72,20 +70,24 @@ class Genotype:
             raise UserError(f"genotype: {error}") from None
 
     def __str__(self) -> str:
-        """The aw_nas spelling, one line; `parse` reads it back."""
-        cells = [f"cell_{i}={len(stage)}" for i, stage in enumerate(self.stages)]
-        blocks = [
-            f"cell_{i}_block_{j}=({_number(b.expand)}, {b.kernel})"
-            for i, stage in enumerate(self.stages)
-            for j, b in enumerate(stage)
-        ]
-        heads = [f"head_{i}=({_number(b.expand)}, {b.kernel})" for i, b in enumerate(self.head)]
-        return ", ".join([f"image_size={self.image_size}", *cells, *blocks, *heads])
+        """The aw_nas spelling, one line; `parse_genotype_string` reads it back."""
+        items = [f"image_size={self.image_size}"]
+        items += [f"cell_{i}={depth}" for i, depth in enumerate(self.depths)]
+        for i, stage in enumerate(self.stages):
+            items += [f"cell_{i}_block_{j}=({_number(b.expand)}, {b.kernel})" for j, b in enumerate(stage)]
+        items += [f"head_{i}=({_number(b.expand)}, {b.kernel})" for i, b in enumerate(self.head)]
+        return ", ".join(items)
 
 
-def _plain(block: Block) -> dict:
-    """JSON form of a block. Equal blocks have equal forms: 6.0 is written as 6."""
-    return {"expand": _number(block.expand), "kernel": block.kernel}
+def _plain_blocks(blocks: Sequence[Block]) -> list[dict]:
+    """The JSON form of blocks. Equal blocks have equal forms: 6.0 is written as 6."""
+    return [{"expand": _number(block.expand), "kernel": block.kernel} for block in blocks]
+
+
+def _number(value: str | float) -> float:
+    """A number as short as it can be written: 6, not 6.0."""
+    value = float(value)
+    return int(value) if value.is_integer() else value
 
 
 def _integer(value: object, name: str) -> int:
@@ -94,8 +96,9 @@ def _integer(value: object, name: str) -> int:
     return value
 
 
-def _block(data: dict) -> Block:
-    expand, kernel = data["expand"], data["kernel"]
+def _read_block(data: dict) -> Block:
+    expand = data["expand"]
+    kernel = data["kernel"]
     try:
         return _checked_block(expand, kernel)
     except TypeError:  # not hashable, so not a number
@@ -107,52 +110,6 @@ def _checked_block(expand: object, kernel: object) -> Block:
     if isinstance(expand, bool) or not isinstance(expand, (int, float)) or not expand > 0:
         raise UserError(f"genotype: expand must be a positive number, found {expand!r}")
     return Block(expand, _integer(kernel, "kernel"))
-
-
-_ITEM = re.compile(r"(\w+)\s*=\s*(\(\s*(\d+\.?\d*(?:e-?\d+)?|\.\d+)\s*,\s*(\d+)\s*\)|\d+)")
-
-
-def parse(text: str, backbone_type: str, image_size: int, head: Sequence[Block]) -> Genotype:
-    """Read the aw_nas spelling `image_size=300, cell_0=1, ..., cell_0_block_0=(1, 3), ..., head_0=(0.5, 3)`.
-
-    Blocks beyond a cell's depth are inactive and dropped. That spelling does not name the backbone, and older strings
-    lack the image size and the head: `backbone_type`, `image_size` and `head` stand in for what is missing.
-    """
-    numbers: dict[str, int] = {}
-    blocks: dict[str, Block] = {}
-    rest = _ITEM.sub("", text).strip(" ,\n\t'\"")
-    if rest:
-        raise UserError(f"genotype string: cannot read {rest[:60]!r}; expected items such as cell_1_block_0=(6, 7)")
-    for name, value, expand, kernel in _ITEM.findall(text):
-        if expand:
-            blocks[name] = Block(_number(expand), int(kernel))
-        else:
-            numbers[name] = int(value)
-    stages = []
-    while (depth := numbers.pop(f"cell_{len(stages)}", None)) is not None:
-        i = len(stages)
-        missing = [f"cell_{i}_block_{j}" for j in range(depth) if f"cell_{i}_block_{j}" not in blocks]
-        if missing:
-            raise UserError(f"genotype string: cell_{i}={depth}, but {missing[0]} is missing")
-        stages.append(tuple(blocks.pop(f"cell_{i}_block_{j}") for j in range(depth)))
-    if not stages:
-        raise UserError("genotype string: no cell_0=... found")
-    heads = []
-    while (block := blocks.pop(f"head_{len(heads)}", None)) is not None:
-        heads.append(block)
-    image_size = numbers.pop("image_size", image_size)
-    inactive = re.compile("|".join(f"cell_{i}_block_\\d+" for i in range(len(stages))))
-    unknown = [*numbers, *(name for name in blocks if not inactive.fullmatch(name))]
-    if unknown:
-        valid = ["image_size", "cell_0", "cell_0_block_0", f"head_{len(heads)}"]
-        raise UserError(f"genotype string: unknown item '{unknown[0]}'{did_you_mean(unknown[0], valid)}")
-    return Genotype(image_size, backbone_type, tuple(stages), tuple(heads) or tuple(head))
-
-
-def _number(text: str | float) -> float:
-    """A number as short as it can be written: 6, not 6.0."""
-    value = float(text)
-    return int(value) if value.is_integer() else value
 
 
 class BlockChoices(NamedTuple):
@@ -170,6 +127,15 @@ class StageChoices:
     block: BlockChoices
 
 
+class Gene(NamedTuple):
+    """One choice of a genotype that has an alternative in the search space."""
+
+    part: str  # "image_size", "depth", "stage" or "head"
+    index: int = 0  # of the stage or the head block
+    block: int = 0  # in its stage
+    field: str = ""  # of the block
+
+
 @dataclass(frozen=True)
 class SearchSpace:
     """The genotypes that some choices allow. Every tuple of choices is ascending and without repeats."""
@@ -180,10 +146,12 @@ class SearchSpace:
     head: tuple[BlockChoices, ...]
 
     def size(self) -> int:
-        """How many different genotypes there are."""
-        stages = (sum(math.prod(map(len, s.block)) ** d for d in s.depth) for s in self.stages)
-        heads = (math.prod(map(len, b)) for b in self.head)
-        return len(self.image_size) * math.prod(stages) * math.prod(heads)
+        """The number of different genotypes."""
+        count = len(self.image_size)
+        for stage in self.stages:
+            per_block = len(stage.block.expand) * len(stage.block.kernel)
+            count *= sum(per_block**depth for depth in stage.depth)
+        return count * math.prod(len(block.expand) * len(block.kernel) for block in self.head)
 
     def smallest(self) -> Genotype:
         return self._build(lambda options: options[0])
@@ -192,19 +160,19 @@ class SearchSpace:
         return self._build(lambda options: options[-1])
 
     def sample(self, rng: random.Random) -> Genotype:
-        """Every choice drawn uniformly and on its own, depths first (Once-for-All, section 3.3)."""
+        """Draw every choice uniformly and independently, depths first (Once-for-All, section 3.3)."""
         return self._build(rng.choice)
 
-    def _build(self, pick) -> Genotype:
+    def _build(self, pick: Callable) -> Genotype:
         return Genotype(
             image_size=pick(self.image_size),
             backbone_type=self.backbone_type,
             stages=tuple(tuple(_pick_block(s.block, pick) for _ in range(pick(s.depth))) for s in self.stages),
-            head=tuple(_pick_block(b, pick) for b in self.head),
+            head=tuple(_pick_block(block, pick) for block in self.head),
         )
 
     def mutate(self, parent: Genotype, rng: random.Random, probability: float = 0.1) -> Genotype:
-        """Change each choice with `probability`, and one of them in any case: the child is never its parent.
+        """Change each choice with `probability`, and at least one: the child always differs from its parent.
 
         A stage that grows gets random blocks at its end. Raises ValueError if the space holds one genotype only.
         """
@@ -217,43 +185,42 @@ class SearchSpace:
             child = self._change(child, gene, rng)
         return child
 
-    def _genes(self, genotype: Genotype) -> list[tuple]:
-        """The choices of `genotype` that have an alternative, blocks before depths, so that each is still there."""
-        genes: list[tuple] = [("image_size",)] if len(self.image_size) > 1 else []
+    def _genes(self, genotype: Genotype) -> list[Gene]:
+        """Blocks come before depths, so that a block still exists when its turn comes."""
+        genes = [Gene("image_size")] if len(self.image_size) > 1 else []
         for i, stage in enumerate(self.stages):
-            for j in range(len(genotype.stages[i])):
-                genes += [("stage", i, j, f) for f in Block._fields if len(getattr(stage.block, f)) > 1]
+            fields = [field for field in Block._fields if len(getattr(stage.block, field)) > 1]
+            genes += [Gene("stage", i, j, field) for j in range(len(genotype.stages[i])) for field in fields]
         for i, choices in enumerate(self.head):
-            genes += [("head", i, f) for f in Block._fields if len(getattr(choices, f)) > 1]
-        genes += [("depth", i) for i, stage in enumerate(self.stages) if len(stage.depth) > 1]
+            genes += [Gene("head", i, field=field) for field in Block._fields if len(getattr(choices, field)) > 1]
+        genes += [Gene("depth", i) for i, stage in enumerate(self.stages) if len(stage.depth) > 1]
         return genes
 
-    def _change(self, genotype: Genotype, gene: tuple, rng: random.Random) -> Genotype:
+    def _change(self, genotype: Genotype, gene: Gene, rng: random.Random) -> Genotype:
         """`genotype` with another value for one gene."""
-        kind, *where = gene
-        if kind == "image_size":
+        i = gene.index
+        if gene.part == "image_size":
             return replace(genotype, image_size=_another(self.image_size, genotype.image_size, rng))
-        if kind == "head":
-            i, field = where
-            block = _change_block(genotype.head[i], self.head[i], field, rng)
+        if gene.part == "head":
+            block = _change_block(genotype.head[i], self.head[i], gene.field, rng)
             return replace(genotype, head=_put(genotype.head, i, block))
-        i = where[0]
-        stage, choices = genotype.stages[i], self.stages[i]
-        if kind == "depth":
+        stage = genotype.stages[i]
+        choices = self.stages[i]
+        if gene.part == "depth":
             depth = _another(choices.depth, len(stage), rng)
-            fresh = (_pick_block(choices.block, rng.choice) for _ in range(depth - len(stage)))
-            stage = (*stage[:depth], *fresh)
+            added = [_pick_block(choices.block, rng.choice) for _ in range(depth - len(stage))]
+            stage = (*stage[:depth], *added)
         else:
-            j, field = where[1:]
-            stage = _put(stage, j, _change_block(stage[j], choices.block, field, rng))
+            block = _change_block(stage[gene.block], choices.block, gene.field, rng)
+            stage = _put(stage, gene.block, block)
         return replace(genotype, stages=_put(genotype.stages, i, stage))
 
     def crossover(self, a: Genotype, b: Genotype, rng: random.Random) -> Genotype:
-        """Every choice from one parent or the other; a block that only one parent has comes from that one."""
+        """Take every choice from one parent or the other; a block that only one parent has comes from that one."""
         stages = []
-        for one, other in zip(a.stages, b.stages, strict=True):
-            depth = len(rng.choice((one, other)))
-            donors = [[p[j] for p in (one, other) if j < len(p)] for j in range(depth)]
+        for pair in zip(a.stages, b.stages, strict=True):
+            depth = len(rng.choice(pair))
+            donors = [[stage[j] for stage in pair if j < len(stage)] for j in range(depth)]
             stages.append(tuple(_mix(blocks, rng) for blocks in donors))
         head = tuple(_mix(blocks, rng) for blocks in zip(a.head, b.head, strict=True))
         size = rng.choice((a.image_size, b.image_size))
@@ -274,24 +241,17 @@ class SearchSpace:
             _expect(f"expand of head block {i}", block.expand, choices.expand)
             _expect(f"kernel of head block {i}", block.kernel, choices.kernel)
 
-    def __contains__(self, genotype: Genotype) -> bool:
-        try:
-            self.check(genotype)
-        except UserError:
-            return False
-        return True
-
 
 def _expect(what: str, value: object, options: Sequence) -> None:
     if value not in options:
         raise UserError(f"genotype: {what} is {value}, the search space has {', '.join(map(str, options))}")
 
 
-def _pick_block(choices: BlockChoices, pick) -> Block:
+def _pick_block(choices: BlockChoices, pick: Callable) -> Block:
     return Block(pick(choices.expand), pick(choices.kernel))
 
 
-def _another(options: Sequence, current, rng: random.Random):
+def _another(options: Sequence, current: float, rng: random.Random) -> float:
     return rng.choice([option for option in options if option != current])
 
 
@@ -303,13 +263,86 @@ def _mix(blocks: Sequence[Block], rng: random.Random) -> Block:
     return Block(rng.choice(blocks).expand, rng.choice(blocks).kernel)
 
 
-def _put(items: tuple, index: int, item) -> tuple:
+def _put(items: tuple, index: int, item: object) -> tuple:
     return (*items[:index], item, *items[index + 1 :])
 
 
+# Lengths are bounded, and items are matched one after the other, so that no text takes more than linear time.
+_DECIMAL = r"(?:\d{1,9}(?:\.\d*)?|\.\d+)(?:e-?\d{1,3})?"
+_ITEM = re.compile(rf"(\w{{1,60}})\s*=\s*(?:({_DECIMAL})|\(\s*({_DECIMAL})\s*,\s*(\d{{1,9}})\s*\))(?:[\s,]+|$)")
+_WRAPPER = re.compile(r"\w{1,60}\((.*)\)", re.DOTALL)
+_NUMPY_SCALAR = re.compile(r"\b(?:np|numpy)\.\w{1,20}\(([^()]*)\)")
+_DEFAULT_KERNEL = 3  # aw_nas's, of a block that is written as its expand ratio alone
+
+
+def is_genotype_string(text: str) -> bool:
+    """Whether `text` is a genotype in the aw_nas spelling, and not the path of a file."""
+    if text.endswith(".json") or "/" in text or "\\" in text:
+        return False
+    names_a_file = len(text) < 256 and Path(text).exists()  # a longer name is an error of most file systems
+    return "cell_0" in text and "=" in text and not names_a_file
+
+
+def parse_genotype_string(text: str, space: SearchSpace) -> Genotype:
+    """Read the aw_nas spelling `image_size=300, cell_0=1, ..., cell_0_block_0=(1, 3), ..., head_0=(0.5, 3)`.
+
+    The items may stand in `MnasnetOFAGenotype(...)`, a number may be written `np.int64(300)`, and a block as its expand
+    ratio alone, which means kernel 3. Blocks beyond a stage's depth are inactive and dropped. The backbone type, and an
+    image size or a head that is left out, are those of `space.largest()`. The result is not checked against `space`.
+    """
+    items = _read_items(text)
+    stages = []
+    while f"cell_{len(stages)}" in items:
+        cell = f"cell_{len(stages)}"
+        depth = _integer(items.pop(cell), cell)
+        names = [f"{cell}_block_{j}" for j in range(min(depth, len(items) + 1))]
+        missing = [name for name in names if name not in items]
+        if missing:
+            raise UserError(f"genotype string: {cell}={depth}, but {missing[0]} is missing")
+        stages.append(tuple(_as_block(items.pop(name)) for name in names))
+    if not stages:
+        raise UserError("genotype string: no cell_0=... found")
+    head = []
+    while f"head_{len(head)}" in items:
+        head.append(_as_block(items.pop(f"head_{len(head)}")))
+    largest = space.largest()
+    image_size = _integer(items.pop("image_size", largest.image_size), "image_size")
+    for name in items:
+        inactive = re.fullmatch(r"cell_(\d+)_block_\d+", name)
+        if inactive is None or int(inactive[1]) >= len(stages):
+            valid = ["image_size", "cell_0", "cell_0_block_0", f"head_{len(head)}"]
+            raise UserError(f"genotype string: unknown item '{name}'{did_you_mean(name, valid)}")
+    return Genotype(image_size, space.backbone_type, tuple(stages), tuple(head) or largest.head)
+
+
+def _read_items(text: str) -> dict[str, float | Block]:
+    """The items `name=number` and `name=(expand, kernel)` of a genotype string."""
+    text = text.strip(" ,\n\t'\"")
+    if wrapped := _WRAPPER.fullmatch(text):
+        text = wrapped[1].strip(" ,\n\t")
+    text = _NUMPY_SCALAR.sub(r"\1", text)
+    items: dict[str, float | Block] = {}
+    position = 0
+    while position < len(text):
+        item = _ITEM.match(text, position)
+        if item is None:
+            found = text[position : position + 60]
+            raise UserError(f"genotype string: cannot read {found!r}; expected items such as cell_1_block_0=(6, 7)")
+        name, number, expand, kernel = item.groups()
+        if name in items:
+            raise UserError(f"genotype string: {name} is given twice")
+        items[name] = _number(number) if number else Block(_number(expand), int(kernel))
+        position = item.end()
+    return items
+
+
+def _as_block(value: float | Block) -> Block:
+    return value if isinstance(value, Block) else Block(value, _DEFAULT_KERNEL)
+
+
 def read_genotype_file(path: Path, index: int | None = None) -> dict:
-    """The content of a genotype file; of a front the member number `index`, cheapest first."""
-    data = _read(path)
+    """The content of a genotype file (best.json), or member `index` of a front (pareto.json), cheapest first."""
+    data = _read_json(path)
     if _is_front(data):
         members = data["front"]
         if index is None or not 0 <= index < len(members):
@@ -324,29 +357,16 @@ def read_genotype_file(path: Path, index: int | None = None) -> dict:
 
 def read_genotype_files(path: Path) -> list[dict]:
     """The genotype of a file, or every member of its front."""
-    data = _read(path)
+    data = _read_json(path)
     return data["front"] if _is_front(data) else [data]
 
 
-def _read(path: Path) -> object:
+def _read_json(path: Path) -> object:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
+    except (OSError, ValueError) as error:  # of the file, its text or its JSON
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
 
 
 def _is_front(data: object) -> bool:
     return isinstance(data, dict) and data.get("format") == "pareto/1"
-
-
-def is_genotype_string(text: str) -> bool:
-    """Whether `text` is the aw_nas spelling itself, not the name of a file."""
-    return "cell_0" in text and "=" in text
-
-
-def parse_genotype_string(text: str, space: SearchSpace) -> Genotype:
-    """The aw_nas spelling as a genotype of `space`; what it leaves out is taken from the largest one."""
-    largest = space.largest()
-    return parse(text, space.backbone_type, largest.image_size, largest.head)

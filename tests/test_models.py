@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 
@@ -10,7 +8,6 @@ from lib.config import DistillConfig, ValueSchedule
 from lib.config_io import to_dict
 from lib.detector import detector_checkpoint, load_detector, load_supernet, load_teacher, load_weights
 from lib.errors import UserError
-from lib.genotype import Genotype, is_genotype_string, parse_genotype_string, read_genotype_file, read_genotype_files
 from lib.training import Trainer
 
 CPU = torch.device("cpu")
@@ -134,45 +131,3 @@ def test_weights_of_another_network_are_refused_in_one_line(supernet, tiny_detec
     with pytest.raises(UserError, match=r"last\.pt: does not fit the configured network: .*size mismatch") as caught:
         load_weights(other, checkpoint.read(path), path)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
-
-
-# ----------------------------------------------------------------------------------------------------- genotype files
-
-
-@pytest.fixture
-def genotype(tiny_detector) -> Genotype:
-    return tiny_detector().space.smallest()
-
-
-def test_a_genotype_file_and_a_member_of_a_front(genotype, tmp_path):
-    one, front = tmp_path / "best.json", tmp_path / "pareto.json"
-    one.write_text(json.dumps({**genotype.to_dict(), "metrics": {"AP": 0.5}}))
-    members = [{**genotype.to_dict(), "metrics": {"AP": ap}} for ap in (0.1, 0.2)]
-    front.write_text(json.dumps({"format": "pareto/1", "front": members}))
-    assert Genotype.from_dict(read_genotype_file(one)) == genotype
-    assert read_genotype_file(front, 1) == members[1]
-    assert read_genotype_files(front) == members and read_genotype_files(one) == [read_genotype_file(one)]
-    for index in (None, 2, -1):
-        with pytest.raises(UserError, match=r"pareto\.json: a front of 2 genotypes; pick one with --index 0 to 1"):
-            read_genotype_file(front, index)
-    with pytest.raises(UserError, match=r"best\.json: --index is for a front"):
-        read_genotype_file(one, 0)
-
-
-@pytest.mark.parametrize("content", [None, b"{", b"\xff\xfe"], ids=["missing", "cut short", "not text"])
-def test_an_unreadable_genotype_file_is_named(tmp_path, content):
-    path = tmp_path / "odd.json"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(UserError, match=r"odd\.json: (cannot be read|not valid JSON)"):
-        read_genotype_file(path)
-
-
-def test_the_aw_nas_spelling(tiny_detector, genotype):
-    space = tiny_detector().space
-    assert is_genotype_string(str(genotype)) and not is_genotype_string("runs/best.json")
-    assert parse_genotype_string(str(genotype), space) == genotype
-    short = ", ".join(item for item in str(genotype).split(", ") if not item.startswith("image_size"))
-    assert parse_genotype_string(short, space).image_size == 64
-    without_head = str(genotype).partition(", head_0")[0]
-    assert parse_genotype_string(without_head, space).head == space.largest().head
