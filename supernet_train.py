@@ -95,7 +95,7 @@ def supernet_losses(
         logits, offsets = detector(batch.images, genotype)
         losses = loss(logits, offsets, targets)
         if taught:
-            losses["distill"] = weight * loss.distillation(logits, teacher_logits, targets, **distill.rules())
+            losses["distill"] = weight * loss.distillation(logits, teacher_logits, targets, distill)
         elif weight:
             teacher_logits = logits.detach()
         yield {name: value / len(genotypes) for name, value in losses.items()}

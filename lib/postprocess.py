@@ -1,4 +1,4 @@
-"""From a detector's raw output to detections: scores, decoding, non-maximum suppression, for a whole batch at once."""
+"""From a detector's raw output to detections: scores, box decoding and non-maximum suppression of a whole batch."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torchvision.ops import nms
 from lib.config import PostprocessConfig
 from lib.priors import decode
 
-FIRST_LOOK = 2  # times `top_k`: candidates of an image among which its detections are looked for at first
-DEEPER = 4  # times as many at each further look
-TOGETHER = 64  # boxes of which NMS takes less time than a call of it
+FIRST_CANDIDATES = 2  # times `top_k`: the best candidates of an image that are tried first
+MORE_CANDIDATES = 4  # times as many at each further try
+SMALL_CALL = 64  # boxes that NMS processes in less time than a call of it takes
 
 
 class Detections(NamedTuple):
-    """What was found in one picture, best first: boxes (K, 4) normalised xyxy, scores (K,), labels (K,) from 1."""
+    """The detections of one picture, best first."""
 
-    boxes: Tensor
-    scores: Tensor
-    labels: Tensor
+    boxes: Tensor  # (K, 4) normalised xyxy
+    scores: Tensor  # (K,)
+    labels: Tensor  # (K,) from 1
 
 
 def class_scores(logits: Tensor, loss_type: str) -> Tensor:
-    """Logits (..., C + 1) to the foreground's scores (..., C): sigmoid after focal loss, softmax after multibox."""
+    """Scores (..., C) of the classes from logits (..., C + 1): sigmoid after focal loss, softmax after multibox."""
     logits = logits.float()
     return logits[..., 1:].sigmoid() if loss_type == "focal" else logits.softmax(-1)[..., 1:]
 
@@ -39,85 +39,95 @@ def postprocess(
     loss_type: str,
     variances: Sequence[float],
 ) -> list[Detections]:
-    """Logits (B, P, C + 1) and offsets (B, P, 4) to the detections of each image (SSD, section 3.1, "inference").
+    """Detections of each image from logits (B, P, C + 1) and offsets (B, P, 4) (SSD, section 3.1, "inference").
 
-    Per image and class the `pre_nms_top_k` best boxes above the confidence threshold enter NMS; per image the `top_k`
-    best survivors stay. Boxes are cut at the image's border.
+    Of each image and class the `pre_nms_top_k` best boxes above the confidence threshold enter NMS; of each image the
+    `top_k` best survivors are kept. Boxes are clipped to the image.
 
-    What survives NMS depends on better boxes only. So a look at the best candidates is enough if `top_k` of them
-    survive: with many classes, NMS of all candidates takes longer than the network. Images that need it get a deeper
-    look, one by one, which bounds the memory.
+    Whether a box survives NMS depends on better boxes only. So it is enough to process the best candidates if `top_k`
+    of them survive: with many classes, NMS of all candidates takes longer than the network. Images that need more
+    candidates get them one image at a time, which bounds the memory.
     """
-    scores = class_scores(logits, loss_type)
-    size, depth = scores.shape[1:], FIRST_LOOK * config.top_k
-    found, enough = _detect(_look(scores, offsets, priors_cxcywh, variances, depth), size, config)
-    for i in (~enough).nonzero().flatten().tolist():
-        own, deeper = slice(i, i + 1), depth
-        while not enough[i]:
-            deeper *= DEEPER
-            look = _look(scores[own], offsets[own], priors_cxcywh, variances, deeper)
-            (found[i],), enough[own] = _detect(look, size, config)
+    scores = class_scores(logits, loss_type)  # (B, P, C)
+    size = scores.shape[1:]
+    count = FIRST_CANDIDATES * config.top_k
+    found, complete = _detect(_best_candidates(scores, offsets, priors_cxcywh, variances, count), size, config)
+    for i in (~complete).nonzero().flatten().tolist():
+        image = slice(i, i + 1)
+        more = count
+        while not complete[i]:
+            more *= MORE_CANDIDATES
+            candidates = _best_candidates(scores[image], offsets[image], priors_cxcywh, variances, more)
+            (found[i],), complete[image] = _detect(candidates, size, config)
     return found
 
 
-class Look(NamedTuple):
-    """The K best candidates of each image, by falling score."""
+class Candidates(NamedTuple):
+    """The K best pairs of a prior and a class of each image, by falling score."""
 
     boxes: Tensor  # (B, K, 4) normalised xyxy
     scores: Tensor  # (B, K)
     labels: Tensor  # (B, K) from 0
 
 
-def _look(scores: Tensor, offsets: Tensor, priors_cxcywh: Tensor, variances: Sequence[float], depth: int) -> Look:
-    """At the `depth` best candidates of each image, or all; `scores` are (B, P, C)."""
-    best, place = scores.flatten(1).topk(min(depth, scores.shape[1:].numel()))
-    prior = place // scores.shape[2]
-    chosen = offsets.gather(1, prior[..., None].expand(-1, -1, 4)).float()
-    return Look(decode(chosen, priors_cxcywh[prior], variances).clamp(0, 1), best, place % scores.shape[2])
+def _best_candidates(
+    scores: Tensor, offsets: Tensor, priors_cxcywh: Tensor, variances: Sequence[float], count: int
+) -> Candidates:
+    """The `count` best candidates of each image, or all; scores (B, P, C), offsets (B, P, 4)."""
+    num_classes = scores.shape[2]
+    best, place = scores.flatten(1).topk(min(count, scores.shape[1:].numel()))  # (B, K)
+    prior = place // num_classes
+    offsets = offsets.gather(1, prior[..., None].expand(-1, -1, 4)).float()  # (B, K, 4)
+    boxes = decode(offsets, priors_cxcywh[prior], variances).clamp(0, 1)
+    return Candidates(boxes, best, place % num_classes)
 
 
-def _detect(look: Look, size: torch.Size, config: PostprocessConfig) -> tuple[list[Detections], Tensor]:
-    """Detections of each image from its best candidates, out of as many as `size` (P, C) says; (B,) whether a deeper
-    look could not change them."""
-    above = look.scores > config.confidence_threshold
-    survivors, counts = _nms_by_class(look, above, size[1], config)
-    number = survivors.sum(1)
-    enough = ~above[:, -1] | (number >= config.top_k) | (counts >= config.pre_nms_top_k).all(1)
-    if look.scores.shape[1] == size.numel():
-        enough[:] = True
-    best = survivors & (survivors.cumsum(1) <= config.top_k)
-    columns = (t[best].split(best.sum(1).tolist()) for t in (look.boxes, look.scores, look.labels + 1))
-    # Copies: views would keep, and take along to another process, what the whole batch holds.
-    return [Detections(*(t.clone() for t in own)) for own in zip(*columns, strict=True)], enough
+def _detect(candidates: Candidates, size: torch.Size, config: PostprocessConfig) -> tuple[list[Detections], Tensor]:
+    """Detections of each image, and whether (B,) further candidates, of (P, C) = `size`, could not change them."""
+    above = candidates.scores > config.confidence_threshold
+    survivors, entered = _nms_by_class(candidates, above, size[1], config)
+    complete = ~above[:, -1] | (survivors.sum(1) >= config.top_k) | (entered >= config.pre_nms_top_k).all(1)
+    if above.shape[1] == size.numel():
+        complete[:] = True
+    kept = survivors & (survivors.cumsum(1) <= config.top_k)
+    counts = kept.sum(1).tolist()
+    boxes, scores, labels = (column[kept].split(counts) for column in candidates)
+    # Copies: a view would keep the memory of the whole batch, and take it along to another process.
+    rows = zip(boxes, scores, labels, strict=True)
+    return [Detections(b.clone(), s.clone(), label + 1) for b, s, label in rows], complete
 
 
-def _nms_by_class(look: Look, above: Tensor, num_classes: int, config: PostprocessConfig) -> tuple[Tensor, Tensor]:
-    """Which of the candidates that are `above` (B, K) the threshold survive (B, K); how many entered (B, C) per class.
+def _nms_by_class(
+    candidates: Candidates, above: Tensor, num_classes: int, config: PostprocessConfig
+) -> tuple[Tensor, Tensor]:
+    """Which of the candidates that are `above` (B, K) the threshold survive (B, K), and how many entered (B, C).
 
-    Images and classes with few boxes share a call, in which each has a place of its own: boxes lie in [0, 1], places
-    are 2 apart. In float64, where the shift loses nothing that counts; torchvision's batched_nms shifts in float32.
+    Images and classes with few boxes share a call, in which each group is shifted to a place of its own: boxes lie in
+    [0, 1], places are 2 apart. The shift is in float64 to lose no digit; torchvision's batched_nms uses float32.
     """
     images = torch.arange(len(above), device=above.device)[:, None]
-    candidates = above.flatten().nonzero().flatten()
-    group = (num_classes * images + look.labels).flatten()[candidates]  # an image's classes are neighbours
+    index = above.flatten().nonzero().flatten()
+    group = (num_classes * images + candidates.labels).flatten()[index]  # the classes of an image are neighbours
     counts = group.bincount(minlength=len(above) * num_classes)
     group, order = group.sort(stable=True)  # best first within a group
     rank = torch.arange(len(group), device=group.device) - (counts.cumsum(0) - counts)[group]
-    enters, counts = rank < config.pre_nms_top_k, counts.clamp(max=config.pre_nms_top_k)
-    candidates, group = candidates[order[enters]], group[enters]
-    apart = look.boxes.flatten(0, 1)[candidates].double() + 2 * group[:, None]
-    scores, sizes = look.scores.flatten()[candidates].double(), _join_few(counts.tolist())
-    calls = zip(*(t.split(sizes) for t in (candidates, apart, scores)), strict=True)
+    enters = rank < config.pre_nms_top_k
+    counts = counts.clamp(max=config.pre_nms_top_k)
+    index = index[order[enters]]
+    shifted = candidates.boxes.flatten(0, 1)[index].double() + 2 * group[enters, None]
+    scores = candidates.scores.flatten()[index].double()
+    sizes = _join_small(counts.tolist())
     survivors = torch.zeros_like(above)
-    survivors.view(-1)[torch.cat([own[nms(*boxes, config.nms_threshold)] for own, *boxes in calls])] = True
+    calls = zip(index.split(sizes), shifted.split(sizes), scores.split(sizes), strict=True)
+    survivors.view(-1)[torch.cat([i[nms(b, s, config.nms_threshold)] for i, b, s in calls])] = True
     return survivors, counts.view(len(above), num_classes)
 
 
-def _join_few(counts: Sequence[int]) -> list[int]:
-    """The sizes of groups, with neighbours joined up to `TOGETHER` boxes."""
+def _join_small(counts: Sequence[int]) -> list[int]:
+    """The sizes of groups, with neighbours joined up to `SMALL_CALL` boxes."""
     sizes = [0]
     for count in counts:
-        if sizes[-1] and sizes[-1] + count > TOGETHER:
+        if sizes[-1] and sizes[-1] + count > SMALL_CALL:
             sizes.append(0)
         sizes[-1] += count
     return sizes

@@ -85,7 +85,7 @@ def train(folder: Path, case: str) -> dict:
     training = getattr(c, stage)
     loader = configured_train_loader(annotations, range(len(annotations)), 64, training.batch_size, c, CPU)
     trainer = Trainer(model, training, CPU, loader.batch_sampler.batches_per_epoch)
-    loss = DetectionLoss(**vars(c.loss), normalizers=distributed.normalizers)
+    loss = DetectionLoss(c.loss, normalizers=distributed.normalizers)
     start = flat(model)
     model.train()
     if fixed:

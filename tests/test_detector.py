@@ -264,7 +264,7 @@ def test_the_first_loss_is_near_its_steady_size(tiny_config):
     config = tiny_config(search_space__image_size_choice=[160])
     torch.manual_seed(0)
     detector = ElasticSSD(config, 20).train()
-    loss = DetectionLoss(**vars(config.loss))
+    loss = DetectionLoss(config.loss)
     boxes = torch.tensor([[[0.3, 0.3, 0.5, 0.6]], [[0.1, 0.2, 0.7, 0.9]]])
     targets = loss.match(boxes, torch.tensor([[1], [2]]), detector.priors(160))
     genotype, x = detector.space.largest(), pictures(2, 160)

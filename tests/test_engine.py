@@ -312,7 +312,7 @@ def test_a_frozen_base_net_keeps_its_statistics_and_has_its_own_learning_rate(ti
     model.train()
     final_training.freeze_norms(model.backbone)
     before = copy.deepcopy(model.state_dict())
-    loss = DetectionLoss(**vars(config.loss))
+    loss = DetectionLoss(config.loss)
     images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
     targets = loss.match(torch.rand(4, 1, 4).sort(-1).values, torch.ones(4, 1, dtype=torch.int64), model.priors)
     t.update(iter([loss(*model(images), targets)]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lib.config import DistillConfig
+from lib.config import DistillConfig, LossConfig
 from lib.datasets import Batch
 from lib.final_training import detection_losses
 from lib.losses import DetectionLoss, adaptive_distillation
@@ -36,20 +36,20 @@ def gradient(losses, student):
 
 def test_without_a_weight_the_teacher_never_runs(networks, batch):
     student, teacher, calls = networks
-    (losses,) = detection_losses(student, DetectionLoss(), batch, DistillConfig(), 0.0, teacher)
-    (plain,) = detection_losses(student, DetectionLoss(), batch)
+    (losses,) = detection_losses(student, DetectionLoss(LossConfig()), batch, DistillConfig(), 0.0, teacher)
+    (plain,) = detection_losses(student, DetectionLoss(LossConfig()), batch)
     assert calls == [] and losses == plain and losses.keys() == {"cls", "loc"}
 
 
 @pytest.mark.parametrize("priors", ["positive", "all"])
 def test_the_teacher_has_its_weight_in_the_losses_and_the_gradient(networks, batch, priors):
     student, teacher, calls = networks
-    loss, distill = DetectionLoss(), DistillConfig(priors=priors, temperature=3.0)
+    loss, distill = DetectionLoss(LossConfig()), DistillConfig(priors=priors, temperature=3.0)
     (losses,) = detection_losses(student, loss, batch, distill, 0.25, teacher)
     assert calls == [False] and losses.keys() == {"cls", "loc", "distill"}
     labels = loss.match(batch.boxes, batch.labels, student.priors).prior_labels
     mask = labels > 0 if priors == "positive" else labels >= 0
-    alone = adaptive_distillation(student(batch.images)[0], teacher(batch.images)[0], mask, temperature=3.0)
+    alone = adaptive_distillation(student(batch.images)[0], teacher(batch.images)[0], mask, distill)
     torch.testing.assert_close(losses["distill"], 0.25 * alone)
     (plain,) = detection_losses(student, loss, batch)
     expected = gradient(plain, student) + 0.25 * gradient({"distill": alone}, student)

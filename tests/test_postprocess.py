@@ -1,3 +1,5 @@
+"""Postprocessing of a batch against a slow loop over images and classes."""
+
 from __future__ import annotations
 
 import pytest
@@ -5,7 +7,7 @@ import torch
 from torchvision.ops import box_iou, nms
 
 from lib.config import PostprocessConfig
-from lib.postprocess import Detections, _look, class_scores, postprocess
+from lib.postprocess import Detections, _best_candidates, class_scores, postprocess
 from lib.priors import decode
 
 VARIANCES = (0.1, 0.2)
@@ -25,6 +27,7 @@ def slow(logits, offsets, priors, config, loss_type):
     results = []
     for image_logits, image_offsets in zip(logits, offsets, strict=True):
         found = []
+        boxes = decode(image_offsets, priors, VARIANCES).clamp(0, 1)
         for label in range(1, image_logits.shape[1]):
             candidates = []
             for prior in range(len(priors)):
@@ -34,13 +37,12 @@ def slow(logits, offsets, priors, config, loss_type):
                 else:
                     score = torch.exp(row[label]) / torch.exp(row).sum()
                 if score > config.confidence_threshold:
-                    box = decode(image_offsets[prior : prior + 1], priors[prior : prior + 1], VARIANCES)[0]
-                    candidates.append((float(score), box.clamp(0, 1)))
+                    candidates.append((float(score), boxes[prior]))
             candidates.sort(key=lambda c: -c[0])
             candidates = candidates[: config.pre_nms_top_k]
             if candidates:
-                boxes, scores = torch.stack([b for _, b in candidates]), torch.tensor([s for s, _ in candidates])
-                kept = nms(boxes, scores, config.nms_threshold).tolist()
+                scores = torch.tensor([score for score, _ in candidates])
+                kept = nms(torch.stack([box for _, box in candidates]), scores, config.nms_threshold).tolist()
                 found += [(candidates[k][0], label, candidates[k][1]) for k in kept]
         found.sort(key=lambda item: -item[0])
         results.append(found[: config.top_k])
@@ -55,7 +57,7 @@ def slow(logits, offsets, priors, config, loss_type):
         PostprocessConfig(confidence_threshold=0.3, nms_threshold=0.3, top_k=20),
         PostprocessConfig(pre_nms_top_k=7, top_k=10),
         PostprocessConfig(confidence_threshold=0.9),
-        PostprocessConfig(nms_threshold=0.05, top_k=10),  # most candidates are suppressed: one look is not enough
+        PostprocessConfig(nms_threshold=0.05, top_k=10),  # most are suppressed: more candidates needed
         PostprocessConfig(pre_nms_top_k=3, top_k=6, nms_threshold=0.1),
     ],
     ids=["defaults", "strict", "few", "nearly none", "deep", "few of each class"],
@@ -88,17 +90,22 @@ def test_many_classes_share_calls_and_suppress_none_of_each_other(top_k, monkeyp
         torch.testing.assert_close(mine.boxes, torch.stack([box for *_, box in theirs]))
 
 
-def test_only_the_images_that_need_it_get_a_deeper_look(monkeypatch):
+def test_only_the_images_that_need_more_candidates_get_them(monkeypatch):
     """Of four images the second and the last have all their best boxes at one place."""
     logits, offsets, priors = random_output(batch=4, priors=300, classes=2)
     offsets[1], offsets[3] = 0, 0
     priors[:120, :] = torch.tensor([0.5, 0.5, 0.4, 0.4])
     logits[[1, 3], :120, 1:] += 8
-    depths = []
-    monkeypatch.setattr("lib.postprocess._look", lambda *rest: depths.append(rest[-1]) or _look(*rest))
+    counts = []
+
+    def counted(*arguments):
+        counts.append(arguments[-1])
+        return _best_candidates(*arguments)
+
+    monkeypatch.setattr("lib.postprocess._best_candidates", counted)
     config = PostprocessConfig(top_k=20)
     found = postprocess(logits, offsets, priors, config, "focal", VARIANCES)
-    assert depths == [40, 160, 640, 160, 640]
+    assert counts == [40, 160, 640, 160, 640]
     for mine, theirs in zip(found, slow(logits, offsets, priors, config, "focal"), strict=True):
         assert mine.labels.tolist() == [label for _, label, _ in theirs]
         torch.testing.assert_close(mine.boxes, torch.stack([box for *_, box in theirs]))

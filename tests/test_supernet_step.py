@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import supernet_train
-from lib.config import DistillConfig, SupernetConfig
+from lib.config import DistillConfig, LossConfig, SupernetConfig
 from lib.datasets import Batch
 from lib.losses import DetectionLoss
 
@@ -46,7 +46,7 @@ def step_losses(detector, weight, genotypes, objects=1, loss_type="focal", teach
     images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8, generator=generator)
     boxes = torch.tensor([0.2, 0.2, 0.7, 0.8]).expand(4, objects, 4)
     batch = Batch(images, boxes, torch.ones(4, objects, dtype=torch.int64), torch.arange(4))
-    loss = DetectionLoss(type=loss_type)
+    loss = DetectionLoss(LossConfig(type=loss_type))
     settings = DistillConfig()
     losses = list(supernet_train.supernet_losses(detector, loss, batch, genotypes, settings, weight, teacher))
     hook.remove()
