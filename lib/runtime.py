@@ -1,7 +1,4 @@
-"""Which workers a search has: processes or actors of a Ray cluster, the device of each, CPU threads where it is one.
-
-The machine and the process: devices, threads, seeds, signals, the C allocator.
-"""
+"""The machine and the process that a script runs in: devices, seeds, memory, signals and the exit status."""
 
 from __future__ import annotations
 
@@ -25,57 +22,24 @@ from lib import distributed
 from lib.config import Config
 from lib.errors import UserError
 
-CPU_WORKERS = 8  # at most, where nothing else is asked for
-
-
-def devices_of(device: str) -> str | None:
-    """--device as --gpus would say it; None where the machine is to decide."""
-    if device == "auto":
-        return None
-    picked = pick_device(device)
-    return "cpu" if picked.type == "cpu" else str(picked.index or 0)
-
-
-def pick_workers(gpus: str | None, config: Config) -> tuple[list[str], int | None]:
-    """The device of each worker, and CPU threads per worker where it is the CPU.
-
-    `--gpus` is `0,1,2`, `cpu` or `cpu,cpu`. Without it: the configured `gpu_ids` that exist, every GPU, or the CPU.
-    `search.parallelism` workers are dealt out over the GPUs, where it is more than these; on a CPU it is how many there
-    are without `--gpus`.
-    """
-    count, cores = torch.cuda.device_count(), torch.get_num_threads()  # which OMP_NUM_THREADS bounds
-    wanted = config.search.parallelism
-    if gpus is None:
-        ids = [i for i in config.search.gpu_ids if i < count] or list(range(count))
-        devices = [f"cuda:{i}" for i in ids] or ["cpu"] * min(cores, wanted or CPU_WORKERS)
-    else:
-        names = [name.strip() for name in gpus.split(",")]
-        bad = [n for n in names if n != "cpu" and not (n.isdigit() and int(n) < count)]
-        if bad:
-            raise UserError(f"--gpus {gpus}: '{bad[0]}' is neither cpu nor one of this machine's {count} CUDA devices")
-        devices = ["cpu" if name == "cpu" else f"cuda:{name}" for name in names]
-    if wanted > len(devices) and devices[0] != "cpu":
-        devices = [devices[i % len(devices)] for i in range(wanted)]
-    on_cpu = devices.count("cpu")
-    return devices, max(1, cores // on_cpu) if on_cpu else None
-
-
+MAX_CPU_WORKERS = 8  # by default; more have to be asked for
+ECHO_SECONDS = 1.0  # a batch system may send SIGTERM to a process and then again to its process group
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 PR_SET_PDEATHSIG = 1  # sys/prctl.h
-ECHO_SECONDS = 1.0  # a batch system may send SIGTERM to a process, and again to the group it is in
 
 
 def pick_device(name: str, flag: str = "--device") -> torch.device:
-    """`auto`, `cpu`, `cuda` or `cuda:N`, the value of `flag`, as a device that this machine has.
+    """The device named `auto`, `cpu`, `cuda` or `cuda:N`. Raises UserError, naming `flag`, if this machine lacks it.
 
-    In a job of several processes each has a GPU of its own.
+    In a distributed job, each process uses the GPU of its local rank.
     """
+    world = distributed.world()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if distributed.world().size > 1 and name.startswith("cuda"):
+    if world.size > 1 and name.startswith("cuda"):
         if name != "cuda":
             raise UserError(f"{flag} {name}: expected auto, cpu or cuda, since each process takes a GPU of its own")
-        name = f"cuda:{distributed.world().local_rank}"
+        name = f"cuda:{world.local_rank}"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise UserError(f"{flag} {name}: expected auto, cpu, cuda or cuda:N")
     device = torch.device(name)
@@ -84,8 +48,42 @@ def pick_device(name: str, flag: str = "--device") -> torch.device:
     return device
 
 
+def devices_of(device: str) -> str | None:
+    """The value of --gpus that means the same as this value of --device; None for `auto`."""
+    if device == "auto":
+        return None
+    picked = pick_device(device)
+    return "cpu" if picked.type == "cpu" else str(picked.index or 0)
+
+
+def pick_workers(gpus: str | None, config: Config) -> tuple[list[str], int | None]:
+    """The device of each worker of this machine, and the CPU threads of each CPU worker (None if there is none).
+
+    `gpus` is `0,1,2`, `cpu` or `cpu,cpu`; each entry is a worker. Without it there is one worker for each of the
+    configured `gpu_ids` that exist, else for each GPU, else `search.parallelism` CPU workers. If `search.parallelism`
+    exceeds the number of GPUs, workers share them.
+    """
+    gpu_count = torch.cuda.device_count()
+    cores = torch.get_num_threads()  # respects OMP_NUM_THREADS
+    parallelism = config.search.parallelism
+    if gpus is None:
+        ids = [i for i in config.search.gpu_ids if i < gpu_count] or list(range(gpu_count))
+        devices = [f"cuda:{i}" for i in ids] or ["cpu"] * min(cores, parallelism or MAX_CPU_WORKERS)
+    else:
+        devices = []
+        for name in (entry.strip() for entry in gpus.split(",")):
+            if name != "cpu" and not (name.isdigit() and int(name) < gpu_count):
+                machine = f"this machine's {gpu_count} CUDA devices"
+                raise UserError(f"--gpus {gpus}: '{name}' is neither cpu nor one of {machine}")
+            devices.append("cpu" if name == "cpu" else f"cuda:{name}")
+    if parallelism > len(devices) and devices[0] != "cpu":
+        devices = [devices[i % len(devices)] for i in range(parallelism)]
+    cpu_workers = devices.count("cpu")
+    return devices, max(1, cores // cpu_workers) if cpu_workers else None
+
+
 def device_name(device: torch.device) -> str:
-    """The model of a GPU or of this machine's processor."""
+    """The model of a GPU, or of this machine's processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     with contextlib.suppress(OSError):
@@ -96,15 +94,16 @@ def device_name(device: torch.device) -> str:
 
 
 def seed_everything(seed: int) -> None:
+    """Seed the generators of Python, NumPy and torch."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 def keep_freed_memory() -> None:
-    """Ask glibc to keep large freed blocks: a training step frees and asks for the same ones again and again.
+    """Make glibc keep large freed blocks. By default they go back to the kernel, which zeroes them at each new use.
 
-    Without it the kernel takes them back and zeroes them anew each step. Does nothing where mallopt is missing.
+    A training step frees and allocates the same blocks again and again. Does nothing where mallopt is missing.
     """
     with contextlib.suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -113,27 +112,27 @@ def keep_freed_memory() -> None:
 
 
 def die_with_parent() -> None:
-    """Ask Linux to kill this process when the one that forked it ends, however that ends.
+    """Make Linux kill this process when the process that forked it ends, for whatever reason.
 
-    A child has its parent's sockets open: as long as it lives, the parent's peers do not see that the parent is gone.
+    A forked child inherits its parent's sockets. While it lives, the parent's peers cannot see that the parent is gone.
     """
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if not multiprocessing.parent_process().is_alive():  # it ended before that
+    if not multiprocessing.parent_process().is_alive():  # it ended before that call
         os._exit(1)
 
 
 class StopRequest:
-    """Turns the first SIGINT or SIGTERM into `requested`, so that a loop can save and leave; the second one ends it.
+    """Turns the first SIGINT or SIGTERM into `requested`, so that a loop can save and leave. The second exits at once.
 
-    A context manager; the handlers that were there before come back at its end, unless another process of the job is
-    lost: this one has to say so and ends by itself, whatever signals come. In a job of several processes, `requested`
-    changes in `agree` alone, and so after the same step in all of them.
+    A context manager that restores the previous handlers. In a distributed job, `requested` changes only in `agree`,
+    so that all processes stop after the same step. If another process of the job is lost (`PeerLost`), SIGTERM stays
+    ignored on leaving: this process still has to report the loss, and then ends by itself.
     """
 
     def __init__(self) -> None:
         self.requested = False
-        self._signalled = 0.0  # when, on time.monotonic
+        self._signalled = 0.0  # time.monotonic() of the first signal
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -144,12 +143,12 @@ class StopRequest:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is distributed.PeerLost:
             self._before.pop(signal.SIGTERM)
-            _be_deaf_to_the_launcher()
+            _ignore_launcher()
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def agree(self) -> None:
-        """To be called by all processes after each step."""
+        """Share the request among all processes of the job. Each of them calls this after every step."""
         self.requested = distributed.any_of(bool(self._signalled))
 
     def _on_signal(self, number: int, _frame: object) -> None:
@@ -160,30 +159,32 @@ class StopRequest:
         self._signalled = time.monotonic()
         self.requested = self.requested or distributed.world().size == 1
         if distributed.world().main:
-            with contextlib.suppress(OSError):  # whoever reads it may have had the same signal
+            # The reader of stderr may have received the same signal and be gone.
+            with contextlib.suppress(OSError):
                 os.write(2, b"\nStopping after this step; once more to stop at once.\n")
 
 
-def _be_deaf_to_the_launcher() -> None:
+def _ignore_launcher() -> None:
     """Ignore SIGTERM, which torchrun sends to the rest of a job as soon as one process has ended."""
     if distributed.world().size > 1:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's main function. A user's mistake is one line on stderr and exit status 2, a lost process status 1.
+    """Run a script's main function and exit with its status: 2 for a user's mistake, 1 for a lost process of the job.
 
-    Several processes say it once.
+    Both print one line to stderr, from one process of the job. Ctrl-C exits with 130.
     """
     keep_freed_memory()
     try:
         main()
         distributed.leave()
     except (UserError, distributed.PeerLost) as error:
-        _be_deaf_to_the_launcher()
+        _ignore_launcher()
         lost = isinstance(error, distributed.PeerLost)
         if distributed.first_to_report():
-            print("\n" * lost + f"error: {error}", file=sys.stderr)  # the lost one may have left a progress bar
+            # The lost process may have left a progress bar on this line.
+            print("\n" * lost + f"error: {error}", file=sys.stderr)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         sys.exit(1 if lost else 2)
     except KeyboardInterrupt:

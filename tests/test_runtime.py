@@ -1,0 +1,226 @@
+"""Devices, workers, seeds, signals and exit statuses."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from lib.distributed import PeerLost
+from lib.errors import UserError
+from lib.log import progress, say
+from lib.runtime import StopRequest, devices_of, pick_device, pick_workers, run, seed_everything
+
+
+class Fork:
+    """A forked child that runs `main`, with pipes from its stdout and stderr. Forking saves the imports."""
+
+    def __init__(self, main: Callable[[], None]):
+        (out, child_out), (err, child_err) = os.pipe(), os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.dup2(child_out, 1)
+            os.dup2(child_err, 2)
+            os.closerange(3, 100)  # or the child would be a reader of its own pipes
+            sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
+            sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+            code = 1
+            try:
+                main()
+                code = 0
+            except SystemExit as error:
+                code = error.code
+            finally:
+                os._exit(code)
+        os.close(child_out)
+        os.close(child_err)
+        self.stdout, self.stderr = os.fdopen(out), os.fdopen(err)
+
+    def signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self) -> int:
+        """Its exit status."""
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+@contextlib.contextmanager
+def forked(main: Callable[[], None]) -> Iterator[Fork]:
+    process = Fork(main)
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.signal(signal.SIGKILL)
+        process.stdout.close()
+        process.stderr.close()
+
+
+def test_devices_that_every_machine_has():
+    assert pick_device("cpu") == torch.device("cpu")
+    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("name", ["", "gpu", "mps", "meta", "cuda:x", "cuda:", "cuda:-1", "0", "cpu\n"])
+def test_an_unknown_device_names_the_valid_ones(name):
+    with pytest.raises(UserError, match="expected auto, cpu, cuda or cuda:N"):
+        pick_device(name)
+
+
+@pytest.mark.parametrize(("count", "name"), [(0, "cuda"), (0, "cuda:0"), (2, "cuda:2")])
+def test_a_device_that_this_machine_lacks(monkeypatch, count, name):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    with pytest.raises(UserError, match=f"--device {name}: this machine has {count} CUDA devices"):
+        pick_device(name)
+
+
+def test_a_device_that_is_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("cuda:1") == torch.device("cuda:1")
+    assert [devices_of(name) for name in ("auto", "cpu", "cuda", "cuda:1")] == [None, "cpu", "0", "1"]
+
+
+def test_workers_of_one_machine(monkeypatch, tiny_config):
+    def pick(gpus, **search):
+        return pick_workers(gpus, tiny_config(**{f"search__{key}": value for key, value in search.items()}))
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 12)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert pick(None, parallelism=0) == (["cpu"] * 8, 1)
+    assert pick(None, parallelism=3) == (["cpu"] * 3, 4)
+    assert pick("cpu,cpu", parallelism=9) == (["cpu"] * 2, 6)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick(None, gpu_ids=[1, 5]) == (["cuda:1"], None)
+    assert pick(None, gpu_ids=[7]) == (["cuda:0", "cuda:1"], None)
+    assert pick("0, 1", parallelism=3) == (["cuda:0", "cuda:1", "cuda:0"], None)
+    assert pick("1,cpu") == (["cuda:1", "cpu"], 12)
+    for wrong in ("0,2", "gpu", ""):
+        with pytest.raises(UserError, match=f"--gpus {wrong}: '.*' is neither cpu nor one of this machine's 2 CUDA"):
+            pick(wrong)
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**40])
+def test_a_seed_fixes_every_generator(seed):
+    draws = []
+    for s in (seed, seed, seed + 1):
+        seed_everything(s)
+        draws.append((random.random(), np.random.rand(), torch.rand(1).item()))
+    assert draws[0] == draws[1]
+    assert all(a != b for a, b in zip(draws[0], draws[2], strict=True))
+
+
+def test_the_first_signal_asks_and_the_handlers_come_back():
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    with StopRequest() as stop:
+        assert not stop.requested
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested
+    assert {n: signal.getsignal(n) for n in before} == before
+
+
+def work(leave: bool) -> None:
+    """A loop of at most 30 s, which a signal ends if it is to `leave`."""
+    with StopRequest() as stop:
+        print("ready")
+        for _ in range(3000):
+            time.sleep(0.01)
+            if stop.requested and leave:
+                break
+    print("saved")
+
+
+def test_one_signal_lets_the_loop_save():
+    with forked(lambda: work(leave=True)) as process:
+        process.stdout.readline()
+        process.signal(signal.SIGINT)
+        assert process.wait() == 0
+        assert process.stdout.read() == "saved\n" and "once more to stop at once" in process.stderr.read()
+
+
+def test_the_second_signal_ends_it():
+    with forked(lambda: work(leave=False)) as process:
+        process.stdout.readline()
+        process.signal(signal.SIGINT)
+        assert process.stderr.readline() == "\n" and "Stopping" in process.stderr.readline()
+        process.signal(signal.SIGINT)
+        assert process.wait() == 128 + signal.SIGINT and process.stdout.read() == ""
+
+
+def test_a_batch_systems_second_sigterm_at_once_is_an_echo():
+    def twice() -> None:
+        with StopRequest():
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGTERM)
+        print("saved")
+
+    with forked(twice) as process:
+        assert process.wait() == 0 and process.stdout.read() == "saved\n"
+
+
+def test_a_log_whose_reader_is_gone_does_not_keep_the_loop_from_saving(tmp_path):
+    def main() -> None:
+        with StopRequest() as stop:
+            print("ready")
+            for _ in progress(range(3000), "work"):
+                say("a line")
+                time.sleep(0.01)
+                if stop.requested:
+                    break
+        (tmp_path / "saved").touch()
+
+    with forked(main) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        process.stderr.close()
+        process.signal(signal.SIGINT)
+        process.wait()
+    assert (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("within", [True, False])
+def test_a_lost_process_is_reported_whatever_the_launcher_sends_meanwhile(within, monkeypatch):
+    """SIGTERM arrives between the error and its report, and again while the report is written."""
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    message = PeerLost.__str__
+    terminate = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+    monkeypatch.setattr(PeerLost, "__str__", lambda self: terminate() or message(self))
+    monkeypatch.setattr("lib.distributed.first_to_report", lambda: True)
+
+    def main() -> None:
+        with contextlib.ExitStack() as stack:
+            if within:
+                stack.callback(terminate)
+                stack.enter_context(StopRequest())
+            raise PeerLost("gone")
+
+    with forked(lambda: run(main)) as process:
+        assert process.wait() == 1
+        error = process.stderr.read()
+    assert error.startswith("\nerror: a process of this job died") and error.count("\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"), [(UserError("one line"), 2, "error: one line\n"), (KeyboardInterrupt(), 130, "")]
+)
+def test_a_script_ends_with_a_status_and_a_line(capsys, error, status, message):
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run(main)
+    assert caught.value.code == status
+    assert capsys.readouterr().err == message
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run(lambda: 1 / 0)
