@@ -1,6 +1,7 @@
-"""Plain data to typed dataclasses: unknown keys and wrong types are errors that name the key's dotted path.
+"""Configurations from plain data and back: read, override, check, dump.
 
-What types cannot say: values of a configuration that contradict each other or that no backbone can serve.
+A configuration arrives as plain data (a YAML file, a checkpoint, a genotype file) and leaves as a `Config` whose types
+and bounds were checked. Every error names the key by its dotted path, what was expected and what was found.
 """
 
 from __future__ import annotations
@@ -8,37 +9,58 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import math
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import yaml
 
-from lib.config import ChoiceSchedule, Config, SearchConfig, TrainConfig, ValueSchedule
+from lib.config import Bounds, ChoiceSchedule, Config, SearchConfig, TrainConfig, ValueSchedule
 from lib.errors import UserError, did_you_mean
+
+# Keys of earlier versions that changed nothing about a network. Checkpoints and genotype files still hold them.
+RETIRED_KEYS = ("search.racing",)
+MOST_SHOWN = 80  # characters of a wrong value in an error message
+
+
+class WrongKey(UserError):
+    """A value of the wrong type or out of bounds; `key` is its dotted path."""
+
+    def __init__(self, key: str, message: str):
+        super().__init__(f"{key}: {message}" if key else message)
+        self.key = key
 
 
 def read_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file (None: defaults only), apply `key.path=value` overrides, check types. Raises UserError."""
-    data: dict = {}
-    if path is not None:
-        data = read_yaml(Path(path))
-        data["name"] = data.get("name") or Path(path).stem
-    return from_dict(with_overrides(data, overrides), str(path) if path else "configuration")
+    """Read a YAML file (None: defaults only), apply `key.path=value` overrides, check types and bounds."""
+    data = read_yaml(Path(path)) if path is not None else {}
+    return from_dict(with_overrides(data, overrides), str(path or ""), [parse_override(text)[0] for text in overrides])
 
 
-def from_dict(data: dict, source: str = "configuration") -> Config:
-    """Build a Config from plain data such as `to_dict` gives. `source` opens each error message."""
+def from_dict(data: dict, source: str = "", overridden: Collection[str] = ()) -> Config:
+    """Build a Config from plain data such as `to_dict` gives.
+
+    `source`, the file that the data comes from, opens each error message, except where the key is one of `overridden`,
+    which the user gave on the command line.
+    """
+    data = copy.deepcopy(data)
+    for key in RETIRED_KEYS:
+        section, _, leaf = key.rpartition(".")
+        if isinstance(data, dict) and isinstance(data.get(section), dict):
+            data[section].pop(leaf, None)
     try:
         return build(Config, data)
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from None
+    except WrongKey as error:
+        typed = any(error.key == key or error.key.startswith((f"{key}.", f"{key}[")) for key in overridden)
+        raise UserError(f"{source}: {error}" if source and not typed else str(error)) from None
 
 
 def to_dict(config: Config) -> dict:
+    """Plain data; `from_dict` is its inverse."""
     return asdict(config)
 
 
@@ -47,53 +69,84 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(asdict(config), sort_keys=False, default_flow_style=None, width=120)
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML lets a later section of the same name replace an earlier one without a word. This loader refuses it."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key_node, _ in node.value:
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+            if key is not None and key in seen:
+                line = key_node.start_mark.line + 1
+                raise yaml.YAMLError(f"the key '{key}' stands there twice, again in line {line}")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: Path) -> dict:
-    """The plain data of a YAML file. Raises UserError that names it."""
+    """The plain data of a YAML file, whose `name` defaults to the file's. Raises UserError that names the file."""
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except FileNotFoundError:
         found = sorted(str(p) for p in Path(path.parent).glob("*.yaml"))
         raise UserError(f"{path}: no such configuration file{did_you_mean(path, found)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    if data is None:
-        return {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())[:300]}") from None
+    data = {} if data is None else data
     if not isinstance(data, dict):
-        raise UserError(f"{path}: expected keys and values, found {type(data).__name__}")
+        raise WrongKey(path, f"expected keys and values, found {type(data).__name__}")
+    data["name"] = data.get("name") or path.stem
     return data
+
+
+def parse_override(override: str) -> tuple[str, object]:
+    """`key.path=value` as key and value. The value of a key that holds text is taken as typed, any other is YAML."""
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise UserError(f"--set {override}: expected key.path=value, e.g. supernet.epochs=10")
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+    if key in TEXT_KEYS and not quoted:
+        return key, text
+    try:
+        return key, yaml.load(text, Loader=_UniqueKeys) if text.strip() else ""
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise UserError(f"--set {override[:MOST_SHOWN]}: the value is not valid YAML") from None
 
 
 def with_overrides(data: dict, overrides: Sequence[str]) -> dict:
     """A copy of plain configuration data with `key.path=value` applied."""
     data = copy.deepcopy(data)
     for override in overrides:
-        _apply_override(data, override)
+        set_key(data, *parse_override(override))
     return data
 
 
-def _apply_override(data: dict, override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise UserError(f"--set {override}: expected key.path=value, e.g. supernet.epochs=10")
-    try:
-        value = yaml.safe_load(text) if text.strip() else ""
-    except yaml.YAMLError:
-        raise UserError(f"--set {override}: the value is not valid YAML") from None
-    *path, leaf = key.strip().split(".")
+def set_key(data: dict, key: str, value: object) -> None:
+    """Set the value of a dotted `key` in plain configuration data, in place."""
+    *path, leaf = key.split(".")
     node = data
     for part in path:
         node = node.setdefault(part, {})
         if not isinstance(node, dict):
-            raise UserError(f"--set {override}: '{part}' is a value, not a section")
+            raise UserError(f"--set {key}: '{part}' is a value, not a section")
     node[leaf] = value
 
 
-T = TypeVar("T")
+def get_key(data: dict, key: str) -> object | None:
+    """The value of a dotted `key` in plain configuration data; None where it is not given."""
+    node: object = data
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, dict) else None
+    return node
 
 
-def build(kind: type[T], data: object) -> T:
+# Plain data to typed dataclasses.
+
+
+def build(kind: type, data: object) -> Any:
     """`data` (dicts, lists, scalars) as the dataclass `kind`, whose defaults fill in what `data` lacks.
 
     A field's metadata may give one `alias` for its name.
@@ -101,41 +154,46 @@ def build(kind: type[T], data: object) -> T:
     return _Builder(kind).section(data, kind(), "")
 
 
-def leaf_paths(kind: type, prefix: str = "") -> list[str]:
-    """Every key of a dataclass of dataclasses as a dotted path, aliases among them."""
-    hints = typing.get_type_hints(kind)
-    paths = []
+def leaf_types(kind: type, prefix: str = "") -> dict[str, Any]:
+    """The annotated type of every key of a dataclass of dataclasses, by dotted path, aliases among them."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    types_by_path = {}
     for f in fields(kind):
         if is_dataclass(hints[f.name]):
-            paths += leaf_paths(hints[f.name], f"{prefix}{f.name}.")
+            types_by_path |= leaf_types(hints[f.name], f"{prefix}{f.name}.")
         else:
-            paths += [prefix + name for name in (f.name, *f.metadata.values())]
-    return paths
+            types_by_path |= {prefix + name: hints[f.name] for name in (f.name, *f.metadata.values())}
+    return types_by_path
+
+
+TEXT_KEYS = {path for path, kind in leaf_types(Config).items() if kind is str}
 
 
 class _Builder:
-    """Converts values; knows the whole tree of keys, to suggest the right one."""
+    """Converts values. It knows the whole tree of keys, so that an error can suggest the right one."""
 
     def __init__(self, root: type):
-        self.paths = leaf_paths(root)
+        self.paths = list(leaf_types(root))
 
     def section(self, value: Any, default: Any, path: str) -> Any:
         """`default`, an instance of a dataclass, with the keys of `value` set."""
         if not isinstance(value, Mapping):
-            raise UserError(f"{path or 'configuration'}: expected a section with keys, found {value!r}")
+            raise WrongKey(path, f"expected a section with keys, found {_shown(value)}")
         kind = type(default)
-        hints = typing.get_type_hints(kind)
-        names = {f.metadata.get("alias", f.name): f.name for f in fields(kind)} | {f.name: f.name for f in fields(kind)}
+        hints = typing.get_type_hints(kind, include_extras=True)
+        names = {f.name: f.name for f in fields(kind)}
+        names |= {f.metadata["alias"]: f.name for f in fields(kind) if "alias" in f.metadata}
         prefix = f"{path}." if path else ""
         values = {}
         for key, item in value.items():
+            where = f"{prefix}{key}"
             if key not in names:
-                raise UserError(f"{prefix}{key}: unknown key{self._nearest(str(key), prefix, hints)}")
-            name, where = names[key], f"{prefix}{key}"
+                raise WrongKey(where[:MOST_SHOWN], f"unknown key{self._nearest(str(key), prefix, hints)}")
+            name = names[key]
             if is_dataclass(hints[name]):
                 values[name] = self.section(item, getattr(default, name), where)
             else:
-                values[name] = self.convert(item, hints[name], where)
+                values[name] = _convert(item, hints[name], where)
         return replace(default, **values)
 
     def _nearest(self, key: str, prefix: str, names: Mapping[str, Any]) -> str:
@@ -143,25 +201,29 @@ class _Builder:
         elsewhere = [path for path in self.paths if path.rsplit(".", 1)[-1] == key]
         if elsewhere:
             return f" (did you mean '{elsewhere[0]}'?)"
-        return did_you_mean(prefix + key, [prefix + name for name in names])
+        return did_you_mean((prefix + key)[:MOST_SHOWN], [prefix + name for name in names])
 
-    def convert(self, value: Any, kind: Any, path: str) -> Any:
-        """`value` as the annotated type `kind`, or UserError naming `path`."""
-        origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-        if origin is list:
-            if not isinstance(value, list):
-                raise UserError(f"{path}: expected a list, found {value!r}")
-            return [self.convert(v, arguments[0], f"{path}[{i}]") for i, v in enumerate(value)]
-        if origin is Literal:
-            if value not in arguments:
-                raise UserError(f"{path}: expected one of {', '.join(map(str, arguments))}, found {value!r}")
+
+def _convert(value: Any, kind: Any, path: str) -> Any:
+    """`value` as the annotated type `kind`. Raises UserError that names `path`."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        return _within(_convert(value, arguments[0], path), arguments[1], kind, path)
+    if origin is list:
+        if not isinstance(value, list):
+            raise WrongKey(path, f"expected a list, found {_shown(value)}")
+        return [_convert(item, arguments[0], f"{path}[{i}]") for i, item in enumerate(value)]
+    if origin is Literal:
+        # Not `in`: True equals 1 and 3.0 equals 3, and neither is what the key means.
+        if any(value == option and type(value) is type(option) for option in arguments):
             return value
-        if origin in (typing.Union, types.UnionType):
-            for option in arguments:
-                with contextlib.suppress(UserError):
-                    return self.convert(value, option, path)
-            raise UserError(f"{path}: expected {' or '.join(map(_describe, arguments))}, found {value!r}")
-        return _scalar(value, kind, path)
+        raise WrongKey(path, f"expected one of {', '.join(map(str, arguments))}, found {_shown(value)}")
+    if origin in (typing.Union, types.UnionType):
+        for option in arguments:
+            with contextlib.suppress(UserError):
+                return _convert(value, option, path)
+        raise WrongKey(path, f"expected {_describe(kind)}, found {_shown(value)}")
+    return _scalar(value, kind, path)
 
 
 def _scalar(value: Any, kind: type, path: str) -> Any:
@@ -169,50 +231,67 @@ def _scalar(value: Any, kind: type, path: str) -> Any:
         with contextlib.suppress(ValueError):
             value = float(value)
     accepted = (int, float) if kind is float else kind  # a whole number stays one: expand ratio 6 is not 6.0
-    if isinstance(value, accepted) and (kind is bool or not isinstance(value, bool)):
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        hint = ", in quotes" if kind is str else ""
+        raise WrongKey(path, f"expected {_describe(kind)}{hint}, found {_shown(value)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise WrongKey(path, f"expected {_describe(kind)}, found {value}")
+    return value
+
+
+def _within(value: float, bounds: Bounds, kind: Any, path: str) -> float:
+    if bounds.low <= value <= bounds.high:
         return value
-    raise UserError(f"{path}: expected {_describe(kind)}, found {value!r}")
+    raise WrongKey(path, f"expected {_describe(kind)}, found {_shown(value)}")
 
 
 def _describe(kind: Any) -> str:
-    names = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
-    return names.get(kind) or " or ".join(map(repr, typing.get_args(kind)))
+    """A type in words: `an integer of at least 1`, `a number from 0 to 1`."""
+    if typing.get_origin(kind) is Annotated:
+        base, bounds = typing.get_args(kind)
+        if 0 < bounds.low < 1e-9:
+            return f"{_describe(base)} above 0"
+        if bounds.high == math.inf:
+            return f"{_describe(base)} of at least {bounds.low:g}"
+        below = "below " if 0 < 1 - bounds.high < 1e-9 else ""
+        return f"{_describe(base)} from {bounds.low:g} to {below}{bounds.high:g}"
+    names = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+    if kind in names:
+        return names[kind]
+    if typing.get_origin(kind) is Literal:
+        return " or ".join(repr(option) for option in typing.get_args(kind))
+    return " or ".join(_describe(option) for option in typing.get_args(kind))
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
+
+
+# What types and bounds cannot say: values that contradict each other, or that no backbone can serve.
 
 
 def validate(config: Config) -> None:
-    """Raise UserError for the first contradiction, naming its key and what was expected."""
-    space = config.search_space
-    schedules = vars(space.schedule_cfg)
-    for name, schedule in schedules.items():
-        _check_schedule(f"search_space.schedule_cfg.{name}", schedule)
+    """Raise UserError for the first contradiction between keys, naming the key and what was expected."""
+    schedule = config.search_space.schedule_cfg
+    _check_schedule("search_space.schedule_cfg.kernel_choice", schedule.kernel_choice)
+    _check_schedule("search_space.schedule_cfg.width_choice", schedule.width_choice)
+    _check_schedule("search_space.schedule_cfg.depth_choice", schedule.depth_choice)
+    _check_schedule("supernet.distill.weight", config.supernet.distill.weight)
+    _check_schedule("final.distill.weight", config.final.distill.weight)
+    _check_stages(config)
     _check_choices(config)
-    _check_maps(config)
-    for name in ("supernet", "final"):
-        _check_schedule(f"{name}.distill.weight", getattr(config, name).distill.weight)
-        _check_training(name, getattr(config, name))
-    for name in ("num_epochs", "steps", "population_size", "tournament_size", "batch_size", "bn_images"):
-        _at_least(f"search.{name}", getattr(config.search, name), 1)
-    _check_budgets(config.search)
-    if config.search.resamples and config.search.resamples < 40:
-        _fail("search.resamples", "0 or at least 40, since intervals leave out 1 in 40", config.search.resamples)
-    if config.search.time_limit and config.search.time_limit < 2:
-        _fail("search.time_limit", "0 or at least 2", config.search.time_limit)
-    for name in ("top_k", "pre_nms_top_k"):
-        _at_least(f"postprocess.{name}", getattr(config.postprocess, name), 1)
-    _at_least("supernet.samples", config.supernet.samples, 1)
-    _at_least("data.workers", config.data.workers, 0)
-    _check_portion(config.data.data_portion)
+    _check_feature_maps(config)
+    _check_search(config.search)
+    portion = config.data.data_portion
+    if len(portion) != 2 or not min(portion) > 0 or sum(portion) > 1 + 1e-9:
+        _fail("data.data_portion", "two shares above 0 that sum to at most 1, for training and for scoring", portion)
     if config.loss.unmatched_threshold > config.loss.matched_threshold:
         _fail("loss.unmatched_threshold", "at most loss.matched_threshold", config.loss.unmatched_threshold)
 
 
 def _fail(key: str, expected: str, found: object) -> None:
     raise UserError(f"{key}: expected {expected}, found {found}")
-
-
-def _at_least(key: str, value: float, minimum: float) -> None:
-    if value < minimum:
-        _fail(key, f"at least {minimum}", value)
 
 
 def _check_schedule(key: str, schedule: ChoiceSchedule | ValueSchedule) -> None:
@@ -225,91 +304,83 @@ def _check_schedule(key: str, schedule: ChoiceSchedule | ValueSchedule) -> None:
         _fail(f"{key}.value", "at least one choice at every boundary", value)
 
 
-def _check_choices(config: Config) -> None:
+def _check_stages(config: Config) -> None:
+    """One expansion, and one kernel where kernels are given, for each stage of the backbone."""
     space = config.search_space
-    if not space.num_cell_groups:
+    stages = len(space.num_cell_groups)
+    if not stages:
         _fail("search_space.num_cell_groups", "the number of blocks of each stage", "none")
-    for blocks in space.num_cell_groups:
-        _at_least("search_space.num_cell_groups", blocks, 1)
-    for expansion in space.expansions:
-        _at_least("search_space.expansions", expansion, 1)
-    if len(space.expansions) != len(space.num_cell_groups):
-        _fail("search_space.expansions", f"{len(space.num_cell_groups)} values, one per stage", space.expansions)
-    kernels = config.backbone.kernels
-    if kernels and len(kernels) != len(space.num_cell_groups):
-        _fail("backbone.kernels", f"{len(space.num_cell_groups)} values, one per stage", kernels)
+    _check_length("search_space.expansions", space.expansions, stages, "one per stage")
+    if config.backbone.kernels:
+        _check_length("backbone.kernels", config.backbone.kernels, stages, "one per stage")
+
+
+def _check_choices(config: Config) -> None:
+    """Choices of kernels, widths and depths that some block of the backbone can serve."""
+    space = config.search_space
     schedule = space.schedule_cfg
     key = "search_space.schedule_cfg"
-    _whole(f"{key}.depth_choice.value", _flat(schedule.depth_choice))
-    _whole(f"{key}.kernel_choice.value", _flat(schedule.kernel_choice))
-    most, widest = max(space.num_cell_groups), max(space.expansions)
-    _within(f"{key}.depth_choice.value", _flat(schedule.depth_choice), 1, most, "blocks of the deepest stage")
-    _within(f"{key}.width_choice.value", _flat(schedule.width_choice), 0.125, widest, "expansion of the widest stage")
-    _within("search_space.head_width_choice", space.head_width_choice, 0.125, 8, "largest expand ratio")
-    _odd_kernels(f"{key}.kernel_choice.value", [*_flat(schedule.kernel_choice)], max(kernels, default=7))
-    _odd_kernels("search_space.head_kernel_choice", space.head_kernel_choice, 7)
-    _odd_kernels("backbone.kernels", kernels, 7)
-    for stride in config.backbone.strides:
-        if stride not in (1, 2):
-            _fail("backbone.strides", "strides of 1 and 2", stride)
-    for size in space.image_size_choice:
-        _at_least("search_space.image_size_choice", size, 32)
-    for name in ("image_size_choice", "head_width_choice", "head_kernel_choice"):
-        if not getattr(space, name):
+    kernels, widths, depths = (
+        list(itertools.chain(*choice.value))
+        for choice in (schedule.kernel_choice, schedule.width_choice, schedule.depth_choice)
+    )
+    largest_kernel = max(config.backbone.kernels, default=7)
+    options = [kernel for kernel in (3, 5, 7) if kernel <= largest_kernel]
+    for kernel in kernels:
+        if kernel not in options or not isinstance(kernel, int):
+            _fail(f"{key}.kernel_choice.value", f"kernels out of {options}, which the backbone can serve", kernel)
+    for depth in depths:
+        if not isinstance(depth, int):
+            _fail(f"{key}.depth_choice.value", "integers", depth)
+    deepest, widest = max(space.num_cell_groups), max(space.expansions)
+    _check_range(f"{key}.depth_choice.value", depths, 1, deepest, "blocks of the deepest stage")
+    _check_range(f"{key}.width_choice.value", widths, 0.125, widest, "expansion of the widest stage")
+    for name, choices in (
+        ("image_size_choice", space.image_size_choice),
+        ("head_width_choice", space.head_width_choice),
+        ("head_kernel_choice", space.head_kernel_choice),
+    ):
+        if not choices:
             _fail(f"search_space.{name}", "at least one choice", "none")
 
 
-def _flat(schedule: ChoiceSchedule) -> list[float]:
-    return [choice for value in schedule.value for choice in value]
-
-
-def _within(key: str, values: Iterable[float], low: float, high: float, what: str) -> None:
+def _check_range(key: str, values: Iterable[float], low: float, high: float, what: str) -> None:
     for value in values:
         if not low <= value <= high:
             _fail(key, f"choices from {low:g} to {high:g} ({what})", value)
 
 
-def _whole(key: str, values: Iterable[float]) -> None:
-    for value in values:
-        if not isinstance(value, int):
-            _fail(key, "integers", value)
-
-
-def _odd_kernels(key: str, kernels: Iterable[float], largest: int) -> None:
-    options = [k for k in (3, 5, 7) if k <= largest]
-    for kernel in kernels:
-        if kernel not in options:
-            _fail(key, f"kernels out of {', '.join(map(str, options))}, which the backbone can serve", kernel)
-
-
-def _check_maps(config: Config) -> None:
+def _check_feature_maps(config: Config) -> None:
     """As many extra blocks, lists of aspect ratios and scales as there are feature maps."""
     extras = config.search_space.num_head
     maps = len(config.backbone.feature_levels) + extras
-    _length("head.channels", config.head.channels, extras, "one per extra feature block (search_space.num_head)")
-    _length("head.aspect_ratios", config.head.aspect_ratios, maps, "one per feature map")
-    _length("head.scales", config.head.scales, maps + 1, "one per feature map and one more")
-    _length("head.variances", config.head.variances, 2, "for centres and sizes")
+    _check_length("head.channels", config.head.channels, extras, "one per extra block (search_space.num_head)")
+    _check_length("head.aspect_ratios", config.head.aspect_ratios, maps, "one per feature map")
+    _check_length("head.scales", config.head.scales, maps + 1, "one per feature map and one more")
+    _check_length("head.variances", config.head.variances, 2, "for centres and sizes")
+    for name, values in (("pixel_mean", config.backbone.pixel_mean), ("pixel_std", config.backbone.pixel_std)):
+        _check_length(f"backbone.{name}", values, 3, "one per colour")
 
 
-def _length(key: str, values: Sequence, expected: int, why: str) -> None:
+def _check_length(key: str, values: Sequence, expected: int, why: str) -> None:
     if len(values) != expected:
         _fail(key, f"{expected} values, {why}", f"{len(values)}")
 
 
-def _check_training(name: str, config: TrainConfig) -> None:
-    _at_least(f"{name}.epochs", config.epochs, 1)
-    _at_least(f"{name}.eval_every", config.eval_every, 1)
-    _at_least(f"{name}.batch_size", config.batch_size, 2)
-    _at_least(f"{name}.accumulate", config.accumulate, 1)
-    _at_least(f"{name}.backbone_learning_rate", config.backbone_learning_rate, 0)
-    if not config.learning_rate > 0:
-        _fail(f"{name}.learning_rate", "a positive number", config.learning_rate)
-    if not 0 <= config.ema_decay < 1:
-        _fail(f"{name}.ema_decay", "a number from 0 to below 1", config.ema_decay)
-    _at_least(f"{name}.lr_schedule.warmup_steps", config.lr_schedule.warmup_steps, 0)
-    if config.lr_schedule.T_0 != "auto":
-        _at_least(f"{name}.lr_schedule.T_0", config.lr_schedule.T_0, 1)
+def _check_search(config: SearchConfig) -> None:
+    for low_key, low, high_key, high in (
+        ("search.min_flops", config.min_flops, "search.max_flops", config.max_flops),
+        ("search.min_params", config.min_params, "search.max_params", config.max_params),
+        ("search.min_latency_ms", config.min_latency_ms, "search.max_latency_ms", config.max_latency_ms),
+    ):
+        if 0 < high < low:
+            _fail(low_key, f"at most {high_key}, which is {high:g}", low)
+    if not config.costs:
+        _fail("search.costs", "at least one cost", "none")
+    if 0 < config.resamples < 40:
+        _fail("search.resamples", "0 or at least 40, since intervals leave out 1 in 40", config.resamples)
+    if 0 < config.time_limit < 2:
+        _fail("search.time_limit", "0 or at least 2", config.time_limit)
 
 
 def validate_network(config: Config, trained: Config, sections: Sequence[str], path: Path) -> None:
@@ -325,27 +396,10 @@ def validate_network(config: Config, trained: Config, sections: Sequence[str], p
                 _fail(f"{section}.{key}", expected, ours[key])
 
 
-def validate_shares(name: str, config: TrainConfig, processes: int) -> None:
-    """Every process has the same share of a batch, and BatchNorm needs two images."""
+def validate_shares(key: str, config: TrainConfig, processes: int) -> None:
+    """Every process has the same share of a batch, and BatchNorm needs two images. `key` is the stage's section."""
     if config.batch_size % processes:
-        _fail(f"{name}.batch_size", f"a multiple of the {processes} processes", config.batch_size)
+        _fail(f"{key}.batch_size", f"a multiple of the {processes} processes", config.batch_size)
     if not config.sync_batch_norm and config.batch_size < 2 * processes:
-        expected = f"at least 2 images for each of the {processes} processes, or {name}.sync_batch_norm"
-        _fail(f"{name}.batch_size", expected, config.batch_size)
-
-
-def _check_budgets(config: SearchConfig) -> None:
-    for cost in ("flops", "params", "latency_ms"):
-        low, high = getattr(config, f"min_{cost}"), getattr(config, f"max_{cost}")
-        _at_least(f"search.min_{cost}", low, 0)
-        _at_least(f"search.max_{cost}", high, 0)
-        if 0 < high < low:
-            _fail(f"search.min_{cost}", f"at most search.max_{cost}, which is {high:g}", low)
-    if not config.costs:
-        _fail("search.costs", "at least one cost", "none")
-    _at_least("search.latency_threads", config.latency_threads, 1)
-
-
-def _check_portion(portion: Sequence[float]) -> None:
-    if len(portion) != 2 or not all(0 < p < 1 for p in portion) or sum(portion) > 1 + 1e-9:
-        _fail("data.data_portion", "two shares above 0 that sum to at most 1, for training and for scoring", portion)
+        expected = f"at least 2 images for each of the {processes} processes, or {key}.sync_batch_norm"
+        _fail(f"{key}.batch_size", expected, config.batch_size)

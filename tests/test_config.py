@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+import typing
 from pathlib import Path
 
 import pytest
@@ -23,6 +26,11 @@ def mistake(*overrides: str, path: Path | None = None) -> str:
     text = str(caught.value)
     assert "\n" not in text
     return text
+
+
+def without_places(text: str) -> str:
+    """`head.scales[2]` as `head.scales`."""
+    return re.sub(r"\[\d+\]", "", text)
 
 
 def write(folder: Path, text: str) -> Path:
@@ -80,7 +88,7 @@ def test_the_name_is_the_files_unless_given(tmp_path, text, name):
 )
 def test_an_unknown_key_is_named_with_the_nearest_valid_one(override, key, nearest):
     text = mistake(override)
-    assert f": {key}: unknown key" in text
+    assert f"{key}: unknown key" in text
     assert f"did you mean '{nearest}'?" in text
 
 
@@ -98,21 +106,23 @@ def test_a_key_unlike_any_other_lists_the_valid_ones():
         ("supernet.learning_rate=false", "supernet.learning_rate: expected a number, found False"),
         ("supernet.learning_rate=", "supernet.learning_rate: expected a number, found ''"),
         ("supernet.sort_channels=1", "supernet.sort_channels: expected true or false, found 1"),
-        ("data.root=2007", "data.root: expected a string, found 2007"),
         ("data.classes=cat", "data.classes: expected a list, found 'cat'"),
-        ("data.classes=[cat, 3]", "data.classes[1]: expected a string, found 3"),
+        ("data.classes=[cat, 3]", "data.classes[1]: expected text, in quotes, found 3"),
         ("head.aspect_ratios=[2, [3]]", "head.aspect_ratios[0]: expected a list, found 2"),
         (
             "search.controller=evolution",
             "search.controller: expected one of random, evo, pareto-evo, found 'evolution'",
         ),
         ("search.costs=[flops, time]", "search.costs[1]: expected one of flops, params, latency_ms, found 'time'"),
-        ("supernet.lr_schedule.T_0=soon", "supernet.lr_schedule.T_0: expected an integer or 'auto', found 'soon'"),
+        (
+            "supernet.lr_schedule.T_0=so",
+            "supernet.lr_schedule.T_0: expected an integer of at least 1 or 'auto', found 'so'",
+        ),
         ("supernet=3", "supernet: expected a section with keys, found 3"),
     ],
 )
 def test_a_wrong_type_names_key_expectation_and_value(override, expected):
-    assert mistake(override) == f"configuration: {expected}"
+    assert mistake(override) == expected
 
 
 @pytest.mark.parametrize(
@@ -125,9 +135,8 @@ def test_a_wrong_type_names_key_expectation_and_value(override, expected):
     ],
 )
 def test_a_broken_override_is_shown(override, expected):
-    start = ["seed=1", override]
-    text = mistake(*start)
-    assert text.startswith(f"--set {override}: ")
+    text = mistake("seed=1", override)
+    assert text.startswith(f"--set {override.partition('=')[0]}")
     assert expected in text
 
 
@@ -171,9 +180,11 @@ def test_schedules_whose_boundaries_and_values_differ_in_length(name, change, ex
 
 @pytest.mark.parametrize("boundary", ["[2,5]", "[1,1]", "[5,1]", "[0,3]"])
 def test_boundaries_ascend_from_1(boundary):
-    assert f"{SCHEDULE}.kernel_choice.boundary: " in mistake(f"{SCHEDULE}.kernel_choice.boundary={boundary}")
+    assert f"{SCHEDULE}.kernel_choice.boundary: " in without_places(
+        mistake(f"{SCHEDULE}.kernel_choice.boundary={boundary}")
+    )
     weight = "supernet.distill.weight"
-    assert f"{weight}.boundary: " in mistake(f"{weight}.boundary={boundary}", f"{weight}.value=[0,0.1]")
+    assert f"{weight}.boundary: " in without_places(mistake(f"{weight}.boundary={boundary}", f"{weight}.value=[0,0.1]"))
 
 
 @pytest.mark.parametrize(
@@ -204,7 +215,7 @@ def test_boundaries_ascend_from_1(boundary):
     ],
 )
 def test_choices_that_no_stage_can_serve(override, key):
-    assert mistake(override).startswith(f"{key}: expected ")
+    assert without_places(mistake(override)).startswith(f"{key}: expected ")
 
 
 def test_a_least_above_the_most_is_a_contradiction():
@@ -243,7 +254,7 @@ def test_a_least_above_the_most_is_a_contradiction():
     ],
 )
 def test_numbers_out_of_range(override, key):
-    assert mistake(override).startswith(f"{key}: expected ")
+    assert without_places(mistake(override)).startswith(f"{key}: expected ")
 
 
 @pytest.mark.parametrize(
@@ -330,3 +341,56 @@ def test_the_defaults_train_and_search_as_the_reference_recipe():
     assert (final.momentum, final.weight_decay, final.clip_grad_norm) == (0.9, 1e-4, 5)
     assert (final.lr_schedule.type, final.lr_schedule.eta_min) == ("cosine", 0)
     assert (final.base_net_lr, final.freeze_base_net, final.eval_every) == (5e-4, False, 10)
+
+
+def number_keys() -> list[tuple[str, str, config_io.Bounds]]:
+    """Every key that holds numbers: its path, a YAML form with a hole for one number, its bounds."""
+    found = []
+    for key, kind in config_io.leaf_types(Config).items():
+        form = "{}"
+        while typing.get_origin(kind) is list:
+            kind = typing.get_args(kind)[0]
+            form = f"[{form}]"
+        for option in (kind, *typing.get_args(kind)):
+            if typing.get_origin(option) is typing.Annotated:
+                found.append((key, form, typing.get_args(option)[1]))
+    return found
+
+
+def test_every_number_has_bounds():
+    numbers = {key for key, _, _ in number_keys()}
+    kinds = config_io.leaf_types(Config)
+    unbounded = {key for key, kind in kinds.items() if re.search(r"\bint\b|\bfloat\b", str(kind))} - numbers
+    assert unbounded == {"backbone.pixel_mean"} and len(numbers) > 75
+
+
+@pytest.mark.parametrize(("key", "form", "bounds"), number_keys())
+def test_a_number_out_of_its_bounds_is_refused(key, form, bounds):
+    wrong = [".nan", ".inf", "-.inf", bounds.low - 1]
+    if bounds.high < math.inf:
+        wrong.append(bounds.high + 1)
+    for value in wrong:
+        assert without_places(mistake(f"{key}={form.format(value)}")).startswith(f"{key}: expected ")
+
+
+def test_a_repeated_section_is_refused(tmp_path):
+    path = write(tmp_path, "final: {epochs: 3}\nseed: 1\nfinal: {batch_size: 4}\n")
+    with pytest.raises(UserError, match="the key 'final' stands there twice, again in line 3"):
+        config_io.read_config(path)
+
+
+def test_a_key_that_was_retired_is_ignored():
+    assert config_io.from_dict({"search": {"racing": True, "steps": 3}}).search.steps == 3
+
+
+@pytest.mark.parametrize("root", ["d/my set #2", "20240601", "yes", "2024-06-01", "a: b", "~"])
+def test_text_is_taken_as_it_was_typed(root):
+    assert config_io.read_config(None, [f"data.root={root}"]).data.root == root
+    assert config_io.read_config(None, [f"data.root='{root}'"]).data.root == root
+
+
+def test_a_mistake_of_the_command_line_is_not_blamed_on_the_file(tmp_path):
+    path = write(tmp_path, "supernet: {epochs: 7}\n")
+    assert mistake("supernet.epochs=0", path=path).startswith("supernet.epochs: ")
+    path = write(tmp_path, "supernet: {epochs: 0}\n")
+    assert mistake("supernet.samples=3", path=path).startswith(f"{path}: supernet.epochs: ")
