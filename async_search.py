@@ -168,14 +168,18 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_search_config(args: argparse.Namespace, supernet: Supernet, path: Path) -> Config:
-    """The supernet's configuration, or --cfg's, which must describe the same network."""
-    keys = {"controller": args.controller, "max_flops": args.max_flops, "max_params": args.max_params}
-    keys |= {"max_latency_ms": args.max_latency, "latency_table": args.latency_table}
-    args.set += [f"search.{key}={value}" for key, value in keys.items() if value is not None]
-    config = cli.read_config(args, "search", to_dict(supernet.config))
-    validate_network(config, supernet.config, ("search_space", "backbone", "head", "loss"), path)
-    return config
+def resolve_run(args: argparse.Namespace, supernet: Supernet, path: Path) -> cli.Run:
+    """The search's run: the supernet's configuration, or that of --cfg, which must describe the same network."""
+    flags = {
+        "search.controller": args.controller,
+        "search.max_flops": args.max_flops,
+        "search.max_params": args.max_params,
+        "search.max_latency_ms": args.max_latency,
+        "search.latency_table": args.latency_table,
+    }
+    run = cli.CommandLine(args, "search", flags).resolve(to_dict(supernet.config), f"the supernet {path}")
+    validate_network(run.config, supernet.config, ("search_space", "backbone", "head", "loss"), path)
+    return run
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -186,8 +190,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("no supernet run found: train one with supernet_train.py, or name its folder with --load")
     path = supernet_checkpoint(source)
     supernet = load_supernet(path)
-    config = read_search_config(args, supernet, path)
-    folder = cli.run_folder(args, config, "search")
+    search_run = resolve_run(args, supernet, path)
+    folder, config = search_run.folder, search_run.config
     if args.top < 0:
         raise UserError(f"--top {args.top}: expected how many of the best to list")
     if args.measure_latency:
@@ -204,6 +208,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     train, candidates = load_split(path.parent / "split.json", annotations)
     starts = start_genotypes(args.start_from, path.parent, supernet, budget)
     for line in (
+        *search_run.describe(),
         f"supernet: {path}, trained to epoch {supernet.epoch} of {supernet.config.supernet.epochs}",
         plan.describe_split(len(annotations), train, candidates),
         *plan.describe_space(supernet.detector, supernet.space),
@@ -218,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print_estimate(supernet, annotations, (train, candidates), config, devices, threads)
         return
     with Ledger(folder / "evals.jsonl") as ledger, StopRequest() as stop:
-        cli.save_config(config, folder)
+        search_run.save_config()
         remember("search", folder)
         controller = configured_controller(config, supernet.space, budget, starts)
         identity = identify(path, config)

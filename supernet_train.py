@@ -107,8 +107,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     device = pick_device(args.device)
     distributed.join(device)
-    config = cli.read_config(args, "supernet")
-    folder = cli.run_folder(args, config, "supernet")
+    run = cli.CommandLine(args, "supernet").resolve()
+    folder, config = run.folder, run.config
     seed_everything(config.seed)
     annotations = load_annotations(config.data, "train")
     train, search = split_indices(annotations, config.data.data_portion, config.seed)
@@ -117,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     size = max(config.search_space.image_size_choice)
     loader = configured_train_loader(annotations, train, size, config.supernet.batch_size, config, device)
     for line in (
+        *run.describe(),
         *preflight(annotations, range(len(annotations)), detector.priors(size), config.loss.matched_threshold),
         plan.describe_split(len(annotations), train, search),
         *plan.describe_space(detector, detector.space),
@@ -136,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.dry_run:
         print_estimate(config, detector, loader, annotations, train, search, teacher, device)
         return
-    cli.save_config(config, folder)
+    run.save_config()
     save_split(folder / "split.json", annotations, train, search)
     if pretrained:
         content = {**pretrained.to_dict(), "supernet": {"path": str(folder / "last.pt")}, "config": to_dict(config)}

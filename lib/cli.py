@@ -1,21 +1,30 @@
-"""What the three commands have in common: their flags, and from flags to a configuration and a run folder.
+"""What the three commands have in common: flags, the folder of a run, and the one configuration of a command.
 
-Where runs live: the folder of each stage, and which run of a stage was the last one.
+The configuration is put together once, in `CommandLine.resolve`. A higher layer wins:
+
+    --set key=value
+    flags that stand for a key (--data, --seed, --max-flops, ...)
+    --cfg FILE; without it what the run in the folder began with (--resume), else what the command inherits (the
+        configuration of the supernet, the genotype or the detector that it starts from), else configs/shapes.yaml
+    the defaults of lib/config.py
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from lib import checkpoint, config_io, distributed
-from lib.checkpoint import write_text
 from lib.config import Config
-from lib.config_io import validate, validate_shares
 from lib.errors import UserError
 
-PRODUCTS = ("last.pt", "evals.jsonl", "plan.json")  # what training, search and comparison resume from
+RUNS = Path("runs")
+POINTER = RUNS / "last.json"  # the last run of each stage, for commands that name none
+RESUMABLE = ("last.pt", "evals.jsonl", "plan.json")  # what a training, a search and a comparison resume from
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "shapes.yaml"
 
 
@@ -24,23 +33,22 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=32, width=110)
 
 
-SAVE_HELP = "keep a checkpoint every N epochs, beside the last one"
-
-
-def make_parser(description: str, load_help: str, save_help: str = SAVE_HELP) -> argparse.ArgumentParser:
+def make_parser(
+    description: str, load_help: str, save_help: str = "keep a checkpoint every N epochs, beside the last one"
+) -> argparse.ArgumentParser:
     """A parser with the flags that every stage has; `description` is the script's docstring."""
     parser = argparse.ArgumentParser(description=description, formatter_class=_Formatter)
     add = parser.add_argument
     add("--cfg", metavar="FILE", help="YAML file of the experiment, read by all three stages (see configs/)")
     add("--set", metavar="KEY=VALUE", action="append", default=[], help="override one key, e.g. supernet.epochs=10")
-    add("--data", metavar="DIR", help="folder of the data set, short for --set data.root=DIR")
-    add("--train-dir", metavar="DIR", type=Path, help="where this run writes (default: runs/NAME/STAGE)")
+    add("--data", metavar="DIR", help="folder of the data set (data.root)")
+    add("--train-dir", metavar="DIR", type=Path, help="folder that this run writes to (default: runs/NAME/STAGE)")
     add("--load", metavar="DIR", type=Path, help=load_help)
     add("--resume", action="store_true", help="continue the run in --train-dir; start it where there is none")
     add("--save-every", metavar="N", type=int, help=save_help)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--seed", type=int, help="seed of everything random (default: the configuration's)")
-    add("--dry-run", action="store_true", help="check everything, print the plan and the time it takes, and stop")
+    add("--dry-run", action="store_true", help="check everything, print the plan and an estimate of the time, and stop")
     return parser
 
 
@@ -48,61 +56,106 @@ def add_tensorboard(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tensorboard", action="store_true", help="also log for TensorBoard")
 
 
-def overrides(args: argparse.Namespace, stage: str) -> list[str]:
-    """`--set`, and the flags that stand for a key."""
-    flags = {"data.root": args.data, "seed": args.seed}
-    if stage != "search":
-        flags[f"{stage}.save_every"] = args.save_every
-    return [*args.set, *(f"{key}={value}" for key, value in flags.items() if value is not None)]
+# The configuration of a command.
 
 
-def said_config(args: argparse.Namespace, stage: str) -> Config:
-    """What --cfg and --set say by themselves, before it is known what the command goes on from."""
-    return config_io.read_config(args.cfg, overrides(args, stage))
+@dataclass(frozen=True)
+class Run:
+    """A command's run: the folder that it writes to, its configuration, and where that comes from."""
+
+    folder: Path
+    config: Config
+    source: str
+
+    def describe(self) -> list[str]:
+        """The first lines of a plan."""
+        return [f"configuration: {self.source}", f"data: {self.config.data.root}", f"writes to: {self.folder}"]
+
+    def save_config(self) -> None:
+        checkpoint.write_text(self.folder / "config.yaml", config_io.dump(self.config))
 
 
-def read_config(
-    args: argparse.Namespace, stage: str, inherited: dict | None = None, folder: str | None = None
-) -> Config:
-    """The configuration of a command: --cfg, else that of the run it continues, else `inherited`, else shapes.yaml.
+class CommandLine:
+    """What the user gave: `--cfg`, flags that stand for a key of the configuration, `--set`.
 
-    `folder` is the name of the run's folder where it is not the stage's.
+    `flags` are values by key; None stands for a flag that was not given.
     """
-    changes = overrides(args, stage)
-    if inherited is not None and not args.cfg:
-        settings = config_io.from_dict(config_io.with_overrides(inherited, changes))
-    else:
-        settings = config_io.read_config(args.cfg or DEFAULT_CONFIG, changes)
-    if args.resume and not args.cfg and (saved := _saved(run_folder(args, settings, folder or stage))):
-        settings = config_io.from_dict(config_io.with_overrides(saved, changes))
-    if args.data and settings.data.dataset_type == "shapes" and not Path(args.data).is_dir():
-        raise UserError(
-            f"--data {args.data}: no such folder; pictures of your own also need --cfg, and the built-in ones no --data"
-        )
-    validate(settings)
-    if stage != "search":
-        validate_shares(stage, getattr(settings, stage), distributed.world().size)
-    return settings
+
+    def __init__(self, args: argparse.Namespace, stage: str, flags: Mapping[str, object] | None = None):
+        self.args = args
+        self.stage = stage
+        save_every = {"supernet": "supernet.save_every", "final": "final.save_every"}.get(stage)
+        by_flag = {"data.root": args.data, "seed": args.seed, **(flags or {})}
+        if save_every:
+            by_flag[save_every] = args.save_every
+        self._file = config_io.read_yaml(Path(args.cfg)) if args.cfg else None
+        self._changes = [(key, value) for key, value in by_flag.items() if value is not None]
+        self._changes += [config_io.parse_override(text) for text in args.set]
+
+    def given(self, key: str) -> object | None:
+        """The value that the user gave `key`; None where neither a flag nor --set nor --cfg does."""
+        for name, value in reversed(self._changes):
+            if name == key:
+                return value
+        return config_io.get_key(self._file or {}, key)
+
+    def resolve(self, inherited: dict | None = None, inherited_from: str = "", folder_name: str | None = None) -> Run:
+        """The run of this command. `inherited` is the configuration of what it starts from, read from `inherited_from`.
+
+        `folder_name` is the name of the run's folder where it is not the stage's. Raises UserError, naming the key.
+        """
+        args = self.args
+        if self._file is not None:
+            layer, source = self._file, str(args.cfg)
+        elif inherited is not None:
+            layer, source = inherited, inherited_from
+        else:
+            layer, source = config_io.read_yaml(DEFAULT_CONFIG), f"configs/{DEFAULT_CONFIG.name}"
+        name = _plain_name(self.given("name") or layer.get("name"))
+        folder = args.train_dir or stage_folder(name, folder_name or self.stage)
+        if args.resume and self._file is None and (saved := _saved_config(folder)):
+            layer, source = saved, f"{folder / 'config.yaml'}, with which this run began"
+        config = self._build(layer, source)
+        if args.data and config.data.dataset_type == "shapes" and not Path(args.data).is_dir():
+            raise UserError(
+                f"--data {args.data}: no such folder; the built-in pictures need no --data, pictures of your own need "
+                "a --cfg that says how they are laid out"
+            )
+        return Run(folder, config, source)
+
+    def _build(self, layer: dict, source: str) -> Config:
+        overridden = [key for key, _ in self._changes]
+        data = config_io.with_overrides(layer, [])
+        for key, value in self._changes:
+            config_io.set_key(data, key, value)
+        config = config_io.from_dict(data, source, overridden)
+        config_io.validate(config)
+        processes = distributed.world().size
+        if self.stage == "supernet":
+            config_io.validate_shares("supernet", config.supernet, processes)
+        elif self.stage == "final":
+            config_io.validate_shares("final", config.final, processes)
+        return config
 
 
-def _saved(folder: Path) -> dict | None:
+def _saved_config(folder: Path) -> dict | None:
     """The configuration of the run in `folder`, if there is something to go on from. The main process reads it."""
     path = folder / "config.yaml"
-    goes_on = path.is_file() and any((folder / product).exists() for product in PRODUCTS)
-    saved = distributed.from_main(config_io.read_yaml(path) if distributed.world().main and goes_on else None)
-    if saved:
-        print(f"configuration: {path}, with which this run began")
-    return saved
+    goes_on = path.is_file() and any((folder / product).exists() for product in RESUMABLE)
+    return distributed.from_main(config_io.read_yaml(path) if distributed.world().main and goes_on else None)
+
+
+def _plain_name(name: object) -> str:
+    """`name`, which becomes a folder below runs/. A configuration may come from a stranger's file."""
+    if not isinstance(name, str) or not re.fullmatch(r"[^/\\\x00-\x1f]{1,100}", name) or name in (".", ".."):
+        raise UserError(f"name: expected a plain name, which becomes a folder, found {str(name)[:60]!r}")
+    return name
 
 
 def refuse_torchrun(command: str) -> None:
     """Raise UserError if several processes run a command that is for one."""
     if distributed.world().size > 1:
         raise UserError(f"{command} runs in one process: start it without torchrun")
-
-
-def run_folder(args: argparse.Namespace, settings: Config, stage: str) -> Path:
-    return args.train_dir or stage_folder(settings.name, stage)
 
 
 def refuse_to_overwrite(product: Path, args: argparse.Namespace) -> None:
@@ -115,12 +168,7 @@ def refuse_to_overwrite(product: Path, args: argparse.Namespace) -> None:
     print(f"note: {text}")
 
 
-def save_config(settings: Config, folder: Path) -> None:
-    checkpoint.write_text(folder / "config.yaml", config_io.dump(settings))
-
-
-RUNS = Path("runs")
-POINTER = RUNS / "last.json"
+# Where runs live.
 
 
 def stage_folder(name: str, stage: str) -> Path:
@@ -128,10 +176,10 @@ def stage_folder(name: str, stage: str) -> Path:
 
 
 def remember(stage: str, folder: Path) -> None:
-    """Note that `folder` is now the last run of `stage`, for commands that name none."""
+    """Note that `folder` is now the last run of `stage`."""
     pointers = _pointers()
     pointers[stage] = str(folder)
-    write_text(POINTER, json.dumps(pointers, indent=2) + "\n")
+    checkpoint.write_text(POINTER, json.dumps(pointers, indent=2) + "\n")
 
 
 def last_run(stage: str) -> Path | None:
@@ -141,27 +189,29 @@ def last_run(stage: str) -> Path | None:
 
 def supernet_checkpoint(folder: Path) -> Path:
     """The checkpoint of a supernet run's folder (or of the run's parent folder), or the file itself."""
-    candidates = [folder, folder / "last.pt", folder / "supernet" / "last.pt"]
-    for path in candidates:
+    for path in (folder, folder / "last.pt", folder / "supernet" / "last.pt"):
         if path.is_file():
             return path
     raise UserError(f"{folder}: no supernet checkpoint here; expected last.pt, which supernet_train.py writes")
 
 
 def find_genotype(name: str) -> Path:
-    """A genotype file: as named, or, for a bare file name that is not here, the last search's file of that name."""
+    """The genotype file `name`. A bare file name that is not here is looked up in the last search's folder."""
     path = Path(name)
     if path.is_file():
         return path
-    search = last_run("search")
-    if path.parent == Path() and search is not None and (search / name).is_file():
+    search = last_run("search") if path.parent == Path() else None
+    if search is not None and (search / name).is_file():
         return search / name
-    where = f" nor in {search}" if search is not None and path.parent == Path() else ""
+    where = f" nor in {search}" if search is not None else ""
     raise UserError(f"{name}: no such genotype file here{where}; async_search.py writes best.json and pareto.json")
 
 
 def _pointers() -> dict[str, str]:
     try:
-        return json.loads(POINTER.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+        pointers = json.loads(POINTER.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
+    if not isinstance(pointers, dict):
+        return {}
+    return {stage: path for stage, path in pointers.items() if isinstance(path, str)}

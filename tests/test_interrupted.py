@@ -18,7 +18,7 @@ BATCH = 7  # of epoch 2, after which the signal comes
 SIGNALLED = f"""
 import os, sys
 from importlib import import_module
-from lib.engine import Trainer
+from lib.training import Trainer
 from lib.runtime import run
 script, signal = sys.argv.pop(1), int(sys.argv.pop(1))
 update = Trainer.update
