@@ -20,25 +20,24 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
 
 from lib import cli, distributed, export, inference, plan
 from lib.annotations import Annotations
-from lib.cli import find_genotype, last_run, remember
 from lib.config import Config
-from lib.config_io import from_dict, to_dict, with_overrides
-from lib.datasets import configured_train_loader, load_annotations
+from lib.config_io import to_dict
+from lib.datasets import load_annotations
 from lib.detector import SSD, detector_checkpoint, load_detector
 from lib.errors import UserError
-from lib.export import export_graph, quantize
 from lib.final_training import (
+    FinalTraining,
     evaluate,
+    final_loader,
     find_start,
-    find_teacher,
     load_supernet_of,
-    make_training,
     some_images,
     supernet_path,
 )
@@ -46,9 +45,29 @@ from lib.genotype import Genotype, is_genotype_string, parse_genotype_string, re
 from lib.images import find_pictures
 from lib.latency import describe_parts
 from lib.log import duration
-from lib.plan import preflight
 from lib.runtime import pick_device, run, seed_everything
-from lib.trials import Contest, contestants, shortened
+from lib.trials import Recipe, Trials, contestants, shortened, write_comparison
+
+
+class Choice(NamedTuple):
+    """The genotype that a command was given: its name, and the content of its file (empty for a genotype string)."""
+
+    name: str
+    content: dict
+
+    def genotype(self, space) -> Genotype:
+        """The genotype itself, which `space` must hold."""
+        found = Genotype.from_dict(self.content) if self.content else parse_genotype_string(self.name, space)
+        space.check(found)
+        return found
+
+
+def chosen_genotype(command: cli.CommandLine, default: str = "best.json") -> Choice:
+    """The genotype of --genotype, else of the key final.genotypes, else `default`."""
+    name = command.args.genotype or command.given("final.genotypes") or default
+    if is_genotype_string(name):
+        return Choice(name, {})
+    return Choice(name, read_genotype_file(cli.find_genotype(name), command.args.index))
 
 
 def load_data(config: Config) -> tuple[Annotations, Annotations]:
@@ -61,73 +80,70 @@ def load_data(config: Config) -> tuple[Annotations, Annotations]:
     return annotations, test
 
 
-def starting_point(args: argparse.Namespace) -> tuple[str, Path | None]:
-    """Where the weights come from: "scratch", "pretrained" or "supernet"; and the detector of --load, if it is one."""
-    other = detector_checkpoint(args.load) if args.load else None
-    if other and (args.from_scratch or args.from_pretrained):
-        raise UserError(f"--load {args.load}: a detector to start from, which --from-scratch, --from-pretrained deny")
-    return "scratch" if args.from_scratch else "pretrained" if args.from_pretrained or other else "supernet", other
-
-
-def chosen_genotype(args: argparse.Namespace, other: Path | None) -> tuple[str, dict]:
-    """The genotype's name, and the content of its file (of a string only the configuration, if any).
-
-    It is that of --genotype, else the configuration's, else that of `other`, a detector, else best.json.
-    """
-    name = args.genotype or cli.said_config(args, "final").final.genotypes
-    source = {}
-    if not is_genotype_string(name) and (name or not other):
-        source = read_genotype_file(find_genotype(name or "best.json"), args.index)
-    if other:
-        detector = load_detector(other)
-        settings = to_dict(detector.config)
-        changed = from_dict(with_overrides(settings, cli.overrides(args, "final")))
-        if args.data or changed.data.root != settings["data"]["root"]:
-            settings["data"] |= {"classes": [], "num_classes": 0}  # those of the new data
-        source = {**(source or detector.genotype.to_dict()), "config": settings}
-    return name, source
-
-
 def train(args: argparse.Namespace, device: torch.device) -> None:
-    """The whole of stage 3, from a genotype to a detector."""
-    origin, other = starting_point(args)
-    name, source = chosen_genotype(args, other)
-    kind = "finetuned" if other else "final"
-    config = cli.read_config(args, "final", source.get("config"), kind)
-    if other:
-        config.backbone.pretrained_path = str(other)  # which config.yaml then says too
-    folder = cli.run_folder(args, config, kind)
-    if other and other.parent.resolve() == folder.resolve():
-        raise UserError(f"{folder}: holds the detector to start from; --train-dir DIR writes elsewhere")
+    """Train a genotype from the supernet's weights, or with --from-scratch, --from-pretrained from others."""
+    command = cli.CommandLine(args, "final")
+    choice = chosen_genotype(command)
+    origin = "scratch" if args.from_scratch else "pretrained" if args.from_pretrained else "supernet"
+    this_run = command.resolve(choice.content.get("config"), f"the genotype file {choice.name}")
+    train_from(this_run, choice, origin, args, device)
+
+
+def fine_tune(args: argparse.Namespace, detector_path: Path, device: torch.device) -> None:
+    """Go on from a trained detector (--load), on data of the same or other classes, in a folder of its own."""
+    if args.from_scratch or args.from_pretrained:
+        raise UserError(f"--load {args.load}: a detector to start from, which --from-scratch, --from-pretrained deny")
+    command = cli.CommandLine(args, "final")
+    detector = load_detector(detector_path)
+    settings = to_dict(detector.config)
+    if (command.given("data.root") or settings["data"]["root"]) != settings["data"]["root"]:
+        settings["data"] |= {"classes": [], "num_classes": 0}  # other data has classes of its own
+    # The detector's own genotype, unless another one was asked for.
+    named = args.genotype or command.given("final.genotypes")
+    choice = chosen_genotype(command) if named else Choice(str(detector_path), detector.genotype.to_dict())
+    this_run = command.resolve(settings, f"the detector {detector_path}", folder_name="finetuned")
+    if detector_path.parent.resolve() == this_run.folder.resolve():
+        raise UserError(f"{this_run.folder}: holds the detector to start from; --train-dir DIR writes elsewhere")
+    this_run.config.backbone.pretrained_path = str(detector_path)  # config.yaml names it too
+    train_from(this_run, choice, "pretrained", args, device)
+
+
+def train_from(this_run: cli.Run, choice: Choice, origin: str, args: argparse.Namespace, device: torch.device) -> None:
+    """The whole of stage 3, from a genotype and the `origin` of its weights to a detector."""
+    folder, config = this_run.folder, this_run.config
     seed_everything(config.seed)
     annotations, test = load_data(config)
-    start = find_start(origin, config, source, annotations.classes, args.load)
-    network = start.network
-    as_text = is_genotype_string(name)
-    genotype = parse_genotype_string(name, network.space) if as_text else Genotype.from_dict(source)
-    network.space.check(genotype)
-    teacher, cost = find_teacher(start, config, genotype, annotations.classes), network.cost(genotype)
-    everything, batch_size = range(len(annotations)), config.final.batch_size
-    loader = configured_train_loader(annotations, everything, genotype.image_size, batch_size, config, device)
+    start = find_start(origin, config, choice.content, annotations.classes, args.load)
+    genotype = choice.genotype(start.network.space)
+    student = start.student(config, genotype, annotations.classes)
+    loader = final_loader(annotations, genotype.image_size, config, device)
+    # The plan: everything that can be wrong has been checked by now.
     for line in (
-        *preflight(annotations, everything, network.priors(genotype.image_size), config.loss.matched_threshold),
+        *this_run.describe(),
+        *plan.preflight(
+            annotations,
+            range(len(annotations)),
+            start.network.priors(genotype.image_size),
+            config.loss.matched_threshold,
+        ),
         f"test set: {len(test)} images",
         f"genotype: {genotype}",
-        f"  {cost.flops / 1e6:.1f} M multiply-adds, {cost.params / 1e6:.3f} M parameters",
-        *plan.describe_priors(network, config),
+        f"  {student.cost.flops / 1e6:.1f} M multiply-adds, {student.cost.params / 1e6:.3f} M parameters",
+        *plan.describe_priors(start.network, config),
         plan.describe_training("final", config.final, len(annotations), loader.batch_sampler.batches_per_epoch),
     ):
         print(line)
     cli.refuse_to_overwrite(folder / "last.pt", args)
     if args.dry_run:
-        model = network.extract(genotype)
-        training, scoring = estimate_seconds(config, model, loader, teacher, test, device)
+        training, scoring = estimate_seconds(config, student.model, loader, student.teacher, test, device)
         print(f"time on {device}: about {duration(training + scoring)}, of which {duration(scoring)} to evaluate")
         return
-    cli.save_config(config, folder)
-    remember("final", folder)
-    options = {"resume": args.resume, "tensorboard": args.tensorboard}
-    training = make_training(config, folder, start, genotype, teacher, loader, test, device, **options)
+    # The training.
+    this_run.save_config()
+    cli.remember("final", folder)
+    training = FinalTraining(
+        config, folder, student, loader, test, device, resume=args.resume, tensorboard=args.tensorboard
+    )
     if not training.run():
         print(f"stopped; everything is in {folder / 'last.pt'}, the same command with --resume goes on")
         return
@@ -141,7 +157,7 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 def estimate_seconds(
     config: Config, model: SSD, loader: DataLoader, teacher: SSD | None, test: Annotations, device: torch.device
 ) -> tuple[float, float]:
-    """Seconds of a training on this device, and of its evaluations, from some seconds of each kind of work."""
+    """Seconds of a training on this device, and of its evaluations, measured on a few seconds of each."""
     settings = config.final
     if teacher is not None:
         teacher.to(device, memory_format=torch.channels_last)
@@ -152,61 +168,63 @@ def estimate_seconds(
 
 def compare(args: argparse.Namespace, device: torch.device) -> None:
     """--compare: the found genotype and others, scored with inherited weights, fine-tuned and trained from scratch."""
-    name, source = chosen_genotype(args, None)
-    if is_genotype_string(name):
+    command = cli.CommandLine(args, "final")
+    choice = chosen_genotype(command)
+    if not choice.content:
         raise UserError("--compare: takes a genotype from a file, such as best.json, which names its supernet")
-    whole = cli.read_config(args, "final", source.get("config"), "compare")
-    folder, config = cli.run_folder(args, whole, "compare"), shortened(whole, args.compare_epochs)
+    this_run = command.resolve(choice.content.get("config"), f"the genotype file {choice.name}", folder_name="compare")
+    folder, config = this_run.folder, shortened(this_run.config, args.compare_epochs)
     annotations, test = load_data(config)
-    path = supernet_path(config, source, args.load)
+    path = supernet_path(config, choice.content, args.load)
     supernet = load_supernet_of(path, annotations.classes)
+    # The found network's competitors.
+    found = choice.genotype(supernet.space)
     written = path.parent / "pretrained_genotype.json"
     pretrained = Genotype.from_dict(read_genotype_file(written)) if written.exists() else None
-    found, flops = Genotype.from_dict(source), (lambda genotype: supernet.detector.cost(genotype).flops)
-    chosen = contestants(supernet.space, flops, found, pretrained, args.compare_random, config.seed)
-    print(f"compare: {len(chosen)} networks, each trained twice for {config.final.epochs} epochs")
-    for contestant, genotype in chosen.items():
-        print(f"  {contestant}: {flops(genotype) / 1e6:.1f} M multiply-adds")
+    networks = contestants(supernet, found, pretrained, args.compare_random, config.seed)
+    print("\n".join(this_run.describe()))
+    print(f"compare: {len(networks)} networks, each trained twice for {config.final.epochs} epochs")
+    for name, genotype in networks.items():
+        print(f"  {name}: {supernet.detector.cost(genotype).flops / 1e6:.1f} M multiply-adds")
     cli.refuse_to_overwrite(folder / "plan.json", args)
     if args.dry_run:
-        print_compare_estimate(config, supernet.detector.extract(found), len(chosen), annotations, test, device)
+        loader = final_loader(annotations, found.image_size, config, device)
+        seconds = sum(estimate_seconds(config, supernet.detector.extract(found), loader, None, test, device))
+        trainings = 2 * len(networks)
+        print(
+            f"time on {device}: about {duration(trainings * seconds)}, {trainings} trainings of about "
+            f"{duration(seconds)} (the found network's; a teacher, if there is one, takes more)"
+        )
         return
-    contest = Contest(config, folder, supernet, path, chosen, annotations, test, device)
-    cli.save_config(whole, folder)
-    if not contest.run():
+    recipe = Recipe(config, supernet, path, annotations, test, device)
+    trials = Trials(recipe, folder, networks)
+    this_run.save_config()
+    if not trials.run():
         print(f"stopped; everything is in {folder}, the same command with --resume goes on")
         return
-    print(contest.write())
+    print(write_comparison(trials))
     print(f"wrote {folder / 'compare.json'}, {folder / 'compare.md'}, {folder / 'compare.png'}")
-    print(f"next: python final_train.py --genotype {name or 'best.json'}")
+    print(f"next: python final_train.py --genotype {choice.name}")
 
 
-def print_compare_estimate(
-    config: Config, found: SSD, count: int, annotations: Annotations, test: Annotations, device: torch.device
-) -> None:
-    """How long --compare will take, if each of its trainings takes as long as that of the network that was found."""
-    data = annotations, range(len(annotations)), found.image_size, config.final.batch_size
-    loader = configured_train_loader(*data, config, device)
-    seconds = sum(estimate_seconds(config, found, loader, None, test, device))
-    print(
-        f"time on {device}: about {duration(2 * count * seconds)}, {2 * count} trainings of about {duration(seconds)} "
-        "(the found network's; a teacher, if there is one, apart)"
-    )
-
-
-def detector_path(args: argparse.Namespace) -> Path:
+def trained_detector(args: argparse.Namespace) -> Path:
     """The detector of --load (a file or a run's folder), else of --train-dir, else of the last run."""
-    where = args.load or args.train_dir or last_run("final")
+    where = args.load or args.train_dir or cli.last_run("final")
     if where is None:
         raise UserError("no detector found: train one with final_train.py, or name its best.pt with --load")
     return where / "best.pt" if where.is_dir() else where
 
 
+def configured_again(args: argparse.Namespace, config: Config, path: Path) -> Config:
+    """The configuration of the detector in `path`, changed by --cfg, flags and --set."""
+    return cli.CommandLine(args, "final").resolve(to_dict(config), f"the detector {path}").config
+
+
 def evaluate_again(args: argparse.Namespace, device: torch.device) -> None:
     """--eval-only: the detector on the test set, as metrics.json has it."""
-    path = detector_path(args)
+    path = trained_detector(args)
     detector = load_detector(path)
-    config = cli.read_config(args, "final", to_dict(detector.config))
+    config = configured_again(args, detector.config, path)
     test = load_annotations(config.data, "test")
     model = detector.model.to(device, memory_format=torch.channels_last)
     metrics = evaluate(model, test, config, device, args.pycocotools)
@@ -219,18 +237,20 @@ def evaluate_again(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def export_detector(args: argparse.Namespace) -> None:
-    """--export: detector.onnx beside the checkpoint, if it passes the gate of lib/export.py, and export.json."""
-    path = detector_path(args)
+    """--export: detector.onnx beside the checkpoint, if it passes the parity gate of lib/export.py, and export.json."""
+    path = trained_detector(args)
     loaded = load_detector(path)
-    config = cli.read_config(args, "final", to_dict(loaded.config))
+    config = configured_again(args, loaded.config, path)
     detector = loaded._replace(config=config)
     test = load_annotations(config.data, "test")
-    graph, name = export_graph(detector, nms=not args.no_nms), "detector_raw" if args.no_nms else "detector"
-    exact, small = (path.with_name(f"{name}{suffix}.onnx") for suffix in ("", "_int8"))
+    graph = export.export_graph(detector, nms=not args.no_nms)
+    name = "detector_raw" if args.no_nms else "detector"
+    exact = path.with_name(f"{name}.onnx")
     reports = {exact.name: export.write_verified(graph, exact, detector, test)}
     if args.int8:
-        annotations = load_annotations(config.data, "train")
-        quantized = quantize(graph, some_images(annotations, detector.model.image_size, config))
+        small = path.with_name(f"{name}_int8.onnx")
+        images = some_images(load_annotations(config.data, "train"), detector.model.image_size, config)
+        quantized = export.quantize(graph, images)
         reports[small.name] = export.write_measured(quantized, small, detector, test, reports[exact.name]["AP"])
     export.update_report(reports, path.parent)
     for file, report in reports.items():
@@ -239,12 +259,12 @@ def export_detector(args: argparse.Namespace) -> None:
 
 def predict(args: argparse.Namespace) -> None:
     """--predict: pictures with what the detector finds in them, and detections.json."""
-    path, pictures = detector_path(args), find_pictures(args.predict)
+    path, pictures = trained_detector(args), find_pictures(args.predict)
     detector = inference.load(path, args.device)
     if isinstance(detector, inference.TorchDetector):
-        detector.config = cli.read_config(args, "final", to_dict(detector.config))
+        detector.config = configured_again(args, detector.config, path)
     elif args.cfg or args.set:
-        raise UserError(f"{path}: has its rules inside, --cfg and --set change nothing; they go with best.pt")
+        raise UserError(f"{path}: an exported file has its settings inside; --cfg and --set work with best.pt")
     inference.draw_pictures(detector, pictures, args.out, args.threshold)
 
 
@@ -308,6 +328,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         compare(args, device)
     elif args.eval_only:
         evaluate_again(args, device)
+    elif args.load and (detector_path := detector_checkpoint(args.load)):
+        fine_tune(args, detector_path, device)
     else:
         train(args, device)
 

@@ -12,7 +12,6 @@ runs/NAME/supernet. The next command is async_search.py.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import random
@@ -28,18 +27,18 @@ from lib.annotations import Annotations
 from lib.cli import remember, supernet_checkpoint
 from lib.config import Config, DistillConfig, SupernetConfig
 from lib.config_io import to_dict
-from lib.datasets import Batch, configured_train_loader, load_annotations, save_split, split_indices
+from lib.datasets import Batch, load_annotations, save_split, split_indices, train_loader
 from lib.detector import SSD, ElasticSSD, load_teacher, load_weights
 from lib.elastic import sort_hidden_channels
 from lib.genotype import Genotype, SearchSpace, read_genotype_file
-from lib.log import RunLog, duration, plot_training, say
+from lib.log import duration, plot_training, say
 from lib.losses import DetectionLoss
 from lib.plan import preflight
 from lib.pretrained import as_table, load_pretrained
-from lib.runtime import StopRequest, pick_device, run, seed_everything
+from lib.runtime import pick_device, run, seed_everything
 from lib.scoring import Scorer, prepare_scoring_data
 from lib.shrinking import (
-    PanelLog,
+    Panel,
     boundaries,
     describe_openings,
     due_epochs,
@@ -48,7 +47,7 @@ from lib.shrinking import (
     space_at,
     value_at,
 )
-from lib.training import Losses, Trainer, detection_loss, train_epoch
+from lib.training import Losses, Trainer, Training, detection_loss
 
 
 def step_genotypes(space: SearchSpace, config: SupernetConfig, seed: int, step: int) -> list[Genotype]:
@@ -101,6 +100,62 @@ def supernet_losses(
         yield {name: value / len(genotypes) for name, value in losses.items()}
 
 
+class SupernetTraining(Training):
+    """The epochs of stage 1: train sub-networks of what is open at the time, and follow the panel's scores.
+
+    Distillation is from `teacher`, or without one from the supernet's largest sub-network as it is at that step.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        detector: ElasticSSD,
+        loader: DataLoader,
+        panel: Panel,
+        teacher: SSD | None,
+        device: torch.device,
+        *,
+        resume: bool = False,
+        tensorboard: bool = False,
+    ):
+        self.config = config
+        self.settings = config.supernet
+        self.panel = panel
+        self.teacher = teacher
+        self.classes = list(loader.dataset.annotations.classes)
+        self.loss = detection_loss(config)
+        schedule = config.search_space.schedule_cfg
+        self.phases = boundaries(schedule, self.settings.epochs)
+        self.sort_epoch = first_narrower_epoch(schedule) if self.settings.sort_channels else None
+        steps = loader.batch_sampler.batches_per_epoch
+        trainer = Trainer(detector, self.settings, device, steps, restarts=self.phases)
+        super().__init__(trainer, loader, folder, due_epochs(config), resume=resume, tensorboard=tensorboard)
+
+    def begin_epoch(self, epoch: int) -> None:
+        super().begin_epoch(epoch)
+        self.space = space_at(self.config, epoch)
+        self.weight = value_at(self.settings.distill.weight, epoch)
+        # Narrower blocks keep the first channels, which should be the most important ones. Sorting is done once: not
+        # again when the epoch is resumed in its middle, nor before any training, when no channel is important yet.
+        trainer = self.trainer
+        if epoch == self.sort_epoch and trainer.step and trainer.batch == 0:
+            blocks = sort_hidden_channels(trainer.model, trainer.optimizer, trainer.ema and trainer.ema.module)
+            say(f"epoch {epoch}: hidden channels of {blocks} blocks sorted by importance")
+
+    def losses(self, batch: Batch) -> Iterator[Losses]:
+        genotypes = step_genotypes(self.space, self.settings, self.config.seed, self.trainer.step)
+        distill = self.settings.distill
+        return supernet_losses(self.trainer.model, self.loss, batch, genotypes, distill, self.weight, self.teacher)
+
+    def score(self, epoch: int) -> None:
+        self.panel.score(self.trainer.averaged, epoch, self.log)
+        plot_training(self.log.path, self.folder / "curves.png", self.config.search.objective, self.phases)
+
+    def state(self) -> dict:
+        return {**super().state(), "config": to_dict(self.config), "classes": self.classes}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.make_parser(__doc__, "start from the supernet of an earlier run (its folder)")
     cli.add_tensorboard(parser)
@@ -115,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     detector = ElasticSSD(config, len(annotations.classes))
     pretrained = start_from_pretrained(detector, config, annotations.classes, folder, args.resume)
     size = max(config.search_space.image_size_choice)
-    loader = configured_train_loader(annotations, train, size, config.supernet.batch_size, config, device)
+    loader = train_loader(annotations, train, size, config.supernet.batch_size, config, device)
     for line in (
         *run.describe(),
         *preflight(annotations, range(len(annotations)), detector.priors(size), config.loss.matched_threshold),
@@ -144,8 +199,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         checkpoint.write_text(folder / "pretrained_genotype.json", json.dumps(content, indent=1) + "\n")
         print(f"wrote {folder / 'pretrained_genotype.json'}, the sub-network that holds the pretrained one")
     scorer = Scorer(prepare_scoring_data(annotations, train, search, config), config, device)
-    finished = train_supernet(args, config, folder, detector, loader, scorer, annotations.classes, pretrained, teacher)
-    if finished:
+    panel = Panel(make_panel(detector.space, config.supernet.panel, config.seed, pretrained), scorer, config)
+    options = {"resume": args.resume, "tensorboard": args.tensorboard}
+    training = SupernetTraining(config, folder, detector, loader, panel, teacher, device, **options)
+    remember("supernet", folder)
+    if training.run():
         print(f"wrote {folder / 'last.pt'}, {folder / 'curves.png'}\nnext: python async_search.py --load {folder}")
     else:
         print(f"stopped; everything is in {folder / 'last.pt'}, the same command with --resume goes on")
@@ -203,69 +261,6 @@ def start_from_pretrained(
     embedding = load_pretrained(detector, config, classes)
     print("\n".join(as_table(embedding.rows)))
     return embedding.genotype
-
-
-def train_supernet(
-    args: argparse.Namespace,
-    config: Config,
-    folder: Path,
-    detector: ElasticSSD,
-    loader: DataLoader,
-    scorer: Scorer,
-    classes: Sequence[str],
-    pretrained: Genotype | None,
-    teacher: SSD | None,
-) -> bool:
-    """Epochs from where the run stands to the last one, a checkpoint after each; whether the last one was reached."""
-    settings, sampler = config.supernet, loader.batch_sampler
-    phases = boundaries(config.search_space.schedule_cfg, settings.epochs)
-    sort_epoch = first_narrower_epoch(config.search_space.schedule_cfg) if settings.sort_channels else None
-    trainer = Trainer(detector, settings, scorer.device, sampler.batches_per_epoch, phases)
-    last = folder / "last.pt"
-    if args.resume and (payload := checkpoint.read_if_any(last)):
-        trainer.load_state_dict(payload)
-        print(f"resumed {last} at epoch {trainer.epoch}, step {trainer.step}")
-    loss = detection_loss(config)
-    log = RunLog(folder / "log.jsonl", args.tensorboard)
-    remember("supernet", folder)
-    networks = make_panel(detector.space, settings.panel, config.seed, pretrained)
-    panel = PanelLog(networks, lambda genotype: scorer(trainer.averaged, genotype), log, config)
-
-    def save(path: Path) -> None:
-        checkpoint.save(path, {**trainer.state_dict(), "config": to_dict(config), "classes": list(classes)})
-
-    def score_if_due(epoch: int) -> None:
-        if panel.due(epoch):
-            panel.score(epoch)
-            plot_training(log.path, folder / "curves.png", config.search.objective, phases)
-
-    with StopRequest() as stop:
-        if trainer.batch == 0:
-            score_if_due(trainer.epoch - 1)  # a run that was killed while it scored
-        while trainer.epoch <= settings.epochs and not stop.requested:
-            epoch = trainer.epoch
-            space = space_at(config, epoch)
-            weight = value_at(settings.distill.weight, epoch)
-            if epoch == sort_epoch and trainer.step and trainer.batch == 0:
-                blocks = sort_hidden_channels(detector, trainer.optimizer, trainer.ema and trainer.ema.module)
-                say(f"epoch {epoch}: hidden channels of {blocks} blocks sorted by importance")
-
-            def forward(batch: Batch, space=space, weight=weight) -> Iterator[Losses]:
-                genotypes = step_genotypes(space, settings, config.seed, trainer.step)
-                return supernet_losses(detector, loss, batch, genotypes, settings.distill, weight, teacher)
-
-            sampler.set_epoch(epoch, trainer.batch)
-            detector.train()
-            losses = train_epoch(trainer, loader, forward, stop)
-            save(last)
-            if trainer.batch:  # stopped within an epoch
-                break
-            log.write("train", epoch, losses=losses, lr=trainer.scheduler.get_last_lr()[0])
-            if settings.save_every and epoch % settings.save_every == 0:
-                save(folder / f"epoch_{epoch:04d}.pt")
-            score_if_due(epoch)
-    log.close()
-    return trainer.epoch > settings.epochs
 
 
 if __name__ == "__main__":

@@ -1,9 +1,6 @@
-"""Locks on open files, which end with the process that holds them.
+"""Files that survive a crash: checkpoints and small text files, written atomically and read as data only.
 
-Which version of this code is running.
-
-Checkpoints: written atomically, loaded as data only, with the state of every random generator.
-
+Also what they identify and protect: random states, hashes, the code's revision and file locks.
 Of the processes of a job, only the main one writes.
 """
 
@@ -26,51 +23,15 @@ from lib.errors import UserError
 
 try:
     import fcntl
-except ImportError:  # not a POSIX system: nothing keeps a second process away
+except ImportError:  # not a POSIX system: there are no locks
     fcntl = None
 
-
-def lock(file: IO, wait: bool) -> None:
-    """Lock `file` against other processes until it is closed; where there are no locks nothing happens.
-
-    Raises BlockingIOError if another process has it and this one would not `wait`.
-    """
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        raise
-    except OSError:
-        pass  # some network file systems have none
-
-
+FORMAT = "checkpoint/1"
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def code_revision(root: Path = ROOT) -> str | None:
-    """The git commit of the code in `root`, with "-dirty" if a tracked file differs from it.
-
-    None where `root` is no git checkout (a folder within somebody else's is none), or there is no git.
-    """
-    if not (root / ".git").exists():  # a folder, or a file in a worktree
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None
-
-
-FORMAT = "checkpoint/1"
-
-
 def save(path: Path, payload: dict) -> None:
-    """Write `payload` (tensors, numbers, strings, lists, dicts) so that `path` is always a whole checkpoint.
-
-    The bytes go to a temporary file in the same folder, reach the disk, and only then take the name.
-    """
+    """Write `payload` (tensors, numbers, strings, lists, dicts) so that `path` is always a complete checkpoint."""
     if distributed.world().main:
         with replacing(path) as file:
             torch.save({"format": FORMAT, **payload}, file)
@@ -85,21 +46,22 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, `.name` being its name until then, that becomes `path` if all goes well and else goes."""
+    """A temporary file in the same folder, renamed to `path` on success and deleted on failure."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
             yield file
+            # The bytes must be on the disk before the name is, or a power cut could leave an empty file.
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
     except RuntimeError as error:
+        # torch's zip writer hides the cause, such as a full disk, behind an error of its own.
         if not isinstance(error.__context__, OSError):
             raise
-        # torch's zip writer hides what stopped it, a full disk for one, behind an error of its own
         raise UserError(f"{path}: cannot be written ({error.__context__.strerror})") from None
     finally:
         with contextlib.suppress(OSError):
@@ -107,7 +69,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def read(path: Path, mmap: bool = False) -> dict:
-    """Read a checkpoint onto the CPU. `mmap` maps the file, so that processes share its memory."""
+    """Read a checkpoint onto the CPU. With `mmap` the file is mapped, so that processes share its memory."""
     payload = read_any(path, mmap)
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         found = payload.get("format") if isinstance(payload, dict) else type(payload).__name__
@@ -116,7 +78,7 @@ def read(path: Path, mmap: bool = False) -> dict:
 
 
 def read_any(path: Path, mmap: bool = False) -> object:
-    """Tensors and plain data of any file that torch.save wrote, onto the CPU."""
+    """Read the tensors and plain data of any file that torch.save wrote onto the CPU. No code in it is run."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
@@ -124,23 +86,19 @@ def read_any(path: Path, mmap: bool = False) -> object:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     except Exception:
-        # a damaged pickle can raise anything, and torch's own message advises to switch the safe loading off
+        # A damaged pickle can raise anything, and torch's own message advises to switch the safe loading off.
         raise UserError(
             f"{path}: not a readable checkpoint: cut short, damaged, or with objects other than tensors and plain data"
         ) from None
 
 
 def weights(payload: dict) -> dict:
-    """The weights of a checkpoint: the moving average where there is one, else those that were trained."""
-    average, prefix = payload.get("ema"), "module."
+    """The weights of a checkpoint: the moving average if there is one, else those that were trained."""
+    average = payload.get("ema")
     if not average:
         return payload["model"]
-    return {name[len(prefix) :]: tensor for name, tensor in average.items() if name.startswith(prefix)}
-
-
-def read_if_any(path: Path) -> dict | None:
-    """The checkpoint, None where there is none; every process of a job has what the main one found."""
-    return distributed.from_main(read(path) if distributed.world().main and path.exists() else None)
+    prefix = "module."
+    return {name.removeprefix(prefix): tensor for name, tensor in average.items() if name.startswith(prefix)}
 
 
 def random_states() -> dict:
@@ -161,18 +119,45 @@ def restore_random_states(states: dict) -> None:
     name, keys, *rest = states["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(states["torch"])
+    # A run that resumes on another number of GPUs cannot continue their generators.
     if states["cuda"] and len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(states["cuda"])
 
 
 def sha256(path: Path) -> str:
     """Hex digest of a file's bytes."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file) -> str:
-    digest = hashlib.sha256()  # Python 3.10 has no file_digest
-    while block := file.read(1 << 20):
-        digest.update(block)
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
+
+
+def code_revision(root: Path = ROOT) -> str | None:
+    """The git commit of the code in `root`, with "-dirty" if a tracked file differs from it.
+
+    None if `root` is not the top of a git checkout, or git is not installed.
+    """
+    if not (root / ".git").exists():  # a folder, or in a worktree a file
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def lock(file: IO, wait: bool) -> None:
+    """Lock `file` against other processes until it is closed or this process ends. Does nothing without OS support.
+
+    Raises BlockingIOError if another process holds the lock and `wait` is false.
+    """
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise
+    except OSError:
+        pass  # some network file systems have no locks

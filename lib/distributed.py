@@ -1,14 +1,12 @@
-"""Several processes that train one model: who this one is, and what they tell one another.
+"""Several processes that train one model: who is who, what they exchange, and BatchNorm over all of their batches.
 
-torchrun starts the processes and says in the environment which one each is. A script that `join`s then works with the
-functions below; in a job of one process they give back what they were given. All processes call them in the same order.
-Tensors travel by NCCL on CUDA and by gloo on the CPU, Python objects always by gloo.
+torchrun starts the processes and tells each through its environment which one it is. After `join`, all processes call
+the functions below in the same order; in a job of one process these return what they were given. Tensors travel by NCCL
+on CUDA and by gloo on the CPU, Python objects always by gloo.
 
-Gradients are averaged here and not by DistributedDataParallel. A step of the supernet runs several sub-networks, each
-with a backward pass over parameters of its own, and DDP's reducer follows one pass: it would not reduce a parameter
-that the last one left out. One reduction after the last pass is exact, and sends each gradient once a step.
-
-BatchNorm over the batches of all processes of a job, of whole layers and of slices of elastic ones.
+Gradients are averaged here instead of by DistributedDataParallel: a step of the supernet runs several sub-networks,
+each with a backward pass over its own parameters, while DDP's reducer follows a single pass and would not reduce a
+parameter that the last one left out. One reduction after the last pass is exact and sends each gradient once a step.
 """
 
 from __future__ import annotations
@@ -33,14 +31,15 @@ from torch import Tensor, nn
 from lib.elastic import ElasticBatchNorm
 
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=15)  # the longest that the others wait for one, which draws the data or measures AP
+TIMEOUT = timedelta(minutes=15)  # for what one process does while the others wait: drawing data, computing AP
 BUCKET = 2**23  # numbers that travel together, 32 MiB in float32
-_NOTHING = object()
-_stores: list[dist.Store] = []  # the job's, once this process has joined
+NORM_TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+_MISSING = object()
+_stores: list[dist.Store] = []  # the job's key-value store, once this process has joined
 
 
 class PeerLost(Exception):
-    """Another process of the job is gone, so this one cannot go on."""
+    """Another process of the job is gone, so this one cannot continue."""
 
     def __init__(self, reason: str):
         super().__init__(
@@ -50,7 +49,7 @@ class PeerLost(Exception):
 
 @dataclass(frozen=True)
 class World:
-    """Which process this is: `rank` of `size`, and `local_rank` of those on this machine."""
+    """Which process this is: `rank` of `size`, and `local_rank` among those on this machine."""
 
     rank: int = 0
     size: int = 1
@@ -63,20 +62,20 @@ class World:
 
 
 def world() -> World:
-    """What torchrun says, or the only process."""
+    """What torchrun says; without torchrun, the only process."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     return World(*(int(os.environ[name]) for name in names)) if os.environ.keys() >= set(names) else World()
 
 
 def join(device: torch.device) -> None:
-    """Meet the other processes of the job. From here on only the main one has a standard output."""
+    """Connect to the other processes of the job. From here on only the main one has a standard output."""
     if world().size == 1:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
     with _peers():
         shared, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
-        store = _own_part(shared)
+        store = _store_of_this_start(shared)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     _stores.append(store)
@@ -84,16 +83,17 @@ def join(device: torch.device) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
 
 
-def _own_part(store: dist.Store) -> dist.Store:
-    """A part of torchrun's store for this start of the job alone, under a name that the main process makes up.
+def _store_of_this_start(store: dist.Store) -> dist.Store:
+    """A part of torchrun's store for this start of the job alone, under a random name chosen by the main process.
 
-    The store outlives restarts and still has the addresses of processes that are gone. So each process says that it is
-    here, under a name of its own, and the main one answers to that name, again and again until it is heard.
+    The store outlives restarts, so it still has the addresses of processes that are gone. Each process announces itself
+    under a random name of its own; the main one answers to that name, again and again until the answer is confirmed.
     """
-    me, rank = uuid.uuid4().hex, world().rank
+    me = uuid.uuid4().hex
+    rank = world().rank
     if rank > 0:
         store.set(f"here/{rank}", me)
-        name = store.get(f"name/{me}").decode()  # waits for the answer
+        name = store.get(f"name/{me}").decode()  # blocks until the main process answers
         store.set(f"heard/{name}/{rank}", "")
         return dist.PrefixStore(name, store)
     silent = set(range(1, world().size))
@@ -107,13 +107,13 @@ def _own_part(store: dist.Store) -> dist.Store:
 
 
 def leave() -> None:
-    """Part from the others at the end of the work."""
+    """Disconnect at the end of the work."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def first_to_report() -> bool:
-    """Whether this process is the first of the job to ask: an error that several run into is told once."""
+    """Whether this process asks first: an error that several processes run into is reported once."""
     with contextlib.suppress(RuntimeError):  # the store may be gone as well
         return not _stores or _stores[-1].add("reports", 1) == 1
     return world().main
@@ -136,13 +136,10 @@ def _all_reduce(tensor: Tensor, operation: dist.ReduceOp = dist.ReduceOp.SUM) ->
     return tensor
 
 
-# ------------------------------------------------------------------------------------------------------------ training
-
-
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """The mean over the processes of every gradient there is, in place.
+    """Replace every gradient by its mean over the processes.
 
-    Those that are None must be so in every process: a step's sub-networks are the same in all of them.
+    The same gradients are None in every process, since a step's sub-networks are the same in all of them.
     """
     size = world().size
     if size > 1:
@@ -158,7 +155,7 @@ def copy_from_main(module: nn.Module) -> None:
 
 @torch.no_grad()
 def _in_buckets(tensors: Sequence[Tensor], operation: Callable[[Tensor], object]) -> None:
-    """Apply an operation that works in place to `tensors` of one type, a bucket at a time as one flat tensor."""
+    """Apply an in-place operation to tensors of one type, which travel in buckets, each as one flat tensor."""
     ends = itertools.accumulate(t.numel() for t in tensors)
     for _, group in itertools.groupby(zip(tensors, ends, strict=True), lambda pair: pair[1] // BUCKET):
         bucket = [tensor for tensor, _ in group]
@@ -170,15 +167,16 @@ def _in_buckets(tensors: Sequence[Tensor], operation: Callable[[Tensor], object]
 
 
 def normalizers(counts: Tensor) -> Tensor:
-    """What each process divides its sums by, so that their mean is that of one process with the whole batch.
+    """The divisors of a loss such that its mean over the processes is that of one process with the whole batch.
 
-    `counts` are this process's; the result is the whole batch's, at least 1, over the number of processes.
+    `counts` are those of this process's share; the result is the whole batch's, at least 1, over the number of
+    processes.
     """
     return _all_reduce(counts.float()).clamp(min=1) / world().size
 
 
 def mean_of(values: dict[str, float]) -> dict[str, float]:
-    """The mean over the processes of each number; all have the same names."""
+    """The mean of each number over the processes, which all have the same names."""
     total = _all_reduce(torch.tensor(list(values.values()), dtype=torch.float64))
     return dict(zip(values, (total / world().size).tolist(), strict=True))
 
@@ -188,40 +186,21 @@ def any_of(flag: bool) -> bool:
     return bool(_all_reduce(torch.tensor(int(flag)), dist.ReduceOp.MAX))
 
 
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(_ctx: Any, x: Tensor) -> Tensor:
-        return _all_reduce(x.clone())
-
-    @staticmethod
-    def backward(_ctx: Any, gradient: Tensor) -> Tensor:
-        return _all_reduce(gradient.clone())
-
-
-def stack(x: Tensor) -> Tensor:
-    """`x` of every process, (size, *x.shape), with the gradient that all of them together have."""
-    row = torch.arange(world().size, device=x.device).view(-1, *(1,) * x.ndim) == world().rank
-    return _Sum.apply(torch.where(row, x, 0))
-
-
-# ---------------------------------------------------------------------------------------------------- the rest of a run
-
-
 def deal(items: Sequence[T]) -> Sequence[T]:
-    """This process's part of the work: every item of which the number, modulo `size`, is its rank."""
+    """This process's share of the work: every `size`-th item, from its rank on."""
     return items[world().rank :: world().size]
 
 
 def collect(results: Sequence[T]) -> list[T]:
-    """The results of items that were dealt, in the items' order. The main process has them, the others get none."""
+    """The results of dealt items, in the items' order, in the main process; the others get an empty list."""
     rank, size = world().rank, world().size
     if size == 1:
         return list(results)
     parts: list | None = [None] * size if rank == 0 else None
     with _peers():
         dist.gather_object(list(results), parts)
-    rounds = itertools.zip_longest(*(parts or ()), fillvalue=_NOTHING)
-    return [result for round_ in rounds for result in round_ if result is not _NOTHING]
+    rounds = itertools.zip_longest(*(parts or ()), fillvalue=_MISSING)
+    return [result for round_ in rounds for result in round_ if result is not _MISSING]
 
 
 def from_main(value: T) -> T:
@@ -236,45 +215,62 @@ def from_main(value: T) -> T:
 
 @contextlib.contextmanager
 def in_turns() -> Iterator[None]:
-    """Around work that leaves files for those who come later: the main process, one on each machine, the rest."""
+    """For work whose files later processes reuse: first the main process, then one on each machine, then the rest."""
     turn = 0 if world().main else 1 if world().local_rank == 0 else 2
     for _ in range(turn):
-        any_of(False)  # waits for all
+        any_of(False)  # a barrier
     yield
     for _ in range(2 - turn):
         any_of(False)
 
 
-TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+class _Sum(torch.autograd.Function):
+    """The sum over the processes; its gradient is the sum of their gradients."""
+
+    @staticmethod
+    def forward(_ctx: Any, x: Tensor) -> Tensor:
+        return _all_reduce(x.clone())
+
+    @staticmethod
+    def backward(_ctx: Any, gradient: Tensor) -> Tensor:
+        return _all_reduce(gradient.clone())
+
+
+def stack(x: Tensor) -> Tensor:
+    """`x` of every process, (size, *x.shape), differentiable: the gradient sums over all processes' uses."""
+    own_row = torch.arange(world().size, device=x.device).view(-1, *(1,) * x.ndim) == world().rank
+    return _Sum.apply(torch.where(own_row, x, 0))
 
 
 class SyncBatchNorm(ElasticBatchNorm):
-    """Batch normalisation of the first channels with the statistics of all processes' batches, of equal shape.
+    """BatchNorm of the first c channels, with the statistics of all processes' batches, which have equal shapes.
 
-    torch.nn.SyncBatchNorm would do on CUDA for whole layers; it has no CPU version and knows no slices.
+    torch.nn.SyncBatchNorm has no CPU version and cannot normalise a slice of its channels.
     """
 
     def __init__(self, replaced: nn.BatchNorm2d):
         super().__init__(replaced.num_features, replaced.eps, replaced.momentum)
         self.kind = type(replaced)
         self.train(replaced.training)
-        for name in TENSORS:
+        for name in NORM_TENSORS:
             setattr(self, name, getattr(replaced, name))
 
     def __deepcopy__(self, memo: dict) -> nn.BatchNorm2d:
-        """The layer it stands for. What is cut out of a network, or averages one, does not run in all processes."""
+        """The layer it replaced. A copy, such as an extracted sub-network or a moving average, runs in one process."""
         norm = self.kind(self.num_features, self.eps, self.momentum).train(self.training)
-        for name in TENSORS:
+        for name in NORM_TENSORS:
             setattr(norm, name, copy.deepcopy(getattr(self, name), memo))
         return norm
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, c, H, W) to the same shape; c may be less than the layer's number of channels."""
         if not self.training:
             return super().forward(x)
-        c, count = x.shape[1], x.numel() // x.shape[1] * world().size
+        c = x.shape[1]
+        count = x.numel() // c * world().size
         full = x.to(torch.promote_types(x.dtype, torch.float32))
         own = torch.stack(torch.var_mean(full, (0, 2, 3), correction=0))  # (2, c)
-        variances, means = stack(own).unbind(1)  # (size, c)
+        variances, means = stack(own).unbind(1)  # (size, c) each
         mean = means.mean(0)
         var = variances.mean(0) + (means - mean).square().mean(0)  # law of total variance
         with torch.no_grad():
@@ -286,7 +282,7 @@ class SyncBatchNorm(ElasticBatchNorm):
 
 
 def synchronise_norms(module: nn.Module) -> None:
-    """Put a SyncBatchNorm with the same parameters and statistics in the place of every BatchNorm2d below `module`."""
+    """Replace every BatchNorm2d below `module` by a SyncBatchNorm with the same parameters and statistics."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
             setattr(module, name, SyncBatchNorm(child))

@@ -17,7 +17,7 @@ from lib.annotations import Annotations
 from lib.cli import supernet_checkpoint
 from lib.config import Config, DistillConfig
 from lib.config_io import to_dict, validate_network
-from lib.datasets import Batch, configured_train_loader, eval_loader
+from lib.datasets import Batch, eval_loader, train_loader
 from lib.detector import SSD, Cost, ElasticSSD, Supernet, detect, load_supernet, load_teacher, recalibrate
 from lib.errors import UserError
 from lib.genotype import Genotype
@@ -122,7 +122,7 @@ def load_supernet_of(path: Path, classes: Sequence[str]) -> Supernet:
 def final_loader(annotations: Annotations, image_size: int, config: Config, device: torch.device) -> DataLoader:
     """Augmented batches of all of the training data."""
     everything = range(len(annotations))
-    return configured_train_loader(annotations, everything, image_size, config.final.batch_size, config, device)
+    return train_loader(annotations, everything, image_size, config.final.batch_size, config, device)
 
 
 def some_images(annotations: Annotations, image_size: int, config: Config) -> Iterator[torch.Tensor]:
@@ -150,7 +150,7 @@ def detection_losses(
     if weight:
         with torch.no_grad():
             teacher_logits, _ = teacher(batch.images)
-        losses["distill"] = weight * loss.distillation(logits, teacher_logits, targets, **distill.rules())
+        losses["distill"] = weight * loss.distillation(logits, teacher_logits, targets, distill)
     yield losses
 
 
@@ -247,8 +247,7 @@ class FinalTraining(Training):
         self.log.write("eval", epoch, networks={"detector": metrics})
         scores = ", ".join(f"{name} {metrics[name]:.4f}" for name in ("AP", "AP50", "mAP"))
         say(f"epoch {epoch}: {scores} on the test set")
-        if distributed.world().main:
-            plot_training(self.log.path, self.folder / "curves.png", "AP")
+        plot_training(self.log.path, self.folder / "curves.png", "AP")
 
     def identity(self) -> dict:
         """What a checkpoint needs besides the weights to be a detector."""

@@ -1,4 +1,7 @@
-"""What a run writes while it goes: a JSONL log, a progress bar, optionally TensorBoard."""
+"""What a run writes as it goes: lines on stdout, a progress bar, a JSONL log and its curves, optionally TensorBoard.
+
+Of the processes of a job, only the main one writes.
+"""
 
 from __future__ import annotations
 
@@ -10,62 +13,33 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TextIO, TypeVar
+from typing import TYPE_CHECKING, TextIO, TypeVar
 
-from matplotlib import pyplot as plt
 from tqdm import tqdm
 
 from lib import distributed
 from lib.checkpoint import replacing
 from lib.errors import UserError
 
-
-def plot_training(log: Path, picture: Path, metric: str, phases: Sequence[int] = ()) -> None:
-    """Losses above, AP below, from a JSONL log; a dotted line where a phase begins."""
-    records = read_log(log)
-    train = {r["step"]: r for r in records if r["kind"] == "train"}  # a resumed epoch replaces the one cut short
-    scores = {r["step"]: r for r in records if r["kind"] == "eval"}
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 7), sharex=True)
-    for name in _names(train, "losses"):  # distillation may begin later than the others
-        top.plot(list(train), [r["losses"].get(name) for r in train.values()], label=name)
-    for name in _names(scores, "networks"):
-        bottom.plot(list(scores), [_value(r, name, metric) for r in scores.values()], marker=".", label=name)
-    top.set_ylabel("loss")
-    bottom.set_ylabel(metric)
-    bottom.set_xlabel("epoch")
-    for axis in (top, bottom):
-        for epoch in phases:
-            axis.axvline(epoch, linestyle=":", color="grey")
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8)
-    _save(figure, picture)
-
-
-def _names(records: dict[int, dict], field: str) -> list[str]:
-    """What any of the records has in `field`, in order of appearance."""
-    return list(dict.fromkeys(name for record in records.values() for name in record[field]))
-
-
-def _value(record: dict, network: str, metric: str) -> float:
-    value = record["networks"].get(network, {}).get(metric)
-    return float("nan") if value is None else value
-
-
-def _save(figure: plt.Figure, picture: Path) -> None:
-    figure.tight_layout()
-    with replacing(picture) as file:
-        figure.savefig(file, format="png", dpi=110)
-    plt.close(figure)
-
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 T = TypeVar("T")
 
 
 def progress(items: Iterable[T], description: str, total: int | None = None, initial: int = 0) -> tqdm:
-    """A progress bar with rate and time left on stderr; a line every 30 seconds where that is not a terminal."""
-    interval = 0.2 if sys.stderr.isatty() else 30.0
-    options = {"mininterval": interval, "leave": False, "dynamic_ncols": True, "disable": not distributed.world().main}
-    return tqdm(items, description, total=total, initial=initial, file=_Forgiving(sys.stderr), **options)
+    """A progress bar with rate and remaining time on stderr; a line every 30 seconds if that is not a terminal."""
+    return tqdm(
+        items,
+        description,
+        total=total,
+        initial=initial,
+        file=_PipeTolerant(sys.stderr),
+        mininterval=0.2 if sys.stderr.isatty() else 30.0,
+        leave=False,
+        dynamic_ncols=True,
+        disable=not distributed.world().main,
+    )
 
 
 def say(message: str) -> None:
@@ -73,12 +47,12 @@ def say(message: str) -> None:
     try:
         tqdm.write(message, file=sys.stdout)
         sys.stdout.flush()
-    except BrokenPipeError:  # its reader is gone: what is to come goes nowhere
+    except BrokenPipeError:  # the reader is gone: discard this and all later output
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-class _Forgiving:
-    """A stream whose reader may go: Ctrl-C ends the `tee` of a log too, and a checkpoint is still to be written."""
+class _PipeTolerant:
+    """A stream that ignores a lost reader: Ctrl-C ends the `tee` of a log too, and a checkpoint must still be saved."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -94,27 +68,26 @@ class _Forgiving:
     def __getattr__(self, name: str) -> object:
         return getattr(self._stream, name)
 
-    def __eq__(self, other: object) -> bool:  # by which tqdm.write finds the bars on its screen
+    def __eq__(self, other: object) -> bool:  # tqdm.write compares streams to find the bars on its screen
         return self._stream == getattr(other, "_stream", other)
 
     __hash__ = None
 
 
 class RunLog:
-    """Appends one JSON object per line to `path`, each with its kind and the time; flushed line by line.
-
-    Of the processes of a job, only the main one writes.
-    """
+    """Appends JSON objects to `path`, one per line, each with its kind and the time; flushed after every line."""
 
     def __init__(self, path: Path, tensorboard: bool = False):
         self.path = path
         if not distributed.world().main:
-            path, tensorboard = Path(os.devnull), False
+            path = Path(os.devnull)
+            tensorboard = False
         self._board = _tensorboard(path.parent / "tensorboard") if tensorboard else None
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a", encoding="utf-8")
+        # A line that a crash cut short must not swallow the next one.
         if path.stat().st_size and path.read_bytes()[-1:] != b"\n":
-            self._file.write("\n")  # the line that a crash cut short stays alone
+            self._file.write("\n")
 
     def write(self, kind: str, step: int, **values: object) -> None:
         record = {"kind": kind, "step": step, "time": round(time.time(), 3), **finite(values)}
@@ -131,22 +104,61 @@ class RunLog:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The records of a log; a line cut short by a crash is left out."""
+    """The records of a log, without lines that a crash cut short. No file is no records."""
     records = []
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
-            try:
+            with contextlib.suppress(json.JSONDecodeError):
                 records.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
     return records
 
 
+def plot_training(log: Path, picture: Path, metric: str, phases: Sequence[int] = ()) -> None:
+    """Draw losses (top) and `metric` (bottom) by epoch from a JSONL log; a dotted line marks the start of a phase."""
+    if not distributed.world().main:
+        return
+    from matplotlib.figure import Figure
+
+    records = read_log(log)
+    # By epoch: the records of a resumed epoch replace those of its first attempt.
+    losses = {r["step"]: r["losses"] for r in records if r["kind"] == "train"}
+    networks = {r["step"]: r["networks"] for r in records if r["kind"] == "eval"}
+    figure = Figure(figsize=(8, 7))
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    for name in _names(losses):
+        top.plot(list(losses), [values.get(name) for values in losses.values()], label=name)
+    for name in _names(networks):
+        scores = [values.get(name, {}).get(metric) for values in networks.values()]
+        bottom.plot(list(networks), scores, marker=".", label=name)
+    top.set_ylabel("loss")
+    bottom.set_ylabel(metric)
+    bottom.set_xlabel("epoch")
+    for axis in (top, bottom):
+        for epoch in phases:
+            axis.axvline(epoch, linestyle=":", color="grey")
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
+    save_figure(figure, picture)
+
+
+def _names(values_by_epoch: dict[int, dict]) -> list[str]:
+    """Every key in order of appearance; distillation, for one, may begin later than the other losses."""
+    return list(dict.fromkeys(name for values in values_by_epoch.values() for name in values))
+
+
+def save_figure(figure: Figure, picture: Path) -> None:
+    """Write a matplotlib figure as a PNG file."""
+    figure.tight_layout()
+    with replacing(picture) as file:
+        figure.savefig(file, format="png", dpi=110)
+
+
 def duration(seconds: float) -> str:
-    """In words: 42 s, 12 min, 3.5 h, 2.1 days."""
-    for limit, unit, size in ((90, "s", 1), (5400, "min", 60)):
-        if seconds < limit:
-            return f"{seconds / size:.0f} {unit}"
+    """Seconds for people: 42 s, 12 min, 3.5 h, 2.1 days."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
 
 
@@ -160,6 +172,7 @@ def finite(value: object) -> object:
 
 
 def _flatten(values: dict, prefix: str = "") -> Iterable[tuple[str, float]]:
+    """The numbers of nested dicts under slash-separated names."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _flatten(value, f"{prefix}{name}/")

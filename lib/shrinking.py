@@ -1,22 +1,27 @@
-"""Epoch to open choices: which kernels, widths and depths a supernet trains at an epoch, and the space they span.
+"""Progressive shrinking (Once-for-All, Cai et al., ICLR 2020): which choices are open at an epoch of stage 1.
 
-The sub-networks whose AP is followed in stage 1, and a warning where opening a phase hurts the largest.
+A phase opens smaller kernels, narrower blocks or shallower stages; the panel shows what that does to the AP.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import NamedTuple
+
+from torch import nn
 
 from lib import distributed
 from lib.config import ChoiceSchedule, Config, ScheduleConfig, ValueSchedule
 from lib.genotype import BlockChoices, Genotype, SearchSpace, StageChoices
 from lib.log import RunLog, read_log, say
 
+LARGEST = "largest"
+
 
 class Choices(NamedTuple):
-    """Kernels, expand ratios and depths that are open, as the configuration lists them."""
+    """Open kernels, expand ratios and depths, in the configuration's order."""
 
     kernel: Sequence[int]
     width: Sequence[float]
@@ -38,7 +43,7 @@ def choices_at(schedule: ScheduleConfig, epoch: int) -> Choices:
 
 
 def boundaries(schedule: ScheduleConfig, epochs: int) -> list[int]:
-    """The epochs at which a phase begins, 1 among them, up to `epochs`."""
+    """The epochs, up to `epochs`, at which a phase begins. Epoch 1 is always the first."""
     schedules = (schedule.kernel_choice, schedule.width_choice, schedule.depth_choice)
     return sorted({1, *(b for s in schedules for b in s.boundary if b <= epochs)})
 
@@ -52,131 +57,125 @@ def first_narrower_epoch(schedule: ScheduleConfig) -> int | None:
 
 def full_space(config: Config) -> SearchSpace:
     """Every choice that the schedule ever opens: what the supernet's weights must hold."""
-    s = config.search_space.schedule_cfg
-    return space(config, Choices(*(_union(c.value) for c in (s.kernel_choice, s.width_choice, s.depth_choice))))
+    schedule = config.search_space.schedule_cfg
+    ever_open = Choices(
+        kernel=list(chain(*schedule.kernel_choice.value)),
+        width=list(chain(*schedule.width_choice.value)),
+        depth=list(chain(*schedule.depth_choice.value)),
+    )
+    return _space(config, ever_open)
 
 
 def space_at(config: Config, epoch: int) -> SearchSpace:
     """The sub-networks that train at `epoch`."""
-    return space(config, choices_at(config.search_space.schedule_cfg, epoch))
+    return _space(config, choices_at(config.search_space.schedule_cfg, epoch))
 
 
-def space(config: Config, choices: Choices) -> SearchSpace:
-    """The search space of some open choices; each is capped at a stage's own maximum.
+def _space(config: Config, choices: Choices) -> SearchSpace:
+    """The search space of some open choices, each capped at the stage's own maximum.
 
     So a stage of expansion 1 and one block stays fixed, and one of 3 blocks reads depths 4, 3, 2 as 3, 2.
     """
     c = config.search_space
     kernels = config.backbone.kernels or [3 if e == 1 else max(choices.kernel) for e in c.expansions]
-    stages = tuple(
-        StageChoices(
-            depth=_capped(choices.depth, blocks),
-            block=BlockChoices(expand=_capped(choices.width, expansion), kernel=_capped(choices.kernel, kernel)),
-        )
-        for blocks, expansion, kernel in zip(c.num_cell_groups, c.expansions, kernels, strict=True)
-    )
+    stages = []
+    for blocks, expansion, kernel in zip(c.num_cell_groups, c.expansions, kernels, strict=True):
+        block = BlockChoices(expand=_capped(choices.width, expansion), kernel=_capped(choices.kernel, kernel))
+        stages.append(StageChoices(depth=_capped(choices.depth, blocks), block=block))
     head = BlockChoices(expand=_ascending(c.head_width_choice), kernel=_ascending(c.head_kernel_choice))
     return SearchSpace(
         backbone_type=config.backbone.backbone_type,
         image_size=_ascending(c.image_size_choice),
-        stages=stages,
+        stages=tuple(stages),
         head=(head,) * c.num_head,
     )
-
-
-def describe_openings(config: Config, epochs: int) -> list[str]:
-    """One line per phase: from which epoch, which kernels, widths and depths."""
-    lines = []
-    for epoch in boundaries(config.search_space.schedule_cfg, epochs):
-        choices = choices_at(config.search_space.schedule_cfg, epoch)
-        sets = (
-            f"{name} {{{', '.join(f'{v:g}' for v in sorted(values))}}}" for name, values in choices._asdict().items()
-        )
-        lines.append(f"from epoch {epoch}: {', '.join(sets)}; {space_at(config, epoch).size():.3g} sub-networks")
-    return lines
-
-
-def _union(values: Sequence[Sequence]) -> list:
-    return sorted({v for value in values for v in value})
 
 
 def _ascending(values: Sequence) -> tuple:
     return tuple(sorted(set(values)))
 
 
-def _capped(values: Sequence, maximum) -> tuple:
-    return _ascending([min(v, maximum) for v in values])
+def _capped(values: Sequence, maximum: float) -> tuple:
+    return _ascending([min(value, maximum) for value in values])
 
 
-LARGEST = "largest"
+def describe_openings(config: Config, epochs: int) -> list[str]:
+    """One line per phase: its first epoch, the open kernels, widths and depths, and the number of sub-networks."""
+    lines = []
+    for epoch in boundaries(config.search_space.schedule_cfg, epochs):
+        choices = choices_at(config.search_space.schedule_cfg, epoch)
+        sets = []
+        for name, values in choices._asdict().items():
+            sets.append(f"{name} {{{', '.join(f'{value:g}' for value in sorted(values))}}}")
+        lines.append(f"from epoch {epoch}: {', '.join(sets)}; {space_at(config, epoch).size():.3g} sub-networks")
+    return lines
 
 
 def make_panel(space: SearchSpace, size: int, seed: int, pretrained: Genotype | None = None) -> dict[str, Genotype]:
-    """Always the same ones, whether open yet or not: the ends, `size` random ones, the one that was pretrained."""
+    """The sub-networks to follow, the same at every epoch: both ends, `size` random ones and the pretrained one."""
     rng = random.Random(seed)
-    middle = {f"random {i + 1}": space.sample(rng) for i in range(size)}
-    start = {"pretrained": pretrained} if pretrained else {}
-    return {"smallest": space.smallest(), **middle, **start, LARGEST: space.largest()}
+    panel = {"smallest": space.smallest()}
+    for i in range(size):
+        panel[f"random {i + 1}"] = space.sample(rng)
+    if pretrained:
+        panel["pretrained"] = pretrained
+    return {**panel, LARGEST: space.largest()}
 
 
 def due_epochs(config: Config) -> set[int]:
-    """The epochs after which the panel is scored."""
+    """The epochs after which the panel is scored: every `eval_every`, the last, and both sides of each opening."""
     settings = config.supernet
-    phases = [epoch for epoch in boundaries(config.search_space.schedule_cfg, settings.epochs) if epoch > 1]
-    around = {epoch + side for epoch in phases for side in (-1, 0)}
-    return {*range(settings.eval_every, settings.epochs + 1, settings.eval_every), *around, settings.epochs}
+    due = {*range(settings.eval_every, settings.epochs + 1, settings.eval_every), settings.epochs}
+    for opened in boundaries(config.search_space.schedule_cfg, settings.epochs)[1:]:
+        due |= {opened - 1, opened}
+    return due
 
 
-class PanelLog:
-    """Scores the panel when it is due: every `eval_every` epochs, at the last, and before and after a phase opens."""
+class Panel:
+    """A few sub-networks whose scores are logged, with a warning where an opening phase hurts the largest.
 
-    def __init__(self, panel: Mapping[str, Genotype], score: Callable[[Genotype], dict], log: RunLog, config: Config):
-        self.panel, self._score, self._log = panel, score, log
-        self._schedule, settings = config.search_space.schedule_cfg, config.supernet
-        self._metric, self._tolerance = config.search.objective, settings.interference_tolerance
-        self._phases = [epoch for epoch in boundaries(self._schedule, settings.epochs) if epoch > 1]
-        self._due = due_epochs(config)
+    `score` takes the supernet and a genotype and returns metrics.
+    """
 
-    def due(self, epoch: int) -> bool:
-        """Whether `epoch`, which has ended, is one to score and has not been scored."""
-        return epoch in self._due and not distributed.from_main(epoch in self._scores())
+    def __init__(self, networks: Mapping[str, Genotype], score: Callable[[nn.Module, Genotype], dict], config: Config):
+        self.networks = networks
+        self._score = score
+        self._config = config
 
-    def score(self, epoch: int) -> None:
-        """Score every network of the panel, log it, print one line, and a warning if there is cause for one.
-
-        The networks are dealt out to the processes of the job, if it has several; the main one logs.
-        """
-        scored = distributed.collect([self._score(g) for g in distributed.deal(list(self.panel.values()))])
+    def score(self, detector: nn.Module, epoch: int, log: RunLog) -> None:
+        """Score every network and log the metrics. The processes of a job share the work; the main one logs."""
+        mine = distributed.deal(list(self.networks.values()))
+        scores = distributed.collect([self._score(detector, genotype) for genotype in mine])
         if not distributed.world().main:
             return
-        networks = dict(zip(self.panel, scored, strict=True))
-        self._log.write("eval", epoch, networks=networks)
-        scores = ", ".join(f"{name} {metrics[self._metric]:.3f}" for name, metrics in networks.items())
-        say(f"epoch {epoch}: {self._metric} on the search split: {scores}")
-        self._warn(epoch)
+        networks = dict(zip(self.networks, scores, strict=True))
+        log.write("eval", epoch, networks=networks)
+        metric = self._config.search.objective
+        words = ", ".join(f"{name} {metrics[metric]:.3f}" for name, metrics in networks.items())
+        say(f"epoch {epoch}: {metric} on the search split: {words}")
+        self._warn(epoch, log)
 
-    def _scores(self) -> dict[int, dict]:
-        return {r["step"]: r["networks"] for r in read_log(self._log.path) if r["kind"] == "eval"}
-
-    def _warn(self, epoch: int) -> None:
-        """Once a phase: the largest sub-network lost more than the tolerance since that phase opened."""
-        opened = max((phase for phase in self._phases if phase <= epoch), default=None)
-        warned = {r["phase"] for r in read_log(self._log.path) if r["kind"] == "interference"}
-        scores = self._scores()
-        if opened is None or opened in warned or opened - 1 not in scores:
+    def _warn(self, epoch: int, log: RunLog) -> None:
+        """Warn, once a phase, if the largest sub-network lost more than the tolerance since the phase opened."""
+        schedule = self._config.search_space.schedule_cfg
+        metric = self._config.search.objective
+        records = read_log(log.path)
+        largest = {r["step"]: r["networks"][LARGEST][metric] for r in records if r["kind"] == "eval"}
+        warned = {r["phase"] for r in records if r["kind"] == "interference"}
+        opened = boundaries(schedule, epoch)[-1]
+        if opened in warned or opened - 1 not in largest:
             return
-        before, now = (scores[e][LARGEST][self._metric] for e in (opened - 1, epoch))
-        if before - now > self._tolerance:
-            self._log.write("interference", epoch, phase=opened, before=before, now=now)
-            opening = describe_opening(self._schedule, opened)
+        before, now = largest[opened - 1], largest[epoch]
+        if before - now > self._config.supernet.interference_tolerance:
+            log.write("interference", epoch, phase=opened, before=before, now=now)
             say(
-                f"warning: the largest sub-network fell from {self._metric} {before:.3f} to {now:.3f} since the phase "
-                f"of epoch {opened} opened ({opening}); a longer phase before it, or distillation "
-                "(supernet.distill.weight), may help"
+                f"warning: the largest sub-network fell from {metric} {before:.3f} to {now:.3f} since the phase "
+                f"of epoch {opened} opened ({_describe_opening(schedule, opened)}); a longer phase before it, or "
+                "distillation (supernet.distill.weight), may help"
             )
 
 
-def describe_opening(schedule: ScheduleConfig, epoch: int) -> str:
+def _describe_opening(schedule: ScheduleConfig, epoch: int) -> str:
     """What opens at an epoch, in the configuration's words: `width_choice [6, 4]`."""
     parts = []
     for name, choice in vars(schedule).items():

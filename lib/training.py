@@ -1,7 +1,4 @@
-"""Optimizer, learning-rate schedule and moving average of the weights, from a configuration.
-
-The epoch loop of both trainings, and how a detector is evaluated and its BatchNorm re-estimated.
-"""
+"""What both trainings share: optimizer, learning-rate schedule, moving average, training step and epoch loop."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,20 +15,23 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from lib import checkpoint, distributed
-from lib.config import Config, LRScheduleConfig, TrainConfig
+from lib.config import Config, TrainConfig
 from lib.datasets import Batch
-from lib.distributed import synchronise_norms
 from lib.errors import UserError
-from lib.log import progress
+from lib.log import RunLog, progress, read_log
 from lib.losses import DetectionLoss
 from lib.runtime import StopRequest
+
+Losses = dict[str, Tensor]
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig, backbone_lr: float | None = None) -> torch.optim.Optimizer:
     """SGD or AdamW; `backbone_lr` gives the parameters below `backbone.` a learning rate of their own."""
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        lr = config.learning_rate if backbone_lr is None or not name.startswith("backbone.") else backbone_lr
+        in_backbone = name.startswith("backbone.")
+        lr = backbone_lr if in_backbone and backbone_lr is not None else config.learning_rate
         decay = config.weight_decay if config.decay_norm_and_bias or parameter.ndim > 1 else 0.0
         groups.setdefault((lr, decay), []).append(parameter)
     params = [{"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()]
@@ -42,52 +43,55 @@ def build_optimizer(model: nn.Module, config: TrainConfig, backbone_lr: float | 
 def build_scheduler(
     optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int, restarts: Sequence[int]
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """A schedule that moves with every step; `restarts` are the epochs (from 1) at which `T_0: auto` begins anew."""
-    make = {"constant": _constant, "cosine": _cosine, "cosine_restarts": _cosine_restarts, "multistep": _multistep}
-    shape = make[config.lr_schedule.type](config.lr_schedule, config.epochs, restarts)
-    warmup = config.lr_schedule.warmup_steps
+    """A schedule that changes with every step; `restarts` are the epochs (from 1) at which `T_0: auto` restarts."""
+    schedule = config.lr_schedule
+    decay = _decay(config, restarts)
 
     def factor(base: float) -> Callable[[int], float]:
-        floor = config.lr_schedule.eta_min / base if base else 0.0
+        # eta_min is a learning rate, LambdaLR multiplies: each group needs its own floor
+        floor = schedule.eta_min / base if base else 0.0
 
         def at(step: int) -> float:
-            decayed = shape(step / steps_per_epoch)
-            if config.lr_schedule.type.startswith("cosine"):
+            decayed = decay(step / steps_per_epoch)
+            if schedule.type.startswith("cosine"):
                 decayed = floor + (1 - floor) * decayed
-            return decayed * min(1.0, (step + 1) / (warmup + 1))
+            return decayed * min(1.0, (step + 1) / (schedule.warmup_steps + 1))
 
         return at
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, [factor(group["lr"]) for group in optimizer.param_groups])
 
 
-def _constant(_config: LRScheduleConfig, _epochs: int, _restarts: Sequence[int]) -> Callable[[float], float]:
-    return lambda epoch: 1.0
+def _decay(config: TrainConfig, restarts: Sequence[int]) -> Callable[[float], float]:
+    """The factor on the learning rate after a number of epochs, which may be fractional.
 
+    Restarting cosines are SGDR (Loshchilov and Hutter, ICLR 2017, eq. 5), with equal periods or one per phase.
+    """
+    schedule = config.lr_schedule
+    if schedule.type == "constant":
+        return lambda epoch: 1.0
+    if schedule.type == "multistep":
+        milestones = sorted(schedule.milestones)
+        return lambda epoch: schedule.gamma ** bisect.bisect_right(milestones, epoch)
+    if schedule.type == "cosine":
+        starts = [0]
+        ends = [config.epochs]
+    elif schedule.T_0 == "auto":
+        starts = [epoch - 1 for epoch in restarts]
+        ends = [*starts[1:], config.epochs]
+    else:
+        starts = list(range(0, config.epochs, schedule.T_0))
+        ends = [start + schedule.T_0 for start in starts]
 
-def _cosine(_config: LRScheduleConfig, epochs: int, _restarts: Sequence[int]) -> Callable[[float], float]:
-    return lambda epoch: 0.5 * (1 + math.cos(math.pi * min(epoch / epochs, 1)))
-
-
-def _cosine_restarts(config: LRScheduleConfig, epochs: int, restarts: Sequence[int]) -> Callable[[float], float]:
-    """SGDR (Loshchilov and Hutter, ICLR 2017, eq. 5) with equal periods, or from one restart to the next."""
-    starts = [e - 1 for e in restarts] if config.T_0 == "auto" else list(range(0, epochs, config.T_0))
-    ends = [*starts[1:], epochs if config.T_0 == "auto" else starts[-1] + config.T_0]
-
-    def at(epoch: float) -> float:
+    def cosine(epoch: float) -> float:
         i = bisect.bisect_right(starts, epoch) - 1
         return 0.5 * (1 + math.cos(math.pi * min((epoch - starts[i]) / (ends[i] - starts[i]), 1)))
 
-    return at
-
-
-def _multistep(config: LRScheduleConfig, _epochs: int, _restarts: Sequence[int]) -> Callable[[float], float]:
-    milestones = sorted(config.milestones)
-    return lambda epoch: config.gamma ** bisect.bisect_right(milestones, epoch)
+    return cosine
 
 
 def build_ema(model: nn.Module, decay: float) -> AveragedModel:
-    """Moving average of weights and buffers; early on the decay is (1 + n) / (10 + n), to forget the start."""
+    """Moving average of weights and buffers. Early on the decay is (1 + n) / (10 + n), to forget the start."""
 
     @torch.no_grad()
     def update(averages: Sequence[Tensor], values: Sequence[Tensor], n: Tensor | int) -> None:
@@ -101,16 +105,17 @@ def build_ema(model: nn.Module, decay: float) -> AveragedModel:
     return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
 
 
-Losses = dict[str, Tensor]
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+def detection_loss(config: Config) -> DetectionLoss:
+    """The configured loss; when several processes share a batch, normalised by the whole batch."""
+    return DetectionLoss(config.loss, variances=tuple(config.head.variances), normalizers=distributed.normalizers)
 
 
 class Trainer:
-    """Optimisation of one model: optimizer, schedule, precision, clipping, moving average, and where it stands.
+    """The optimisation of one model: optimizer, schedule, precision, clipping, moving average and position.
 
-    `epoch` and `batch` are the next ones to do (epochs from 1, batches from 0), `step` counts optimizer steps.
-    In a job of several processes the weights and all that belongs to them stay the same in each; running statistics
-    differ, unless BatchNorm is synchronised, and the main process's are saved.
+    `epoch` and `batch` are the next ones to do (epochs from 1, batches from 0); `step` counts optimizer steps.
+    In a job of several processes, weights and optimizer state are equal in all of them. BatchNorm's running statistics
+    differ unless they are synchronised; the main process's are saved.
     """
 
     def __init__(
@@ -125,13 +130,14 @@ class Trainer:
         self.model = model.to(device, memory_format=torch.channels_last)
         distributed.copy_from_main(model)
         if config.sync_batch_norm and distributed.world().size > 1:
-            synchronise_norms(model)
-        self.config, self.device = config, device
+            distributed.synchronise_norms(model)
+        self.config = config
+        self.device = device
         self.batches_per_epoch = batches_per_epoch
         if backbone_lr is None and config.backbone_learning_rate:
             backbone_lr = config.backbone_learning_rate
         self.optimizer = build_optimizer(model, config, backbone_lr)
-        steps_per_epoch = -(-batches_per_epoch // config.accumulate)
+        steps_per_epoch = math.ceil(batches_per_epoch / config.accumulate)
         self.scheduler = build_scheduler(self.optimizer, config, steps_per_epoch, restarts)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.ema = build_ema(model, config.ema_decay) if config.ema_decay else None
@@ -139,65 +145,62 @@ class Trainer:
 
     @property
     def averaged(self) -> nn.Module:
-        """The weights to evaluate and ship: the moving average, or the model itself where there is none."""
+        """The weights to evaluate and ship: the moving average, or the model itself if there is none."""
         return self.ema.module if self.ema is not None else self.model
 
     @property
     def between_steps(self) -> bool:
-        """Whether no batch is waiting for others to share an optimizer step with."""
+        """Whether no gradient of an unfinished optimizer step is held."""
         return self.batch % self.config.accumulate == 0
 
     def update(self, losses: Iterator[Losses]) -> dict[str, float]:
-        """Back-propagate one batch: the sum of `losses`, each item before the next is computed.
+        """Back-propagate the sum of `losses` of one batch; each item before the next one is computed.
 
-        The optimizer steps after every `accumulate` batches, and after the last one of an epoch, on their mean.
+        The optimizer steps after every `accumulate` batches and after an epoch's last batch, on their mean gradient.
         """
         if self.between_steps:
             self.optimizer.zero_grad(set_to_none=True)
         first = self.batch - self.batch % self.config.accumulate
-        shared = min(self.config.accumulate, self.batches_per_epoch - first)  # batches of this optimizer step
+        batches_in_step = min(self.config.accumulate, self.batches_per_epoch - first)
         sums: dict[str, float] = defaultdict(float)
         dtype = PRECISIONS[self.config.precision]
         while True:
+            # The iterator runs the forward pass, which is all that autocast is for.
             with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
                 item = next(losses, None)
             if item is None:
                 break
-            total = sum(item.values()) / shared
-            self.scaler.scale(total).backward()
+            self.scaler.scale(sum(item.values()) / batches_in_step).backward()
             for name, value in item.items():
                 sums[name] += value.item()
         sums = distributed.mean_of(sums)
-        self._check_finite(sums)
+        for name, value in sums.items():
+            if not math.isfinite(value):
+                raise UserError(
+                    f"epoch {self.epoch}, step {self.step}: the loss '{name}' is {value}; "
+                    "a lower learning_rate, warm-up (lr_schedule.warmup_steps) or clip_grad_norm may help"
+                )
         self.batch += 1
-        if self.batch == first + shared:
+        if self.batch == first + batches_in_step:
             self._step()
         if self.batch == self.batches_per_epoch:
             self.epoch, self.batch = self.epoch + 1, 0
         return sums
 
     def _step(self) -> None:
-        """One optimizer step on the gradients that have gathered."""
+        """One optimizer step with the accumulated gradients."""
         distributed.average_gradients(self.model.parameters())
         if self.config.clip_grad_norm:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        with warnings.catch_warnings():  # a step that overflowed in fp16 was left out; the schedule counts it
+        with warnings.catch_warnings():  # fp16 skips a step that overflowed, the schedule counts it all the same
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
             self.scheduler.step()
         if self.ema is not None:
             self.ema.update_parameters(self.model)
         self.step += 1
-
-    def _check_finite(self, sums: dict[str, float]) -> None:
-        bad = [name for name, value in sums.items() if not math.isfinite(value)]
-        if bad:
-            raise UserError(
-                f"epoch {self.epoch}, step {self.step}: the loss '{bad[0]}' is {sums[bad[0]]}; "
-                "a lower learning_rate, warm-up (lr_schedule.warmup_steps) or clip_grad_norm may help"
-            )
 
     def state_dict(self) -> dict:
         return {
@@ -225,27 +228,89 @@ class Trainer:
         checkpoint.restore_random_states(state["random"])
 
 
-def detection_loss(config: Config) -> DetectionLoss:
-    """The configured loss; where several processes share a batch, by the whole batch's divisors."""
-    variances = tuple(config.head.variances)
-    return DetectionLoss(**vars(config.loss), variances=variances, normalizers=distributed.normalizers)
+class Training:
+    """The epochs of one stage: train, save last.pt, log, and score after each of the epochs in `due`.
 
+    A subclass says what the losses of a batch are, how to score, and what its checkpoints hold besides the trainer's
+    state. With `resume` it continues from last.pt in `folder`, if there is one.
+    """
 
-def train_epoch(
-    trainer: Trainer, loader: DataLoader, forward: Callable[[Batch], Iterator[Losses]], stop: StopRequest
-) -> dict[str, float]:
-    """Train until the epoch ends or `stop` is requested; the mean of each loss. `loader` gives the batches left."""
-    sums: dict[str, float] = defaultdict(float)
-    done = 0
-    bar = progress(loader, f"epoch {trainer.epoch}/{trainer.config.epochs}")
-    for batch in bar:
-        losses = trainer.update(forward(batch.to(trainer.device)))
-        stop.agree()
-        done += 1
-        for name, value in losses.items():
-            sums[name] += value
-        bar.set_postfix({name: f"{value / done:.3f}" for name, value in sums.items()}, refresh=False)
-        if stop.requested and trainer.between_steps:
-            bar.close()
-            break
-    return {name: value / max(done, 1) for name, value in sums.items()}
+    def __init__(
+        self, trainer: Trainer, loader: DataLoader, folder: Path, due: set[int], *, resume: bool, tensorboard: bool
+    ):
+        self.trainer = trainer
+        self.loader = loader
+        self.folder = folder
+        self.due = due
+        last = folder / "last.pt"
+        reads = resume and distributed.world().main and last.exists()
+        if payload := distributed.from_main(checkpoint.read(last) if reads else None):
+            self.restore(payload)
+            print(f"resumed {last} at epoch {trainer.epoch}, step {trainer.step}")
+        # restore() may refuse the folder, so nothing is written before this point
+        self.log = RunLog(folder / "log.jsonl", tensorboard)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Prepare the model for `epoch`, or for the rest of it after an interruption."""
+        self.trainer.model.train()
+
+    def losses(self, batch: Batch) -> Iterator[Losses]:
+        raise NotImplementedError
+
+    def score(self, epoch: int) -> None:
+        """Score the model after `epoch` and log the result as "eval"."""
+        raise NotImplementedError
+
+    def state(self) -> dict:
+        """The content of last.pt."""
+        return self.trainer.state_dict()
+
+    def restore(self, payload: dict) -> None:
+        self.trainer.load_state_dict(payload)
+
+    def save(self, name: str) -> None:
+        checkpoint.save(self.folder / name, self.state())
+
+    def run(self) -> bool:
+        """Train until the last epoch ends or a signal asks to stop; whether the last epoch ended."""
+        trainer = self.trainer
+        config = trainer.config
+        with StopRequest() as stop:
+            if trainer.batch == 0:
+                self._score_if_due(trainer.epoch - 1)  # an earlier run may have been killed while it scored
+            while trainer.epoch <= config.epochs and not stop.requested:
+                epoch = trainer.epoch
+                self.begin_epoch(epoch)
+                self.loader.batch_sampler.set_epoch(epoch, trainer.batch)
+                losses = self._train_epoch(stop)
+                self.save("last.pt")
+                if trainer.batch:  # stopped within the epoch
+                    break
+                self.log.write("train", epoch, losses=losses, lr=trainer.scheduler.get_last_lr()[0])
+                if config.save_every and epoch % config.save_every == 0:
+                    self.save(f"epoch_{epoch:04d}.pt")
+                self._score_if_due(epoch)
+        self.log.close()
+        return trainer.epoch > config.epochs
+
+    def _train_epoch(self, stop: StopRequest) -> dict[str, float]:
+        """Train on the batches that are left of this epoch, or until `stop` is requested; the mean of each loss."""
+        trainer = self.trainer
+        sums: dict[str, float] = defaultdict(float)
+        with progress(self.loader, f"epoch {trainer.epoch}/{trainer.config.epochs}") as bar:
+            for done, batch in enumerate(bar, start=1):
+                for name, value in trainer.update(self.losses(batch.to(trainer.device))).items():
+                    sums[name] += value
+                means = {name: value / done for name, value in sums.items()}
+                bar.set_postfix({name: f"{mean:.3f}" for name, mean in means.items()}, refresh=False)
+                stop.agree()
+                if stop.requested and trainer.between_steps:
+                    break
+        return means
+
+    def _score_if_due(self, epoch: int) -> None:
+        """Score after `epoch` if it is due and the log has no score of it."""
+        if epoch in self.due:
+            scored = any(r["kind"] == "eval" and r["step"] == epoch for r in read_log(self.log.path))
+            if not distributed.from_main(scored):
+                self.score(epoch)

@@ -1,6 +1,6 @@
-"""Does the search pay? Whom the found network is compared with, by which short recipe, and the result as a table.
+"""Short trainings of several genotypes by one recipe, in a folder of their own; and --compare, a table of them.
 
-The contestants of --compare: each trained by the short recipe from both starts, what is done never done again.
+Each trial that is done has a result.json, so an interrupted run continues with the next one.
 """
 
 from __future__ import annotations
@@ -8,101 +8,40 @@ from __future__ import annotations
 import copy
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from matplotlib import pyplot as plt
 
 from lib import checkpoint
 from lib.annotations import Annotations
-from lib.checkpoint import code_revision
 from lib.config import Config
 from lib.config_io import to_dict
-from lib.datasets import configured_train_loader
 from lib.detector import ElasticSSD, Supernet, recalibrate
 from lib.errors import UserError
-from lib.final_training import Start, evaluate, find_teacher, make_training, some_images
+from lib.final_training import FinalTraining, StartingNetwork, evaluate, final_loader, some_images
 from lib.genotype import Genotype, SearchSpace
 from lib.latency import ROUNDS, FusedDetectors, cpu_threads, time_detectors
-from lib.log import _save, finite, say
+from lib.log import finite, save_figure, say
 from lib.runtime import device_name, seed_everything
 
-
-def plot_comparison(rows: Sequence[dict], starts: dict[str, str], picture: Path) -> None:
-    """AP of each contestant of --compare against multiply-adds and latency, a marker for each of its starts."""
-    figure, axes = plt.subplots(1, 2, figsize=(14, 5), sharey=True)
-    costs = ("flops", "multiply-adds"), ("latency_ms", "measured latency before NMS [ms]")
-    for axis, (cost, label) in zip(axes, costs, strict=True):
-        for (start, words), marker in zip(starts.items(), "o^x", strict=True):
-            axis.plot([r[cost] for r in rows], [r[start]["AP"] for r in rows], marker, label=words)
-        for i, row in enumerate(sorted(rows, key=lambda row: row[cost])):
-            place = row[cost], max(row[start]["AP"] for start in starts)
-            above = 8 + 11 * (i % 3)  # neighbours may cost nearly the same
-            axis.annotate(row["name"], place, (0, above), textcoords="offset points", ha="center", fontsize=8)
-        axis.set_xlabel(label)
-        axis.margins(0.12)
-    axes[0].set_ylabel("AP on the test set")
-    axes[0].legend(fontsize=8)
-    _save(figure, picture)
-
-
-SIMILAR = 0.1  # random contestants' multiply-adds differ from the found one's by at most this share of them
+SHORT = 4  # a short training has one in so many of the epochs of `final`
+SIMILAR = 0.1  # random sub-networks have multiply-adds within this share of the found one's
 TRIES = 2000
-SHORT = 4  # of `final.epochs`, one in so many
 STARTS = {"inherited": "inherited, no training", "fine_tuned": "fine-tuned", "scratch": "from scratch"}
 
 
-def contestants(
-    space: SearchSpace,
-    flops: Callable[[Genotype], float],
-    found: Genotype,
-    pretrained: Genotype | None,
-    count: int,
-    seed: int,
-) -> dict[str, Genotype]:
-    """The found one, the pretrained one, the ends of the space, and `count` random ones of similar multiply-adds.
-
-    No genotype is there twice: one that plays two parts has both names. Raises UserError if `count` cannot be found.
-    """
-    named = {"found": found, "largest": space.largest(), "smallest": space.smallest()}
-    if pretrained is not None:
-        named["pretrained"] = pretrained
-    names: dict[Genotype, list[str]] = {}
-    for name, genotype in named.items():
-        names.setdefault(genotype, []).append(name)
-    limits = (1 - SIMILAR) * flops(found), (1 + SIMILAR) * flops(found)
-    drawn = (g for g in _draws(space, random.Random(seed)) if limits[0] <= flops(g) <= limits[1])
-    number = 0
-    while number < count:
-        genotype = next(drawn, None)
-        if genotype is None:
-            raise UserError(
-                f"--compare-random {count}: only {number} other sub-networks have multiply-adds within "
-                f"{SIMILAR:.0%} of the found one's"
-            )
-        if genotype not in names:
-            number += 1
-            names[genotype] = [f"random {number}"]
-    return {" and ".join(parts): genotype for genotype, parts in names.items()}
-
-
-def _draws(space: SearchSpace, rng: random.Random) -> Iterator[Genotype]:
-    """Uniform ones first; near an end of the space, which these seldom reach, it takes crossovers with the end."""
-    ends = space.smallest(), space.largest()
-    yield from (space.sample(rng) for _ in range(TRIES))
-    yield from (space.crossover(space.sample(rng), ends[i % 2], rng) for i in range(TRIES))
-
-
 def shortened(config: Config, epochs: int | None) -> Config:
-    """The recipe of stage 3 in `epochs` (None: a quarter of its own), all that it times by epoch or step in proportion.
+    """A recipe of `epochs` (None: a quarter of those of `final`), with every epoch and step count in proportion.
 
-    It is evaluated after the last epoch only, so that no choice on the test set flatters the noisier of two trainings.
+    It evaluates after the last epoch only, since choosing the best of several would favour the noisier training.
     """
     if epochs is not None and epochs < 1:
         raise UserError(f"--compare-epochs {epochs}: expected at least 1")
     config = copy.deepcopy(config)
-    final, schedule = config.final, config.final.lr_schedule
+    final = config.final
+    schedule = final.lr_schedule
     epochs = epochs or max(1, round(final.epochs / SHORT))
     ratio = epochs / final.epochs
     schedule.warmup_steps = round(schedule.warmup_steps * ratio)
@@ -116,11 +55,160 @@ def shortened(config: Config, epochs: int | None) -> Config:
     return config
 
 
-def refuse_other_plan(known: dict, plan: dict, where: object) -> None:
-    """Raise UserError, naming the first difference, if a comparison that is to go on was begun by another plan."""
-    for key in plan:
-        if known.get(key) != plan[key]:
-            raise UserError(f"{where}: that comparison has another '{key}'; start this one elsewhere with --train-dir")
+@dataclass(frozen=True)
+class Recipe:
+    """What all trials have in common. `config` holds the short recipe, `starts` are some of STARTS."""
+
+    config: Config
+    supernet: Supernet
+    supernet_path: Path
+    annotations: Annotations
+    test: Annotations
+    device: torch.device
+    starts: Sequence[str] = tuple(STARTS)
+
+
+class Trials:
+    """Train each of the named `networks` from each start of the recipe and evaluate it on the test set.
+
+    plan.json in `folder` says what is tried. Raises UserError if the folder holds trials by another plan.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path, networks: Mapping[str, Genotype]):
+        self.recipe = recipe
+        self.folder = folder
+        self.networks = networks
+        plan = {
+            "contestants": {name: genotype.to_dict() for name, genotype in networks.items()},
+            "supernet": checkpoint.sha256(recipe.supernet_path),
+            "data": {"train": recipe.annotations.fingerprint(), "test": recipe.test.fingerprint()},
+            "config": to_dict(recipe.config) | {"data": {}},  # a data folder may move: the fingerprints count
+        }
+        self.plan = json.loads(json.dumps(plan))  # tuples become lists, as in the file
+        path = folder / "plan.json"
+        if path.exists():
+            known = json.loads(path.read_text())
+            for key, value in self.plan.items():
+                if known.get(key) != value:
+                    raise UserError(
+                        f"{folder}: holds a comparison with another '{key}'; start this one elsewhere with --train-dir"
+                    )
+        checkpoint.write_text(path, json.dumps(self.plan, indent=1) + "\n")
+
+    def run(self) -> bool:
+        """Do what is missing; whether that ended before a signal to stop."""
+        for number, (name, genotype) in enumerate(self.networks.items(), start=1):
+            result = self._folder_of(name) / "result.json"
+            if result.exists():
+                continue
+            say(f"{name}, {number} of {len(self.networks)}")
+            metrics = {}
+            for start in self.recipe.starts:
+                found = self._try(start, genotype, self._folder_of(name) / start)
+                if found is None:
+                    return False
+                metrics[start] = found
+            cost = self.recipe.supernet.detector.cost(genotype)._asdict()
+            content = {"name": name, "genotype": genotype.to_dict(), **cost, **metrics}
+            checkpoint.write_text(result, json.dumps(content, indent=1) + "\n")
+            # best.pt stays for use; last.pt is large and was only needed to resume
+            for last in self._folder_of(name).glob("*/last.pt"):
+                last.unlink()
+        return True
+
+    def results(self) -> list[dict]:
+        """Per network its name, genotype, cost, and per start the metrics on the test set."""
+        return [json.loads((self._folder_of(name) / "result.json").read_text()) for name in self.networks]
+
+    def _folder_of(self, name: str) -> Path:
+        return self.folder / name.replace(" ", "_")
+
+    def _try(self, start: str, genotype: Genotype, folder: Path) -> dict | None:
+        """The metrics of one network from one start; None after a signal to stop."""
+        config = self.recipe.config
+        device = self.recipe.device
+        annotations = self.recipe.annotations
+        supernet = self.recipe.supernet
+        if start == "inherited":
+            model = supernet.detector.extract(genotype).to(device, memory_format=torch.channels_last)
+            recalibrate(model, some_images(annotations, genotype.image_size, config), device)
+            return finite(evaluate(model, self.recipe.test, config, device))
+        seed_everything(config.seed)
+        # Made for either start, so that all trainings begin with the same random state.
+        untrained = ElasticSSD(config, len(annotations.classes))
+        origins = {
+            "fine_tuned": StartingNetwork(supernet.detector, "supernet", supernet),
+            "scratch": StartingNetwork(untrained, "scratch", supernet),
+        }
+        student = origins[start].student(config, genotype, annotations.classes)
+        loader = final_loader(annotations, genotype.image_size, config, device)
+        training = FinalTraining(config, folder, student, loader, self.recipe.test, device, resume=True)
+        return training.best if training.run() else None
+
+
+def contestants(
+    supernet: Supernet, found: Genotype, pretrained: Genotype | None, count: int, seed: int
+) -> dict[str, Genotype]:
+    """The networks of --compare: the found one, the pretrained one, the smallest, the largest, and `count` random ones
+    of similar multiply-adds.
+
+    No genotype appears twice; one in several roles has all their names. Raises UserError if `count` cannot be found.
+    """
+    space = supernet.space
+    named = {"found": found, "largest": space.largest(), "smallest": space.smallest()}
+    if pretrained is not None:
+        named["pretrained"] = pretrained
+    names: dict[Genotype, list[str]] = {}
+    for name, genotype in named.items():
+        names.setdefault(genotype, []).append(name)
+    target = supernet.detector.cost(found).flops
+    number = 0
+    for genotype in _draws(space, random.Random(seed)):
+        if number == count:
+            break
+        similar = abs(supernet.detector.cost(genotype).flops - target) <= SIMILAR * target
+        if similar and genotype not in names:
+            number += 1
+            names[genotype] = [f"random {number}"]
+    if number < count:
+        raise UserError(
+            f"--compare-random {count}: only {number} other sub-networks have multiply-adds within "
+            f"{SIMILAR:.0%} of the found one's"
+        )
+    return {" and ".join(parts): genotype for genotype, parts in names.items()}
+
+
+def _draws(space: SearchSpace, rng: random.Random) -> Iterator[Genotype]:
+    """Uniform samples, then crossovers with an end of the space, near which uniform samples are rare."""
+    ends = space.smallest(), space.largest()
+    yield from (space.sample(rng) for _ in range(TRIES))
+    yield from (space.crossover(space.sample(rng), ends[i % 2], rng) for i in range(TRIES))
+
+
+def write_comparison(trials: Trials) -> str:
+    """Time the networks of finished trials; write compare.json, compare.md and compare.png; the table as text."""
+    recipe = trials.recipe
+    threads = recipe.config.search.latency_threads
+    detectors = FusedDetectors(recipe.supernet.detector, recipe.config, recipe.device)
+    with cpu_threads(threads):
+        fused = [detectors(genotype) for genotype in trials.networks.values()]
+        times = time_detectors(fused, recipe.device, ROUNDS)
+    rows = [{**row, "latency_ms": ms} for row, ms in zip(trials.results(), times, strict=True)]
+    epochs = recipe.config.final.epochs
+    name = device_name(recipe.device)
+    content = {
+        **trials.plan,
+        "epochs": epochs,
+        "commit": checkpoint.code_revision(),
+        "latency": {"device": str(recipe.device), "device_name": name, "threads": threads},
+        "rows": rows,
+    }
+    head = f"AP (AP50) on {len(recipe.test)} test images; latency on {name}, CPU threads: {threads}"
+    table = f"{head}\n\n{as_markdown(rows, epochs)}"
+    checkpoint.write_text(trials.folder / "compare.json", json.dumps(content, indent=1) + "\n")
+    checkpoint.write_text(trials.folder / "compare.md", table)
+    plot_comparison(rows, trials.folder / "compare.png")
+    return table
 
 
 def as_markdown(rows: Sequence[dict], epochs: int) -> str:
@@ -132,116 +220,41 @@ def as_markdown(rows: Sequence[dict], epochs: int) -> str:
         costs = f"{row['flops'] / 1e6:.1f} | {row['params'] / 1e6:.3f} | {row['latency_ms']:.2f}"
         scores = " | ".join(f"{row[start]['AP']:.3f} ({row[start]['AP50']:.3f})" for start in STARTS)
         lines.append(f"| {row['name']} | {costs} | {scores} |")
-    return "\n".join([*lines, "", *gains(rows)]) + "\n"
+    return "\n".join([*lines, "", *_gains(rows)]) + "\n"
 
 
-def gains(rows: Sequence[dict]) -> list[str]:
-    """The found network's AP less the mean of the random ones', a line for each start; none without random ones."""
+def _gains(rows: Sequence[dict]) -> list[str]:
+    """A line per start: the found network's AP less the mean of the random ones'. Empty without random ones."""
     found = next(row for row in rows if "found" in row["name"].split(" and "))
     others = [row for row in rows if row["name"].startswith("random ")]
-    if not others:
-        return []
     lines = []
-    for start, words in STARTS.items():
+    for start, words in STARTS.items() if others else ():
+        ap = found[start]["AP"]
         values = [row[start]["AP"] for row in others]
         mean = sum(values) / len(values)
         lines.append(
-            f"- {words}: found {found[start]['AP']:.3f}, random {mean:.3f} on average ({min(values):.3f} to "
-            f"{max(values):.3f}): {found[start]['AP'] - mean:+.3f}"
+            f"- {words}: found {ap:.3f}, random {mean:.3f} on average ({min(values):.3f} to "
+            f"{max(values):.3f}): {ap - mean:+.3f}"
         )
     return lines
 
 
-class Contest:
-    """A comparison in `folder`: plan.json says what is compared, and each contestant's folder has its result.json.
+def plot_comparison(rows: Sequence[dict], picture: Path) -> None:
+    """AP of each network against multiply-adds and against latency, with one marker per start."""
+    from matplotlib.figure import Figure
 
-    `config` holds the short recipe. Raises UserError if the folder holds a comparison by another plan.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        folder: Path,
-        supernet: Supernet,
-        supernet_path: Path,
-        contestants: Mapping[str, Genotype],
-        annotations: Annotations,
-        test: Annotations,
-        device: torch.device,
-    ):
-        self.config, self.folder, self.contestants = config, folder, contestants
-        self.supernet, self.annotations, self.test, self.device = supernet, annotations, test, device
-        plan = {
-            "contestants": {name: genotype.to_dict() for name, genotype in contestants.items()},
-            "supernet": checkpoint.sha256(supernet_path),
-            "data": {"train": annotations.fingerprint(), "test": test.fingerprint()},
-            "config": to_dict(config) | {"data": {}},  # a folder may move: the fingerprints count
-        }
-        self.plan = json.loads(json.dumps(plan))
-        if (folder / "plan.json").exists():
-            refuse_other_plan(json.loads((folder / "plan.json").read_text()), self.plan, folder)
-        checkpoint.write_text(folder / "plan.json", json.dumps(self.plan, indent=1) + "\n")
-
-    def run(self) -> bool:
-        """Have every contestant's result; whether it came to that before a signal to stop."""
-        for number, (name, genotype) in enumerate(self.contestants.items(), start=1):
-            result = self._own(name) / "result.json"
-            if result.exists():
-                continue
-            say(f"{name}, {number} of {len(self.contestants)}")
-            metrics = self._metrics(self._own(name), genotype)
-            if metrics is None:
-                return False
-            cost = self.supernet.detector.cost(genotype)._asdict()
-            content = {"name": name, "genotype": genotype.to_dict(), **cost, **metrics}
-            checkpoint.write_text(result, json.dumps(content, indent=1) + "\n")
-            for last in self._own(name).glob("*/last.pt"):
-                last.unlink()  # best.pt stays, to be used; what a training resumes from is large
-        return True
-
-    def _own(self, name: str) -> Path:
-        return self.folder / name.replace(" ", "_")
-
-    def _metrics(self, folder: Path, genotype: Genotype) -> dict[str, dict] | None:
-        """Metrics on the test set by start. None if it was told to stop."""
-        inherited = Start(self.supernet.detector, True, self.supernet)
-        model = inherited.network.extract(genotype).to(self.device, memory_format=torch.channels_last)
-        recalibrate(model, some_images(self.annotations, genotype.image_size, self.config), self.device)
-        metrics = {"inherited": finite(evaluate(model, self.test, self.config, self.device))}
-        for name in ("fine_tuned", "scratch"):
-            seed_everything(self.config.seed)
-            network = ElasticSSD(self.config, len(self.annotations.classes))
-            start = inherited if name == "fine_tuned" else Start(network, False, self.supernet)
-            trained = self._train(folder / name, start, genotype)
-            if trained is None:
-                return None
-            metrics[name] = trained
-        return metrics
-
-    def _train(self, folder: Path, start: Start, genotype: Genotype) -> dict | None:
-        """The metrics after the last epoch of one training. None if it was told to stop."""
-        everything, batch_size = range(len(self.annotations)), self.config.final.batch_size
-        data = self.annotations, everything, genotype.image_size, batch_size
-        loader = configured_train_loader(*data, self.config, self.device)
-        teacher = find_teacher(start, self.config, genotype, self.annotations.classes)
-        made_of = self.config, folder, start, genotype, teacher, loader, self.test, self.device
-        training = make_training(*made_of, resume=True)
-        return training.best if training.run() else None
-
-    def write(self) -> str:
-        """Time all contestants in turns, write compare.json, .md and .png; the table, with what it was measured on."""
-        rows = [json.loads((self._own(name) / "result.json").read_text()) for name in self.contestants]
-        threads = self.config.search.latency_threads
-        detectors = FusedDetectors(self.supernet.detector, self.config, self.device)
-        with cpu_threads(threads):
-            times = time_detectors([detectors(g) for g in self.contestants.values()], self.device, ROUNDS)
-        rows = [{**row, "latency_ms": ms} for row, ms in zip(rows, times, strict=True)]
-        epochs, where = self.config.final.epochs, device_name(self.device)
-        latency = {"device": str(self.device), "device_name": where, "threads": threads}
-        content = {**self.plan, "epochs": epochs, "commit": code_revision(), "latency": latency, "rows": rows}
-        said = f"AP (AP50) on {len(self.test)} test images; latency on {where}, CPU threads: {threads}"
-        table = f"{said}\n\n{as_markdown(rows, epochs)}"
-        checkpoint.write_text(self.folder / "compare.json", json.dumps(content, indent=1) + "\n")
-        checkpoint.write_text(self.folder / "compare.md", table)
-        plot_comparison(rows, STARTS, self.folder / "compare.png")
-        return table
+    figure = Figure(figsize=(14, 5))
+    axes = figure.subplots(1, 2, sharey=True)
+    costs = ("flops", "multiply-adds"), ("latency_ms", "measured latency before NMS [ms]")
+    for axis, (cost, label) in zip(axes, costs, strict=True):
+        for (start, words), marker in zip(STARTS.items(), "o^x", strict=True):
+            axis.plot([r[cost] for r in rows], [r[start]["AP"] for r in rows], marker, label=words)
+        for i, row in enumerate(sorted(rows, key=lambda row: row[cost])):
+            top = row[cost], max(row[start]["AP"] for start in STARTS)
+            above = 8 + 11 * (i % 3)  # staggered, because neighbours may cost nearly the same
+            axis.annotate(row["name"], top, (0, above), textcoords="offset points", ha="center", fontsize=8)
+        axis.set_xlabel(label)
+        axis.margins(0.12)
+    axes[0].set_ylabel("AP on the test set")
+    axes[0].legend(fontsize=8)
+    save_figure(figure, picture)
