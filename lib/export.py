@@ -7,7 +7,7 @@ A detector as an ONNX graph: uint8 pictures in, detections out, with normalisati
 The network, scores and decoded boxes come from torch's exporter; NMS is a graph of its own behind them, since what
 torchvision's NMS becomes on export depends on the versions of both.
 
-Input: `images` (B, 3, S, S) uint8 RGB, resized as lib.transforms.eval_transform does. B is free.
+Input: `images` (B, 3, S, S) uint8 RGB, resized as lib.transforms.EvalTransform does. B is free.
 Outputs, best first, padded with zeros to K = postprocess.top_k detections an image:
     boxes   (B, K, 4) float32  xyxy as shares of the picture's width and height: times them, pixels of any size
     scores  (B, K)    float32

@@ -1,25 +1,29 @@
-"""The built-in data set: drawn pictures of shapes, written to disk as VOC and as COCO files."""
+"""The built-in data set: drawn pictures of shapes on textured backgrounds, written as VOC and as COCO files."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torchvision.io import write_jpeg
 
 from lib.checkpoint import lock
 from lib.errors import UserError
+from lib.images import write_picture
 
-MARKER, LOCK = "shapes.json", ".lock"
+MARKER = "shapes.json"  # says that the folder is ours, and whether it is complete
+LOCK = ".lock"
 FORMAT = "shapes/1"
-SCALES = (0.28, 0.6)  # of the shorter side
+FOLDERS = ("JPEGImages", "Annotations", "ImageSets/Main", "annotations")
+SCALES = (0.28, 0.6)  # size of a shape, relative to the picture's shorter side
 TILT = 0.25  # radians to either side
-FOLDERS = ("JPEGImages", "Annotations", "ImageSets", "annotations")
+
+Box = tuple[int, int, int, int]  # x1, y1, x2, y2, continuous pixels from 0
+# Signed distance to the outline of a shape of radius 1, negative inside, at points (u, v) from its centre.
+Shape = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def _circle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -49,41 +53,29 @@ def _triangle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return np.max([u * np.cos(a) + v * np.sin(a) for a in angles], axis=0) - 0.5
 
 
-# Each is a distance to the outline of a shape of radius 1, negative inside. Colours are drawn apart: only form tells.
-SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-    "circle": _circle,
-    "cross": _cross,
-    "square": _square,
-    "star": _star,
-    "triangle": _triangle,
-}
-
+# Colours are drawn independently of the class, so only the form tells one class from another.
+SHAPES = {"circle": _circle, "cross": _cross, "square": _square, "star": _star, "triangle": _triangle}
 CLASSES = tuple(SHAPES)
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """A picture (H, W, 3) uint8 and its objects: (class name, (x1, y1, x2, y2)), continuous pixels from 0."""
+def draw_picture(rng: np.random.Generator) -> tuple[np.ndarray, list[tuple[str, Box]]]:
+    """One picture (H, W, 3) uint8, 160 to 224 pixels a side, and the class and box of its objects.
 
-    pixels: np.ndarray
-    objects: list[tuple[str, tuple[int, int, int, int]]]
-
-
-def draw_picture(rng: np.random.Generator) -> Drawing:
-    """One picture of 160 to 224 pixels a side: texture, clutter, and none (in 5% of pictures) to 5 shapes."""
+    It shows texture, clutter that belongs to no class, and 1 to 5 shapes, or none in 5% of the pictures.
+    """
     height, width = rng.integers(160, 225, size=2)
     canvas = _background(rng, height, width)
     _clutter(rng, canvas)
-    objects: list[tuple[str, tuple[int, int, int, int]]] = []
+    objects: list[tuple[str, Box]] = []
     for _ in range(0 if rng.random() < 0.05 else rng.integers(1, 6)):
         name = CLASSES[rng.integers(len(CLASSES))]
         side = min(height, width) * np.exp(rng.uniform(*np.log(SCALES)))
-        alpha, box = _place(rng, SHAPES[name], side, (height, width), [b for _, b in objects])
+        alpha, box = place(rng, SHAPES[name], side, (height, width), [box for _, box in objects])
         if box is not None:
             _paint(canvas, alpha, _contrasting_colour(rng, canvas, alpha))
             objects.append((name, box))
     canvas += rng.normal(0, rng.uniform(2, 8), size=canvas.shape).astype(np.float32)
-    return Drawing(canvas.clip(0, 255).astype(np.uint8), objects)
+    return canvas.clip(0, 255).astype(np.uint8), objects
 
 
 def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
@@ -97,7 +89,7 @@ def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray
 
 
 def _clutter(rng: np.random.Generator, canvas: np.ndarray) -> None:
-    """Lines and soft blobs, which belong to no class."""
+    """Draw lines and soft blobs, which belong to no class."""
     height, width = canvas.shape[:2]
     y, x = np.mgrid[:height, :width].astype(np.float32)
     for _ in range(rng.integers(0, 6)):
@@ -113,20 +105,23 @@ def _clutter(rng: np.random.Generator, canvas: np.ndarray) -> None:
         _paint(canvas, alpha, rng.uniform(0, 255, size=3))
 
 
-def _place(
-    rng: np.random.Generator, shape: Callable, side: float, size: tuple[int, int], taken: list[tuple]
-) -> tuple[np.ndarray, tuple[int, int, int, int] | None]:
-    """Coverage (H, W) of a turned, slightly stretched shape, and the tight box of its mask, occluded or not.
+def place(
+    rng: np.random.Generator, shape: Shape, side: float, size: tuple[int, int], taken: list[Box]
+) -> tuple[np.ndarray, Box | None]:
+    """Coverage (H, W) in [0, 1] of a rotated, slightly stretched shape at a random place, and its tight box.
 
-    The box is None where ten tries found no place that leaves every earlier shape mostly visible.
+    The box is None if ten tries found no place that leaves the shapes in `taken` mostly visible.
     """
     height, width = size
     for _ in range(10):
-        angle, stretch = rng.uniform(-TILT, TILT), np.exp(rng.uniform(-0.2, 0.2))
+        angle = rng.uniform(-TILT, TILT)
+        stretch = np.exp(rng.uniform(-0.2, 0.2))
         radius = side / 2
         centre_x, centre_y = rng.uniform(radius, width - radius), rng.uniform(radius, height - radius)
+        # From pixels to the shape's own frame, where its radius is 1.
         y, x = np.ogrid[:height, :width]
-        x, y = (x + 0.5 - centre_x) / (radius * stretch), (y + 0.5 - centre_y) * stretch / radius
+        x = (x + 0.5 - centre_x) / (radius * stretch)
+        y = (y + 0.5 - centre_y) * stretch / radius
         u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
         alpha = np.clip(0.5 - shape(u, v) * radius, 0, 1)
         box = _tight_box(alpha >= 0.5)
@@ -135,20 +130,20 @@ def _place(
     return alpha, None
 
 
-def _tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:
+def _tight_box(mask: np.ndarray) -> Box:
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
-def _covered(box: tuple, by: tuple) -> float:
-    """Share of `box` that lies under `by`."""
+def _covered(box: Box, by: Box) -> float:
+    """Share of `box` that `by` covers."""
     width = min(box[2], by[2]) - max(box[0], by[0])
     height = min(box[3], by[3]) - max(box[1], by[1])
     return max(width, 0) * max(height, 0) / ((box[2] - box[0]) * (box[3] - box[1]))
 
 
 def _contrasting_colour(rng: np.random.Generator, canvas: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """A random colour that can be told from what it will cover."""
+    """A random colour that differs clearly from what it will cover."""
     around = canvas[alpha >= 0.5].mean(0)
     while True:
         colour = rng.uniform(0, 255, size=3)
@@ -160,88 +155,75 @@ def _paint(canvas: np.ndarray, alpha: np.ndarray, colour: np.ndarray) -> None:
     canvas += alpha[..., None].astype(np.float32) * (colour.astype(np.float32) - canvas)
 
 
-def write_shapes(root: str | Path, train: int, test: int, seed: int = 0) -> None:
-    """Write `train` + `test` pictures under `root`, unless these very ones are there already.
+def write_shapes(root: Path, train: int, test: int, seed: int = 0) -> None:
+    """Write `train` + `test` pictures to `root`, unless these very pictures are there already.
 
-    The folder is at once a VOC year (JPEGImages, Annotations, ImageSets/Main/{trainval,test}.txt) and a COCO set
-    (annotations/instances_{trainval,test}.json). The marker file says from the start whose folder it is, and only at
-    the end that it is complete. Of several processes one draws, and the others wait. Raises UserError rather than write
-    into a folder that holds something else, and where it cannot write.
+    The folder is both a VOC year (JPEGImages, Annotations, ImageSets/Main/{trainval,test}.txt) and a COCO set
+    (annotations/instances_{trainval,test}.json). If several processes start at once, one draws and the others wait.
+    Raises UserError for a folder that holds other files, and for one that cannot be written to.
     """
-    root = Path(root)
     settings = {"format": FORMAT, "train": train, "test": test, "seed": seed}
-    if _read_marker(root / MARKER) == settings | {"complete": True}:
+    complete = settings | {"complete": True}
+    if _read_marker(root) == complete:
         return
     found = [path for path in root.iterdir() if not path.name.startswith(".")] if root.is_dir() else []
     if found and not (root / MARKER).exists():
         raise UserError(
-            f"{root}: expected the drawn shapes or an empty folder, found other files (data.root; pictures of your own "
-            "need a configuration that says how they are laid out, e.g. --cfg configs/bccd.yaml)"
+            f"{root}: expected the built-in shapes or an empty folder, found other files (data.root; your own pictures "
+            "need a configuration that describes their layout, e.g. --cfg configs/bccd.yaml)"
         )
     try:
         root.mkdir(parents=True, exist_ok=True)
         with (root / LOCK).open("w") as file:
             lock(file, wait=True)
-            if _read_marker(root / MARKER) != settings | {"complete": True}:  # another process may have drawn meanwhile
-                _write_all(root, settings)
+            if _read_marker(root) == complete:  # drawn by another process while this one waited
+                return
+            _write_marker(root, settings | {"complete": False})
+            for folder in FOLDERS:
+                shutil.rmtree(root / folder, ignore_errors=True)
+                (root / folder).mkdir(parents=True)
+            _write_set(root, "trainval", train, seed=(seed, 0))
+            _write_set(root, "test", test, seed=(seed, 1))
+            _write_marker(root, complete)
     except OSError as error:
         raise UserError(f"{root}: the built-in pictures cannot be written here: {error.strerror} (data.root)") from None
 
 
-def _write_all(root: Path, settings: dict) -> None:
-    _write_marker(root / MARKER, settings | {"complete": False})
-    for folder in FOLDERS:
-        shutil.rmtree(root / folder, ignore_errors=True)
-    for folder in ("JPEGImages", "Annotations", "ImageSets/Main", "annotations"):
-        (root / folder).mkdir(parents=True, exist_ok=True)
-    for number, (name, key) in enumerate((("trainval", "train"), ("test", "test"))):
-        _write_set(root, name, settings[key], seed=(settings["seed"], number))
-    _write_marker(root / MARKER, settings | {"complete": True})
-
-
-def _read_marker(marker: Path) -> object:
+def _read_marker(root: Path) -> object:
     try:
-        return json.loads(marker.read_text())
+        return json.loads((root / MARKER).read_text())
     except (OSError, ValueError):
         return None
 
 
-def _write_marker(marker: Path, content: dict) -> None:
-    part = marker.with_name(f".{marker.name}.part")
+def _write_marker(root: Path, content: dict) -> None:
+    part = root / f".{MARKER}.part"
     part.write_text(json.dumps(content))
-    part.replace(marker)
+    part.replace(root / MARKER)
 
 
 def _write_set(root: Path, name: str, count: int, seed: tuple[int, int]) -> None:
-    """One image set, each picture from a seed of its own, so that more pictures leave the first ones as they were."""
+    """One image set. Each picture has its own seed, so a larger set starts with the pictures of a smaller one."""
     images, annotations, stems = [], [], []
     for number in range(1, count + 1):
-        drawing = draw_picture(np.random.default_rng([*seed, number]))
+        pixels, objects = draw_picture(np.random.default_rng([*seed, number]))
+        height, width = pixels.shape[:2]
         stem = f"{name}_{number:05d}"
-        height, width = drawing.pixels.shape[:2]
-        pixels = torch.from_numpy(drawing.pixels).permute(2, 0, 1).contiguous()
-        write_jpeg(pixels, str(root / "JPEGImages" / f"{stem}.jpg"), quality=92)
-        (root / "Annotations" / f"{stem}.xml").write_text(_voc_xml(stem, width, height, drawing.objects))
-        images.append({"id": number, "file_name": f"{stem}.jpg", "width": width, "height": height})
-        for class_name, (x1, y1, x2, y2) in drawing.objects:
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": number,
-                    "category_id": CLASSES.index(class_name) + 1,
-                    "bbox": [x1, y1, x2 - x1, y2 - y1],
-                    "area": (x2 - x1) * (y2 - y1),
-                    "iscrowd": 0,
-                }
-            )
         stems.append(stem)
+        write_picture(torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), root / "JPEGImages" / f"{stem}.jpg")
+        (root / "Annotations" / f"{stem}.xml").write_text(_voc_xml(stem, width, height, objects))
+        images.append({"id": number, "file_name": f"{stem}.jpg", "width": width, "height": height})
+        for class_name, (x1, y1, x2, y2) in objects:
+            w, h = x2 - x1, y2 - y1
+            ids = {"id": len(annotations) + 1, "image_id": number, "category_id": CLASSES.index(class_name) + 1}
+            annotations.append({**ids, "bbox": [x1, y1, w, h], "area": w * h, "iscrowd": 0})
     categories = [{"id": i, "name": class_name} for i, class_name in enumerate(CLASSES, start=1)]
     content = {"images": images, "annotations": annotations, "categories": categories}
     (root / "annotations" / f"instances_{name}.json").write_text(json.dumps(content))
     (root / "ImageSets" / "Main" / f"{name}.txt").write_text("".join(f"{stem}\n" for stem in stems))
 
 
-def _voc_xml(stem: str, width: int, height: int, objects: list[tuple[str, tuple[int, int, int, int]]]) -> str:
+def _voc_xml(stem: str, width: int, height: int, objects: list[tuple[str, Box]]) -> str:
     """A VOC annotation; its boxes are 1-based and inclusive."""
     boxes = "".join(
         f"  <object>\n    <name>{name}</name>\n    <difficult>0</difficult>\n    <bndbox><xmin>{x1 + 1}</xmin>"

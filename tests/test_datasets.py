@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_data import write_coco, write_voc
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from lib import datasets
 from lib.annotations import read_voc
-from lib.config import AugmentConfig, DataConfig
+from lib.config import AugmentConfig, Config, DataConfig
 from lib.datasets import (
     DetectionDataset,
     EpochSampler,
@@ -20,14 +20,16 @@ from lib.datasets import (
     eval_loader,
     load_annotations,
     load_split,
+    make_loader,
     save_split,
     split_indices,
     train_loader,
 )
+from lib.distributed import World
 from lib.errors import UserError
 from lib.images import UnreadableImage
 from lib.shapes import CLASSES
-from lib.transforms import eval_transform, train_transform
+from lib.transforms import EvalTransform, TrainTransform
 
 OBJECTS = {f"{i:03d}": [("cat", 5, 5, 30, 25), ("dog", 20, 4, 40, 28, 1)][: i % 3] for i in range(10)}
 
@@ -40,9 +42,6 @@ def annotations(tmp_path):
 
 def voc_config(tmp_path, **options):
     return DataConfig(dataset_type="voc", root=str(tmp_path), **options)
-
-
-# ---- annotations
 
 
 def test_shapes_are_drawn_and_then_read(tmp_path):
@@ -82,9 +81,6 @@ def test_num_classes_is_checked_against_the_data(tmp_path):
         load_annotations(voc_config(tmp_path, num_classes=3), "train")
 
 
-# -------------------------------------------------------------------------------------------------------------- split
-
-
 class Ids:
     """All that the split asks of annotations."""
 
@@ -93,9 +89,6 @@ class Ids:
 
     def __len__(self):
         return len(self.ids)
-
-    def image_id(self, i):
-        return self.ids[i]
 
 
 @given(count=st.integers(2, 80), share=st.floats(0.05, 0.95), rest=st.floats(0.05, 1), seed=st.integers(0, 99))
@@ -156,32 +149,29 @@ def test_a_wrong_split_file_is_refused(tmp_path, annotations, content, message):
         load_split(tmp_path / "nowhere.json", annotations)
 
 
-# ----------------------------------------------------------------------------------------------------------- pictures
-
-
 def same(one, other):
     return all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(one, other, strict=True))
 
 
 def test_a_sample_is_a_function_of_seed_epoch_and_row(annotations):
-    dataset = DetectionDataset(annotations, range(10), train_transform(32), seed=3)
+    dataset = DetectionDataset(annotations, range(10), TrainTransform(32), seed=3)
     first = dataset[1, 4]
     torch.manual_seed(99)
     state = torch.get_rng_state()
     assert same(dataset[1, 4], first)
     assert torch.equal(torch.get_rng_state(), state)
-    other_seed = DetectionDataset(annotations, range(10), train_transform(32), seed=4)
+    other_seed = DetectionDataset(annotations, range(10), TrainTransform(32), seed=4)
     assert not same(dataset[2, 4], first) and not same(other_seed[1, 4], first)
 
 
 def test_ignored_objects_are_not_trained_on(annotations):
-    dataset = DetectionDataset(annotations, range(10), eval_transform(32))
+    dataset = DetectionDataset(annotations, range(10), EvalTransform(32))
     assert [len(dataset[0, row][2]) for row in range(3)] == [0, 1, 1]
     assert annotations.target(2)["labels"].tolist() == [1, 2] and dataset[0, 2][2].tolist() == [1]
 
 
 def test_a_batch_is_padded_with_background(annotations):
-    dataset = DetectionDataset(annotations, range(10), eval_transform(32))
+    dataset = DetectionDataset(annotations, range(10), EvalTransform(32))
     batch = collate([dataset[0, 0], dataset[0, 1]])
     assert batch.images.shape == (2, 3, 32, 32) and batch.images.dtype == torch.uint8 and len(batch) == 2
     assert batch.labels.tolist() == [[0], [1]]
@@ -193,7 +183,7 @@ def test_a_batch_is_padded_with_background(annotations):
 
 
 def spoil(annotations, row):
-    path = Path(annotations.path(row))
+    path = Path(annotations.paths[row])
     path.write_bytes(path.read_bytes()[:200])
 
 
@@ -206,11 +196,11 @@ def test_a_broken_jpeg_is_one_line_that_names_it(annotations, workers):
 
 
 def test_a_picture_of_another_size_or_none_is_named(annotations):
-    dataset = DetectionDataset(annotations, range(10), eval_transform(32))
+    dataset = DetectionDataset(annotations, range(10), EvalTransform(32))
     annotations.sizes[1] = torch.tensor([32, 48])
     with pytest.raises(UnreadableImage, match=r"001\.jpg: is 48 x 32 pixels, its annotation says 32 x 48"):
         dataset[0, 1]
-    Path(annotations.path(2)).unlink()
+    Path(annotations.paths[2]).unlink()
     with pytest.raises(UnreadableImage, match=r"002\.jpg: cannot be read: .*No such file"):
         dataset[0, 2]
 
@@ -218,14 +208,14 @@ def test_a_picture_of_another_size_or_none_is_named(annotations):
 def test_a_neighbour_stands_in_for_a_broken_picture_in_training(annotations, caplog):
     spoil(annotations, 3)
     spoil(annotations, 5)
-    dataset = DetectionDataset(annotations, [1, 3, 5, 8], eval_transform(32), on_error="skip")
+    dataset = DetectionDataset(annotations, [1, 3, 5, 8], EvalTransform(32), on_error="skip")
     with caplog.at_level(logging.WARNING):
         rows = [dataset[epoch, row][3] for epoch in (1, 2) for row in (1, 3, 5, 8)]
     assert rows == [1, 8, 8, 8] * 2
     assert ["003.jpg" in m or "005.jpg" in m for m in caplog.messages] == [True, True]
     spoil(annotations, 8)
-    last = DetectionDataset(annotations, [3, 5, 8], eval_transform(32), on_error="skip")
-    with pytest.raises(UserError, match="any other picture"):
+    last = DetectionDataset(annotations, [3, 5, 8], EvalTransform(32), on_error="skip")
+    with pytest.raises(UserError, match="no picture of the training set"):
         last[1, 5]
 
 
@@ -239,8 +229,8 @@ def test_a_broken_picture_is_black_in_evaluation(annotations, caplog):
 
 def test_cached_pictures_are_decoded_once_and_within_the_budget(annotations, monkeypatch):
     monkeypatch.setattr(datasets, "CACHE_BYTES", 2 * 3 * 32 * 48)
-    dataset = DetectionDataset(annotations, range(10), train_transform(32), cache=True)
-    plain = DetectionDataset(annotations, range(10), train_transform(32))
+    dataset = DetectionDataset(annotations, range(10), TrainTransform(32), cache=True)
+    plain = DetectionDataset(annotations, range(10), TrainTransform(32))
     expected = [plain[1, row] for row in range(3)]
     assert all(same(dataset[1, row], expected[row]) for row in (0, 1, 2, 1, 0))
     for row in range(3):
@@ -250,43 +240,33 @@ def test_cached_pictures_are_decoded_once_and_within_the_budget(annotations, mon
         dataset[1, 2]
 
 
-# ------------------------------------------------------------------------------------------------------------ loaders
-
-
 def rows_of(sampler):
     return [[row for _, row in batch] for batch in sampler]
 
 
-@given(
-    count=st.integers(1, 40),
-    batch=st.integers(1, 9),
-    world=st.integers(1, 4),
-    drop=st.booleans(),
-    epoch=st.integers(1, 9),
-)
-@settings(max_examples=80)
-def test_an_epoch_is_shared_out_evenly(count, batch, world, drop, epoch):
+@given(count=st.integers(1, 40), batch=st.integers(1, 9), size=st.integers(1, 4), epoch=st.integers(1, 9))
+@settings(max_examples=50)
+def test_ranks_share_every_batch_evenly(count, batch, size, epoch):
     indices = [3 * i for i in range(count)]
-    ranks = [EpochSampler(indices, batch, 5, drop_last=drop, rank=rank, world=world) for rank in range(world)]
-    for sampler in ranks:
+    ranks = [EpochSampler(indices, batch, 5, World(rank, size)) for rank in range(size)]
+    whole = EpochSampler(indices, batch * size, 5, World())
+    for sampler in (*ranks, whole):
         sampler.set_epoch(epoch)
     batches = [rows_of(sampler) for sampler in ranks]
     assert len({len(found) for found in batches}) == 1 and len(batches[0]) == len(ranks[0]) >= 1
     seen = [row for found in batches for rows in found for row in rows]
-    dropping = drop and count >= batch * world
-    if dropping:
-        assert len(set(seen)) == len(seen) == count // (batch * world) * batch * world
+    if count >= batch * size:
+        assert len(set(seen)) == len(seen) == count // (batch * size) * batch * size
     else:
-        assert set(seen) == set(indices) and len(seen) - count < world
-    whole = EpochSampler(indices, batch * world, 5, drop_last=drop)
-    whole.set_epoch(epoch)
-    if dropping or count % world == 0:
+        assert set(seen) == set(indices) and len(seen) - count < size
+    if count >= batch * size or count % size == 0:
         joined = [{row for found in batches for row in found[k]} for k in range(len(whole))]
         assert joined == [set(rows) for rows in rows_of(whole)]
 
 
 def test_the_order_is_a_function_of_seed_and_epoch():
-    sampler, other = EpochSampler(range(30), 4, 1), EpochSampler(range(30), 4, 2)
+    sampler = EpochSampler(range(30), 4, 1, World())
+    other = EpochSampler(range(30), 4, 2, World())
     first = list(sampler)
     assert {epoch for batch in first for epoch, _ in batch} == {1}
     assert list(sampler) == first and rows_of(other) != rows_of(sampler)
@@ -300,7 +280,7 @@ def test_the_order_is_a_function_of_seed_and_epoch():
 
 def test_an_empty_training_set_is_a_user_error():
     with pytest.raises(UserError, match="no image"):
-        EpochSampler([], 4, 1)
+        EpochSampler([], 4, 1, World())
 
 
 def epochs_of(loader, start=0):
@@ -311,11 +291,15 @@ def epochs_of(loader, start=0):
     return found
 
 
+def loader_of(annotations, batch_size=3, **options):
+    config = Config(data=DataConfig(**{"workers": 0, **options}), seed=1)
+    return train_loader(annotations, range(10), 24, batch_size, config, "cpu")
+
+
 def test_workers_and_a_resume_change_nothing(annotations):
-    options = {"seed": 1, "image_size": 24, "batch_size": 3}
-    alone = epochs_of(train_loader(annotations, range(10), **options))
-    shared = epochs_of(train_loader(annotations, range(10), workers=2, cache=True, **options))
-    resumed = epochs_of(train_loader(annotations, range(10), **options), start=2)
+    alone = epochs_of(loader_of(annotations))
+    shared = epochs_of(loader_of(annotations, workers=2, cache=True))
+    resumed = epochs_of(loader_of(annotations), start=2)
     assert len(alone) == 6
     assert all(same(a, b) for a, b in zip(alone, shared, strict=True))
     assert all(same(a, b) for a, b in zip(alone[2:], resumed, strict=True))
@@ -323,11 +307,21 @@ def test_workers_and_a_resume_change_nothing(annotations):
 
 
 def test_loading_takes_nothing_from_the_global_generator(annotations):
-    loader = train_loader(annotations, range(10), 24, 3)
+    loader = loader_of(annotations)
     torch.manual_seed(0)
     state = torch.get_rng_state()
     list(loader)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_each_process_has_its_share_of_every_batch(annotations, monkeypatch):
+    alone = [set(batch.index.tolist()) for batch in loader_of(annotations, batch_size=4)]
+    shares = []
+    for rank in range(2):
+        monkeypatch.setattr(datasets.distributed, "world", lambda rank=rank: World(rank, 2))
+        shares.append([batch.index.tolist() for batch in loader_of(annotations, batch_size=4)])
+    assert [len(rows) for rows in shares[0]] == [2, 2]
+    assert [{*one, *other} for one, other in zip(*shares, strict=True)] == alone
 
 
 def test_evaluation_goes_through_every_picture_in_order(annotations):
@@ -337,18 +331,18 @@ def test_evaluation_goes_through_every_picture_in_order(annotations):
 
 
 class Worker(Dataset):
-    def __len__(self):
-        return 2
+    """Samples that tell about the process that made them."""
 
-    def __getitem__(self, i):
-        return torch.get_num_threads(), signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    def __getitem__(self, key):
+        state = torch.tensor([torch.get_num_threads(), signal.getsignal(signal.SIGINT) == signal.SIG_IGN])
+        return torch.zeros(0), torch.zeros(0, 4), state, 0
 
 
 def test_workers_have_one_thread_and_leave_ctrl_c_to_the_main_process():
-    mine = signal.getsignal(signal.SIGINT)  # a job in the background may have been started without it
-    loader = DataLoader(Worker(), num_workers=1, collate_fn=list, worker_init_fn=datasets._start_worker)
-    assert next(iter(loader)) == [(1, True)]
-    assert signal.getsignal(signal.SIGINT) == mine
+    before = signal.getsignal(signal.SIGINT)  # a job in the background may have been started without it
+    (batch,) = make_loader(Worker(), [[(0, 0)]], 1, "cpu")
+    assert batch.labels.tolist() == [[1, True]]
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 def test_the_configured_augmentation_is_the_one_that_is_used(annotations):
@@ -358,7 +352,7 @@ def test_the_configured_augmentation_is_the_one_that_is_used(annotations):
         for b in eval_loader(annotations, range(10), 24, 5)
         for i, image in zip(b.index, b.images, strict=True)
     }
-    for augment, unchanged in ((off, True), (None, False)):
-        batches = list(train_loader(annotations, range(10), 24, 5, augment=augment))
+    for augment, unchanged in ((off, True), (AugmentConfig(), False)):
+        batches = list(loader_of(annotations, batch_size=5, augment=augment))
         pairs = [(plain[int(i)], image) for b in batches for i, image in zip(b.index, b.images, strict=True)]
         assert len(pairs) == 10 and all(torch.equal(a, b) for a, b in pairs) == unchanged

@@ -10,7 +10,7 @@ from torchvision.ops import box_iou
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from lib.transforms import GREY, View, eval_transform, random_iou_crop, random_zoom_out, resize_view, train_transform
+from lib.transforms import GREY, EvalTransform, TrainTransform, View, random_iou_crop, random_zoom_out, resize_view
 
 seeds = st.integers(0, 2**31)
 
@@ -48,7 +48,7 @@ def slow_iou_crop(view, boxes, rule):
 
 
 @given(seed=seeds, count=st.integers(1, 6))
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_iou_crop_is_the_first_trial_that_the_slow_loop_accepts(seed, count):
     view, boxes, rule = View(-30, -20, 200, 150), random_boxes(120, 100, count, seed), v2.RandomIoUCrop()
     if len(boxes) == 0:
@@ -75,7 +75,7 @@ def test_iou_crop_follows_the_law_of_v2():
 
 
 @given(seed=seeds, p=st.sampled_from([0.0, 0.5, 1.0]))
-@settings(max_examples=30)
+@settings(max_examples=25)
 def test_zoom_out_is_that_of_v2(seed, p):
     width, height, boxes = 40, 30, random_boxes(40, 30, 3)
     rule = v2.RandomZoomOut(p=p)
@@ -140,7 +140,7 @@ def coloured_picture():
 
 def test_boxes_labels_and_pixels_stay_together():
     image, boxes, labels = coloured_picture()
-    transform = train_transform(96)
+    transform = TrainTransform(96)
     transform.distort = v2.Identity()
     seen, mirrored = set(), 0
     for seed in range(60):
@@ -157,12 +157,12 @@ def test_boxes_labels_and_pixels_stay_together():
 
 
 @given(seed=seeds, width=st.integers(1, 90), height=st.integers(1, 90), count=st.integers(0, 4))
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_any_picture_gives_a_valid_sample(seed, width, height, count):
     boxes = random_boxes(width, height, count, seed)
     image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
     torch.manual_seed(seed)
-    picture, found, labels = train_transform(40)(image, boxes, torch.arange(len(boxes)))
+    picture, found, labels = TrainTransform(40)(image, boxes, torch.arange(len(boxes)))
     assert picture.shape == (3, 40, 40) and picture.dtype == torch.uint8 and type(picture) is torch.Tensor
     assert found.shape == (len(labels), 4) and found.dtype == torch.float32 and type(found) is torch.Tensor
     assert len(set(labels.tolist())) == len(labels)
@@ -172,7 +172,7 @@ def test_any_picture_gives_a_valid_sample(seed, width, height, count):
 
 def test_evaluation_only_resizes():
     image, boxes, labels = smooth_picture(90, 70), random_boxes(90, 70, 3), torch.tensor([2, 1, 2])
-    picture, found, names = eval_transform(50)(image, boxes, labels)
+    picture, found, names = EvalTransform(50)(image, boxes, labels)
     assert torch.equal(picture, F.resize(image, [50, 50], antialias=True))
     torch.testing.assert_close(found, boxes / torch.tensor([90.0, 70, 90, 70]))
     assert torch.equal(names, labels)
@@ -180,7 +180,7 @@ def test_evaluation_only_resizes():
 
 def test_spawned_workers_can_have_them():
     image, boxes, labels = coloured_picture()
-    for transform in (train_transform(32), eval_transform(32)):
+    for transform in (TrainTransform(32), EvalTransform(32)):
         torch.manual_seed(0)
         expected = transform(image, boxes, labels)
         torch.manual_seed(0)

@@ -36,7 +36,7 @@ def test_voc_corners_are_one_based_and_inclusive(folder):
     text = (folder / "Annotations" / "b_02.xml").read_text()
     assert "<xmin>1</xmin><ymin>1</ymin><xmax>20</xmax><ymax>10</ymax>" in text
     annotations = read_voc(folder, ["trainval"])
-    assert [annotations.image_id(i) for i in range(3)] == ["a_01", "b_02", "c_03"]
+    assert [annotations.ids[i] for i in range(3)] == ["a_01", "b_02", "c_03"]
     assert annotations.classes == ("cat", "dog") and annotations.category_ids == (1, 2)
     target = annotations.target(1)
     assert target["boxes"].tolist() == [[0, 0, 20, 10], [5, 6, 30, 32], [40, 20, 48, 32]]
@@ -44,11 +44,11 @@ def test_voc_corners_are_one_based_and_inclusive(folder):
     assert target["ignore"].tolist() == [False, True, False]
     assert target["area"].tolist() == [200, 650, 96]
     assert annotations.sizes.tolist() == [[48, 32]] * 3
-    assert Path(annotations.path(1)) == folder / "JPEGImages" / "b_02.jpg"
+    assert Path(annotations.paths[1]) == folder / "JPEGImages" / "b_02.jpg"
     assert len(annotations.target(0)["boxes"]) == 0 and annotations.target(0)["boxes"].shape == (0, 4)
 
 
-def test_voc_and_coco_give_the_same_records(folder):
+def test_voc_and_coco_give_the_same_annotations(folder):
     voc, coco = read_voc(folder, ["trainval"], ["cat", "dog"]), read_json(folder)
     assert voc.classes == coco.classes and coco.category_ids == (3, 18)
     assert voc.fingerprint() == coco.fingerprint()
@@ -63,7 +63,7 @@ def test_coco_agrees_with_pycocotools(folder):
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(str(folder / "instances.json"))
     for image in coco.dataset["images"]:
-        row = [annotations.image_id(i) for i in range(3)].index(image["file_name"].removesuffix(".jpg"))
+        row = [annotations.ids[i] for i in range(3)].index(image["file_name"].removesuffix(".jpg"))
         expected = coco.loadAnns(coco.getAnnIds([image["id"]]))
         target = annotations.target(row)
         xywh = torch.cat((target["boxes"][:, :2], target["boxes"][:, 2:] - target["boxes"][:, :2]), 1)
@@ -125,10 +125,10 @@ def test_voc_folders_are_found_in_all_their_forms(tmp_path):
     assert find_voc_sets(devkit / "VOC2007", [], "trainval") == ["trainval"]
     assert find_voc_sets(tmp_path, [], "test") == ["VOCdevkit/VOC2007/test"]
     annotations = read_voc(devkit, both)
-    assert [annotations.image_id(i) for i in range(2)] == ["VOC2007_1", "VOC2012_1"]
+    assert [annotations.ids[i] for i in range(2)] == ["VOC2007_1", "VOC2012_1"]
     with pytest.raises(UserError, match="did you mean 'VOC2007/trainval'"):
         find_voc_sets(devkit, ["VOC2007/trainvl"], "trainval")
-    with pytest.raises(UserError, match="there are trainval: name one"):
+    with pytest.raises(UserError, match="found trainval: name one"):
         find_voc_sets(devkit / "VOC2012", [], "test")
     with pytest.raises(UserError, match="no such folder"):
         find_voc_sets(tmp_path / "nowhere", [], "test")
@@ -167,7 +167,7 @@ def test_a_fault_of_a_voc_file_is_raised_or_skipped(folder, fault, caplog):
     assert "\n" not in str(error.value)
     with caplog.at_level(logging.WARNING):
         annotations = read_voc(folder, ["trainval"], on_error="skip")
-    assert [annotations.image_id(i) for i in range(len(annotations))] == ["a_01", "c_03"]
+    assert [annotations.ids[i] for i in range(len(annotations))] == ["a_01", "c_03"]
     assert annotations.target(1)["boxes"].tolist() == [[1, 2, 3, 4]]  # still with its own image
     assert len(caplog.messages) == 1 and "b_02" in caplog.messages[0]
 
@@ -251,5 +251,5 @@ def test_coco_images_in_subfolders_keep_apart(tmp_path):
         write_picture(tmp_path / "JPEGImages" / f"{stem}.jpg")
     write_coco(tmp_path / "instances.json", objects, CATEGORIES)
     annotations = read_json(tmp_path)
-    assert [annotations.image_id(i) for i in range(2)] == ["x/1", "y/1"]
+    assert [annotations.ids[i] for i in range(2)] == ["x/1", "y/1"]
     assert np.diff(annotations.offsets.numpy()).tolist() == [1, 0]

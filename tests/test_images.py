@@ -13,7 +13,7 @@ from lib.annotations import read_voc
 from lib.config import AugmentConfig
 from lib.datasets import DetectionDataset
 from lib.images import UnreadableImage, read_reduced_jpeg
-from lib.transforms import train_transform
+from lib.transforms import TrainTransform
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def photos(tmp_path):
 
 
 def test_a_large_jpeg_is_decoded_as_small_as_training_shows_it(photos, monkeypatch):
-    transform = train_transform(32, AugmentConfig(distort=0))
+    transform = TrainTransform(32, AugmentConfig(distort=0))
     whole = DetectionDataset(photos, [0], transform, cache=True)
     reduced = DetectionDataset(photos, [0], transform)
     sizes, off, original = [], [], datasets.read_reduced_jpeg
@@ -45,17 +45,17 @@ def test_a_large_jpeg_is_decoded_as_small_as_training_shows_it(photos, monkeypat
 
 
 def test_a_reduced_jpeg_has_the_size_that_was_asked_for(photos):
-    path = photos.path(0)
+    path = photos.paths[0]
     for by, shape in ((1, (3, 300, 400)), (2, (3, 150, 200)), (4, (3, 75, 100)), (8, (3, 38, 50))):
         assert read_reduced_jpeg(path, 400, 300, by).shape == shape
-    with pytest.raises(UnreadableImage, match="is no JPEG of 300 x 400 pixels"):
+    with pytest.raises(UnreadableImage, match="is not a JPEG of 300 x 400 pixels"):
         read_reduced_jpeg(path, 300, 400, 2)
 
 
 def test_a_broken_large_jpeg_is_named_as_any_other(photos, monkeypatch):
     monkeypatch.setattr(images_file, "LARGE_PICTURE", 0)
-    Path(photos.path(0)).write_bytes(Path(photos.path(0)).read_bytes()[:100])
-    dataset = DetectionDataset(photos, [0], train_transform(32))
+    Path(photos.paths[0]).write_bytes(Path(photos.paths[0]).read_bytes()[:100])
+    dataset = DetectionDataset(photos, [0], TrainTransform(32))
     for epoch in range(10):
         with pytest.raises(UnreadableImage, match=r"p\.jpg: cannot be read"):
             dataset[epoch, 0]
