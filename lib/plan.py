@@ -1,8 +1,7 @@
-"""What a command is about to do, in lines for --dry-run and for the head of each run.
+"""What a command is about to do: what the data holds, how large the work is, and how long it will take.
 
-What the data holds, said before training: counts, dropped boxes, and objects that no prior box covers.
-
-How long a stage will take, from some seconds of its own work on the user's device with the user's pictures.
+For --dry-run and the head of each run. Times are extrapolated from a few seconds of the stage's own work on the user's
+device with the user's pictures.
 """
 
 from __future__ import annotations
@@ -31,6 +30,14 @@ from lib.scoring import Scorer, prepare_scoring_data
 from lib.shrinking import value_at
 from lib.training import Losses, Trainer, detection_loss
 
+SHOWN = 5  # dropped boxes and images without objects that are named
+COVERAGE_SAMPLE = 20_000  # objects that coverage is measured on, evenly spread
+CHUNK = 1024  # objects whose IoU with every prior is in memory at a time
+SECONDS = 20.0  # that all measurements take together, about
+TRAINING_SHARE, LOADING_SHARE, SCORING_SHARE = 0.5, 0.15, 0.35
+SCORED_SAMPLE = 64  # pictures that a score or an evaluation is measured on
+Forward = Callable[[Batch], Iterator[Losses]]
+
 
 def describe_split(total: int, train: Sequence[int], search: Sequence[int]) -> str:
     return f"split: {total} images, {len(train)} train the supernet, {len(search)} score candidates"
@@ -48,16 +55,17 @@ def describe_space(detector: ElasticSSD, space: SearchSpace) -> list[str]:
 def describe_priors(detector: ElasticSSD, config: Config) -> list[str]:
     """Prior boxes of each feature map, per image size."""
     lines = []
+    per_cell = priors_per_cell(config.head.aspect_ratios)
     for size in detector.space.image_size:
-        per_cell = priors_per_cell(config.head.aspect_ratios)
-        levels = [(h, w, n) for (h, w), n in zip(detector.feature_sizes(size), per_cell, strict=True)]
-        parts = ", ".join(f"{h}x{w}x{n}" for h, w, n in levels)
-        lines.append(f"priors at {size} px: {sum(h * w * n for h, w, n in levels)} = {parts}")
+        maps = zip(detector.feature_sizes(size), per_cell, strict=True)
+        parts = ", ".join(f"{height}x{width}x{count}" for (height, width), count in maps)
+        lines.append(f"priors at {size} px: {len(detector.priors(size))} = {parts}")
     return lines
 
 
 def describe_training(name: str, config: TrainConfig, images: int, batches_per_epoch: int) -> str:
-    batches, processes = f"batches of {config.batch_size}", distributed.world().size
+    batches = f"batches of {config.batch_size}"
+    processes = distributed.world().size
     if config.accumulate > 1:
         batches = f"{config.accumulate} {batches}"
     if processes > 1:
@@ -68,31 +76,28 @@ def describe_training(name: str, config: TrainConfig, images: int, batches_per_e
     )
 
 
-SHOWN = 5  # dropped boxes and images without objects, by name
-COVERAGE_SAMPLE = 20_000  # objects that the coverage is measured on, evenly spread
-CHUNK = 1024  # objects whose IoU with every prior is in memory at a time
-
-
 def preflight(
     annotations: Annotations, indices: Sequence[int], priors_cxcywh: Tensor, matched_threshold: float
 ) -> list[str]:
-    """Lines about some images of `annotations`, given normalised priors (P, 4) and the IoU that matches an object.
+    """What the images of `indices` hold: counts, images without objects, and objects that no prior box covers.
 
-    Boxes that were dropped are those of all of `annotations`. Coverage leaves ignored objects out, as training does.
+    `priors_cxcywh` (P, 4) are normalised. Dropped boxes are those of all of `annotations`. Coverage leaves ignored
+    objects out, as training does.
     """
     rows = torch.as_tensor(indices, dtype=torch.int64)
-    counts = annotations.offsets.diff()  # (N,)
+    counts = annotations.offsets.diff()  # (N,) objects of each image
     chosen = torch.zeros(len(annotations), dtype=torch.bool)
     chosen[rows] = True
-    objects = chosen.repeat_interleave(counts)  # (M,)
+    objects = chosen.repeat_interleave(counts)  # (M,) whether each object is in a chosen image
     ignored = int((objects & annotations.ignore).sum())
-    empty = rows[counts[rows] == 0].tolist()
+    empty = [Path(annotations.paths[row]).name for row in rows[counts[rows] == 0].tolist()]
+    counted = (objects & ~annotations.ignore).nonzero().flatten()
     return [
         f"data: {len(rows)} images, {int(objects.sum())} boxes ({ignored} ignored: difficult or crowd), "
         f"{len(annotations.classes)} classes",
         *_named("boxes dropped", annotations.dropped),
-        *_named("images without objects", [Path(annotations.path(row)).name for row in empty]),
-        *_coverage(annotations, (objects & ~annotations.ignore).nonzero().flatten(), priors_cxcywh, matched_threshold),
+        *_named("images without objects", empty),
+        *_coverage(annotations, counted, priors_cxcywh, matched_threshold),
     ]
 
 
@@ -102,10 +107,11 @@ def _named(what: str, names: Sequence[str]) -> list[str]:
 
 
 def _coverage(annotations: Annotations, objects: Tensor, priors_cxcywh: Tensor, threshold: float) -> list[str]:
-    """One line per class: its objects, and how many of them have a prior with an IoU of at least `threshold`."""
+    """One line per class: its objects, and the share of them that have a prior with an IoU of at least `threshold`."""
     counts = torch.bincount(annotations.labels[objects], minlength=len(annotations.classes) + 1)
     sample = objects[:: max(1, -(-len(objects) // COVERAGE_SAMPLE))].contiguous()
-    labels, covered = annotations.labels[sample], _best_iou(annotations, sample, priors_cxcywh) >= threshold
+    labels = annotations.labels[sample]
+    covered = _best_iou(annotations, sample, priors_cxcywh) >= threshold
     measured = "" if len(sample) == len(objects) else f", measured on {len(sample)} of them"
     lines = [f"objects, and the share that a prior covers with an IoU of at least {threshold:g}{measured}:"]
     width = max(map(len, annotations.classes), default=0)
@@ -117,7 +123,7 @@ def _coverage(annotations: Annotations, objects: Tensor, priors_cxcywh: Tensor, 
 
 
 def _best_iou(annotations: Annotations, objects: Tensor, priors_cxcywh: Tensor) -> Tensor:
-    """Of each object (K,), its IoU with the nearest prior."""
+    """The IoU of each object (K,) with its best prior (K,)."""
     owner = torch.searchsorted(annotations.offsets, objects, right=True) - 1
     boxes = annotations.boxes[objects] / annotations.sizes[owner].repeat(1, 2)
     priors_xyxy = box_convert(priors_cxcywh.cpu(), "cxcywh", "xyxy")
@@ -125,16 +131,10 @@ def _best_iou(annotations: Annotations, objects: Tensor, priors_cxcywh: Tensor) 
     return torch.cat(best) if best else boxes.new_zeros(0)
 
 
-SECONDS = 20.0  # that all measurements take, about
-SCORED_SAMPLE = 64  # pictures on which a score is measured, on each side
-TRAINING_SHARE, LOADING_SHARE, SCORING_SHARE = 0.5, 0.15, 0.35
-Forward = Callable[[Batch], Iterator[Losses]]
-
-
 def typical_seconds(work: Callable[[], object], budget: float) -> float:
-    """Median time of `work` after a first call, repeated for `budget` seconds, 3 to 9 times.
+    """Median time of `work` over 3 to 9 calls within about `budget` seconds, after a first call that does not count.
 
-    In a job of several processes all repeat it equally often.
+    The processes of a job all make the same number of calls.
     """
     work()
     taken: list[float] = []
@@ -147,28 +147,29 @@ def typical_seconds(work: Callable[[], object], budget: float) -> float:
 
 def training_seconds(
     model: torch.nn.Module,
-    settings: TrainConfig,
+    config: TrainConfig,
     device: torch.device,
     loader: DataLoader,
     phases: Sequence[tuple[int, Forward]],
 ) -> float:
-    """Seconds of a whole training without its evaluations: `phases` are (epochs, the losses of a batch).
+    """Seconds of a training without its evaluations; `phases` are (epochs, a function from batch to losses).
 
-    A step and its pictures are measured apart; with workers the slower of the two decides, else both add up. The
-    weights of `model` change.
+    The weights of `model` change.
     """
     steps = loader.batch_sampler.batches_per_epoch
-    trainer = Trainer(model, settings, device, steps)
+    trainer = Trainer(model, config, device, steps)
     trainer.model.train()
-    dataset, keys = loader.dataset, next(iter(loader.batch_sampler))
+    dataset = loader.dataset
+    keys = next(iter(loader.batch_sampler))
     loading = typical_seconds(lambda: collate([dataset[key] for key in keys]), LOADING_SHARE * SECONDS)
     batch = collate([dataset[key] for key in keys]).to(device)
     seconds = 0.0
     for epochs, forward in progress(phases, "measure training"):
-        share = TRAINING_SHARE * SECONDS / len(phases)
-        step = typical_seconds(lambda forward=forward: trainer.update(forward(batch)), share)
-        workers = loader.num_workers
-        seconds += epochs * steps * (max(step, loading / workers) if workers else step + loading)
+        budget = TRAINING_SHARE * SECONDS / len(phases)
+        step = typical_seconds(lambda forward=forward: trainer.update(forward(batch)), budget)
+        # Loader workers read while the device computes, so the slower side decides; without them both add up.
+        together = max(step, loading / loader.num_workers) if loader.num_workers else step + loading
+        seconds += epochs * steps * together
     return seconds
 
 
@@ -181,24 +182,25 @@ def scoring_seconds(
     config: Config,
     device: torch.device,
 ) -> float:
-    """Seconds of scoring one candidate, the mean over `genotypes`, `SCORED_SAMPLE` pictures a side."""
+    """Mean seconds of scoring one of `genotypes`, measured on a sample of the BatchNorm and the scored images."""
     settings = config.search
     images = min(settings.images or len(search), len(search))
     part = replace(settings, bn_images=min(settings.bn_images, SCORED_SAMPLE), images=min(images, SCORED_SAMPLE))
     scorer = Scorer(prepare_scoring_data(annotations, train, search, replace(config, search=part)), config, device)
     budget = SCORING_SHARE * SECONDS / len(genotypes)
-    measured = [
-        typical_seconds(lambda g=g: scorer.race(detector, g), budget) for g in progress(genotypes, "measure scoring")
-    ]
-    whole = min(settings.bn_images, len(train)) + images
-    return statistics.mean(measured) * whole / (part.bn_images + part.images)
+    measured = []
+    for genotype in progress(genotypes, "measure scoring"):
+        measured.append(typical_seconds(lambda genotype=genotype: scorer(detector, genotype), budget))
+    all_images = min(settings.bn_images, len(train)) + images
+    return statistics.mean(measured) * all_images / (part.bn_images + part.images)
 
 
 def final_seconds(
     model: SSD, config: Config, device: torch.device, loader: DataLoader, teacher: SSD | None = None
 ) -> float:
-    """Seconds of the training of one detector, without its evaluations."""
-    settings, loss = config.final, detection_loss(config)
+    """Seconds of training one detector, without its evaluations, at the last epoch's distillation weight."""
+    settings = config.final
+    loss = detection_loss(config)
     weight = value_at(settings.distill.weight, settings.epochs) if teacher is not None else 0.0
 
     def forward(batch: Batch) -> Iterator[Losses]:
@@ -209,8 +211,8 @@ def final_seconds(
 
 def detecting_seconds(model: SSD, test: Annotations, config: Config, device: torch.device) -> float:
     """Seconds of one evaluation on all of `test`, from at most `SCORED_SAMPLE` of its pictures."""
-    some = range(min(SCORED_SAMPLE, len(test)))
-    loader = eval_loader(test, some, model.image_size, config.final.batch_size, on_error=config.data.on_error)
+    sample = range(min(SCORED_SAMPLE, len(test)))
+    loader = eval_loader(test, sample, model.image_size, config.final.batch_size, on_error=config.data.on_error)
     budget = SCORING_SHARE * SECONDS
-    seconds = typical_seconds(lambda: [detect(model, [batch.images], config, device) for batch in loader], budget)
-    return seconds * len(test) / len(some)
+    seconds = typical_seconds(lambda: detect(model, (batch.images for batch in loader), config, device), budget)
+    return seconds * len(test) / len(sample)

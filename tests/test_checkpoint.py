@@ -1,9 +1,10 @@
-"""Checkpoints: always whole, data only, every random generator restored, one line for a file that cannot be read."""
+"""Checkpoints: always whole, data only, random states restored, one line for an unreadable file; locks; revisions."""
 
 from __future__ import annotations
 
 import hashlib
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from lib import checkpoint
+from lib.checkpoint import code_revision, lock
 from lib.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -193,5 +195,49 @@ def test_sha256(tmp_path, size):
     (tmp_path / "file").write_bytes(content)
     expected = hashlib.sha256(content).hexdigest()
     assert checkpoint.sha256(tmp_path / "file") == expected
-    with (tmp_path / "file").open("rb") as file:
-        assert checkpoint._digest(file) == expected  # Python 3.10's way
+
+
+@pytest.mark.skipif(checkpoint.fcntl is None, reason="locks are POSIX's")
+def test_one_has_the_lock_until_it_closes_the_file(tmp_path):
+    """Open files count like those of two processes."""
+    path = tmp_path / "file"
+    with path.open("w") as second:
+        with path.open("w") as first:
+            lock(first, wait=True)
+            with pytest.raises(BlockingIOError):
+                lock(second, wait=False)
+        lock(second, wait=True)
+
+
+def git(folder, *arguments):
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    command = ["git", "-C", str(folder), *identity, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
+    git(tmp_path, "init")
+    (tmp_path / "code.py").write_text("1")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-m", "first")
+    return tmp_path
+
+
+def test_the_commit_and_whether_it_is_all(checkout):
+    commit = git(checkout, "rev-parse", "HEAD")
+    git(checkout, "tag", "v1")  # a tag is not what is asked for
+    assert code_revision(checkout) == commit and len(commit) == 40
+    (checkout / "run.log").write_text("untracked files are no change")
+    assert code_revision(checkout) == commit
+    (checkout / "code.py").write_text("2")
+    assert code_revision(checkout) == f"{commit}-dirty"
+
+
+def test_a_copy_within_another_checkout_has_none(checkout, monkeypatch):
+    (checkout / "copy").mkdir()
+    assert code_revision(checkout / "copy") is None
+    monkeypatch.setenv("PATH", "")
+    assert code_revision(checkout) is None  # no git here

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import random
 from dataclasses import replace
 from functools import partial
@@ -10,9 +11,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from lib.config import Config
-from lib.detector import ElasticSSD, Normalize, module_cost, recalibrate
+from lib.detector import ElasticSSD, Normalize, detect, module_cost, recalibrate
 from lib.errors import UserError
 from lib.losses import DetectionLoss
+from lib.metrics import detection_metrics, to_pixels
+from lib.postprocess import Detections
 from lib.priors import priors_per_cell
 
 MBV2 = {
@@ -285,3 +288,74 @@ def test_whole_numbers_in_the_configuration_do_not_make_pictures_integers():
     whole, same = Normalize([127] * 3, [128] * 3), Normalize([127.0] * 3, [128.0] * 3)
     for size in (4, 6):
         torch.testing.assert_close(whole(images, size), same(images, size), rtol=0, atol=0)
+
+
+# Recalibration and detection
+
+
+def test_recalibration_is_the_average_over_batches_whatever_was_there():
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(3)
+    norm.running_mean.fill_(7.0)
+    batches = [3 * torch.randn(5, 3, 4, 4) + 2, torch.randn(5, 3, 4, 4), torch.rand(5, 3, 4, 4)]
+    recalibrate(norm, batches, torch.device("cpu"))
+    mean = torch.stack([b.mean((0, 2, 3)) for b in batches]).mean(0)
+    variance = torch.stack([b.transpose(0, 1).flatten(1).var(1) for b in batches]).mean(0)  # unbiased
+    torch.testing.assert_close(norm.running_mean, mean)
+    torch.testing.assert_close(norm.running_var, variance)
+    assert norm.momentum == 0.1  # as it was, for training that may follow
+
+
+def test_recalibration_changes_no_weight(tiny_detector):
+    detector = tiny_detector()
+    model = detector.extract(detector.space.largest())
+    before = copy.deepcopy(dict(model.named_parameters()))
+    recalibrate(model, [torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)], torch.device("cpu"))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+class Oracle(nn.Module):
+    """Sees class 1 + i % 2 at prior i of image i: pixel 0 holds i."""
+
+    def __init__(self):
+        super().__init__()
+        self.priors = torch.tensor([[0.25, 0.25, 0.5, 0.5], [0.75, 0.75, 0.5, 0.5]])
+        self.modes = []
+
+    def forward(self, images):
+        self.modes.append(self.training)
+        logits = torch.full((len(images), 2, 3), -20.0)
+        for row, i in enumerate(images[:, 0, 0, 0].long().tolist()):
+            logits[row, i % 2, 1 + i % 2] = 5.0
+        return logits, torch.zeros(len(images), 2, 4)
+
+
+def test_detect_and_measure_a_model_that_is_always_right(tiny_config):
+    images = torch.arange(5).view(5, 1, 1, 1).expand(5, 3, 4, 4).contiguous()
+    model = Oracle()
+    found = detect(model, images.split(2), tiny_config(), torch.device("cpu"))
+    assert model.modes == [False] * 3 and [d.labels.tolist() for d in found] == [[1], [2], [1], [2], [1]]
+    torch.testing.assert_close(found[1].boxes, torch.tensor([[0.5, 0.5, 1.0, 1.0]]))
+    sizes = [(40, 20), (60, 80), (40, 40), (100, 50), (30, 30)]
+    truth = [
+        {"boxes": to_pixels(d, *size)["boxes"], "labels": d.labels, "ignore": torch.tensor([False])}
+        for d, size in zip(found, sizes, strict=True)
+    ]
+    metrics = detection_metrics(found, truth, sizes, ["cat", "dog"])
+    assert metrics["AP"] == metrics["AP50"] == metrics["mAP"] == 1
+    assert metrics["per_class"] == {"cat": {"AP": 1, "mAP": 1}, "dog": {"AP": 1, "mAP": 1}}
+    wrong = detection_metrics(found[1:] + found[:1], truth, sizes, ["cat", "dog"])
+    assert wrong["AP50"] < 0.5
+
+
+def test_a_model_that_detects_nothing_scores_zero_after_one_that_is_right(tiny_config):
+    truth = [{"boxes": torch.tensor([[1.0, 1, 9, 9]]), "labels": torch.tensor([1]), "ignore": torch.tensor([False])}]
+    right = Detections(torch.tensor([[0.1, 0.1, 0.9, 0.9]]), torch.tensor([0.9]), torch.tensor([1]))
+    nothing = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+    assert detection_metrics([right], truth, [(10, 10)], ["cat"])["AP"] == pytest.approx(1)
+    assert detection_metrics([nothing], truth, [(10, 10)], ["cat"])["AP"] == 0
+
+
+def test_to_pixels_scales_width_and_height():
+    found = Detections(torch.tensor([[0.1, 0.2, 0.5, 1.0]]), torch.tensor([0.9]), torch.tensor([1]))
+    torch.testing.assert_close(to_pixels(found, 200, 50)["boxes"], torch.tensor([[20.0, 10, 100, 50]]))

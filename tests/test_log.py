@@ -1,22 +1,16 @@
-"""Logs, run folders and the process: torn lines, NaN, which run was the last, devices, seeds, signals, exit codes."""
+"""What a run writes: torn lines, NaN, TensorBoard, the progress bar, curves."""
 
 from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from torchvision.io import decode_image, read_file
 
-from lib import cli
 from lib.errors import UserError
-from lib.log import RunLog, finite, progress, read_log, say
-
-ROOT = Path(__file__).parent.parent
-
-
-# The log
+from lib.log import RunLog, duration, finite, plot_training, progress, read_log, say
 
 
 def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path):
@@ -108,67 +102,71 @@ def test_progress_and_lines_do_not_mix(capsys):
     assert capsys.readouterr().out == "a line\n"
 
 
-# Run folders
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.4, "0 s"),
+        (89, "89 s"),
+        (90, "2 min"),
+        (5399, "90 min"),
+        (5400, "1.5 h"),
+        (172799, "48.0 h"),
+        (172800, "2.0 days"),
+    ],
+)
+def test_durations_in_words(seconds, words):
+    assert duration(seconds) == words
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+# Curves
 
 
-def test_the_last_run_of_each_stage(folder):
-    assert cli.last_run("search") is None
-    assert cli.stage_folder("bccd", "search") == Path("runs/bccd/search")
-    for name in ("one", "two"):
-        path = cli.stage_folder(name, "search")
-        path.mkdir(parents=True)
-        cli.remember("search", path)
-    cli.remember("supernet", Path("runs/gone/supernet"))
-    assert cli.last_run("search") == Path("runs/two/search")
-    assert cli.last_run("supernet") is None  # its folder does not exist
+def write_log(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def test_a_broken_pointer_file_is_no_run(folder):
-    Path("runs").mkdir()
-    cli.POINTER.write_text('{"search": ')
-    assert cli.last_run("search") is None
-    Path("runs/x/search").mkdir(parents=True)
-    cli.remember("search", Path("runs/x/search"))
-    assert cli.last_run("search") == Path("runs/x/search")
+def train(epoch, **losses):
+    return {"kind": "train", "step": epoch, "losses": losses}
 
 
-def test_supernet_checkpoint_from_file_run_or_parent(folder):
-    last = Path("runs/x/supernet/last.pt")
-    last.parent.mkdir(parents=True)
-    last.touch()
-    assert [cli.supernet_checkpoint(p) for p in (last, last.parent, last.parent.parent)] == [last] * 3
-    for missing in (Path("runs"), Path("nowhere")):
-        with pytest.raises(UserError, match=f"^{missing}: no supernet checkpoint here; expected last.pt"):
-            cli.supernet_checkpoint(missing)
+def evaluation(epoch, **networks):
+    return {"kind": "eval", "step": epoch, "networks": networks}
 
 
-def test_a_bare_genotype_name_falls_back_to_the_last_search(folder):
-    search = cli.stage_folder("x", "search")
-    search.mkdir(parents=True)
-    (search / "best.json").touch()
-    with pytest.raises(UserError, match=r"^best.json: no such genotype file here; async_search.py writes"):
-        cli.find_genotype("best.json")
-    cli.remember("search", search)
-    assert cli.find_genotype("best.json") == search / "best.json"
-    assert cli.find_genotype(str(search / "best.json")) == search / "best.json"
-    Path("best.json").touch()
-    assert cli.find_genotype("best.json") == Path("best.json")
+def pixels(path):
+    return decode_image(read_file(str(path)))
 
 
-def test_a_genotype_that_is_nowhere_names_where_it_was_sought(folder):
-    search = cli.stage_folder("x", "search")
-    search.mkdir(parents=True)
-    (search / "best.json").touch()
-    (search / "other").mkdir()
-    (search / "other" / "best.json").touch()
-    cli.remember("search", search)
-    with pytest.raises(UserError, match=f"^bst.json: no such genotype file here nor in {search}; "):
-        cli.find_genotype("bst.json")
-    with pytest.raises(UserError, match=r"^other/best.json: no such genotype file here; "):
-        cli.find_genotype("other/best.json")
+@pytest.mark.parametrize(
+    "records",
+    [
+        [],
+        [train(1, cls=2.0, loc=1.0)],
+        [train(1, cls=2.0), train(2, cls=1.5, distill=0.1), evaluation(2, smallest={"AP": 0.1}, largest={"AP": None})],
+        [train(1, cls=None), evaluation(1, detector={"AP": 0.2})],
+    ],
+    ids=["empty", "losses only", "a loss that comes later", "not a number"],
+)
+def test_curves_are_drawn_from_any_log(tmp_path, records):
+    write_log(tmp_path / "log.jsonl", *records)
+    plot_training(tmp_path / "log.jsonl", tmp_path / "curves.png", "AP", phases=[1, 2])
+    assert pixels(tmp_path / "curves.png").float().std() > 1
+
+
+def test_a_resumed_epoch_replaces_the_one_before(tmp_path):
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    write_log(once, train(1, cls=2.0), train(2, cls=1.0))
+    write_log(twice, train(1, cls=2.0), train(2, cls=9.0), train(2, cls=1.0))
+    for log in (once, twice):
+        plot_training(log, log.with_suffix(".png"), "AP")
+    assert pixels(once.with_suffix(".png")).equal(pixels(twice.with_suffix(".png")))
+
+
+def test_a_loss_that_comes_later_is_drawn(tmp_path):
+    """Distillation starts when its schedule says so, not at epoch 1."""
+    first, both = tmp_path / "first", tmp_path / "both"
+    write_log(first, train(1, cls=2.0), train(2, cls=1.0), train(3, cls=1.0))
+    write_log(both, train(1, cls=2.0), train(2, cls=1.0, distill=1.5), train(3, cls=1.0, distill=1.4))
+    for log in (first, both):
+        plot_training(log, log.with_suffix(".png"), "AP")
+    assert not pixels(first.with_suffix(".png")).equal(pixels(both.with_suffix(".png")))

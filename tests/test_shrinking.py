@@ -1,4 +1,4 @@
-"""The progressive schedule: what is open at each epoch, stage by stage, and the space that this spans."""
+"""The progressive schedule: what is open at each epoch, the space that this spans, and the panel that is scored."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import random
 
 import pytest
 
-from lib.config import ChoiceSchedule, Config, ScheduleConfig, ValueSchedule
+from lib.config import ChoiceSchedule, Config, ScheduleConfig, SupernetConfig, ValueSchedule
 from lib.genotype import BlockChoices
+from lib.log import RunLog, read_log
 from lib.shrinking import (
+    Panel,
     boundaries,
     choices_at,
     describe_openings,
+    due_epochs,
     first_narrower_epoch,
     full_space,
+    make_panel,
     space_at,
     value_at,
 )
@@ -118,3 +122,56 @@ def test_openings_in_words():
     lines = describe_openings(Config(), 100)
     assert lines[0].startswith("from epoch 1: kernel {5, 7}, width {6}, depth {4}; 1.05e+06 sub-networks")
     assert [line.split(":")[0] for line in lines] == ["from epoch 1", "from epoch 81"]
+
+
+# The panel
+
+
+def panel_config(every=1):
+    """Phases open at epochs 4 and 7 of 9, at 7 two choices at once."""
+    config = Config(supernet=SupernetConfig(epochs=9, eval_every=every, interference_tolerance=0.05))
+    schedule = config.search_space.schedule_cfg
+    schedule.kernel_choice.boundary, schedule.width_choice.boundary = [1, 4], [1, 7, 99]
+    schedule.depth_choice.boundary = [1, 7, 99]
+    return config
+
+
+def score_panel(tmp_path, ap_by_epoch):
+    """A panel of one network with this AP after each of the epochs."""
+    scores = iter(ap_by_epoch.values())
+    panel = Panel({"largest": "genotype"}, lambda _detector, _genotype: {"AP": next(scores)}, panel_config())
+    log = RunLog(tmp_path / "log.jsonl")
+    for epoch in ap_by_epoch:
+        panel.score(None, epoch, log)
+    log.close()
+
+
+def test_the_panel_is_always_the_same(tiny_detector):
+    space = tiny_detector().space
+    panel = make_panel(space, 2, 0)
+    assert list(panel) == ["smallest", "random 1", "random 2", "largest"] and panel == make_panel(space, 2, 0)
+    assert (panel["smallest"], panel["largest"]) == (space.smallest(), space.largest())
+    assert list(make_panel(space, 1, 0, pretrained=space.smallest())) == [
+        "smallest",
+        "random 1",
+        "pretrained",
+        "largest",
+    ]
+
+
+def test_both_sides_of_each_opening_are_due():
+    assert due_epochs(panel_config(every=5)) == {3, 4, 5, 6, 7, 9}
+
+
+def test_a_drop_of_the_largest_is_one_warning_that_names_the_phase(tmp_path, capsys):
+    score_panel(tmp_path, {3: 0.50, 4: 0.46, 5: 0.44, 6: 0.40, 7: 0.40, 9: 0.30})
+    found = [r for r in read_log(tmp_path / "log.jsonl") if r["kind"] == "interference"]
+    assert [(r["step"], r["phase"], r["before"], r["now"]) for r in found] == [(5, 4, 0.5, 0.44), (9, 7, 0.4, 0.3)]
+    printed = capsys.readouterr().out
+    assert "warning: the largest sub-network fell from AP 0.500 to 0.440 since the phase of epoch 4" in printed
+    assert "(width_choice [6, 4], depth_choice [4, 3])" in printed and printed.count("warning") == 2
+
+
+def test_no_warning_within_the_tolerance_nor_before_the_first_opening(tmp_path):
+    score_panel(tmp_path, {2: 0.9, 3: 0.5, 4: 0.46, 5: 0.8})
+    assert not [r for r in read_log(tmp_path / "log.jsonl") if r["kind"] == "interference"]

@@ -1,0 +1,450 @@
+"""Learning rates against torch's schedulers, the moving average and the step against slow loops, the epoch loop."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, CosineAnnealingWarmRestarts, MultiStepLR
+
+from lib import training
+from lib.config import LRScheduleConfig, TrainConfig
+from lib.errors import UserError
+from lib.log import read_log
+from lib.training import Trainer, Training, build_ema, build_optimizer, build_scheduler
+
+STEPS = 4  # per epoch
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+        self.head = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.backbone(x))
+
+
+def train_config(epochs: int = 12, learning_rate: float = 0.4, **schedule) -> TrainConfig:
+    return TrainConfig(epochs=epochs, learning_rate=learning_rate, lr_schedule=LRScheduleConfig(**schedule))
+
+
+def rates(config: TrainConfig, restarts=(1,), backbone_lr: float | None = None, group: int = 0) -> list[float]:
+    """The learning rate of every step of a training."""
+    optimizer = build_optimizer(Net(), config, backbone_lr)
+    scheduler = build_scheduler(optimizer, config, STEPS, restarts)
+    seen = []
+    for _ in range(config.epochs * STEPS):
+        seen.append(optimizer.param_groups[group]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return seen
+
+
+def oracle(make, steps: int, lr: float = 0.4, fractions: bool = False) -> list[float]:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr)
+    scheduler = make(optimizer)
+    seen = []
+    for step in range(steps):
+        if fractions:
+            scheduler.step(step / STEPS)
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if not fractions:
+            scheduler.step()
+    return seen
+
+
+@pytest.mark.parametrize("eta_min", [0.0, 0.1])
+def test_cosine(eta_min):
+    expected = oracle(lambda o: CosineAnnealingLR(o, 12 * STEPS, eta_min), 12 * STEPS)
+    assert rates(train_config(type="cosine", eta_min=eta_min)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("eta_min", [0.0, 0.1])
+@pytest.mark.parametrize("period", [3, 5, 12, 20])
+def test_cosine_restarts(period, eta_min):
+    """A period that does not divide the epochs, or is longer than them, is cut off, not stretched."""
+    make = lambda o: CosineAnnealingWarmRestarts(o, period, eta_min=eta_min)  # noqa: E731
+    expected = oracle(make, 12 * STEPS, fractions=True)
+    assert rates(train_config(type="cosine_restarts", T_0=period, eta_min=eta_min)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("milestones", [[], [2, 5], [5, 2], [0, 11]])
+def test_multistep(milestones):
+    make = lambda o: MultiStepLR(o, [m * STEPS for m in milestones], gamma=0.5)  # noqa: E731
+    expected = oracle(make, 12 * STEPS)
+    assert rates(train_config(type="multistep", milestones=milestones, gamma=0.5)) == pytest.approx(expected)
+
+
+def test_constant():
+    assert rates(train_config(type="constant")) == [0.4] * 12 * STEPS
+
+
+def test_automatic_restarts_at_the_phases():
+    """Full rate at the first step of epochs 1, 5 and 9; just before each, and at the end, next to eta_min."""
+    seen = rates(train_config(type="cosine_restarts", T_0="auto", eta_min=0.01), restarts=[1, 5, 9])
+    for epoch in (1, 5, 9):
+        assert seen[(epoch - 1) * STEPS] == pytest.approx(0.4)
+    for epoch in (5, 9, 13):
+        assert 0.01 < seen[(epoch - 1) * STEPS - 1] < 0.02
+    falling = [a > b for a, b in itertools.pairwise(seen)]
+    assert [i + 1 for i, down in enumerate(falling) if not down] == [4 * STEPS, 8 * STEPS]
+
+
+def test_automatic_restarts_of_unequal_phases_equal_a_cosine_of_each():
+    seen = rates(train_config(type="cosine_restarts", T_0="auto"), restarts=[1, 3, 12])
+    parts = [oracle(lambda o, n=n: CosineAnnealingLR(o, n * STEPS), n * STEPS) for n in (2, 9, 1)]
+    assert seen == pytest.approx([rate for part in parts for rate in part])
+
+
+def test_warm_up_rises_to_the_schedule():
+    seen = rates(train_config(type="constant", warmup_steps=7))
+    assert seen[:8] == pytest.approx([0.4 * (i + 1) / 8 for i in range(8)])
+    assert seen[8:] == [0.4] * (12 * STEPS - 8)
+    plain, warm = rates(train_config(type="cosine")), rates(train_config(type="cosine", warmup_steps=7))
+    assert warm[7:] == pytest.approx(plain[7:])
+    assert warm[3] == pytest.approx(plain[3] / 2)
+
+
+def test_the_backbone_has_a_rate_of_its_own_with_the_same_floor():
+    config = train_config(type="cosine", eta_min=0.02)
+    optimizer = build_optimizer(Net(), config, backbone_lr=0.1)
+    assert [(g["lr"], len(g["params"])) for g in optimizer.param_groups] == [(0.1, 4), (0.4, 2)]
+    for group, lr in ((0, 0.1), (1, 0.4)):
+        expected = oracle(lambda o: CosineAnnealingLR(o, 12 * STEPS, 0.02), 12 * STEPS, lr)
+        assert rates(config, backbone_lr=0.1, group=group) == pytest.approx(expected)
+
+
+def test_norms_and_biases_without_decay():
+    config = train_config()
+    config.decay_norm_and_bias = False
+    model = Net()
+    groups = {g["weight_decay"]: g["params"] for g in build_optimizer(model, config).param_groups}
+    assert set(groups) == {1e-4, 0.0}
+    assert {id(p) for p in groups[1e-4]} == {id(model.backbone[0].weight), id(model.head.weight)}
+    assert len(groups[0.0]) == 4
+
+
+@pytest.mark.parametrize(("name", "kind"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
+def test_every_parameter_is_optimised_once(name, kind):
+    config, model = train_config(), Net()
+    config.optimizer = name
+    optimizer = build_optimizer(model, config, backbone_lr=0.1)
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert type(optimizer) is kind
+    assert sorted(held) == sorted(id(p) for p in model.parameters())
+    assert all(group["weight_decay"] == 1e-4 for group in optimizer.param_groups)
+    assert name == "adamw" or optimizer.param_groups[0]["momentum"] == 0.9
+
+
+def test_moving_average_equals_a_slow_loop():
+    """Weights and floating statistics. The first update copies; the decay is (1 + n) / (10 + n) up to 0.6."""
+    torch.manual_seed(0)
+    model = Net()
+    ema, slow = build_ema(model, 0.6), None
+    for n in range(25):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(torch.randn_like(p))
+        model(torch.randn(4, 3, 2, 2))
+        ema.update_parameters(model)
+        state = copy.deepcopy(model.state_dict())
+        if slow is None:
+            slow = state
+            continue
+        keep = min(0.6, (1 + n) / (10 + n))
+        for name, value in state.items():
+            slow[name] = keep * slow[name] + (1 - keep) * value if value.is_floating_point() else value
+    averaged = ema.module.state_dict()
+    assert averaged.keys() == slow.keys()
+    for name, value in slow.items():
+        assert torch.allclose(averaged[name], value, atol=1e-5), name
+    assert averaged["backbone.1.num_batches_tracked"] == 25
+    assert not torch.allclose(averaged["head.weight"], model.head.weight)
+
+
+def test_the_average_is_no_alias_of_the_model():
+    model = Net()
+    ema = build_ema(model, 0.9)
+    ema.update_parameters(model)
+    before = ema.module.head.weight.clone()
+    nn.init.zeros_(model.head.weight)
+    assert torch.equal(ema.module.head.weight, before)
+
+
+# The step
+
+CPU = torch.device("cpu")
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 2))
+
+
+def trainer(model, **options):
+    return Trainer(model, TrainConfig(**{"epochs": 3, "learning_rate": 0.1, **options}), CPU, batches_per_epoch=4)
+
+
+def inputs(seed=0, count=4):
+    return torch.randn(count, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def losses_of(model, *seeds):
+    for seed in seeds:
+        out = model(inputs(seed))
+        yield {"a": out.square().mean(), "b": (out - 1).abs().mean()}
+
+
+def states_equal(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(states_equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(states_equal, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_an_update_equals_one_backward_on_the_sum():
+    model, other = network(), network()
+    t = trainer(model, momentum=0.9, weight_decay=1e-3)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
+    for step in range(2):
+        seeds = [10 * step, 10 * step + 1, 10 * step + 2]
+        reported = t.update(losses_of(model, *seeds))
+        items = list(losses_of(other, *seeds))
+        optimizer.param_groups[0]["lr"] = 0.1 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / 12))).item()
+        optimizer.zero_grad()
+        sum(sum(item.values()) for item in items).backward()
+        optimizer.step()
+        assert reported["a"] == pytest.approx(sum(item["a"].item() for item in items))
+        assert reported.keys() == {"a", "b"}
+    assert t.step == 2
+    for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_each_loss_is_back_propagated_before_the_next_is_computed():
+    """So that one graph at a time is in memory."""
+    model = network()
+    t, seen = trainer(model), []
+
+    def losses():
+        for seed in range(3):
+            seen.append(model[0].weight.grad is not None)
+            yield {"a": model(inputs(seed)).square().mean()}
+
+    t.update(losses())
+    assert seen == [False, True, True]
+
+
+@pytest.mark.parametrize("options", [{}, {"optimizer": "adamw", "clip_grad_norm": 1.0}])
+def test_accumulated_batches_are_one_step_on_their_mean(options):
+    """Four batches an epoch in threes: one step on three batches, one on the last, again in the next epoch."""
+    model, other = network(), network()
+    for net in (model, other):
+        net[1].eval()
+    gathering, plain = trainer(model, accumulate=3, **options), trainer(other, **options)
+    plain.scheduler = gathering.scheduler = torch.optim.lr_scheduler.LambdaLR(plain.optimizer, lambda step: 1.0)
+    for epoch in range(2):
+        for group in ([0, 1, 2], [3]):
+            for seed in group:
+                before = [p.clone() for p in model.parameters()]
+                gathering.update(losses_of(model, 10 * epoch + seed))
+                moved = not all(map(torch.equal, before, model.parameters()))
+                assert moved == (seed == group[-1])
+            whole = [item for seed in group for item in losses_of(other, 10 * epoch + seed)]
+            plain.batch = 0
+            plain.update(iter([{"sum": sum(sum(item.values()) for item in whole) / len(group)}]))
+            torch.testing.assert_close(list(model.parameters()), list(other.parameters()))
+    assert (gathering.step, gathering.epoch, gathering.batch) == (4, 3, 0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_named_and_changes_no_weight(value):
+    model = network()
+    t, before = trainer(model), copy.deepcopy(model.state_dict())
+    with pytest.raises(UserError, match=r"epoch 1, step 0: the loss 'loc' is -?(nan|inf).*learning_rate"):
+        t.update(iter([{"cls": model[4].weight.sum(), "loc": model[4].weight.sum() * value}]))
+    assert t.step == 0 and states_equal(before, model.state_dict())
+
+
+def test_clipping_bounds_the_norm_of_the_gradient():
+    norms = []
+    for limit in (0.0, 1.0):
+        model = network()
+        t = trainer(model, clip_grad_norm=limit, momentum=0.0, weight_decay=0.0)
+        before = [p.detach().clone() for p in model.parameters()]
+        t.update({"a": 100 * item["a"]} for item in losses_of(model, 0))
+        change = [(b - p).flatten() / 0.1 for b, p in zip(before, model.parameters(), strict=True)]
+        norms.append(torch.cat(change).norm().item())
+    assert norms[0] > 10 and norms[1] == pytest.approx(1, rel=1e-3)
+
+
+def test_bf16_computes_in_bf16_and_keeps_the_weights_in_fp32():
+    model, dtypes = network(), []
+    model[0].register_forward_hook(lambda _m, _i, output: dtypes.append(output.dtype))
+    t = trainer(model, precision="bf16")
+    before = model[0].weight.detach().clone()
+    t.update(losses_of(model, 0, 1))
+    assert dtypes == [torch.bfloat16] * 2 and model[0].weight.dtype == torch.float32
+    assert not torch.equal(before, model[0].weight) and not t.scaler.is_enabled()
+
+
+def test_fp16_scales_the_loss_and_clips_the_true_gradient():
+    """The scaled gradient is 256 times larger: clipped before it is unscaled, the step would be nothing."""
+    half, single = network(), network()
+    for model, precision in ((half, "fp16"), (single, "fp32")):
+        t = trainer(model, precision=precision, clip_grad_norm=0.1)
+        t.scaler = torch.amp.GradScaler("cpu", init_scale=256.0, enabled=precision == "fp16")
+        for seed in range(3):
+            t.update(losses_of(model, seed))
+    start = network()
+    for a, b, before in zip(half.parameters(), single.parameters(), start.parameters(), strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a - before, b - before, rtol=0.05, atol=2e-4)
+    assert (single[4].weight - start[4].weight).abs().max() > 2e-3
+
+
+@pytest.mark.filterwarnings("error:Detected call of")
+def test_an_overflow_in_fp16_skips_the_step_and_halves_the_scale():
+    model = network()
+    t, before = trainer(model, precision="fp16"), copy.deepcopy(model.state_dict())
+    t.update(iter([{"a": model[4].weight.sum() * 1e37}]))
+    assert torch.equal(model[4].weight, before["4.weight"]) and t.scaler.get_scale() == 32768 and t.step == 1
+    t.update(losses_of(model, 0))
+    assert not torch.equal(model[4].weight, before["4.weight"])
+
+
+def test_the_moving_average_follows_the_weights():
+    model = network()
+    t = trainer(model, ema_decay=0.5)
+    assert t.averaged is not model and trainer(network()).averaged is not None
+    for seed in range(4):
+        t.update(losses_of(model, seed))
+    distance = (t.averaged[4].weight - model[4].weight).abs().max()
+    assert 0 < distance < (network()[4].weight - model[4].weight).abs().max()
+
+
+@pytest.mark.parametrize("options", [{}, {"optimizer": "adamw"}, {"ema_decay": 0.9}, {"clip_grad_norm": 1.0}])
+def test_a_restored_trainer_goes_on_bit_by_bit(options):
+    model = network()
+    whole = trainer(model, **options)
+    for seed in range(3):
+        whole.update(losses_of(model, seed))
+    state = copy.deepcopy(whole.state_dict())
+    other = network(seed=1)
+    resumed = trainer(other, **options)
+    resumed.load_state_dict(state)
+    for t, m in ((whole, model), (resumed, other)):
+        for seed in (3, 4):
+            t.update(losses_of(m, seed))
+    assert (resumed.epoch, resumed.batch, resumed.step) == (2, 1, 5)
+    a, b = whole.state_dict(), resumed.state_dict()
+    del a["random"], b["random"]  # making `other` drew numbers
+    assert states_equal(a, b)
+
+
+# The epoch loop
+
+
+class Loader(list):
+    """The batches 0 to 3 of an epoch, of which each knows `to`; `epochs` are those that were asked for."""
+
+    def __init__(self, start=0):
+        self.epochs = []
+        self.batch_sampler = SimpleNamespace(set_epoch=self.set_epoch)
+
+    def set_epoch(self, epoch, start):
+        self.epochs.append((epoch, start))
+        self[:] = [SimpleNamespace(to=lambda _device, i=i: i) for i in range(start, 4)]
+
+
+class Counting(Training):
+    """Trains on losses that equal the batch's number; `hook(epoch, batch)` is called before each."""
+
+    def __init__(self, folder, hook=lambda epoch, batch: None, due=(), resume=False, **options):
+        self.model, self.hook, self.scored = network(), hook, []
+        loader = Loader()
+        super().__init__(trainer(self.model, **options), loader, folder, set(due), resume=resume, tensorboard=False)
+
+    def losses(self, batch):
+        self.hook(self.trainer.epoch, batch)
+        yield {"a": self.model[4].weight.sum() * 0 + float(batch)}
+
+    def score(self, epoch):
+        self.scored.append(epoch)
+        self.log.write("eval", epoch, networks={})
+
+
+@pytest.fixture
+def stop(monkeypatch):
+    """The request to stop that every training sees, without signals."""
+
+    class Stop:
+        requested = False
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def agree(self):
+            pass
+
+    request = Stop()
+    monkeypatch.setattr(training, "StopRequest", lambda: request)
+    return request
+
+
+def test_a_training_logs_saves_and_scores_its_epochs(tmp_path, stop):
+    run = Counting(tmp_path, due=[1, 3], save_every=2)
+    assert run.run() and run.loader.epochs == [(1, 0), (2, 0), (3, 0)] and run.scored == [1, 3]
+    records = [(r["kind"], r["step"]) for r in read_log(tmp_path / "log.jsonl")]
+    assert records == [("train", 1), ("eval", 1), ("train", 2), ("train", 3), ("eval", 3)]
+    assert read_log(tmp_path / "log.jsonl")[0]["losses"] == {"a": 1.5}
+    assert {p.name for p in tmp_path.iterdir()} == {"log.jsonl", "last.pt", "epoch_0002.pt"}
+    assert (run.trainer.epoch, run.trainer.batch, run.trainer.step) == (4, 0, 12)
+
+
+@pytest.mark.parametrize(("stop_after", "position"), [(0, (1, 1)), (2, (1, 3)), (3, (2, 0))])
+def test_a_stop_ends_the_epoch_after_its_step(tmp_path, stop, stop_after, position):
+    """On the last batch the epoch is over: it is logged and scored before the training stops."""
+
+    def hook(_epoch, batch):
+        stop.requested = batch == stop_after
+
+    run = Counting(tmp_path, hook, due=[1])
+    assert not run.run() and (run.trainer.epoch, run.trainer.batch) == position
+    assert len(read_log(tmp_path / "log.jsonl")) == (2 if stop_after == 3 else 0)
+    stop.requested = False
+    resumed = Counting(tmp_path, due=[1], resume=True)
+    assert resumed.run() and resumed.loader.epochs[0] == position and resumed.trainer.step == 12
+    assert run.scored + resumed.scored == [1]
+
+
+def test_a_stop_waits_for_the_batches_that_share_a_step(tmp_path, stop):
+    def hook(epoch, batch):
+        stop.requested = True
+
+    run = Counting(tmp_path, hook, accumulate=2)
+    assert not run.run() and (run.trainer.epoch, run.trainer.batch, run.trainer.step) == (1, 2, 1)
+
+
+def test_a_training_that_was_killed_while_it_scored_scores_again_and_once(tmp_path, stop, monkeypatch):
+    def die(self, epoch):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Counting, "score", die)
+        Counting(tmp_path, due=[2]).run()
+    run = Counting(tmp_path, due=[2], resume=True)
+    assert run.run() and run.scored == [2] and run.loader.epochs == [(3, 0)]
+    again = Counting(tmp_path, due=[2, 3], resume=True)  # 3 was not due before
+    assert again.run() and again.scored == [3] and again.loader.epochs == []
