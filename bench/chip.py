@@ -1,46 +1,40 @@
-"""How near training and inference come to the chip: GFLOP/s by kind of layer, beside its matrix multiplication's.
+"""How near training and inference come to the CPU's peak: GFLOP/s by kind of layer, beside a matrix product's.
 
-    python bench/chip.py --out chip.json
+    python bench/chip.py
 
-The middling sub-network of the reference space (configs/voc_mbv3.yaml, 3 classes), 300 px: a training step (batch 8)
-and inference of it cut out and fused (batch 16). torch.profiler gives each operator's own time and the shapes of its
-inputs, from which convolutions' operations are counted (a multiply-add is 2; a gradient counts for input and for
-weights). The peak is the best of several square float32 products in the same run; the forward pass's operations must be
-those that lib/detector.py counts. Prints a table, writes JSON.
+A sub-network of median cost of the reference space (configs/voc_mbv3.yaml, 3 classes) at 300 px: a training step (batch
+8), and inference of it extracted and fused (batch 16). torch.profiler gives the own time of each operator and the
+shapes of its inputs, from which the operations of convolutions are counted (a multiply-add is 2; gradients with respect
+to input and weights count as a forward pass each). The peak is the best of several square float32 products in the same
+run. The operations of the forward pass must be those that lib/detector.py counts.
 """
 
-from __future__ import annotations
-
-import argparse
 import math
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
+import common
 import torch
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from bench.reference import SupernetSteps, middling, random_batch, reference
-from bench.turns import add_options, begin, print_table, write
 from lib.detector import fuse
 from lib.errors import UserError
+from lib.runtime import run
 
 CLASSES, OBJECTS = 3, 10
 SIDE = 2048  # of the matrices
 COUNT_TOLERANCE = 0.01
-WEIGHT_AT = {  # the position of the weights among the inputs of what computes convolutions
+WEIGHT_AT = {  # the position of the weights among the inputs of the operators that compute convolutions
     "aten::mkldnn_convolution": 1,
     "aten::_slow_conv2d_forward": 1,
     "aten::convolution": 1,
     "aten::convolution_backward": 2,
     "aten::_slow_conv2d_backward": 2,
 }
-OTHERS = {
+OTHERS = {  # parts of the names of other operators
     "BatchNorm": ("batch_norm",),
     "activation": ("hardswish", "hardsigmoid", "threshold", "hardtanh", "clamp_min", "aten::relu"),
     "optimizer": ("_foreach", "optimizer"),
@@ -48,34 +42,41 @@ OTHERS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser, "chip.json", rounds=5)
-    args = parser.parse_args()
-    begin(args)
-    settings, detector = reference(CLASSES)
-    genotype = middling(detector)
+    args = common.bench_parser(__doc__, "chip.json", rounds=5).parse_args()
+    common.begin(args)
+    config, detector = common.reference(CLASSES)
+    genotype = common.median_genotype(detector)
     flops = 2 * detector.cost(genotype).flops
     fused = fuse(detector.extract(genotype)).to(memory_format=torch.channels_last)
-    pictures = random_batch(16, 300, OBJECTS, CLASSES)
-    batch = random_batch(8, 300, OBJECTS, CLASSES)
-    steps = SupernetSteps(detector, settings)
-
-    @torch.inference_mode()
-    def infer() -> None:
-        fused(pictures.images)
+    pictures = common.random_batch(16, 300, OBJECTS, CLASSES).images
+    batch = common.random_batch(8, 300, OBJECTS, CLASSES)
+    steps = common.SupernetSteps(detector, config, args.device)
 
     peak = matmul_peak(args.rounds)
-    result = {
-        "training step, batch 8": measure(lambda: steps(batch, genotype), args.rounds, 8 * flops),
-        "inference, batch 16": measure(infer, args.rounds, 16 * flops),
-    }
+    with torch.no_grad():
+        inference = measure(partial(fused, pictures), args.rounds, 16 * flops)
+    training = measure(partial(steps, batch, genotype), args.rounds, 8 * flops)
     peak = max(peak, matmul_peak(args.rounds))
-    report(args, peak, result)
+
+    print(f"{args.threads} threads; the peak, a matrix product of side {SIDE}: {peak:.0f} GFLOP/s")
+    runs = {"training step, batch 8": training, "inference, batch 16": inference}
+    table = []
+    for name, kinds in runs.items():
+        kinds["all"] = {key: sum(row[key] for row in kinds.values()) for key in ("ms", "gflop")}
+        for kind, row in kinds.items():
+            share = row["ms"] / kinds["all"]["ms"]
+            gflops = 1e3 * row["gflop"] / row["ms"]
+            row |= {"share_of_time": share, "gflops": gflops, "share_of_peak": gflops / peak}
+            cells = f"{row['ms']:.1f}", f"{share:.0%}", f"{row['gflop']:.2f}", f"{gflops:.1f}", f"{gflops / peak:.1%}"
+            table.append((name, kind, *cells))
+    common.print_table(("run", "layers", "ms", "of the time", "GFLOP", "GFLOP/s", "of the peak"), table)
+    common.write(args.out, {"rounds": args.rounds, "peak_gflops": peak, "runs": runs})
 
 
 def matmul_peak(rounds: int) -> float:
     """The best GFLOP/s of several float32 matrix products."""
-    a, b, best = torch.randn(SIDE, SIDE), torch.randn(SIDE, SIDE), math.inf
+    a, b = torch.randn(SIDE, SIDE), torch.randn(SIDE, SIDE)
+    best = math.inf
     for _ in range(1 + rounds):
         start = time.perf_counter()
         a @ b
@@ -83,20 +84,22 @@ def matmul_peak(rounds: int) -> float:
     return 2e-9 * SIDE**3 / best
 
 
-def measure(run: Callable[[], object], rounds: int, forward: float) -> dict[str, dict[str, float]]:
-    """Milliseconds and operations of a call, by kind of layer. `forward`: operations of the forward pass, to check."""
-    run()
+def measure(work: Callable[[], object], rounds: int, forward: float) -> dict[str, dict[str, float]]:
+    """Milliseconds and GFLOP of a call, by kind of layer. `forward`: operations of the forward pass, to check."""
+    work()
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         for _ in range(rounds):
-            run()
-    ms, operations, ahead = defaultdict(float), defaultdict(float), 0.0
+            work()
+    ms, operations = defaultdict(float), defaultdict(float)
+    counted = 0.0
     for event in profiler.events():
-        each, kind = convolution_operations(event), kind_of(event)
+        kind = kind_of(event)
+        of_event = convolution_operations(event) / rounds
         ms[kind] += event.self_cpu_time_total / 1e3 / rounds
-        operations[kind] += each / rounds
-        ahead += each / rounds if event.name == "aten::convolution" else 0
-    if abs(ahead / forward - 1) > COUNT_TOLERANCE:
-        raise UserError(f"the profile has {ahead / 1e9:.2f} GFLOP of the forward pass, {forward / 1e9:.2f} expected")
+        operations[kind] += of_event
+        counted += of_event if event.name == "aten::convolution" else 0
+    if abs(counted / forward - 1) > COUNT_TOLERANCE:
+        raise UserError(f"the profile has {counted / 1e9:.2f} GFLOP of the forward pass, expected {forward / 1e9:.2f}")
     order = sorted(ms, key=ms.get, reverse=True)
     return {kind: {"ms": ms[kind], "gflop": operations[kind] / 1e9} for kind in order}
 
@@ -114,7 +117,7 @@ def kind_of(event: FunctionEvent) -> str:
 
 
 def convolution_operations(event: FunctionEvent) -> float:
-    """2 for each multiply-add; of a gradient, for each of those that are asked for (input, weights)."""
+    """2 for each multiply-add; of a backward pass, for each gradient that it computes (input, weights)."""
     if event.name == "aten::convolution":
         (batch, _, *sides), weight = event.input_shapes[:2]
         strides, paddings = event.concrete_inputs[3:5]
@@ -127,20 +130,5 @@ def convolution_operations(event: FunctionEvent) -> float:
     return 0.0
 
 
-def report(args: argparse.Namespace, peak: float, result: dict[str, dict]) -> None:
-    print(f"{args.threads} threads; the peak, a matrix product of side {SIDE}: {peak:.0f} GFLOP/s")
-    table = []
-    for run, kinds in result.items():
-        whole = {"ms": sum(row["ms"] for row in kinds.values()), "gflop": sum(row["gflop"] for row in kinds.values())}
-        for kind, row in {**kinds, "all": whole}.items():
-            row |= {"share_of_time": row["ms"] / whole["ms"], "gflops": 1e3 * row["gflop"] / row["ms"]}
-            row["share_of_peak"] = row["gflops"] / peak
-            share, of_peak = f"{row['share_of_time']:.0%}", f"{row['share_of_peak']:.1%}"
-            table.append((run, kind, f"{row['ms']:.1f}", share, f"{row['gflop']:.2f}", f"{row['gflops']:.1f}", of_peak))
-        kinds["all"] = whole
-    print_table(("run", "layers", "ms", "of the time", "GFLOP", "GFLOP/s", "of the peak"), table)
-    write(args.out, {"rounds": args.rounds, "peak_gflops": peak, "runs": result})
-
-
 if __name__ == "__main__":
-    main()
+    run(main)

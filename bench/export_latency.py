@@ -1,35 +1,72 @@
 """Latency of an exported detector on this CPU, beside torchvision's ssdlite320_mobilenet_v3_large, exported alike.
 
-    python bench/export_latency.py --load runs/bccd/final --out export_latency.json
+    python bench/export_latency.py --load runs/bccd/final
 
 All run in onnxruntime from a picture to detections after NMS, at the same input size, number of classes and thresholds,
-batch 1, on noise. torchvision's weights are random; each of its priors is made sure of the background, so that nearly
-nothing enters its NMS, which can only flatter it. Its NMS defeats torch's newer exporter, so the traced one is used.
-The files take turns, so that whatever else the machine does falls on all. Prints a table, writes JSON.
+batch 1, on noise. torchvision's weights are random, and each of its prior boxes is sure of the background, so that
+nothing enters its NMS, which can only flatter it. torch's newer exporter cannot export its NMS, so the tracing one is
+used. The files take turns.
 """
 
-from __future__ import annotations
-
-import argparse
-import sys
 import tempfile
 import warnings
+from functools import partial
 from pathlib import Path
 
+import common
 import numpy as np
 import torch
 from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from bench.turns import add_options, begin, print_table, ratio, show, spread, take_turns, timed, write
+from lib.errors import UserError
 from lib.export import open_session, read_metadata, require
+from lib.runtime import run
 
 PEER = "torchvision's ssdlite"
 
 
+def main() -> None:
+    parser = common.bench_parser(__doc__, "export_latency.json", rounds=300, threads=1)
+    parser.add_argument("--load", type=Path, required=True, help="run folder with detector.onnx, detector_int8.onnx")
+    args = parser.parse_args()
+    require("onnx", "onnxscript", "onnxruntime")
+    clock = common.begin(args)
+    files = {name: args.load / name for name in ("detector.onnx", "detector_int8.onnx")}
+    files = {name: path for name, path in files.items() if path.is_file()}
+    if not files:
+        raise UserError(f"{args.load}: no detector.onnx here; python final_train.py --export onnx --load {args.load}")
+    first = next(iter(files.values()))
+    metadata = read_metadata(open_session(first), first)
+    size, classes = metadata["image_size"], len(metadata["classes"])
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 3, size, size), dtype=np.uint8)
+    with tempfile.TemporaryDirectory() as folder:
+        files[PEER] = Path(folder) / "ssdlite.onnx"
+        export_torchvision(metadata, files[PEER])
+        runs = {}
+        for name, path in files.items():
+            images = (pixels[0] / 255).astype(np.float32) if name == PEER else pixels
+            runs[name] = common.timed(partial(open_session(path).run, None, {"images": images}), clock)
+        seconds = common.take_turns(runs, args.rounds, warm_up=30)
+        rows = {
+            name: {
+                "bytes": files[name].stat().st_size,
+                "ms": common.spread(1e3 * times),
+                "of_peer": common.ratio(times, seconds[PEER]),
+            }
+            for name, times in seconds.items()
+        }
+    print(
+        f"{size} px, {classes} classes, batch 1, {args.threads} thread(s), {args.rounds} rounds; medians (10% to 90%)"
+    )
+    table = [
+        (name, f"{r['bytes'] / 1e6:.2f}", common.show(r["ms"]), common.show(r["of_peer"])) for name, r in rows.items()
+    ]
+    common.print_table(("file", "MB", "ms", "of torchvision's time"), table)
+    common.write(args.out, {"image_size": size, "classes": classes, "rounds": args.rounds, "rows": rows})
+
+
 def export_torchvision(metadata: dict, path: Path) -> None:
-    """Write SSDLite with MobileNetV3-Large, random weights, to `path`, made to detect as `metadata` says."""
+    """Write SSDLite with MobileNetV3-Large, random weights, to `path`, with the exported detector's settings."""
     size, rules = metadata["image_size"], metadata["postprocess"]
     torch.manual_seed(0)
     model = ssdlite320_mobilenet_v3_large(
@@ -41,47 +78,15 @@ def export_torchvision(metadata: dict, path: Path) -> None:
         topk_candidates=rules["pre_nms_top_k"],
         detections_per_img=rules["top_k"],
     ).eval()
-    model.transform.min_size, model.transform.max_size, model.transform.fixed_size = (size,), size, (size, size)
-    for predictor in model.head.classification_head.module_list:
-        predictor[-1].bias.data.view(-1, len(metadata["classes"]) + 1)[:, 0] = 7  # the background's logit
+    model.transform.min_size = (size,)
+    model.transform.max_size = size
+    model.transform.fixed_size = (size, size)
+    common.silence_torchvision(model, len(metadata["classes"]))
+    picture = [torch.rand(3, size, size)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        picture = [torch.rand(3, size, size)]
         torch.onnx.export(model, (picture,), str(path), input_names=["images"], opset_version=18, dynamo=False)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--load", type=Path, required=True, help="run folder with detector.onnx, detector_int8.onnx")
-    add_options(parser, "export_latency.json", rounds=300, threads=1)
-    args = parser.parse_args()
-    require("onnx", "onnxscript", "onnxruntime")
-    clock = begin(args)
-    files = [path for path in (args.load / "detector.onnx", args.load / "detector_int8.onnx") if path.is_file()]
-    if not files:
-        parser.error(f"{args.load}: no detector.onnx here; python final_train.py --export onnx --load {args.load}")
-    sessions = {path.name: open_session(path) for path in files}
-    metadata = read_metadata(sessions[files[0].name], files[0])
-    size = metadata["image_size"]
-    pixels = np.random.default_rng(0).integers(0, 256, (1, 3, size, size), dtype=np.uint8)
-    runs = {name: timed(lambda s=own: s.run(None, {"images": pixels}), clock) for name, own in sessions.items()}
-    sizes = {path.name: path.stat().st_size for path in files}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "ssdlite.onnx"
-        export_torchvision(metadata, path)
-        theirs, picture = open_session(path), {"images": (pixels[0] / 255).astype(np.float32)}
-        runs[PEER], sizes[PEER] = timed(lambda: theirs.run(None, picture), clock), path.stat().st_size
-        seconds = take_turns(runs, args.rounds, warm_up=30)
-    rows = {
-        name: {"bytes": sizes[name], "ms": spread(1e3 * times), "of_peer": ratio(times, seconds[PEER])}
-        for name, times in seconds.items()
-    }
-    setting = f"{size} px, {len(metadata['classes'])} classes, batch 1, {args.threads} thread(s)"
-    print(f"{setting}, {args.rounds} rounds; medians (10% to 90%)")
-    table = [(name, f"{r['bytes'] / 1e6:.2f}", show(r["ms"]), show(r["of_peer"])) for name, r in rows.items()]
-    print_table(("file", "MB", "ms", "of torchvision's time"), table)
-    write(args.out, {"image_size": size, "classes": len(metadata["classes"]), "rounds": args.rounds, "rows": rows})
-
-
 if __name__ == "__main__":
-    main()
+    run(main)

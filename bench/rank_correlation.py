@@ -1,59 +1,65 @@
-"""Does inherited AP foretell final AP? Sub-networks spread over the range of multiply-adds, each trained alone as well.
+"""Whether inherited AP predicts final AP: sub-networks over the whole range of multiply-adds, each trained alone too.
 
     python bench/rank_correlation.py --supernet runs/lite0/supernet --count 8 --epochs 8
 
-Each is scored with the supernet's weights, on the search split (as the search sees it) and on the test set. Then
-final_train.py trains each, all by the same short recipe, and evaluates it on the test set. Prints a table and Kendall's
-tau with a bootstrap interval over the sub-networks, and writes OUT/rank_correlation.json. What is done already is not
-done again.
+Each is scored with the supernet's weights, on the search split (as the search does) and on the test set. Then
+final_train.py trains each by the same short recipe and evaluates it on the test set. Prints a table and Kendall's tau
+with a 95% bootstrap interval over the sub-networks: 1 is the same order, 0 none. Writes OUT/rank_correlation.json. A
+second call reuses finished trainings.
 """
 
-from __future__ import annotations
-
 import argparse
-import itertools
 import json
-import os
-import random
-import subprocess
-import sys
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import common
+import numpy as np
 
-from bench.inherited import scorers, spread
 from lib import checkpoint
 from lib.cli import supernet_checkpoint
 from lib.config_io import to_dict
 from lib.detector import Supernet, load_supernet
 from lib.genotype import Genotype
-
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def kendall_tau(a: Sequence[float], b: Sequence[float]) -> float:
-    """Kendall's tau-b: agreeing pairs less disagreeing ones, over pairs that neither side ties. NaN if all tie."""
-
-    def sign(x: float) -> int:
-        return (x > 0) - (x < 0)
-
-    pairs = [(sign(a[i] - a[j]), sign(b[i] - b[j])) for i, j in itertools.combinations(range(len(a)), 2)]
-    untied = sum(x != 0 for x, _ in pairs) * sum(y != 0 for _, y in pairs)
-    return sum(x * y for x, y in pairs) / untied**0.5 if untied else float("nan")
+from lib.runtime import run
 
 
-def bootstrap(a: Sequence[float], b: Sequence[float], draws: int = 5000) -> tuple[float, float]:
-    """The 95% percentile interval of tau over resampled sub-networks."""
-    rng, taus = random.Random(0), []
-    while len(taus) < draws:
-        rows = [rng.randrange(len(a)) for _ in a]
-        tau = kendall_tau([a[i] for i in rows], [b[i] for i in rows])
-        if tau == tau:
-            taus.append(tau)
-    taus.sort()
-    return taus[int(0.025 * draws)], taus[int(0.975 * draws)]
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--supernet", type=Path, required=True, help="folder of a supernet run")
+    parser.add_argument("--count", type=int, default=8, help="sub-networks, smallest and largest among them")
+    parser.add_argument("--epochs", type=int, default=8, help="of each final training (default: 8)")
+    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, which share the cores (default: 2)")
+    parser.add_argument("--out", type=Path, help="folder (default: SUPERNET/../rank_correlation)")
+    args = parser.parse_args()
+    args.out = args.out or args.supernet.parent / "rank_correlation"
+    path = supernet_checkpoint(args.supernet)
+    supernet = load_supernet(path)
+    detector = supernet.detector
+    chosen = common.genotypes_by_cost(detector, supernet.space, args.count)
+    on_search, on_test = common.run_scorers(supernet, path.parent)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        jobs = [pool.submit(train, f"{i}", genotype, supernet, path, args) for i, genotype in enumerate(chosen)]
+        final = [job.result() for job in jobs]
+    values = {
+        "flops": [detector.cost(genotype).flops for genotype in chosen],
+        "search": [on_search(detector, genotype)["metrics"]["AP"] for genotype in chosen],
+        "test": [on_test(detector, genotype)["metrics"]["AP"] for genotype in chosen],
+        "final": [metrics["AP"] for metrics in final],
+    }
+    head = ("M multiply-adds", "inherited AP (search split)", "inherited AP (test)", "final AP (test)")
+    rows = [(f"{flops / 1e6:.1f}", *(f"{ap:.3f}" for ap in aps)) for flops, *aps in zip(*values.values(), strict=True)]
+    common.print_table(head, rows)
+    taus = {}
+    for name in ("search", "test", "flops"):
+        pair = np.array(values[name]), np.array(values["final"])
+        tau = kendall_tau(*pair)
+        low, high = bootstrap(*pair)
+        taus[name] = {"tau": tau, "low": low, "high": high}
+        print(f"tau of {name} and final AP: {tau:.2f}, 95% interval {low:.2f} to {high:.2f}")
+    genotypes = [genotype.to_dict() for genotype in chosen]
+    content = {"epochs": args.epochs, "values": values, "tau": taus, "genotypes": genotypes}
+    common.write(args.out / "rank_correlation.json", content)
 
 
 def train(name: str, genotype: Genotype, supernet: Supernet, path: Path, args: argparse.Namespace) -> dict:
@@ -62,50 +68,24 @@ def train(name: str, genotype: Genotype, supernet: Supernet, path: Path, args: a
     folder.mkdir(parents=True, exist_ok=True)
     source = {"supernet": {"path": str(path), "sha256": checkpoint.sha256(path)}, "config": to_dict(supernet.config)}
     (folder / "genotype.json").write_text(json.dumps({**genotype.to_dict(), **source}))
-    flags = ["--genotype", folder / "genotype.json", "--train-dir", folder, "--resume"]
-    flags += ["--set", f"final.epochs={args.epochs}", "--set", f"final.eval_every={args.epochs}"]
-    env = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))}
-    with (folder / "stdout.txt").open("a") as file:
-        command = list(map(str, [sys.executable, ROOT / "final_train.py", *flags]))
-        subprocess.run(command, check=True, stdout=file, stderr=file, env=env)
+    epochs = ["--set", f"final.epochs={args.epochs}", "--set", f"final.eval_every={args.epochs}"]
+    common.run_stage("final_train.py", folder, ["--genotype", folder / "genotype.json", *epochs], args.jobs)
     return json.loads((folder / "metrics.json").read_text())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--supernet", type=Path, required=True, help="folder of a supernet run")
-    parser.add_argument("--count", type=int, default=8, help="sub-networks, the smallest and the largest among them")
-    parser.add_argument("--epochs", type=int, default=8, help="of each final training")
-    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, which share the cores")
-    parser.add_argument("--out", type=Path, help="default: SUPERNET/../rank_correlation")
-    args = parser.parse_args()
-    args.out = args.out or args.supernet.parent / "rank_correlation"
-    path = supernet_checkpoint(args.supernet)
-    supernet = load_supernet(path)
-    chosen = spread(supernet.detector, supernet.space, args.count)
-    on_search, on_test = scorers(supernet, path, supernet.config)
-    with ThreadPoolExecutor(args.jobs) as pool:
-        jobs = [pool.submit(train, f"{i}", g, supernet, path, args) for i, g in enumerate(chosen)]
-        final = [job.result() for job in jobs]
-    search, test = ([scorer(supernet.detector, g) for g in chosen] for scorer in (on_search, on_test))
-    print(
-        "| M multiply-adds | inherited AP (search split) | inherited AP (test) | final AP (test) | final AP50 (test) |"
-    )
-    print("|---|---|---|---|---|")
-    for s, t, f in zip(search, test, final, strict=True):
-        cells = (f"{v:.3f}" for v in (s["AP"], t["AP"], f["AP"], f["AP50"]))
-        print(f"| {s['flops'] / 1e6:.1f} | {' | '.join(cells)} |")
-    columns = {"flops": search, "search": search, "test": test, "final": final}
-    values = {name: [row["flops" if name == "flops" else "AP"] for row in rows] for name, rows in columns.items()}
-    taus = {}
-    for name in ("search", "test", "flops"):
-        low, high = bootstrap(values[name], values["final"])
-        taus[name] = {"tau": kendall_tau(values[name], values["final"]), "low": low, "high": high}
-        print(f"tau of {name} and final AP: {taus[name]['tau']:.2f}, 95% interval {low:.2f} to {high:.2f}")
-    result = {"epochs": args.epochs, "values": values, "tau": taus, "genotypes": [g.to_dict() for g in chosen]}
-    checkpoint.write_text(args.out / "rank_correlation.json", json.dumps(result, indent=1) + "\n")
-    print(f"wrote {args.out / 'rank_correlation.json'}")
+def kendall_tau(a: np.ndarray, b: np.ndarray) -> float:
+    """Kendall's tau-b: agreeing pairs minus disagreeing ones, over the pairs that are no tie. NaN if all are ties."""
+    x, y = (np.sign(np.subtract.outer(values, values)) for values in (a, b))
+    untied = np.sqrt((x != 0).sum() * (y != 0).sum())
+    return float((x * y).sum() / untied) if untied else float("nan")
+
+
+def bootstrap(a: np.ndarray, b: np.ndarray, draws: int = 5000) -> tuple[float, float]:
+    """The 95% percentile interval of tau over resampled sub-networks; resamples that are all ties are left out."""
+    rng = np.random.default_rng(0)
+    taus = [kendall_tau(a[rows], b[rows]) for rows in rng.integers(len(a), size=(draws, len(a)))]
+    return tuple(np.nanquantile(taus, [0.025, 0.975]).tolist())
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

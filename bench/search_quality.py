@@ -1,42 +1,170 @@
-"""What guidance is worth: evaluations that each controller needs, on a table of real evaluations.
+"""What guidance is worth: the evaluations that each controller needs, on a table of all sub-networks of a small space.
 
-    python bench/search_quality.py --table runs/bccd/table.jsonl --out search_quality.json
+    python bench/search_quality.py --supernet runs/bccd/supernet --gpus cpu,cpu
 
-The table (bench/search_table.py) holds every sub-network of a small space, so a search costs nothing and can be
-repeated. A controller is asked and told one at a time, with seeds 0, 1, 2, ...; counted are the evaluations until the
-best one found has 99% of the table's best objective, until it is among the three best of the table, and until the front
-covers 99% of the hypervolume of the table's front (objective against multiply-adds, both over the table's worst).
-Prints medians with 95% bootstrap intervals over the seeds, and ratios to random search, and writes JSON.
+The table holds every sub-network of a small space, scored with inherited weights: once, a second call reuses it. The
+space is what the supernet opened, cut down from the input on until `--most` sub-networks are left:
+kernels at their largest, expand ratios at both ends, two depths.
+
+A search of the table costs nothing, so it is repeated with seeds 0, 1, 2, ... and told one result at a time. Counted
+are the evaluations until the best AP found is 99% of the table's best, until one of the table's three best is found,
+and until the front covers 99% of the hypervolume of the table's front (AP against multiply-adds, relative to the
+table's worst). Prints medians with 95% bootstrap intervals over the seeds.
 """
 
-from __future__ import annotations
-
+import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import common
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from bench.search_table import Table, hypervolume, read_table, table_parser
-from lib.controllers import SpaceExhausted, make_controller, pareto_front
+from lib.config import SearchConfig
+from lib.config_io import to_dict
+from lib.controllers import SpaceExhausted, every_genotype, make_controller, pareto_front
+from lib.detector import load_supernet
+from lib.dispatcher import Dispatcher
+from lib.genotype import BlockChoices, Genotype, SearchSpace, StageChoices
+from lib.ledger import Ledger
 from lib.log import progress
+from lib.runtime import pick_workers, run
+from lib.scoring import save_scoring_data, scoring_worker
 
 CONTROLLERS = ("random", "evo", "pareto-evo")
+COSTS = ["flops"]
+DRAWS = 10_000  # of the bootstrap
 
 
-def evaluations_needed(table: Table, name: str, seed: int, options: dict) -> dict[str, int]:
-    """Evaluations until each goal is met; a search ends at the latest when it has seen the whole table."""
-    best = table.best(table.records)
-    scores = sorted((r["metrics"][table.objective] for r in table.records), reverse=True)
-    goals = {"99% of the best": 0.99 * best, "one of the three best": scores[2]}
-    whole = hypervolume(pareto_front(table.records, table.objective, ["flops"]), table)
-    controller = make_controller(name, table.space, seed, table.holds, objective=table.objective, **options)
+def main() -> None:
+    parser = common.bench_parser(__doc__, "search_quality.json")
+    parser.add_argument("--supernet", type=Path, required=True, help="folder of a supernet run")
+    parser.add_argument("--table", type=Path, help="JSON lines to write or reuse (default: SUPERNET/table.jsonl)")
+    parser.add_argument("--most", type=int, default=1600, help="sub-networks in the table (default: 1600)")
+    parser.add_argument("--gpus", default="cpu", help="workers that score, as in async_search.py")
+    parser.add_argument("--seeds", type=int, default=40)
+    parser.add_argument("--population-size", type=int, default=32)
+    parser.add_argument("--tournament-size", type=int, default=8)
+    args = parser.parse_args()
+    args.table = args.table or args.supernet / "table.jsonl"
+    table = Table(args.table, complete_table(args))
+    print(f"{args.table}: {table.describe()}")
+    settings = SearchConfig(population_size=args.population_size, tournament_size=args.tournament_size, costs=COSTS)
+
+    needed: dict[str, list[dict[str, int]]] = {name: [] for name in CONTROLLERS}
+    for seed in progress(range(args.seeds), "seeds"):
+        for name in CONTROLLERS:
+            needed[name].append(evaluations_needed(table, replace(settings, controller=name), seed))
+    goals = {}
+    for goal in needed["random"][0]:
+        goals[goal] = {name: median_interval([run[goal] for run in needed[name]]) for name in CONTROLLERS}
+    rows = [
+        (goal, *(f"{median:.0f} ({low:.0f} to {high:.0f})" for median, low, high in by_name.values()))
+        for goal, by_name in goals.items()
+    ]
+    common.print_table((f"evaluations until, median of {args.seeds} seeds (95%)", *CONTROLLERS), rows)
+    common.write(args.out, {"table": table.describe(), "settings": vars(args), "goals": goals, "needed": needed})
+
+
+# The table.
+
+
+def complete_table(args: argparse.Namespace) -> SearchSpace:
+    """Score the sub-networks of the small space that the table lacks; return that space."""
+    supernet = load_supernet(args.supernet / "last.pt")
+    space = small_space(supernet.space, args.most)
+    genotypes = {str(genotype): genotype for genotype in every_genotype(space)}
+    images = args.table.with_suffix(".images.pt")
+    save_scoring_data(common.search_split_data(supernet, args.supernet), images)
+    setup = (str(args.supernet / "last.pt"), str(images), to_dict(supernet.config))
+    devices, threads = pick_workers(args.gpus, supernet.config)
+    with Ledger(args.table) as ledger, Dispatcher(scoring_worker, setup, devices, threads_per_worker=threads) as pool:
+        missing = [key for key in genotypes if ledger.lookup(key) is None]
+        for key in missing:
+            pool.submit(key, {"genotype": genotypes[key].to_dict()})
+        with progress(None, "table", total=len(genotypes), initial=len(genotypes) - len(missing)) as bar:
+            while pool.pending:
+                for result in pool.results():
+                    if result.error:
+                        sys.exit(result.error)
+                    genotype = genotypes[result.job_id].to_dict()
+                    ledger.append({"key": result.job_id, "genotype": genotype, **result.value})
+                    bar.update()
+    images.unlink()
+    return space
+
+
+def small_space(space: SearchSpace, most: int) -> SearchSpace:
+    """A part of `space` of at most `most` genotypes, if fixing choices reaches that."""
+    stages = []
+    for stage in space.stages:
+        ends = tuple(sorted({stage.block.expand[0], stage.block.expand[-1]}))
+        stages.append(StageChoices(stage.depth[:2], BlockChoices(ends, stage.block.kernel[-1:])))
+    heads = tuple(BlockChoices(block.expand[-1:], block.kernel[-1:]) for block in space.head)
+    small = replace(space, image_size=space.image_size[-1:], stages=tuple(stages), head=heads)
+    for fixed in fixed_from_the_input(small.stages):
+        if small.size() <= most:
+            break
+        small = replace(small, stages=fixed)
+    return small
+
+
+def fixed_from_the_input(stages: tuple[StageChoices, ...]) -> Iterator[tuple[StageChoices, ...]]:
+    """Stages with ever more choices fixed at their largest: widths of the first half, all depths, the other widths."""
+    half = len(stages) // 2
+    widths = [(i, "expand") for i in range(len(stages))]
+    depths = [(i, "depth") for i in range(len(stages))]
+    for i, what in [*widths[:half], *depths, *widths[half:]]:
+        stage = stages[i]
+        if what == "depth":
+            stage = replace(stage, depth=stage.depth[-1:])
+        else:
+            stage = replace(stage, block=stage.block._replace(expand=stage.block.expand[-1:]))
+        stages = (*stages[:i], stage, *stages[i + 1 :])
+        yield stages
+
+
+class Table:
+    """The records of a table of `space` by genotype, as a search looks them up."""
+
+    def __init__(self, path: Path, space: SearchSpace):
+        self.space = space
+        self.records = [json.loads(line) for line in path.read_text().splitlines()]
+        self._by_genotype = {Genotype.from_dict(record["genotype"]): record for record in self.records}
+        self.scores = sorted(record["metrics"]["AP"] for record in self.records)
+        self.flops = sorted(record["metrics"]["flops"] for record in self.records)
+
+    def __getitem__(self, genotype: Genotype) -> dict:
+        return self._by_genotype[genotype]
+
+    def describe(self) -> str:
+        return (
+            f"{len(self.records)} sub-networks, {self.flops[0] / 1e6:.0f} to {self.flops[-1] / 1e6:.0f} M multiply-adds, "
+            f"AP {self.scores[0]:.4f} to {self.scores[-1]:.4f} on {self.records[0]['images']} images"
+        )
+
+    def hypervolume(self, front: Sequence[dict]) -> float:
+        """Area between a front, cheapest first, and the table's worst: AP against multiply-adds, both from 0 to 1."""
+        low, high = self.scores[0], self.flops[-1]
+        volume, reached = 0.0, low
+        for metrics in (record["metrics"] for record in front):
+            volume += max(metrics["AP"] - reached, 0) * (high - metrics["flops"])
+            reached = max(reached, metrics["AP"])
+        return volume / ((self.scores[-1] - low) * (high - self.flops[0]))
+
+
+# The searches.
+
+
+def evaluations_needed(table: Table, settings: SearchConfig, seed: int) -> dict[str, int]:
+    """Evaluations until each goal is met; at the latest when the search has seen the whole table."""
+    third, _, best = table.scores[-3:]
+    all_covered = table.hypervolume(pareto_front(table.records, "AP", COSTS))
+    controller = make_controller(settings, table.space, seed, lambda genotype: True)
     found: dict[str, int] = {}
     front: list[dict] = []
-    top = 0.0
     for count in range(1, len(table.records) + 1):
         try:
             genotype = controller.ask()
@@ -44,64 +172,28 @@ def evaluations_needed(table: Table, name: str, seed: int, options: dict) -> dic
             break
         record = table[genotype]
         controller.tell(genotype, record["metrics"])
-        top = max(top, record["metrics"][table.objective])
-        front = pareto_front([*front, record], table.objective, ["flops"])
-        for goal, value in goals.items():
-            if top >= value:
+        front = pareto_front([*front, record], "AP", COSTS)
+        top = max(member["metrics"]["AP"] for member in front)
+        met = {
+            "AP is 99% of the best": top >= 0.99 * best,
+            "one of the three best is found": top >= third,
+            "the front covers 99% of the hypervolume": table.hypervolume(front) >= 0.99 * all_covered,
+        }
+        for goal in met:
+            if met[goal]:
                 found.setdefault(goal, count)
-        if "99% of the hypervolume" not in found and hypervolume(front, table) >= 0.99 * whole:
-            found["99% of the hypervolume"] = count
-        if len(found) == 3:
+        if len(found) == len(met):
             break
     return found
 
 
-def median_interval(values: Sequence[float], draws: int = 10_000) -> tuple[float, float, float]:
+def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Median, and its 95% bootstrap interval."""
     values = np.asarray(values, float)
-    medians = np.median(np.random.default_rng(0).choice(values, (draws, len(values))), axis=1)
-    return float(np.median(values)), *(float(q) for q in np.quantile(medians, [0.025, 0.975]))
-
-
-def ratio_interval(values: Sequence[float], others: Sequence[float], draws: int = 10_000) -> tuple[float, float, float]:
-    """Ratio of the medians, and its 95% bootstrap interval, seeds drawn for both on their own."""
-    rng = np.random.default_rng(0)
-    a, b = (np.median(rng.choice(np.asarray(v, float), (draws, len(v))), axis=1) for v in (values, others))
-    return float(np.median(values) / np.median(others)), *(float(q) for q in np.quantile(a / b, [0.025, 0.975]))
-
-
-def main() -> None:
-    parser = table_parser(__doc__, seeds=40, out="search_quality.json")
-    args = parser.parse_args()
-    table, options = read_table(args)
-    needed = {name: [] for name in CONTROLLERS}
-    for seed in progress(range(args.seeds), "seeds"):
-        for name in CONTROLLERS:
-            needed[name].append(evaluations_needed(table, name, seed, options))
-    goals = list(needed["random"][0])
-    rows = {}
-    print(f"\n| evaluations until, median of {args.seeds} seeds (95%) | {' | '.join(CONTROLLERS)} |")
-    print("|---" * (len(CONTROLLERS) + 1) + "|")
-    for goal in goals:
-        by_name = {name: [run[goal] for run in needed[name]] for name in CONTROLLERS}
-        rows[goal] = {
-            name: {
-                "evaluations": values,
-                "median": median_interval(values),
-                "of_random": ratio_interval(values, by_name["random"]),
-            }
-            for name, values in by_name.items()
-        }
-        cells = []
-        for name in CONTROLLERS:
-            median, low, high = rows[goal][name]["median"]
-            ratio, least, most = rows[goal][name]["of_random"]
-            of_random = "" if name == "random" else f"; {ratio:.2f} ({least:.2f} to {most:.2f}) of random"
-            cells.append(f"{median:.0f} ({low:.0f} to {high:.0f}){of_random}")
-        print(f"| {goal} | {' | '.join(cells)} |")
-    args.out.write_text(json.dumps({"table": table.describe(), "options": options, "goals": rows}, indent=1) + "\n")
-    print(f"\nwrote {args.out}")
+    medians = np.median(np.random.default_rng(0).choice(values, (DRAWS, len(values))), axis=1)
+    low, high = np.quantile(medians, [0.025, 0.975]).tolist()
+    return float(np.median(values)), low, high
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

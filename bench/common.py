@@ -1,0 +1,403 @@
+"""What the benches share: their flags, timing in turns, the reference space and its training steps, and the peer.
+
+The speed of a machine drifts. So a figure is a ratio of times that were taken in the same round, and the median of the
+ratios of several rounds; a table shows it with its 10% and 90% quantiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import subprocess
+import sys
+import time
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models.detection import ssdlite320_mobilenet_v3_large
+
+# A bench imports this file before any of lib, so it can be started in any folder.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from lib import config_io, scoring
+from lib.config import Config, TrainConfig
+from lib.datasets import Batch, load_annotations, load_split
+from lib.detector import SSD, Cost, ElasticSSD, Supernet
+from lib.errors import UserError
+from lib.final_training import detection_losses
+from lib.genotype import Genotype, SearchSpace
+from lib.log import progress
+from lib.runtime import device_name, pick_device
+from lib.training import Trainer, detection_loss
+from supernet_train import supernet_losses
+
+ROOT = Path(__file__).resolve().parent.parent
+REFERENCE = ROOT / "configs" / "voc_mbv3.yaml"
+CPU = torch.device("cpu")
+TOLERANCE = 1e-4  # of the largest value: the same sums in another order
+
+Clock = Callable[[], float]  # seconds
+TimedRun = Callable[[], float]  # does its work and returns the seconds that it took
+Step = Callable[[Batch], dict[str, float]]  # a training step with the optimizer's; returns the losses before it
+
+
+# Flags, and what a bench leaves.
+
+
+def bench_parser(doc: str, out: str, rounds: int = 0, threads: int = 2, device: bool = False) -> ArgumentParser:
+    """--out; with `rounds`, for runs that take turns, --rounds and --threads; with `device`, --device."""
+    parser = ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(out), help=f"JSON file to write (default: {out})")
+    if rounds:
+        parser.add_argument("--rounds", type=int, default=rounds, help=f"turns of each run (default: {rounds})")
+        parser.add_argument("--threads", type=int, default=threads, help=f"CPU threads (default: {threads})")
+    if device:
+        parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    return parser
+
+
+def begin(args: argparse.Namespace) -> Clock:
+    """Apply --threads and --device; return the clock to time with."""
+    torch.set_num_threads(args.threads)
+    args.device = pick_device(getattr(args, "device", "cpu"))
+    return clock_of(args.device)
+
+
+def clock_of(device: torch.device) -> Clock:
+    """Seconds; on a GPU, once its queue is empty."""
+    if device.type == "cpu":
+        return time.perf_counter
+
+    def synchronised() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return synchronised
+
+
+def show(value: Mapping[str, float], digits: int = 2) -> str:
+    """A `spread` for a table: the median, and 10% to 90% in brackets."""
+    return f"{value['median']:.{digits}f} ({value['p10']:.{digits}f} to {value['p90']:.{digits}f})"
+
+
+def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    for row in (head, ["---"] * len(head), *rows):
+        print(f"| {' | '.join(map(str, row))} |", flush=True)
+
+
+def write(path: Path, content: dict) -> None:
+    """Write a bench's figures as JSON, with the machine and its threads."""
+    machine = {"processor": device_name(CPU), "threads": torch.get_num_threads()}
+    path.write_text(json.dumps({"machine": machine, **content}, indent=1, default=str) + "\n")
+    print(f"wrote {path}")
+
+
+def run_stage(script: str, folder: Path, flags: Sequence[object], jobs: int) -> None:
+    """Run or resume one of the three scripts in `folder`, as one of `jobs` that share the cores."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, ROOT / script, *flags, "--train-dir", folder, "--resume"]
+    env = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    with (folder / "stdout.txt").open("a") as file:
+        subprocess.run(list(map(str, command)), check=True, stdout=file, stderr=file, env=env)
+
+
+# Timing.
+
+
+def timed(run: Callable[[], object], clock: Clock) -> TimedRun:
+    def call() -> float:
+        start = clock()
+        run()
+        return clock() - start
+
+    return call
+
+
+def take_turns(runs: Mapping[str, TimedRun], rounds: int, warm_up: int = 1) -> dict[str, np.ndarray]:
+    """Seconds (rounds,) of each run. A round calls each run once, in random order; `warm_up` rounds are discarded."""
+    rng = random.Random(0)
+    names = list(runs)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    bar = progress(None, "measure", total=(warm_up + rounds) * len(names))
+    for i in range(warm_up + rounds):
+        rng.shuffle(names)
+        for name in names:
+            took = runs[name]()
+            bar.update()
+            if i >= warm_up:
+                seconds[name].append(took)
+    bar.close()
+    return {name: np.array(values) for name, values in seconds.items()}
+
+
+def spread(values: np.ndarray) -> dict[str, float]:
+    """Median, 10% and 90% quantile."""
+    low, median, high = np.percentile(values, (10, 50, 90)).tolist()
+    return {"median": median, "p10": low, "p90": high}
+
+
+def ratio(numerator: np.ndarray, denominator: np.ndarray) -> dict[str, float]:
+    """`spread` of the ratios of times that were taken in the same round."""
+    return spread(numerator / denominator)
+
+
+def check_equal(what: str, a: Tensor, b: Tensor, tolerance: float = TOLERANCE) -> float:
+    """The largest difference, in units of the largest value of `b`. Raises UserError if it is above `tolerance`."""
+    gap = float((a - b).abs().max() / b.abs().max())
+    if a.shape != b.shape or not gap <= tolerance:
+        raise UserError(f"{what}: the two sides differ by {gap:.1e} of the largest value, expected at most {tolerance}")
+    return gap
+
+
+# The reference space, made-up pictures, and sub-networks of a space.
+
+
+def reference(num_classes: int = 3) -> tuple[Config, ElasticSSD]:
+    """The reference MobileNetV3 space at 300 px, with random weights."""
+    config = config_io.read_config(REFERENCE, [f"data.num_classes={num_classes}"])
+    torch.manual_seed(0)
+    return config, ElasticSSD(config, num_classes)
+
+
+def random_genotypes(detector: ElasticSSD, count: int) -> list[Genotype]:
+    rng = random.Random(0)
+    return [detector.space.sample(rng) for _ in range(count)]
+
+
+def median_genotype(detector: ElasticSSD, count: int = 101) -> Genotype:
+    """The median of `count` random genotypes by multiply-adds."""
+    return sorted(random_genotypes(detector, count), key=lambda g: detector.cost(g).flops)[count // 2]
+
+
+def genotypes_by_cost(detector: ElasticSSD, space: SearchSpace, count: int) -> list[Genotype]:
+    """The smallest, the largest and `count` - 2 random genotypes, their multiply-adds evenly spread between the two."""
+    rng = random.Random(0)
+    ends = space.smallest(), space.largest()
+    drawn = [space.sample(rng) for _ in range(300)]
+    # Random genotypes are seldom near an end of the space; crossovers with the end are.
+    drawn += [space.crossover(genotype, end, rng) for genotype in drawn[:200] for end in ends]
+    low, high = (detector.cost(genotype).flops for genotype in ends)
+    chosen = [ends[0]]
+    for target in np.linspace(low, high, count)[1:-1]:
+        others = (genotype for genotype in drawn if genotype not in chosen)
+        chosen.append(min(others, key=lambda genotype: abs(detector.cost(genotype).flops - target)))
+    return [*chosen, ends[1]]
+
+
+def random_batch(images: int, size: int, objects: int, num_classes: int) -> Batch:
+    """Noise with random boxes: sides from a twentieth to four fifths of the picture."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (images, 3, size, size), dtype=torch.uint8, generator=generator)
+    sides = 0.05 * 16 ** torch.rand(images, objects, 2, generator=generator)
+    corner = torch.rand(images, objects, 2, generator=generator) * (1 - sides)
+    labels = torch.randint(1, num_classes + 1, (images, objects), generator=generator)
+    return Batch(pixels, torch.cat([corner, corner + sides], -1), labels, torch.arange(images))
+
+
+def outputs(result: tuple[Tensor, Tensor]) -> Tensor:
+    """A detector's logits and offsets as one tensor, to compare."""
+    return torch.cat([part.flatten(1) for part in result], 1)
+
+
+# Training steps and scores.
+
+
+class SupernetSteps:
+    """`steps(batch, genotype)` is a step of supernet_train.py: matching, network, losses, gradients, optimizer.
+
+    `weight` is that of distillation from the largest sub-network.
+    """
+
+    def __init__(self, detector: ElasticSSD, config: Config, device: torch.device, weight: float = 0.0):
+        self.detector = detector.train()
+        self.distillation = config.supernet.distill
+        self.weight = weight
+        self.loss = detection_loss(config)
+        self.trainer = Trainer(detector, config.supernet, device, batches_per_epoch=2**31)
+
+    def __call__(self, batch: Batch, genotype: Genotype) -> dict[str, float]:
+        losses = supernet_losses(self.detector, self.loss, batch, [genotype], self.distillation, self.weight)
+        return self.trainer.update(losses)
+
+
+def plain_step(model: SSD, config: Config, training: TrainConfig, device: torch.device) -> Step:
+    """A step of final_train.py on a plain detector, with the optimizer of `training`."""
+    trainer = Trainer(model.train(), training, device, batches_per_epoch=2**31)
+    loss = detection_loss(config)
+    return lambda batch: trainer.update(detection_losses(trainer.model, loss, batch))
+
+
+def scoring_data(images: int, bn_images: int, objects: int, num_classes: int, size: int = 300) -> dict:
+    """Random pictures with random objects, in the form of `prepare_scoring_data`."""
+    batch = random_batch(bn_images + images, size, objects, num_classes)
+    ignore = torch.zeros(objects, dtype=torch.bool)
+    return {
+        "bn_images": batch.images[:bn_images],
+        "images": batch.images[bn_images:],
+        "truth": [
+            {"boxes": size * boxes, "labels": labels, "ignore": ignore}
+            for boxes, labels in zip(batch.boxes[bn_images:], batch.labels[bn_images:], strict=True)
+        ],
+        "sizes": [[size, size]] * images,
+        "classes": [f"class {i + 1}" for i in range(num_classes)],
+    }
+
+
+class TimedScore:
+    """`score(genotype)` returns the seconds that a search worker takes for a candidate, `recalibrate` left out."""
+
+    def __init__(self, data: dict, config: Config, detector: ElasticSSD, device: torch.device, clock: Clock):
+        self.scorer = scoring.Scorer(data, config, device)
+        self.detector = detector
+        self.clock = clock
+
+    def __call__(self, genotype: Genotype) -> float:
+        apart = 0.0
+
+        def recalibrate(model: nn.Module, images: Iterable[Tensor], device: torch.device) -> None:
+            nonlocal apart
+            start = self.clock()
+            original(model, images, device)
+            apart += self.clock() - start
+
+        original = scoring.recalibrate
+        with mock.patch.object(scoring, "recalibrate", recalibrate):
+            start = self.clock()
+            self.metrics = self.scorer(self.detector, genotype)["metrics"]
+            return self.clock() - start - apart
+
+
+def run_scorers(supernet: Supernet, folder: Path) -> tuple[scoring.Scorer, scoring.Scorer]:
+    """Scorers of the supernet in `folder` on its search split and on the test set, with the same BatchNorm pictures."""
+    config = supernet.config
+    search = search_split_data(supernet, folder)  # sets the classes
+    test_annotations = load_annotations(config.data, "test")
+    test = scoring.prepare_scoring_data(test_annotations, [], range(len(test_annotations)), config)
+    return scoring.Scorer(search, config, CPU), scoring.Scorer({**test, "bn_images": search["bn_images"]}, config, CPU)
+
+
+def search_split_data(supernet: Supernet, folder: Path) -> dict:
+    """The pictures and the ground truth on which the search scores candidates of the supernet in `folder`."""
+    supernet.config.data.classes = list(supernet.classes)
+    annotations = load_annotations(supernet.config.data, "train")
+    train, search = load_split(folder / "split.json", annotations)
+    return scoring.prepare_scoring_data(annotations, train, search, supernet.config)
+
+
+# The peer: torchvision's ssdlite320_mobilenet_v3_large as it comes.
+
+PEER_SIZE = 320
+BACKGROUND = 9.0  # logit that makes every prior box sure of the background, so that nothing enters NMS
+
+
+class Peer(ProcessPoolExecutor):
+    """`peer.call(name, *arguments)` calls a method of `PeerProcess`; `peer.timed` makes a `TimedRun` of it.
+
+    It is a process of its own, because the C allocator's settings (lib/runtime.py) hold for a whole process, and the
+    peer is timed without them.
+    """
+
+    def __init__(self, num_classes: int, args: argparse.Namespace):
+        context = multiprocessing.get_context("spawn")
+        arguments = num_classes, args.threads, str(args.device)
+        super().__init__(max_workers=1, mp_context=context, initializer=_start_peer, initargs=arguments)
+
+    def call(self, name: str, *arguments: object) -> object:
+        return self.submit(_call_peer, name, *arguments).result()
+
+    def timed(self, name: str, *arguments: object) -> TimedRun:
+        return partial(self.call, name, *arguments)
+
+
+def _start_peer(num_classes: int, threads: int, device: str) -> None:
+    global _peer
+    torch.set_num_threads(threads)
+    _peer = PeerProcess(num_classes, torch.device(device))
+
+
+def _call_peer(name: str, *arguments: object) -> object:
+    return getattr(_peer, name)(*arguments)
+
+
+class PeerProcess:
+    """The other side of `Peer`. `train`, `detect` and `network` return the seconds that they took."""
+
+    def __init__(self, num_classes: int, device: torch.device):
+        torch.manual_seed(0)
+        model = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=num_classes + 1)
+        self.model = model.to(device)
+        self.num_classes = num_classes
+        self.clock = clock_of(device)
+        self.device = device
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.005, momentum=0.9, weight_decay=1e-4)
+
+    def load(self, batch: Batch) -> None:
+        """The pictures and objects of the calls that follow, in torchvision's form."""
+        batch = batch.to(self.device)
+        self.images = list(batch.images.float() / 255)
+        self.targets = [
+            {"boxes": boxes * PEER_SIZE, "labels": labels}
+            for boxes, labels in zip(batch.boxes, batch.labels, strict=True)
+        ]
+
+    def train(self) -> float:
+        """One training step, optimizer included."""
+        self.model.train()
+        start = self.clock()
+        self.optimizer.zero_grad()
+        loss = sum(self.model(self.images, self.targets).values())
+        loss.backward()
+        self.optimizer.step()
+        seconds = self.clock() - start
+        if not loss.isfinite():
+            raise FloatingPointError(f"the peer's loss is {loss.item()}")
+        return seconds
+
+    @torch.inference_mode()
+    def silence(self) -> None:
+        """Make every prior box sure of the background, so that nothing enters NMS."""
+        silence_torchvision(self.model, self.num_classes)
+        found = sum(len(detections["boxes"]) for detections in self.model.eval()(self.images))
+        if found:
+            raise ValueError(f"the peer still finds {found} boxes")
+
+    @torch.inference_mode()
+    def detect(self, images: int) -> float:
+        """From pictures to detections."""
+        self.model.eval()
+        start = self.clock()
+        self.model(self.images[:images])
+        return self.clock() - start
+
+    @torch.inference_mode()
+    def network(self, images: int) -> float:
+        """From normalised pictures to logits and offsets."""
+        self.model.eval()
+        batch, _ = self.model.transform(self.images[:images])
+        start = self.clock()
+        self.model.head(list(self.model.backbone(batch.tensors).values()))
+        return self.clock() - start
+
+    @torch.inference_mode()
+    def cost(self) -> Cost:
+        """Multiply-adds for one picture, and parameters."""
+        with FlopCounterMode(display=False) as counter:
+            self.model.eval()(self.images[:1])
+        return Cost(counter.get_total_flops() // 2, sum(p.numel() for p in self.model.parameters()))
+
+
+def silence_torchvision(model: nn.Module, num_classes: int) -> None:
+    """Give the background of each prior box of a torchvision SSDLite a logit that no class reaches."""
+    for predictor in model.head.classification_head.module_list:
+        predictor[-1].bias.data.view(-1, num_classes + 1)[:, 0] = BACKGROUND
