@@ -1,17 +1,14 @@
-"""What a network costs: multiply-adds and parameters, counted without running it on data.
+"""The detectors: ElasticSSD, all sub-networks in shared weights, and SSD, one of them as a plain module.
 
-BatchNorm folded into the convolution before it: what a deployed detector computes, with fewer operations.
-
-ElasticSSD: backbone, extra blocks, predictors, priors of every sub-network; `extract` gives one as a plain SSD.
-
-Trained networks read back from their checkpoints: a supernet, a final detector, a teacher.
+Then what is done with a detector: its BatchNorm is re-estimated and folded, its cost is counted, it detects objects,
+and it is read back from a checkpoint (a supernet, a final detector, a teacher).
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,57 +32,8 @@ from lib.priors import decode, prior_boxes, priors_per_cell
 from lib.shrinking import full_space, space_at
 
 
-class Cost(NamedTuple):
-    """`flops` are multiply-adds for one image, `params` are learned numbers."""
-
-    flops: int
-    params: int
-
-    def plus(self, other: Cost) -> Cost:
-        return Cost(self.flops + other.flops, self.params + other.params)
-
-
-ModuleCost = tuple[Cost, list[tuple[int, ...]]]  # and the shapes of the outputs
-
-
-def module_cost(module: nn.Module, *input_shapes: Sequence[int]) -> ModuleCost:
-    """The cost of a plain module on inputs of these shapes, and the shapes of its outputs.
-
-    Runs on torch's meta device, so no arithmetic is done. Convolutions and matrix products count, as in the papers.
-    """
-    shadow = copy.deepcopy(module).to("meta").eval()
-    inputs = [torch.empty(shape, device="meta") for shape in input_shapes]
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        outputs = shadow(*inputs)
-    outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
-    params = sum(p.numel() for p in module.parameters())
-    return Cost(counter.get_total_flops() // 2, params), [tuple(o.shape) for o in outputs]
-
-
-def fuse(model: nn.Module) -> nn.Module:
-    """A copy of a plain `model` in evaluation mode with the same outputs, but for rounding (Jacob et al., CVPR 2018).
-
-    Every BatchNorm that follows a convolution in an `nn.Sequential` is folded into it and gone.
-    """
-    return fuse_(copy.deepcopy(model))
-
-
-@torch.no_grad()
-def fuse_(model: nn.Module) -> nn.Module:
-    """`fuse` in place: without the copy, which takes a tenth of the time that a candidate's score does."""
-    model.eval()
-    for sequence in [module for module in model.modules() if isinstance(module, nn.Sequential)]:
-        layers = list(sequence._modules.items())  # named_children() leaves out a layer's second occurrence
-        for (_, conv), (norm_name, norm) in itertools.pairwise(layers):
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-                conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
-                delattr(sequence, norm_name)
-    return model
-
-
 class Normalize(nn.Module):
-    """Pictures, uint8 or float in 0..255, (B, 3, H, W), to (x - mean) / std at S x S."""
+    """Resize images (B, 3, H, W), uint8 or float in 0..255, to S x S, then (x - mean) / std."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
@@ -96,12 +44,12 @@ class Normalize(nn.Module):
         x = images.to(self.mean.dtype)
         if x.shape[-2:] != (image_size, image_size):
             x = F.interpolate(x, (image_size, image_size), mode="bilinear", align_corners=False)
-        # With three channels, channels_last before would take twice as long.
+        # Before the arithmetic, channels_last would double its time at three channels.
         return ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
 
 class SSD(nn.Module):
-    """One plain detector without a trace of elasticity; `backbone` and `extras` are one module per feature map."""
+    """A plain detector of ordinary layers; `backbone` and `extras` hold one module per feature map."""
 
     def __init__(
         self,
@@ -125,7 +73,7 @@ class SSD(nn.Module):
         return self.predict(self.normalize(images, self.image_size))
 
     def predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`forward` of what has been resized and normalised, (B, 3, S, S)."""
+        """`forward` for images that have been resized and normalised, (B, 3, S, S)."""
         features = []
         for module in (*self.backbone, *self.extras):
             x = module(x)
@@ -133,37 +81,20 @@ class SSD(nn.Module):
         return self.predictors(features)
 
 
-class ScoresAndBoxes(nn.Module):
-    """A plain detector as it is deployed, up to non-maximum suppression: resize, network, scores, decoded boxes."""
-
-    def __init__(self, model: SSD, config: Config):
-        super().__init__()
-        self.model = model
-        self.loss_type, self.variances = config.loss.type, config.head.variances
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, H, W), 0..255, to scores (B, P, num_classes) and boxes (B, P, 4), xyxy within [0, 1]."""
-        return self.decode(*self.model(images))
-
-    def decode(self, logits: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-        boxes = decode(offsets, self.model.priors, self.variances).clamp(0, 1)
-        return class_scores(logits, self.loss_type), boxes
-
-
 class ElasticSSD(nn.Module):
     """Every sub-network of a search space in shared weights. Stateless: the genotype is an argument.
 
-    `space` is the largest space the weights can serve; `forward` and `extract` take any genotype in it.
+    `space` is the largest space that the weights can serve; `forward` and `extract` take any genotype in it.
     """
 
     def __init__(self, config: Config, num_classes: int):
         super().__init__()
         self.space: SearchSpace = full_space(config)
         self.num_classes = num_classes
-        head, mult_ratio = config.head, config.backbone.mult_ratio
+        head = config.head
         self.normalize = Normalize(config.backbone.pixel_mean, config.backbone.pixel_std)
         self.backbone = ElasticBackbone(config.backbone, self.space.stages)
-        extras = extra_channels(head.channels, mult_ratio)
+        extras = extra_channels(head.channels, config.backbone.mult_ratio)
         self.extras = ElasticExtras(self.backbone.feature_channels[-1], extras, self.space.head)
         channels = [*self.backbone.feature_channels, *extras]
         self.predictors = Predictors(channels, priors_per_cell(head.aspect_ratios), num_classes, head.predictor)
@@ -173,14 +104,17 @@ class ElasticSSD(nn.Module):
         _initialise(self)
         if config.loss.type == "focal":
             self.predictors.set_class_bias(focal_prior_bias())
-        self._costs: dict[tuple, ModuleCost] = {}
+        # (cost, shape of the output) of each module that has been counted, by module, block and shape of the input
+        self._costs: dict[tuple, tuple[Cost, torch.Size]] = {}
 
     def feature_sizes(self, image_size: int) -> list[tuple[int, int]]:
-        """Side of each feature map: a convolution of stride 2 with centred padding halves, rounding up."""
-        sizes, side = [], image_size
-        for level in range(1, self.backbone.feature_levels[-1] + len(self.space.head) + 1):
+        """(height, width) of each feature map: a convolution of stride 2 with centred padding halves, rounding up."""
+        last = self.backbone.feature_levels[-1]
+        sizes = []
+        side = image_size
+        for level in range(1, last + len(self.space.head) + 1):
             side = (side + 1) // 2
-            if level in self.backbone.feature_levels or level > self.backbone.feature_levels[-1]:
+            if level in self.backbone.feature_levels or level > last:
                 sizes.append((side, side))
         return sizes
 
@@ -189,6 +123,7 @@ class ElasticSSD(nn.Module):
         return self.get_buffer(f"priors_{image_size}")
 
     def segments(self, genotype: Genotype) -> list[Segment]:
+        """What `genotype` runs: one segment per feature map, each ending in that feature map."""
         return [*self.backbone.segments(genotype), *self.extras.segments(genotype)]
 
     def forward(self, images: Tensor, genotype: Genotype) -> tuple[Tensor, Tensor]:
@@ -214,42 +149,29 @@ class ElasticSSD(nn.Module):
 
     def cost(self, genotype: Genotype) -> Cost:
         """Multiply-adds and parameters of the whole detector. Each block is counted once, then looked up."""
-        total, shape, features = Cost(0, 0), (1, 3, genotype.image_size, genotype.image_size), []
-        for segment in self.segments(genotype):
+        costs = []
+        shape = torch.Size([1, 3, genotype.image_size, genotype.image_size])
+        levels = zip(self.segments(genotype), self.predictors.classes, self.predictors.boxes, strict=True)
+        for segment, class_net, box_net in levels:
             for module, block in segment:
-                cost, (shape,) = self._cost((module, block), [shape], lambda m=module, b=block: _plain(m, b))
-                total = total.plus(cost)
-            features.append(shape)
-        cost, _ = self._cost(self.predictors, features, lambda: _FeatureList(self.predictors))
-        return total.plus(cost)
+                cost, shape = self._cost(module, block, shape)
+                costs.append(cost)
+            costs += [self._cost(net, None, shape)[0] for net in (class_net, box_net)]
+        return Cost(flops=sum(cost.flops for cost in costs), params=sum(cost.params for cost in costs))
 
-    def _cost(self, what: object, shapes: list[tuple[int, ...]], make: Callable[[], nn.Module]) -> ModuleCost:
-        key = (what, *shapes)
+    def _cost(self, module: nn.Module, block: Block | None, shape: torch.Size) -> tuple[Cost, torch.Size]:
+        key = (module, block, shape)
         if key not in self._costs:
-            self._costs[key] = module_cost(make(), *shapes)
+            cost, output = module_cost(module if block is None else module.extract(block), shape)
+            self._costs[key] = cost, output.shape
         return self._costs[key]
 
 
-def _plain(module: nn.Module, block: Block | None) -> nn.Module:
-    return module if block is None else module.extract(block)
-
-
-class _FeatureList(nn.Module):
-    """Predictors that take their feature maps one by one, as `module_cost` passes inputs."""
-
-    def __init__(self, predictors: Predictors):
-        super().__init__()
-        self.predictors = predictors
-
-    def forward(self, *features: Tensor) -> tuple[Tensor, Tensor]:
-        return self.predictors(features)
-
-
 def _initialise(model: ElasticSSD) -> None:
-    """He initialisation; the predictors' last layers start near zero, so that the first losses are near their priors'.
+    """He initialisation; the predictors' last layers start near zero, so that the first logits are near their bias.
 
-    A depthwise filter sees k * k inputs: its fan-in. Its fan-out as torch counts it has all channels in it, and would
-    make it hundreds of times too small.
+    Depthwise filters use the fan-in, k * k inputs. torch counts all channels in their fan-out, which would make the
+    weights hundreds of times too small.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
@@ -263,18 +185,93 @@ def _initialise(model: ElasticSSD) -> None:
         nn.init.normal_(net[-1].weight, std=0.01)
 
 
+def recalibrate(model: nn.Module, images: Iterable[Tensor], device: torch.device) -> None:
+    """Reset the BatchNorm statistics and re-estimate them as the cumulative average over batches of images."""
+    update_bn(images, model, device)
+
+
+@torch.no_grad()
+def fuse(model: nn.Module, inplace: bool = False) -> nn.Module:
+    """A copy of a plain `model` in evaluation mode, BatchNorm folded into the convolutions (Jacob et al., CVPR 2018).
+
+    Every BatchNorm that follows a convolution in an `nn.Sequential` is removed; the outputs change by rounding only.
+    `inplace` changes `model` itself: the copy takes a tenth of the time in which a candidate is scored.
+    """
+    model = (model if inplace else copy.deepcopy(model)).eval()
+    for sequence in [module for module in model.modules() if isinstance(module, nn.Sequential)]:
+        layers = list(sequence._modules.items())  # named_children() leaves out a layer's second occurrence
+        for (_, conv), (norm_name, norm) in itertools.pairwise(layers):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                conv.weight, conv.bias = fuse_conv_bn_weights(
+                    conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+                )
+                delattr(sequence, norm_name)
+    return model
+
+
+class Cost(NamedTuple):
+    """What a network costs."""
+
+    flops: int  # multiply-adds for one image
+    params: int  # learned numbers
+
+
+def module_cost(module: nn.Module, input_shape: Sequence[int]) -> tuple[Cost, Tensor | tuple[Tensor, ...]]:
+    """The cost of a plain module on an input of this shape, and its output on the meta device (shapes, no values).
+
+    No arithmetic is done. Convolutions and matrix products count, as in the papers.
+    """
+    shadow = copy.deepcopy(module).to("meta").eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        output = shadow(torch.empty(input_shape, device="meta"))
+    # torch counts a multiplication and an addition as two.
+    return Cost(counter.get_total_flops() // 2, sum(p.numel() for p in module.parameters())), output
+
+
+class ScoresAndBoxes(nn.Module):
+    """A plain detector as it is deployed, up to non-maximum suppression: resize, network, scores, decoded boxes."""
+
+    def __init__(self, model: SSD, config: Config):
+        super().__init__()
+        self.model = model
+        self.loss_type = config.loss.type
+        self.variances = config.head.variances
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W), 0..255, to scores (B, P, num_classes) and boxes (B, P, 4), xyxy within [0, 1]."""
+        return self.decode(*self.model(images))
+
+    def decode(self, logits: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        boxes = decode(offsets, self.model.priors, self.variances).clamp(0, 1)
+        return class_scores(logits, self.loss_type), boxes
+
+
+@torch.inference_mode()
+def detect(model: SSD, images: Iterable[Tensor], config: Config, device: torch.device) -> list[Detections]:
+    """Detections of every image of the batches (B, 3, H, W), in order, on the CPU."""
+    model.eval()
+    found: list[Detections] = []
+    for batch in images:
+        logits, offsets = model(batch.to(device, non_blocking=True))
+        detections = postprocess(
+            logits, offsets, model.priors, config.postprocess, config.loss.type, config.head.variances
+        )
+        found += [Detections(*(tensor.cpu() for tensor in each)) for each in detections]
+    return found
+
+
 class Supernet(NamedTuple):
-    """`space` holds the sub-networks that were open at `epoch`, the last one that was trained."""
+    """A trained supernet of supernet_train.py."""
 
     detector: ElasticSSD
     config: Config
     classes: tuple[str, ...]
-    epoch: int
-    space: SearchSpace
+    epoch: int  # the last one that was trained
+    space: SearchSpace  # the sub-networks that were open at that epoch
 
 
 class Detector(NamedTuple):
-    """A detector of final_train.py, ready to use: `model` is in evaluation mode."""
+    """A trained detector of final_train.py; `model` is in evaluation mode."""
 
     model: SSD
     config: Config
@@ -285,45 +282,53 @@ class Detector(NamedTuple):
 
 
 def load_supernet(path: Path, mmap: bool = False) -> Supernet:
-    """Read a checkpoint of supernet_train.py. `mmap` lets the processes of a machine share its memory."""
+    """Load a checkpoint of supernet_train.py. With `mmap`, the processes of a machine share its memory."""
     payload = checkpoint.read(path, mmap)
     if "genotype" in payload or "config" not in payload:
         raise UserError(f"{path}: not a supernet's checkpoint; expected last.pt of supernet_train.py")
-    settings = config_io.from_dict(payload["config"], str(path))
-    detector = ElasticSSD(settings, len(payload["classes"]))
+    config = config_io.from_dict(payload["config"], str(path))
+    detector = ElasticSSD(config, len(payload["classes"]))
     load_weights(detector, payload, path)
+    # At batch 0 of an epoch, nothing of that epoch has been trained yet.
     epoch = max(payload["epoch"] - (payload["batch"] == 0), 1)
-    return Supernet(detector, settings, tuple(payload["classes"]), epoch, space_at(settings, epoch))
+    return Supernet(detector, config, tuple(payload["classes"]), epoch, space_at(config, epoch))
 
 
 def load_detector(path: Path) -> Detector:
-    """Read best.pt (or last.pt) of final_train.py; of a run's folder, its best.pt."""
+    """Load best.pt or last.pt of final_train.py; of a run's folder, its best.pt."""
     path = path / "best.pt" if path.is_dir() else path
     if path.suffix == ".onnx":
         raise UserError(f"{path}: an exported detector; expected the checkpoint that it comes from, best.pt")
     payload = checkpoint.read(path)
     if "genotype" not in payload:
         raise UserError(f"{path}: not a detector's checkpoint; expected best.pt of final_train.py")
-    settings = config_io.from_dict(payload["config"], str(path))
+    config = config_io.from_dict(payload["config"], str(path))
     genotype = Genotype.from_dict(payload["genotype"])
     classes = tuple(payload["classes"])
-    model = ElasticSSD(settings, len(classes)).extract(genotype)
+    model = ElasticSSD(config, len(classes)).extract(genotype)
     load_weights(model, payload, path)
-    return Detector(model.eval(), settings, genotype, classes, tuple(payload["category_ids"]), payload["epoch"])
+    return Detector(
+        model=model.eval(),
+        config=config,
+        genotype=genotype,
+        classes=classes,
+        category_ids=tuple(payload["category_ids"]),
+        epoch=payload["epoch"],
+    )
 
 
-def detector_checkpoint(where: Path) -> Path | None:
-    """best.pt in the folder of a final training, or `where` itself if it is a detector's checkpoint; else None."""
-    if where.is_dir():
-        return where / "best.pt" if (where / "best.pt").is_file() else None
-    return where if where.is_file() and "genotype" in checkpoint.read(where, mmap=True) else None
+def detector_checkpoint(path: Path) -> Path | None:
+    """best.pt in the folder of a final training, or `path` itself if it is a detector's checkpoint; else None."""
+    if path.is_dir():
+        return path / "best.pt" if (path / "best.pt").is_file() else None
+    return path if path.is_file() and "genotype" in checkpoint.read(path, mmap=True) else None
 
 
 def load_teacher(distill: DistillConfig, key: str, classes: Sequence[str], priors: Mapping[int, Tensor]) -> SSD | None:
-    """The detector that `distill.teacher` names, frozen. None if it names none, or never gives it a weight.
+    """The detector that `distill.teacher` names, frozen. None if there is no name, or its weight is always 0.
 
-    `key` is that setting's name; `priors` (P, 4), by image size, are those of the networks that it would teach. It may
-    have another image size, if that gives the same ones. Raises UserError unless these and the classes are equal.
+    `key` is that setting's name; `priors` (P, 4), by image size, are the students'. Raises UserError unless the teacher
+    has the same classes and prior boxes. Another image size is allowed if it gives the same prior boxes.
     """
     if not distill.teacher or not distill.active():
         return None
@@ -333,31 +338,14 @@ def load_teacher(distill: DistillConfig, key: str, classes: Sequence[str], prior
         raise UserError(f"{key}: {distill.teacher} knows {known}, not {', '.join(classes)}")
     for size, expected in priors.items():
         if not torch.equal(teacher.model.priors, expected):
-            raise UserError(f"{key}: {distill.teacher} has other prior boxes than what it would teach at {size} px")
+            raise UserError(f"{key}: {distill.teacher} has other prior boxes than its student at {size} px")
     return teacher.model.requires_grad_(False)
 
 
 def load_weights(model: nn.Module, payload: dict, path: Path) -> None:
-    """The weights of a checkpoint, its moving average where there is one, into `model`."""
+    """Load the weights of a checkpoint into `model`, or their moving average if the checkpoint has one."""
     try:
         model.load_state_dict(checkpoint.weights(payload))
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split())  # in one line
         raise UserError(f"{path}: does not fit the configured network: {reason[:300]}") from None
-
-
-def recalibrate(model: nn.Module, images: Iterable[Tensor], device: torch.device) -> None:
-    """Reset the BatchNorm statistics and re-estimate them as the cumulative average over batches of images."""
-    update_bn(images, model, device)
-
-
-@torch.inference_mode()
-def detect(model: SSD, images: Iterable[Tensor], config: Config, device: torch.device) -> list[Detections]:
-    """Detections of every image of the batches (B, 3, H, W), in order, on the CPU."""
-    model.eval()
-    found: list[Detections] = []
-    for batch in images:
-        logits, offsets = model(batch.to(device, non_blocking=True))
-        options = config.postprocess, config.loss.type, config.head.variances
-        found += (Detections(*(t.cpu() for t in d)) for d in postprocess(logits, offsets, model.priors, *options))
-    return found

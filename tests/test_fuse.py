@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lib.detector import fuse, fuse_
+from lib.detector import fuse
 from lib.elastic import SamePadConv2d
 
 
@@ -48,6 +48,6 @@ def test_in_place_gives_what_the_copy_gives():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
     model[1].running_mean.uniform_(0.1, 1)
     copied = fuse(model)
-    assert fuse_(model) is model and len(model) == 2 and not model.training
+    assert fuse(model, inplace=True) is model and len(model) == 2 and not model.training
     x = torch.rand(2, 3, 6, 6)
     assert torch.equal(model(x), copied(x))

@@ -109,7 +109,7 @@ def test_a_teacher_with_other_classes_or_priors_is_refused(tiny_checkpoint, tiny
     assert torch.equal(found(images)[0], load_detector(tiny_checkpoint).model(images)[0])
     with pytest.raises(UserError, match=r"final\.distill\.teacher: .* knows cat, dog, eel, not cat, dog, emu"):
         teacher([*CLASSES[:2], "emu"])
-    with pytest.raises(UserError, match=r"has other prior boxes than what it would teach at 64 px"):
+    with pytest.raises(UserError, match=r"has other prior boxes than its student at 64 px"):
         teacher(priors={64: tiny_detector(head__scales="[0.1, 0.4, 0.6, 0.9]").priors(64)})
     assert teacher(name="nowhere", weight=0.0) is None and teacher(name="") is None
 
