@@ -1,4 +1,4 @@
-"""Elastic MobileNetV2 and MobileNetV3-Large: feature maps of any sub-network, at the strides an SSD head wants."""
+"""Elastic MobileNetV2 and MobileNetV3-Large: feature maps of any sub-network, one per level of the SSD head."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lib.genotype import Genotype, StageChoices
 
 @dataclass(frozen=True)
 class Table:
-    """One row of numbers per backbone type: what the paper's table lists, one entry per stage."""
+    """The architecture table of a paper. Every sequence but `layer_channels` has one entry per stage."""
 
     strides: Sequence[int]
-    layer_channels: Sequence[int]  # stem, stages, then the last 1x1 convolutions (the classifier's is not used)
+    layer_channels: Sequence[int]  # stem, stages, then the last 1x1 convolutions; the classifier's is not used
     activations: Sequence[str]
     squeeze_excitation: Sequence[bool]
     stem_activation: str
@@ -48,9 +48,9 @@ TABLES = {
 
 
 class ElasticBackbone(nn.Module):
-    """`backbone(x, genotype)` gives one feature map per feature level, each at stride 2**level.
+    """`backbone(x, genotype)` gives one feature map per level l of `feature_levels`, with stride 2**l.
 
-    A level's feature map is the last one of that stride; MobileNetV3's last level is its 960-channel 1x1 convolution.
+    It is the last feature map of that stride; MobileNetV3's last level ends in its 960-channel 1x1 convolution.
     """
 
     def __init__(self, config: BackboneConfig, stages: Sequence[StageChoices]):
@@ -64,24 +64,24 @@ class ElasticBackbone(nn.Module):
         self.stem = _conv_norm(3, channels[0], 3, 2, table.stem_activation, same_padding)
         self.stages = nn.ModuleList()
         self.levels: list[int] = []  # of each stage
-        level, width = 1, channels[0]
+        level = 1  # the stem has stride 2
+        width = channels[0]
         for i, choices in enumerate(stages):
             level += strides[i] == 2
             self.levels.append(level)
             blocks = nn.ModuleList()
             for j in range(max(choices.depth)):
-                blocks.append(
-                    ElasticInvertedResidual(
-                        in_channels=width,
-                        out_channels=channels[i + 1],
-                        stride=strides[i] if j == 0 else 1,
-                        expands=choices.block.expand,
-                        kernels=choices.block.kernel,
-                        activation=table.activations[i],
-                        squeeze_excitation=table.squeeze_excitation[i],
-                        same_padding=same_padding,
-                    )
+                block = ElasticInvertedResidual(
+                    in_channels=width,
+                    out_channels=channels[i + 1],
+                    stride=strides[i] if j == 0 else 1,
+                    expands=choices.block.expand,
+                    kernels=choices.block.kernel,
+                    activation=table.activations[i],
+                    squeeze_excitation=table.squeeze_excitation[i],
+                    same_padding=same_padding,
                 )
+                blocks.append(block)
                 width = channels[i + 1]
             self.stages.append(blocks)
         self.last_conv = None
@@ -89,7 +89,8 @@ class ElasticBackbone(nn.Module):
             self.last_conv = _conv_norm(width, channels[len(stages) + 1], 1, 1, table.stem_activation)
             width = channels[len(stages) + 1]
         self.feature_levels = _check_levels(config.feature_levels, self.levels)
-        last_stage = {level: i for i, level in enumerate(self.levels)}  # of each level
+        # A feature map leaves the backbone after the last stage of its level, the last one at the very end.
+        last_stage = {level: i for i, level in enumerate(self.levels)}
         self._taps = [last_stage[level] for level in self.feature_levels[:-1]]
         self.feature_channels = [*(channels[i + 1] for i in self._taps), width]
         for module in self.modules():
@@ -100,7 +101,7 @@ class ElasticBackbone(nn.Module):
         """What `genotype` runs: one segment per feature level, each ending in that level's feature map."""
         segments: list[Segment] = [[(self.stem, None)]]
         for i, blocks in enumerate(genotype.stages):
-            segments[-1] += zip(self.stages[i], blocks, strict=False)
+            segments[-1] += zip(self.stages[i], blocks, strict=False)  # a shallow stage runs its first blocks
             if i in self._taps:
                 segments.append([])
         if self.last_conv is not None:
@@ -108,7 +109,7 @@ class ElasticBackbone(nn.Module):
         return segments
 
     def forward(self, x: Tensor, genotype: Genotype) -> list[Tensor]:
-        """Normalised images (B, 3, S, S) to feature maps (B, C_l, S / 2**l, S / 2**l), one per level l."""
+        """Normalised images (B, 3, S, S) to feature maps (B, C_l, S / 2**l, S / 2**l), rounded up, one per level l."""
         features = []
         for segment in self.segments(genotype):
             x = run_segment(segment, x)
@@ -119,6 +120,7 @@ class ElasticBackbone(nn.Module):
 def _conv_norm(
     in_channels: int, out_channels: int, kernel: int, stride: int, activation: str, same_padding: bool = False
 ) -> nn.Sequential:
+    """Convolution, BatchNorm, activation; none of them is elastic."""
     conv = make_conv(in_channels, out_channels, kernel, stride, same_padding)
     return nn.Sequential(conv, nn.BatchNorm2d(out_channels), ACTIVATIONS[activation]())
 

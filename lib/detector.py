@@ -22,10 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from lib import checkpoint, config_io
 from lib.backbone import ElasticBackbone
 from lib.config import Config, DistillConfig
-from lib.elastic import ElasticDepthwiseConv, Segment, copy_module, extract_segment, run_segment
+from lib.elastic import ElasticDepthwiseConv, Segment, copy_module, extract_segment, make_divisible, run_segment
 from lib.errors import UserError
 from lib.genotype import Block, Genotype, SearchSpace
-from lib.head import ElasticExtras, Predictors, extra_channels
+from lib.head import ElasticExtras, Predictors
 from lib.losses import focal_prior_bias
 from lib.postprocess import Detections, class_scores, postprocess
 from lib.priors import decode, prior_boxes, priors_per_cell
@@ -94,9 +94,9 @@ class ElasticSSD(nn.Module):
         head = config.head
         self.normalize = Normalize(config.backbone.pixel_mean, config.backbone.pixel_std)
         self.backbone = ElasticBackbone(config.backbone, self.space.stages)
-        extras = extra_channels(head.channels, config.backbone.mult_ratio)
-        self.extras = ElasticExtras(self.backbone.feature_channels[-1], extras, self.space.head)
-        channels = [*self.backbone.feature_channels, *extras]
+        extra_channels = [make_divisible(c * config.backbone.mult_ratio) for c in head.channels]
+        self.extras = ElasticExtras(self.backbone.feature_channels[-1], extra_channels, self.space.head)
+        channels = [*self.backbone.feature_channels, *extra_channels]
         self.predictors = Predictors(channels, priors_per_cell(head.aspect_ratios), num_classes, head.predictor)
         for size in self.space.image_size:
             priors = prior_boxes(self.feature_sizes(size), head.scales, head.aspect_ratios, head.clip)

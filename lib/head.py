@@ -7,30 +7,36 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lib.elastic import ElasticInvertedResidual, Segment, make_divisible
+from lib.elastic import ElasticInvertedResidual, Segment
 from lib.genotype import BlockChoices, Genotype
 
 
 class ElasticExtras(nn.Module):
-    """Inverted residuals of stride 2 after the backbone, each giving one more feature map (SSDLite, Sandler et al.)."""
+    """Inverted residuals of stride 2 after the backbone, each giving one more feature map (SSDLite, MobileNetV2 paper).
+
+    `in_channels` are the backbone's last ones, `channels` the output channels of each block.
+    """
 
     def __init__(self, in_channels: int, channels: Sequence[int], choices: Sequence[BlockChoices]):
         super().__init__()
         self.blocks = nn.ModuleList()
         for out_channels, choice in zip(channels, choices, strict=True):
-            self.blocks.append(
-                ElasticInvertedResidual(in_channels, out_channels, 2, choice.expand, choice.kernel, "relu6")
+            block = ElasticInvertedResidual(
+                in_channels, out_channels, 2, expands=choice.expand, kernels=choice.kernel, activation="relu6"
             )
+            self.blocks.append(block)
             in_channels = out_channels
 
     def segments(self, genotype: Genotype) -> list[Segment]:
+        """What `genotype` runs: one segment, of one block, per extra feature map."""
         return [[(module, block)] for module, block in zip(self.blocks, genotype.head, strict=True)]
 
 
 class Predictors(nn.Module):
     """Class logits and box offsets of every prior, from one pair of small networks per feature map.
 
-    `num_classes` does not count the background: there are num_classes + 1 logits, column 0 is the background's.
+    `num_classes` does not count the background: there are num_classes + 1 logits, the background's first. `kind` is
+    "ssdlite", a depthwise 3x3 convolution and a 1x1 one, or "plain", one 3x3 convolution.
     """
 
     def __init__(self, in_channels: Sequence[int], priors_per_cell: Sequence[int], num_classes: int, kind: str):
@@ -49,7 +55,7 @@ class Predictors(nn.Module):
 
     @torch.no_grad()
     def set_class_bias(self, bias: float) -> None:
-        """Start every logit at `bias` plus noise, the focal prior (Lin et al., ICCV 2017, section 4.1)."""
+        """Start every class logit near `bias`, the focal prior (Lin et al., ICCV 2017, section 4.1)."""
         for net in self.classes:
             net[-1].bias.fill_(bias)
 
@@ -70,7 +76,3 @@ def _ssdlite_predictor(in_channels: int, outputs: int) -> nn.Sequential:
 
 def _plain_predictor(in_channels: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(in_channels, outputs, 3, padding=1))
-
-
-def extra_channels(channels: Sequence[int], mult_ratio: float) -> list[int]:
-    return [make_divisible(c * mult_ratio) for c in channels]
