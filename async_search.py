@@ -16,11 +16,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import gc
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,60 +30,99 @@ from lib.budget import Budget, Coster, limits_of, table_for
 from lib.cli import last_run, remember, supernet_checkpoint
 from lib.config import Config
 from lib.config_io import to_dict, validate_network
-from lib.controllers import Controller, RandomSearch, best_record, make_controller
+from lib.controllers import RandomSearch, best_record, make_controller
 from lib.datasets import load_annotations, load_split
 from lib.detector import Supernet, load_supernet
-from lib.dispatcher import TimeLimit, WorkerPool
+from lib.dispatcher import Result, TimeLimit, WorkerPool
 from lib.errors import UserError
-from lib.genotype import Genotype, SearchSpace, read_genotype_files
+from lib.genotype import Genotype, read_genotype_files
 from lib.latency import measure_table
 from lib.ledger import Ledger
 from lib.log import duration, progress, say
 from lib.plan import scoring_seconds
 from lib.ray_dispatcher import pick_dispatcher
-from lib.report import COSTS, write_results
+from lib.report import cost_text, write_results
 from lib.runtime import StopRequest, devices_of, pick_device, run
 from lib.scoring import prepare_scoring_data, save_scoring_data, scoring_worker
-from lib.search import Search, SearchRun, identify
+from lib.search import Identity, Job, Search
 
 IMAGES = "images.pt"  # the pictures that the workers share while they run
 
 
-def search_loop(
-    search: Search,
-    dispatcher: WorkerPool,
+def evaluate_jobs(
+    pool: WorkerPool,
     stop: StopRequest,
-    write: Callable[[], None],
-    save_every: int,
+    source: Callable[[], Job | None],
+    sink: Callable[[Result], None],
     limit: TimeLimit,
 ) -> None:
-    """Keep every worker supplied; each result triggers the next proposal, nothing waits for a generation to end."""
+    """Keep every worker supplied from `source` until that gives None or a stop is requested; results go to `sink`.
+
+    Nothing waits for a generation to end: each result makes room for the next job. After a request to stop, the jobs
+    that have been submitted are finished.
+    """
+    while True:
+        while not stop.requested and pool.free_slots() > 0 and (job := source()) is not None:
+            pool.submit(*job)
+        if not pool.pending:
+            return
+        for result in pool.results(timeout=1.0):
+            sink(result)
+            if result.error:
+                say(f"a candidate failed on {result.worker}: {result.error.splitlines()[-1]}")
+            else:
+                limit.add(result.seconds)
+        pool.time_limit = limit.seconds
+
+
+def search_loop(
+    search: Search, pool: WorkerPool, stop: StopRequest, write: Callable[[], None], save_every: int
+) -> None:
+    """Evaluate what the search proposes to its end; `write` the results so far every `save_every` epochs."""
     epoch = search.epoch
     with progress(None, "search", total=search.total, initial=len(search.told)) as bar:
-        while True:
-            while not stop.requested and dispatcher.free_slots() > 0 and (job := search.propose()) is not None:
-                dispatcher.submit(*job)
+
+        def show_progress() -> None:
+            nonlocal epoch
             bar.total = search.total
             bar.update(len(search.told) - bar.n)
-            if search.epoch > epoch and search.succeeded():
-                say(progress_line(search, epoch))
-                if (search.epoch - search.first_epoch) % save_every == 0:
-                    write()
+            if search.epoch > epoch and search.scored:
                 epoch = search.epoch
-            if not dispatcher.pending:
-                return
-            for result in dispatcher.results(timeout=1.0):
-                search.learn(result)
-                if result.error:
-                    say(f"a candidate failed on {result.worker}: {result.error.splitlines()[-1]}")
-                else:
-                    limit.add(result.seconds)
-            dispatcher.time_limit = limit.seconds
+                say(progress_line(search, epoch - 1))
+                if (epoch - search.first_epoch) % save_every == 0:
+                    write()
+
+        def propose() -> Job | None:
+            job = search.propose()  # evaluations that the ledger has count as progress too
+            show_progress()
+            return job
+
+        def learn(result: Result) -> None:
+            search.learn(result)
+            show_progress()
+
+        evaluate_jobs(pool, stop, propose, learn, TimeLimit(search.config.search.time_limit))
+
+
+def score_finalists(search: Search, pool: WorkerPool, stop: StopRequest, jobs: Sequence[Job]) -> bool:
+    """Score the front again on all images of the search split. False, and the front as it was, after a stop."""
+    waiting = list(reversed(jobs))
+    with progress(None, "front on all images", total=len(jobs)) as bar:
+
+        def learn(result: Result) -> None:
+            search.learn_finalist(result)
+            bar.update()
+
+        limit = TimeLimit(search.config.search.time_limit, least=3)
+        evaluate_jobs(pool, stop, lambda: waiting.pop() if waiting else None, learn, limit)
+    if waiting:
+        search.finalists.clear()
+    return not waiting
 
 
 def progress_line(search: Search, epoch: int) -> str:
     objective = search.config.search.objective
-    best = best_record(search.succeeded(), objective, search.config.search.costs[0])["metrics"]
+    best = best_record(search.scored, objective, search.config.search.costs[0])["metrics"]
     latency = f", {best['latency_ms']:.2f} ms" if "latency_ms" in best else ""
     return (
         f"search epoch {epoch}: {len(search.told)} evaluations, best {objective} {best[objective]:.4f} "
@@ -102,7 +140,8 @@ def measure_latency(args: argparse.Namespace, supernet: Supernet, config: Config
     table = measure_table(supernet.detector, config, device, config.search.latency_threads, config.seed)
     table.save(path)
     costs = Coster(supernet.detector, table)
-    low, high = (costs(g)["latency_ms"] for g in (supernet.space.smallest(), supernet.space.largest()))
+    low = costs(supernet.space.smallest())["latency_ms"]
+    high = costs(supernet.space.largest())["latency_ms"]
     print(table.describe())
     print(f"predicted: {low:.2f} ms for the smallest sub-network, {high:.2f} ms for the largest")
     load = f" --load {args.load}" if args.load else ""
@@ -113,9 +152,9 @@ def measure_latency(args: argparse.Namespace, supernet: Supernet, config: Config
 def start_genotypes(
     files: Sequence[Path] | None, folder: Path, supernet: Supernet, feasible: Callable[[Genotype], bool]
 ) -> list[Genotype]:
-    """What the search evaluates first: the genotypes of --start-from, else the pretrained one if the supernet has one.
+    """What the search evaluates first: the genotypes of --start-from, or else the pretrained one, if there is one.
 
-    Those that are not open in the supernet or over the budget are left out, with a note.
+    Genotypes that the supernet does not contain or that are over the budget are left out, with a note.
     """
     pretrained = folder / "pretrained_genotype.json"
     files = files or ([pretrained] if pretrained.exists() else [])
@@ -182,137 +221,139 @@ def resolve_run(args: argparse.Namespace, supernet: Supernet, path: Path) -> cli
     return run
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = make_parser().parse_args(argv)
-    cli.refuse_torchrun("async_search.py")
-    source = args.load or last_run("supernet")
-    if source is None:
-        raise UserError("no supernet run found: train one with supernet_train.py, or name its folder with --load")
-    path = supernet_checkpoint(source)
-    supernet = load_supernet(path)
-    search_run = resolve_run(args, supernet, path)
-    folder, config = search_run.folder, search_run.config
-    if args.top < 0:
-        raise UserError(f"--top {args.top}: expected how many of the best to list")
-    if args.measure_latency:
-        measure_latency(args, supernet, config, folder)
-        return
+@dataclass(frozen=True)
+class Task:
+    """All that a search works on, read and checked before anything is written."""
+
+    run: cli.Run
+    path: Path  # of the supernet
+    supernet: Supernet
+    annotations: Annotations
+    split: tuple[Sequence[int], Sequence[int]]  # images that train the supernet, and those that score candidates
+    costs: Coster
+    budget: Budget
+    starts: list[Genotype]
+    devices: list[str]
+    make_pool: Callable[..., WorkerPool]
+
+
+def prepare(args: argparse.Namespace, search_run: cli.Run, supernet: Supernet, path: Path) -> Task:
+    config = search_run.config
     gpus = args.gpus or devices_of(args.device)
-    devices, make_dispatcher = pick_dispatcher(args.dispatcher, args.ray_address, gpus, config)
-    table = table_for(supernet.detector, config.search)
-    costs = Coster(supernet.detector, table)
+    devices, make_pool = pick_dispatcher(args.dispatcher, args.ray_address, gpus, config)
+    costs = Coster(supernet.detector, table_for(supernet.detector, config.search))
     budget = Budget(costs, supernet.space, limits_of(config.search))
-    RandomSearch(supernet.space, config.seed, budget, budget=str(budget)).ask()  # raises where nothing fits
+    # One random proposal shows at once whether anything fits all limits together.
+    RandomSearch(config.search, supernet.space, config.seed, budget).ask()
     config.data.classes = list(supernet.classes)
     annotations = load_annotations(config.data, "train")
-    train, candidates = load_split(path.parent / "split.json", annotations)
-    starts = start_genotypes(args.start_from, path.parent, supernet, budget)
+    return Task(
+        run=search_run,
+        path=path,
+        supernet=supernet,
+        annotations=annotations,
+        split=load_split(path.parent / "split.json", annotations),
+        costs=costs,
+        budget=budget,
+        starts=start_genotypes(args.start_from, path.parent, supernet, budget),
+        devices=devices,
+        make_pool=make_pool,
+    )
+
+
+def print_plan(task: Task) -> None:
+    supernet, settings = task.supernet, task.run.config.search
     for line in (
-        *search_run.describe(),
-        f"supernet: {path}, trained to epoch {supernet.epoch} of {supernet.config.supernet.epochs}",
-        plan.describe_split(len(annotations), train, candidates),
+        *task.run.describe(),
+        f"supernet: {task.path}, trained to epoch {supernet.epoch} of {supernet.config.supernet.epochs}",
+        plan.describe_split(len(task.annotations), *task.split),
         *plan.describe_space(supernet.detector, supernet.space),
-        *([table.describe()] if table else []),
-        f"budget: {budget}",
-        f"search: {config.search.controller}, {config.search.num_epochs} epochs of {config.search.steps} evaluations "
-        f"from epoch {supernet.epoch + 1}, workers on {', '.join(devices)}",
+        *([task.costs.table.describe()] if task.costs.table else []),
+        f"budget: {task.budget}",
+        f"search: {settings.controller}, {settings.num_epochs} epochs of {settings.steps} evaluations "
+        f"from epoch {supernet.epoch + 1}, workers on {', '.join(task.devices)}",
     ):
         print(line)
-    if args.dry_run:
-        threads = make_dispatcher.keywords["threads_per_worker"]
-        print_estimate(supernet, annotations, (train, candidates), config, devices, threads)
-        return
-    with Ledger(folder / "evals.jsonl") as ledger, StopRequest() as stop:
-        search_run.save_config()
-        remember("search", folder)
-        controller = configured_controller(config, supernet.space, budget, starts)
-        identity = identify(path, config)
-        search = Search(controller, ledger, config, costs, identity, supernet.epoch + 1)
-        if args.resume:
-            search.replay()
-            gc.freeze()  # a long ledger's records stay, and going through them again takes most of a second
-            found = len(ledger.records(search=identity["search"], basis=identity["basis"]))
-            print(f"resumed {ledger.path}: {found} evaluations of this search")
 
-        def write(final: bool = False) -> None:
-            write_results(search.as_run(folder, path), config, identity["supernet_sha256"], final, args.top)
 
-        with contextlib.suppress(OSError):
-            (folder / IMAGES).unlink()  # which a run that was killed leaves
-        workers = functools.partial(scoring_workers, make_dispatcher, path, folder, annotations, (train, candidates))
-        limit = TimeLimit(config.search.time_limit)
-        if len(search.told) < search.total:
-            with workers(config) as dispatcher:
-                search_loop(search, dispatcher, stop, write, args.save_every or 1, limit)
-        if stop.requested and not search.succeeded():
-            print("stopped before an evaluation succeeded; the same command with --resume goes on")
-            return
-        if not search.succeeded():
-            raise UserError(f"no evaluation succeeded; see {folder / 'evals.jsonl'}")
-        finished = len(search.told) >= search.total
-        if finished and (jobs := search.missing_finalists(search.as_run(folder, path))):
-            everything = replace(config, search=replace(config.search, images=0))
-            with workers(everything) as dispatcher:
-                finished = score_finalists(search, dispatcher, stop, jobs)
-        write(final=True)
-        if not finished:
-            print("stopped; the same command with --resume goes on")
-        report_end(search, search.as_run(folder, path), args.top)
+def print_estimate(task: Task) -> None:
+    """How long the search will take: a few candidates are scored for some seconds, as one of the workers would."""
+    threads = task.make_pool.keywords["threads_per_worker"]
+    torch.set_num_threads(threads or torch.get_num_threads())
+    space, config = task.supernet.space, task.run.config
+    genotypes = [space.smallest(), space.sample(random.Random(config.seed)), space.largest()]
+    device = torch.device(task.devices[0])
+    score = scoring_seconds(task.supernet.detector, genotypes, task.annotations, *task.split, config, device)
+    evaluations = config.search.num_epochs * config.search.steps
+    print(
+        f"time: about {duration(evaluations * score / len(task.devices))} for {evaluations} candidates of "
+        f"{score:.2f} s each, workers: {len(task.devices)}; results already in the ledger take no time"
+    )
+
+
+def open_search(task: Task, ledger: Ledger, resume: bool) -> Search:
+    """The search at its start, or where an interrupted run of it ended."""
+    config = task.run.config
+    controller = make_controller(config.search, task.supernet.space, config.seed, task.budget, task.starts)
+    identity = Identity.of(task.path, config)
+    search = Search(controller, ledger, config, task.costs, identity, task.supernet.epoch + 1)
+    if resume:
+        search.replay()
+        gc.freeze()  # a long ledger's records stay, and going through them again takes most of a second
+        found = len(ledger.records(search=identity.search, basis=identity.basis))
+        print(f"resumed {ledger.path}: {found} evaluations of this search")
+    return search
 
 
 @contextlib.contextmanager
-def scoring_workers(
-    make_dispatcher: Callable[..., WorkerPool],
-    supernet: Path,
-    folder: Path,
-    annotations: Annotations,
-    split: tuple[Sequence[int], Sequence[int]],
-    config: Config,
-) -> Iterator[WorkerPool]:
-    """Workers that score candidates; the file of pictures that they share lasts as long as they do."""
-    images = folder / IMAGES
+def scoring_workers(task: Task, config: Config) -> Iterator[WorkerPool]:
+    """Workers that score candidates; the file of pictures that they share exists as long as they do."""
+    images = task.run.folder / IMAGES
     try:
-        save_scoring_data(prepare_scoring_data(annotations, *split, config), images)
-        setup = (str(supernet.resolve()), str(images.resolve()), to_dict(config))
-        with make_dispatcher(scoring_worker, setup) as dispatcher:
-            yield dispatcher
+        save_scoring_data(prepare_scoring_data(task.annotations, *task.split, config), images)
+        setup = (str(task.path.resolve()), str(images.resolve()), to_dict(config))
+        with task.make_pool(scoring_worker, setup) as pool:
+            yield pool
     finally:
         with contextlib.suppress(OSError):
             images.unlink()
 
 
-def print_estimate(
-    supernet: Supernet,
-    annotations: Annotations,
-    split: tuple[Sequence[int], Sequence[int]],
-    config: Config,
-    devices: Sequence[str],
-    threads: int | None,
-) -> None:
-    """How long the search will take: candidates scored for some seconds, as one of the workers would."""
-    torch.set_num_threads(threads or torch.get_num_threads())
-    space, settings = supernet.space, config.search
-    genotypes = [space.smallest(), space.sample(random.Random(config.seed)), space.largest()]
-    score = scoring_seconds(supernet.detector, genotypes, annotations, *split, config, torch.device(devices[0]))
-    evaluations = settings.num_epochs * settings.steps
-    print(
-        f"time: about {duration(evaluations * score / len(devices))} for {evaluations} candidates of {score:.2f} s "
-        f"each, workers: {len(devices)}; what the ledger holds, and what racing stops, takes less"
-    )
+def run_search(task: Task, args: argparse.Namespace) -> None:
+    """Search, score the front again on all images if a part was used, write the results."""
+    folder, config = task.run.folder, task.run.config
+    with Ledger(folder / "evals.jsonl") as ledger, StopRequest() as stop:
+        task.run.save_config()
+        remember("search", folder)
+        search = open_search(task, ledger, args.resume)
+        with contextlib.suppress(OSError):
+            (folder / IMAGES).unlink()  # a run that was killed leaves it
+        if len(search.told) < search.total:
+            with scoring_workers(task, config) as pool:
+                search_loop(search, pool, stop, lambda: write_results(search, folder, args.top), args.save_every or 1)
+        if stop.requested and not search.scored:
+            print("stopped before an evaluation succeeded; the same command with --resume goes on")
+            return
+        if not search.scored:
+            raise UserError(f"no evaluation succeeded; see {folder / 'evals.jsonl'}")
+        finished = len(search.told) >= search.total
+        if finished and (jobs := search.missing_finalists()):
+            all_images = replace(config, search=replace(config.search, images=0))
+            with scoring_workers(task, all_images) as pool:
+                finished = score_finalists(search, pool, stop, jobs)
+        write_results(search, folder, args.top)
+        if not finished:
+            print("stopped; the same command with --resume goes on")
+        report_end(search, folder, args.top)
 
 
-def report_end(search: Search, run: SearchRun, top: int) -> None:
+def report_end(search: Search, folder: Path, top: int) -> None:
     """What was found, what it is worth, where it is, what to do next."""
-    folder, front = run.folder, run.front()
+    front = search.front()
     print(progress_line(search, search.epoch - 1))
-    stopped = len(run.compared) - len(run.scored)
-    if stopped:
-        print(
-            f"{stopped} of {len(run.compared)} candidates clearly lost on a part of the images and were stopped there"
-        )
-    ties = [k for k, record in enumerate(front) if (noise := run.noise(record)) and noise.tie]
+    ties = [k for k, record in enumerate(front) if (noise := search.noise(record)) and noise.tie]
     if len(ties) > 1:
-        cheapest = COSTS[run.settings.costs[0]](front[ties[0]]["metrics"], run.settings.costs[0])
+        cheapest = cost_text(front[ties[0]]["metrics"], search.config.search.costs[0])
         print(
             f"{len(ties)} of the front's {len(front)} cannot be told from the best on {front[0]['images']} images; "
             f"the cheapest of them, {cheapest}: --genotype {folder / 'pareto.json'} --index {ties[0]}"
@@ -322,38 +363,26 @@ def report_end(search: Search, run: SearchRun, top: int) -> None:
     print(f"next: python final_train.py --genotype {folder / 'best.json'}")
 
 
-def score_finalists(
-    search: Search, dispatcher: WorkerPool, stop: StopRequest, jobs: Sequence[tuple[str, dict]]
-) -> bool:
-    """Score the front anew, on all images of the search split; whether it came to that before a signal to stop.
-
-    After the signal what runs is finished, and the front stays as it was.
-    """
-    waiting, limit = list(reversed(jobs)), TimeLimit(search.config.search.time_limit, least=3)
-    with progress(None, "front on all images", total=len(jobs)) as bar:
-        while True:
-            while waiting and not stop.requested and dispatcher.free_slots() > 0:
-                dispatcher.submit(*waiting.pop())
-            if not dispatcher.pending:
-                break
-            for result in dispatcher.results(timeout=1.0):
-                search.learn_finalist(result)
-                bar.update()
-                if result.error:
-                    say(f"a member of the front failed on {result.worker}: {result.error.splitlines()[-1]}")
-                else:
-                    limit.add(result.seconds)
-            dispatcher.time_limit = limit.seconds
-    if waiting:
-        search.finalists.clear()
-    return not waiting
-
-
-def configured_controller(config: Config, space: SearchSpace, budget: Budget, starts: Sequence[Genotype]) -> Controller:
-    settings = config.search
-    names = ("objective", "costs", "population_size", "tournament_size", "mutation_probability")
-    options = {name: getattr(settings, name) for name in (*names, "crossover_probability")}
-    return make_controller(settings.controller, space, config.seed, budget, seeds=starts, **options)
+def main(argv: Sequence[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
+    cli.refuse_torchrun("async_search.py")
+    source = args.load or last_run("supernet")
+    if source is None:
+        raise UserError("no supernet run found: train one with supernet_train.py, or name its folder with --load")
+    path = supernet_checkpoint(source)
+    supernet = load_supernet(path)
+    search_run = resolve_run(args, supernet, path)
+    if args.top < 0:
+        raise UserError(f"--top {args.top}: expected how many of the best to list")
+    if args.measure_latency:
+        measure_latency(args, supernet, search_run.config, search_run.folder)
+        return
+    task = prepare(args, search_run, supernet, path)
+    print_plan(task)
+    if args.dry_run:
+        print_estimate(task)
+    else:
+        run_search(task, args)
 
 
 if __name__ == "__main__":

@@ -199,7 +199,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         checkpoint.write_text(folder / "pretrained_genotype.json", json.dumps(content, indent=1) + "\n")
         print(f"wrote {folder / 'pretrained_genotype.json'}, the sub-network that holds the pretrained one")
     scorer = Scorer(prepare_scoring_data(annotations, train, search, config), config, device)
-    panel = Panel(make_panel(detector.space, config.supernet.panel, config.seed, pretrained), scorer, config)
+    panel = Panel(
+        make_panel(detector.space, config.supernet.panel, config.seed, pretrained),
+        lambda supernet, genotype: scorer(supernet, genotype)["metrics"],
+        config,
+    )
     options = {"resume": args.resume, "tensorboard": args.tensorboard}
     training = SupernetTraining(config, folder, detector, loader, panel, teacher, device, **options)
     remember("supernet", folder)
@@ -242,7 +246,7 @@ def print_estimate(
     for line in (
         f"time on {device}, measured for {time.monotonic() - start:.0f} s:",
         f"  supernet: about {duration(training + panels)}, of which {duration(panels)} to score the panel",
-        f"  search: about {duration(evaluations * score)} of one worker ({score:.2f} s a candidate), racing apart",
+        f"  search: about {duration(evaluations * score)} of one worker ({score:.2f} s a candidate)",
         f"  final: about {duration(final)} for a random sub-network, evaluations apart",
     ):
         print(line)

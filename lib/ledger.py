@@ -1,10 +1,10 @@
-"""The append-only record of evaluations that ended: one JSON line each, on disk as soon as it is written.
+"""The append-only record of finished evaluations: one JSON line each, on disk as soon as it is written.
 
-A line: {"key", "basis", "genotype": Genotype.to_dict(), "metrics": {name: number}, "status", "seconds", "worker",
-"epoch", "error" (failed only)}. `key` and `basis` come from `evaluation_key` and `evaluation_basis`. "status" is "ok",
-"failed", or "stopped" where racing ended it: its metrics are those of the first "images" only. "resampled" has scores
-by which candidates are compared (lib/scoring.py). The search adds "search" (its name), "origin" ("given", "random" or
-"bred", see evolution; "front" where its members are scored on all images), "budget" (of the proposals), "time" (end).
+A record: "key" and "basis" (hashes of all that the result depends on), "genotype" (Genotype.to_dict()), "status" ("ok"
+or "failed"), "metrics" {name: number}, "images" (how many it was scored on), "objective" and "resampled"
+{"<images>": packed scores} (lib/scoring.py), "seconds", "worker", "time" (of its end), "epoch", "error" (failed only),
+"search" (the search that paid for it), "budget" (limits of its proposals) and "origin" ("given", "random" or "bred",
+see lib/controllers.py; "front" if a member of the front was scored again on all images).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lib.genotype import Genotype
 
 
 def evaluation_basis(supernet_sha256: str, split_sha256: str, settings: dict) -> str:
-    """SHA-256 (hex) of all that a result depends on beside the genotype; `settings` is plain JSON."""
+    """SHA-256 (hex) of all that a result depends on besides the genotype; `settings` is plain JSON."""
     return _digest({"supernet": supernet_sha256, "split": split_sha256, "settings": settings})
 
 
@@ -37,8 +37,8 @@ def _digest(parts: dict) -> str:
 class Ledger:
     """An open ledger, locked against a second process. Use it as a context manager.
 
-    Opening reads every line. A last line that a crash cut short is dropped, and no other line is: one that cannot be
-    read is a UserError. A failed write is a UserError too and closes the ledger; the next open heals the file.
+    Opening reads every line. A last line that a crash cut short is dropped; any other line that cannot be read is a
+    UserError. A failed write is a UserError too and closes the ledger; the next open repairs the file.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -53,11 +53,10 @@ class Ledger:
         try:
             self._lock()
             self._read()
-        except OSError as error:
+        except BaseException as error:
             self.close()
-            raise UserError(f"{self.path}: cannot read the ledger: {error.strerror}") from None
-        except BaseException:
-            self.close()
+            if isinstance(error, OSError):
+                raise UserError(f"{self.path}: cannot read the ledger: {error.strerror}") from None
             raise
 
     def __enter__(self) -> Ledger:
@@ -70,17 +69,16 @@ class Ledger:
         return len(self._records)
 
     def close(self) -> None:
-        """Give the file and its lock back."""
+        """Close the file, which releases its lock."""
         self._file.close()
 
     def append(self, record: dict) -> None:
         """Write one record through to the disk. Raises ValueError on NaN or infinity, which JSON does not have."""
-        line = json.dumps(record, allow_nan=False, separators=(",", ":")).encode() + b"\n"
-        self._write(line)
+        self._write(json.dumps(record, allow_nan=False, separators=(",", ":")).encode() + b"\n")
         self._remember(record)
 
     def records(self, **matching: object) -> list[dict]:
-        """The records in the order written, those whose fields equal `matching`, as in `records(status="ok")`."""
+        """The records whose fields equal `matching`, as in `records(status="ok")`, in the order written."""
         return [r for r in self._records if all(r.get(name) == value for name, value in matching.items())]
 
     def lookup(self, key: str) -> dict | None:
@@ -91,16 +89,18 @@ class Ledger:
         if self._file.closed:
             raise UserError(f"{self.path}: the ledger is closed")
         try:
-            while line:  # a disk that fills up takes a part first, and refuses the rest
+            while line:  # a disk that fills up accepts a part of a line first
                 line = line[self._file.write(line) :]
             os.fsync(self._file.fileno())
         except OSError as error:
-            self.close()  # no later line may be glued to a part of this one
+            self.close()  # a later line must not be appended to a part of this one
             raise UserError(f"{self.path}: cannot write the ledger: {error.strerror}") from None
 
     def _remember(self, record: dict) -> None:
-        self._records.append(record)
-        self._by_key[record["key"]] = record
+        # Earlier versions could stop an evaluation on a part of the images: such a candidate is scored again.
+        if record.get("status") != "stopped":
+            self._records.append(record)
+            self._by_key[record["key"]] = record
 
     def _read(self) -> None:
         self._file.seek(0)
@@ -111,12 +111,13 @@ class Ledger:
                 found = line[:60].decode(errors="replace")
                 raise UserError(f'{self.path}, line {number}: expected a record with a "key", found {found!r}')
             self._remember(record)
+        # The last line lacks its line break if the process died while it wrote.
         if not tail:
             return
         if (record := _parse(tail)) is None:
             self._file.truncate(sum(len(line) + 1 for line in lines))
             os.fsync(self._file.fileno())
-        else:  # whole but for its line break
+        else:
             self._write(b"\n")
             self._remember(record)
 
@@ -130,7 +131,7 @@ class Ledger:
 
 
 def _parse(line: bytes) -> dict | None:
-    """The record on this line, None if it holds none. No proper prefix of a record is one."""
+    """The record on this line, or None. A proper prefix of a record is never taken for one."""
     try:
         record = json.loads(line)
     except ValueError:
@@ -139,7 +140,7 @@ def _parse(line: bytes) -> dict | None:
 
 
 def _lock_holder(inode: int) -> int | None:
-    """The process that holds the flock on this file, where the kernel tells (Linux)."""
+    """The process that holds the lock on this file, if the kernel lists it (Linux)."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/locks").read_text().splitlines():
             _, kind, _, _, pid, file, *_ = line.split()  # 1: FLOCK ADVISORY WRITE 4103 fe:00:2146487 0 EOF

@@ -4,34 +4,39 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
-from lib.config import SearchConfig
+from lib.config import Config, SearchConfig
 from lib.controllers import make_controller
 from lib.genotype import BlockChoices, SearchSpace, StageChoices
 from lib.scoring import pack
-from lib.search import SearchRun
+from lib.search import Identity, Search
 
 STAGE = StageChoices((1, 2, 3), BlockChoices((3, 4, 6), (3, 5, 7)))
 SPACE = SearchSpace("mbv3_backbone", (64, 96), (STAGE,) * 4, (BlockChoices((0.5,), (3,)),))
 
 
-def ledger(count: int, controller: str = "evo", search: str = "this", failed=lambda i: False, seed: int = 0):
-    """Annotations of a search whose AP grows with cost, with some noise."""
+def everything_fits(genotype) -> bool:
+    return True
+
+
+def make_identity(**fields) -> Identity:
+    defaults = {"search": "this", "supernet": Path("runs/a/supernet/last.pt"), "supernet_sha256": "abc"}
+    return Identity(**{**defaults, "budget": {}, "basis": "b", "basis_all": "all", **fields})
+
+
+def make_records(count: int, controller: str = "evo", search: str = "this", failed=lambda i: False, seed: int = 0):
+    """Records of a search whose AP grows with cost, with some noise."""
     rng = random.Random(seed)
-    asked = make_controller(controller, SPACE, seed, lambda g: True, population_size=20)
+    asked = make_controller(SearchConfig(controller=controller, population_size=20), SPACE, seed, everything_fits)
     records = []
     for i in range(count):
         genotype = asked.ask()
         flops = 1e6 * sum(b.expand * b.kernel for stage in genotype.stages for b in stage)
-        metrics = {
-            "AP": 0.3 + flops / 1e9 + rng.gauss(0, 0.02),
-            "AP50": 0.6,
-            "mAP": None,
-            "flops": flops,
-            "params": 7e6,
-        }
+        ap = 0.3 + flops / 1e9 + rng.gauss(0, 0.02)
+        metrics = {"AP": ap, "AP50": 0.6, "mAP": None, "flops": flops, "params": 7e6}
         record = {"key": f"{search}-{i}", "search": search, "origin": asked.origin, "genotype": genotype.to_dict()}
         record |= {"status": "ok", "metrics": metrics, "seconds": 2.0, "worker": f"cpu#{i % 2}", "time": 1e9 + i}
         if failed(i):
@@ -53,10 +58,15 @@ def with_resamples(records: list[dict]) -> list[dict]:
     return records
 
 
-def make_run(told: list[dict], others: list[dict] = (), total: int = 100, **settings) -> SearchRun:
-    known = [r for r in told if r["origin"] == "random"] + [r for r in others if r["origin"] == "random"]
-    paths = {"supernet": Path("runs/a/supernet/last.pt"), "folder": Path("runs/a/search")}
-    config = SearchConfig(**settings)
-    return SearchRun(
-        name="a <b>", search="this", settings=config, space=SPACE, total=total, told=told, random=known, **paths
-    )
+def make_search(told: list[dict], others: list[dict] = (), total: int = 100, budget: dict = {}, **settings) -> Search:  # noqa: B006
+    """A search that has learnt from `told`, in whose ledger there are `others` too."""
+
+    def records(origin: str, status: str, **_) -> list[dict]:
+        return [r for r in (*told, *others) if r.get("origin") == origin and r["status"] == status]
+
+    config = Config(name="a <b>", search=SearchConfig(**settings))
+    controller = make_controller(config.search, SPACE, 0, everything_fits)
+    search = Search(controller, SimpleNamespace(records=records), config, None, make_identity(budget=budget), 1)
+    search.told = list(told)
+    search.total = total
+    return search

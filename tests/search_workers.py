@@ -27,7 +27,7 @@ def score_of(job: dict) -> dict:
     metrics = dict.fromkeys(("AP", "AP50", "mAP"), share_of(job["genotype"]))
     blocks = [block for stage in job["genotype"]["backbone"]["stages"] for block in stage]
     metrics["flops"] = metrics["params"] = sum(block["expand"] * block["kernel"] for block in blocks)
-    return {"metrics": metrics, "images": 1, "lost": False}
+    return {"metrics": metrics, "images": 1}
 
 
 def quick(device: str, *args) -> Callable[[dict], dict]:

@@ -1,24 +1,29 @@
-"""The search between controller and ledger, with an evaluation that is a formula."""
+"""The search between controller and ledger, with an evaluation that is a formula; random search as its control."""
 
 from __future__ import annotations
 
+import itertools
+import json
+import math
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from search_records import SPACE
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from search_records import SPACE, everything_fits, make_identity
 
-from async_search import score_finalists
+from async_search import score_finalists, search_loop
 from lib.config import Config, SearchConfig
 from lib.controllers import make_controller
 from lib.dispatcher import Result
 from lib.genotype import Genotype
 from lib.ledger import Ledger
-from lib.scoring import has_lost, pack
-from lib.search import Search, SearchRun
+from lib.scoring import pack
+from lib.search import Identity, Search, best_of_random
 
-IMAGES, RESAMPLES = 40, 50
-NOISE = np.random.default_rng(0).normal(0, 0.02, RESAMPLES)  # what makes a resample easy is common to all candidates
+IMAGES = 40
+NOISE = np.random.default_rng(0).normal(0, 0.02, 50)  # what makes a resample easy is common to all candidates
 
 
 class Costs:
@@ -35,27 +40,20 @@ def quality(genotype: Genotype) -> float:
     return 0.3 + 0.02 * sum(b.kernel == 5 for b in blocks) - 0.01 * sum(b.kernel == 7 for b in blocks)
 
 
-def evaluate(job: dict, images: int = IMAGES) -> dict:
-    """As `Scorer.race` does, on 40 images."""
+def evaluate(job: dict) -> dict:
+    """As `Scorer` does, on 40 images."""
     genotype = Genotype.from_dict(job["genotype"])
     ap = quality(genotype)
-    resampled, lost = {}, False
-    for n in (n for n in (10, 20, 40) if n <= images):
-        drawn = np.clip(ap + NOISE, 0, 1)
-        resampled[str(n)] = pack(drawn)
-        lost = n < images and has_lost(drawn, n, job["rivals"])
-        if lost:
-            break
     metrics = {"AP": ap, "flops": Costs()(genotype)["flops"]}
-    return {"metrics": metrics, "images": n, "lost": lost, "objective": "AP", "resampled": resampled}
+    resampled = {str(IMAGES): pack(np.clip(ap + NOISE, 0, 1))}
+    return {"metrics": metrics, "images": IMAGES, "objective": "AP", "resampled": resampled}
 
 
 def make(ledger: Ledger, name: str = "one", controller: str = "evo", **settings) -> Search:
     settings = {"num_epochs": 8, "steps": 10, "population_size": 10, "tournament_size": 4, **settings}
     config = Config(name="a", search=SearchConfig(controller=controller, **settings))
-    options = {key: settings[key] for key in ("population_size", "tournament_size")}
-    asked = make_controller(controller, SPACE, 0, lambda g: True, costs=["flops"], **options)
-    return Search(asked, ledger, config, Costs(), {"search": name, "basis": "b", "basis_all": "all", "budget": {}}, 1)
+    asked = make_controller(config.search, SPACE, 0, everything_fits)
+    return Search(asked, ledger, config, Costs(), make_identity(search=name), 1)
 
 
 def finish(search: Search, most: int = 10**6) -> list[dict]:
@@ -67,73 +65,62 @@ def finish(search: Search, most: int = 10**6) -> list[dict]:
     return jobs
 
 
-def run_of(search: Search, folder) -> SearchRun:
-    return search.as_run(folder, folder / "last.pt")
-
-
-def test_who_clearly_loses_is_stopped_and_nothing_is_lost_by_it(tmp_path):
-    """Of a full search, each stopped one would have been below the front and no new best."""
-    with Ledger(tmp_path / "evals.jsonl") as ledger:
-        search = make(ledger)
-        finish(search)
-        run = run_of(search, tmp_path)
-    stopped = [r for r in run.told if r["status"] == "stopped"]
-    assert 5 < len(stopped) < 70 and {r["images"] for r in stopped} == {10}
-    front = run.front()
-    for record in stopped:
-        cheaper = [m["metrics"]["AP"] for m in front if m["metrics"]["flops"] <= record["metrics"]["flops"]]
-        assert record["metrics"]["AP"] < max(cheaper)
-    assert all(r["status"] == "ok" for r in run.told[:10])  # nobody to lose to while the population grows
-    assert len(run.compared) == len(run.history()) == 80 and run.history() == sorted(run.history())
-    assert run.best()["metrics"]["AP"] == run.history()[-1]
-
-
-@pytest.mark.parametrize("settings", [{"racing": False}, {"controller": "pareto-evo"}, {"controller": "random"}])
-def test_racing_can_be_off_and_serves_every_controller(tmp_path, settings):
-    with Ledger(tmp_path / "evals.jsonl") as ledger:
-        jobs = finish(make(ledger, **settings))
-        stopped = len(ledger.records(status="stopped"))
-    assert (stopped == 0) == (not settings.get("racing", True))
-    assert any(job["rivals"] for job in jobs) == settings.get("racing", True)
-
-
-def test_resumed_it_goes_on_as_if_never_interrupted(tmp_path):
+@pytest.mark.parametrize("controller", ["evo", "pareto-evo", "random"])
+def test_resumed_it_goes_on_as_if_never_interrupted(tmp_path, controller):
     with Ledger(tmp_path / "whole.jsonl") as ledger:
-        whole = finish(make(ledger))
+        whole = finish(make(ledger, controller=controller))
     with Ledger(tmp_path / "evals.jsonl") as ledger:
-        finish(make(ledger), most=47)
+        finish(make(ledger, controller=controller), most=47)
     with Ledger(tmp_path / "evals.jsonl") as ledger:
+        search = make(ledger, controller=controller)
+        search.replay()
+        assert finish(search) == whole[47:] and len(search.told) == 80
+        assert search.history() == sorted(search.history()) and search.history()[-1] == search.best()["metrics"]["AP"]
+
+
+def test_another_search_reuses_what_the_ledger_has(tmp_path):
+    with Ledger(tmp_path / "evals.jsonl") as ledger:
+        finish(make(ledger))
+        again = make(ledger, name="another")
+        assert finish(again) == [] and len(again.told) == 80
+        assert {record["search"] for record in again.told} == {"one"}
+
+
+def test_what_an_earlier_version_stopped_early_is_scored_again(tmp_path):
+    """Such a record has status "stopped", and resamples of a part of the images; others have those of several parts."""
+    path = tmp_path / "evals.jsonl"
+    with Ledger(path) as ledger:
+        finish(make(ledger))
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in records:
+        record["resampled"] = {"10": pack(NOISE * 0 + 0.5), **record["resampled"]}
+    for record in records[::7]:
+        record |= {"status": "stopped", "images": 10, "resampled": {"10": record["resampled"]["10"]}}
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    stopped = {record["key"] for record in records[::7]}
+    with Ledger(path) as ledger:
         search = make(ledger)
         search.replay()
-        assert len(search.told) == 47 and finish(search) == whole[47:]
-
-
-def test_a_search_without_racing_scores_in_full_what_another_one_stopped(tmp_path):
-    with Ledger(tmp_path / "evals.jsonl") as ledger:
-        finish(make(ledger, name="racing"))
-        stopped = {r["key"] for r in ledger.records(status="stopped")}
-        again = make(ledger, name="racing")
-        assert finish(again) == [] and len(again.told) == 80  # the same search evaluates nothing anew
-        full = make(ledger, name="full", racing=False)
-        finish(full)
-    asked = {r["key"] for r in full.told}
-    assert stopped & asked and all(r["status"] == "ok" for r in full.told)
-    assert len(full.told) == 80 and len(run_of(full, tmp_path).own) < 80  # the rest it found in the ledger
+        assert len(search.told) == 80 - len(stopped)
+        assert len(finish(search)) == len(stopped) and len(search.told) == 80
+        assert all(search.noise(record).interval.low < record["metrics"]["AP"] for record in search.front())
+        other = make(ledger, name="another")
+        finish(other)
+        assert {r["status"] for r in other.told} == {"ok"} and stopped & {r["key"] for r in other.told}
 
 
 def test_ties_with_the_best_are_those_whose_paired_interval_holds_zero(tmp_path):
     with Ledger(tmp_path / "evals.jsonl") as ledger:
         search = make(ledger)
         finish(search)
-        run = run_of(search, tmp_path)
-    front = run.front()
-    noise = [run.noise(record) for record in front]
-    best = run.best()["metrics"]["AP"]
+    front = search.front()
+    noise = [search.noise(record) for record in front]
+    best = search.best()["metrics"]["AP"]
     assert [n.tie for n in noise] == [record["metrics"]["AP"] == best for record in front]  # the noise is common to all
     for record, (interval, behind, _) in zip(front, noise, strict=True):
         assert interval.low < record["metrics"]["AP"] < interval.high
         assert behind.low == pytest.approx(best - record["metrics"]["AP"], abs=1e-4)
-    assert run.noise({**front[0], "objective": "mAP"}) is None
+    assert search.noise({**front[0], "objective": "mAP"}) is None
 
 
 def test_the_front_of_a_search_on_a_part_is_scored_on_all_images_once(tmp_path):
@@ -142,14 +129,12 @@ def test_the_front_of_a_search_on_a_part_is_scored_on_all_images_once(tmp_path):
             search = make(ledger, images=20)
             search.replay()
             finish(search)
-            jobs = search.missing_finalists(run_of(search, tmp_path))
-            before = run_of(search, tmp_path).front()
+            before = search.front()
+            jobs = search.missing_finalists()
             for key, job in jobs:
-                assert not job["rivals"]
                 search.learn_finalist(Result(key, evaluate(job), None, "cpu#0", 1.0))
-            run = run_of(search, tmp_path)
-            assert len(jobs) in (len(before), 0) and len(run.finalists) == len(before) > 1
-            assert {r["basis"] for r in run.front()} == {"all"} and run.best() in run.finalists
+            assert len(jobs) in (len(before), 0) and len(search.finalists) == len(before) > 1
+            assert {r["basis"] for r in search.front()} == {"all"} and search.best() in search.finalists
             assert len(search.told) == 80
     assert not jobs
 
@@ -173,40 +158,100 @@ class OneAtATime:
         return [Result(key, evaluate(job), None, "cpu#0", 1.0)]
 
 
+def test_the_loop_evaluates_all_says_each_epoch_and_writes_every_few(tmp_path, capsys):
+    stop, written = SimpleNamespace(requested=False), []
+    with Ledger(tmp_path / "evals.jsonl") as ledger:
+        search = make(ledger)
+        pool = OneAtATime(stop, last=25)
+        search_loop(search, pool, stop, lambda: written.append(len(search.told)), save_every=3)
+        assert len(search.told) == 25 and written == [] and pool.time_limit == 60
+        stop.requested = False
+        search_loop(search, OneAtATime(stop), stop, lambda: written.append(len(search.told)), save_every=3)
+    assert len(search.told) == 80 and written == [30, 60]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("search epoch ")]
+    assert [line.split(",")[0] for line in lines] == [f"search epoch {i}: {10 * i} evaluations" for i in range(1, 9)]
+
+
 def test_ctrl_c_while_the_front_is_scored_on_all_images_leaves_it_as_it_was(tmp_path):
     stop = SimpleNamespace(requested=False)
     with Ledger(tmp_path / "evals.jsonl") as ledger:
         search = make(ledger, images=20)
         finish(search)
-        before = run_of(search, tmp_path).front()
-        jobs = search.missing_finalists(run_of(search, tmp_path))
-        assert not score_finalists(search, OneAtATime(stop, last=1), stop, jobs)
-        assert run_of(search, tmp_path).front() == before
-        jobs = search.missing_finalists(run_of(search, tmp_path))
+        before = search.front()
+        assert not score_finalists(search, OneAtATime(stop, last=1), stop, search.missing_finalists())
+        assert search.front() == before
+        jobs = search.missing_finalists()
         assert len(jobs) == len(before) - 1 > 0
         search.learn_finalist(Result(jobs[0][0], None, "it failed", "cpu#0", 1.0))
         search.finalists.clear()
-        assert search.missing_finalists(run_of(search, tmp_path)) == jobs  # one that failed is tried again
+        assert search.missing_finalists() == jobs  # one that failed is tried again
         stop.requested, pool = False, OneAtATime(stop)
         assert score_finalists(search, pool, stop, jobs) and pool.time_limit == 60
-        assert {r["basis"] for r in run_of(search, tmp_path).front()} == {"all"}
+        assert {r["basis"] for r in search.front()} == {"all"}
 
 
 def test_the_best_ones_whether_on_the_front_or_not(tmp_path):
     with Ledger(tmp_path / "evals.jsonl") as ledger:
         search = make(ledger)
         finish(search)
-        top = run_of(search, tmp_path).top(15)
+        top = search.top(15)
     found = [(-r["metrics"]["AP"], r["metrics"]["flops"]) for r in top]
-    assert all("latency_ms" in r["metrics"] for r in top)  # which no evaluation gave: the table's
-    assert len(top) == 15 and found == sorted(found) and top[0] == run_of(search, tmp_path).best()
+    assert all("latency_ms" in r["metrics"] for r in top)  # no evaluation gives it: it comes from the table
+    assert len(top) == 15 and found == sorted(found) and top[0] == search.best()
 
 
-def test_a_failed_evaluation_is_recorded_and_never_a_rival(tmp_path):
+def test_a_failed_evaluation_is_recorded_and_never_tried_again(tmp_path):
     with Ledger(tmp_path / "evals.jsonl") as ledger:
         search = make(ledger)
-        key, _ = search.propose()
+        key, job = search.propose()
         search.learn(Result(key, None, "RuntimeError: boom", "cpu#0", 1.0))
         (record,) = ledger.records()
         assert record["status"] == "failed" and record["error"] == "RuntimeError: boom" and record["metrics"] == {}
-        assert run_of(search, tmp_path).compared == []
+        assert search.scored == [] and search.history() == [] and search.control() == []
+        assert job not in finish(search)
+
+
+def test_the_name_of_a_search_and_the_basis_of_its_scores(tmp_path):
+    """Two searches share evaluations if what a score depends on is the same, whatever they look for."""
+    (tmp_path / "last.pt").write_bytes(b"weights")
+    (tmp_path / "split.json").write_text("{}")
+
+    def identity(seed: int = 0, **settings) -> Identity:
+        return Identity.of(tmp_path / "last.pt", Config(seed=seed, search=SearchConfig(**settings)))
+
+    plain, limited = identity(), identity(max_flops=3e8, min_params=5)
+    assert limited.budget == {"max_flops": 3e8, "min_params": 5} and plain.budget == {}
+    others = [identity(seed=1), identity(controller="random"), identity(objective="mAP"), identity(costs=["params"])]
+    assert len({one.search for one in (plain, limited, *others)}) == 6
+    assert {one.basis for one in (plain, limited, *others)} == {plain.basis}
+    for changed in (identity(bn_images=1), identity(batch_size=1), identity(images=5)):
+        assert changed.basis != plain.basis
+    assert identity(images=5).basis_all == plain.basis
+    # Searches of ledgers that were written before have these names and go on under them.
+    assert plain.search == "(0, 'evo', 'AP', ['flops'], {})-no latency-200"
+    assert limited.search == (
+        "(0, 'evo', 'AP', ['flops'], {'flops': (0.0, 300000000.0), 'params': (5, inf)})-no latency-200"
+    )
+
+
+values = st.lists(st.floats(-1, 1, allow_subnormal=False) | st.sampled_from([0.1, 0.2]), min_size=1, max_size=7)
+
+
+@settings(max_examples=40)
+@given(values)
+def test_the_expected_best_is_that_of_every_subset(values):
+    found = best_of_random(values, most=len(values))
+    assert [best.draws for best in found] == list(range(1, len(values) + 1))
+    for best in found:
+        bests = sorted(max(subset) for subset in itertools.combinations(values, best.draws))
+        assert best.mean == pytest.approx(math.fsum(bests) / len(bests), abs=1e-12)
+        assert best.low == bests[math.ceil(len(bests) / 10 - 1e-9) - 1]  # a tenth of the subsets are no better
+        assert best.high == bests[math.ceil(len(bests) * 9 / 10 - 1e-9) - 1]
+
+
+def test_no_more_is_claimed_than_asked_for():
+    assert [best.draws for best in best_of_random([0.1, 0.3, 0.2], most=2)] == [1, 2]
+    assert best_of_random([], most=2) == best_of_random([0.1], most=0) == []
+    many = best_of_random([math.sin(i) for i in range(3000)], most=2500)
+    assert len(many) <= 200 and (many[0].draws, many[-1].draws) == (1, 2500)
+    assert all(a.mean <= b.mean for a, b in itertools.pairwise(many))
