@@ -13,6 +13,7 @@ from tiny_runs import FINAL, SEARCH, SUPERNET, run, tiny_settings
 
 from lib import checkpoint, config_io
 from lib.detector import Detector, ElasticSSD
+from lib.export import export_graph
 
 torch.set_num_threads(1)  # sums in the same order every time
 settings.register_profile("patient", deadline=None)  # how long an example takes is the machine's affair
@@ -93,6 +94,14 @@ def tiny_checkpoint(tiny_trained, tmp_path_factory):
     }
     checkpoint.save(path, {**identity, "model": detector.model.state_dict()})
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_graph(tiny_trained):
+    """`tiny_trained()` as an ONNX graph without NMS. Do not change it: the export takes seconds and is shared."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    return export_graph(tiny_trained(), nms=False)
 
 
 @pytest.fixture(scope="session")

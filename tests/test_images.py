@@ -4,16 +4,65 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tiny_data import write_voc
-from torchvision.io import write_jpeg
+from torchvision.io import write_jpeg, write_png
 
 from lib import datasets
 from lib import images as images_file
 from lib.annotations import read_voc
 from lib.config import AugmentConfig
 from lib.datasets import DetectionDataset
-from lib.images import UnreadableImage, read_reduced_jpeg
+from lib.errors import UserError
+from lib.images import SUFFIXES, UnreadableImage, find_pictures, read_picture, read_reduced_jpeg, write_picture
 from lib.transforms import TrainTransform
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("b.png", "a.png", "sub/c.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_png(torch.zeros(3, 8, 8, dtype=torch.uint8), str(tmp_path / name))
+    (tmp_path / "notes.txt").write_text("no picture")
+    return tmp_path
+
+
+def test_files_folders_and_globs_are_found_once_and_in_order(folder):
+    names = ["a.png", "b.png"]
+    assert [p.name for p in find_pictures([str(folder)])] == names
+    assert [p.name for p in find_pictures([str(folder / "*.png"), str(folder / "a.png"), str(folder)])] == names
+    assert [p.name for p in find_pictures([str(folder / "**" / "*.png")])] == [*names, "c.png"]
+
+
+@pytest.mark.parametrize("pattern", ["missing.jpg", "empty", "*.webp"])
+def test_what_matches_nothing_is_named(folder, pattern):
+    (folder / "empty").mkdir()
+    with pytest.raises(UserError, match="no picture found") as caught:
+        find_pictures([str(folder / "a.png"), str(folder / pattern)])
+    assert pattern in str(caught.value)
+
+
+def test_a_picture_is_written_into_a_new_folder(tmp_path):
+    image = torch.full((3, 16, 24), 100, dtype=torch.uint8)
+    write_picture(image, tmp_path / "new" / "x.jpg")
+    again = read_picture(str(tmp_path / "new" / "x.jpg"))
+    assert again.shape == image.shape and (again.int() - 100).abs().max() <= 2
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_every_suffix_that_is_looked_for_can_be_read(tmp_path, suffix):
+    path = tmp_path / f"x{suffix}"
+    Image.new("RGB", (9, 8), (200, 100, 50)).save(path)
+    assert find_pictures([str(tmp_path)]) == [path]
+    image = read_picture(str(path))
+    assert image.shape == (3, 8, 9) and (image[:, 4, 4].int() - torch.tensor([200, 100, 50])).abs().max() <= 4
+
+
+def test_the_reason_is_named_without_a_place_in_the_source(tmp_path):
+    (tmp_path / "empty.jpg").touch()
+    for name, reason in (("empty.jpg", "Expected a non empty file"), ("none.jpg", r"\[Errno 2\] No such file")):
+        with pytest.raises(UnreadableImage, match=rf"{name}: cannot be read: {reason}"):
+            read_picture(str(tmp_path / name))
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from torchvision.ops import masks_to_boxes
 from lib import shapes
 from lib.annotations import read_coco, read_voc
 from lib.errors import UserError
-from lib.shapes import CLASSES, SHAPES, draw_picture, write_shapes
+from lib.shapes import CLASSES, SHAPES, draw_picture, place, write_shapes
 
 
 def hashes(root):
@@ -22,14 +22,14 @@ def hashes(root):
 
 
 def test_the_same_seed_gives_the_same_files_and_another_seed_others(tmp_path):
-    write_shapes(tmp_path / "a", 3, 2, seed=7)
-    write_shapes(tmp_path / "b", 3, 2, seed=7)
-    write_shapes(tmp_path / "c", 3, 2, seed=8)
+    write_shapes(tmp_path / "a", 2, 1, seed=7)
+    write_shapes(tmp_path / "b", 2, 1, seed=7)
+    write_shapes(tmp_path / "c", 2, 1, seed=8)
     first, second, other = (hashes(tmp_path / name) for name in "abc")
     assert first == second
     pictures = [name for name in first if name.endswith(".jpg")]
-    assert len(pictures) == 5
-    assert len({first[name] for name in pictures} | {other[name] for name in pictures}) == 10
+    assert len(pictures) == 3
+    assert len({first[name] for name in pictures} | {other[name] for name in pictures}) == 6
 
 
 def test_more_pictures_leave_the_first_ones_as_they_were(tmp_path):
@@ -40,42 +40,43 @@ def test_more_pictures_leave_the_first_ones_as_they_were(tmp_path):
 
 
 def test_it_is_read_the_same_as_voc_and_as_coco(tmp_path):
-    write_shapes(tmp_path, 12, 2, seed=0)
+    write_shapes(tmp_path, 8, 1, seed=0)
     voc = read_voc(tmp_path, ["trainval"], CLASSES)
     coco = read_coco(tmp_path / "annotations" / "instances_trainval.json", tmp_path / "JPEGImages")
     assert voc.fingerprint() == coco.fingerprint()
     assert voc.classes == coco.classes == CLASSES
-    assert not voc.dropped and len(voc) == 12 and len(voc.boxes) > 12
+    assert not voc.dropped and len(voc) == 8 and len(voc.boxes) > 8
 
 
 def test_an_interrupted_writing_is_done_again(tmp_path, monkeypatch):
     write_shapes(tmp_path / "whole", 2, 2)
-
-    def stop_at_the_test_set(root, name, count, seed, write=shapes._write_set):
-        if name == "test":
-            raise KeyboardInterrupt
-        write(root, name, count, seed)
-
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(shapes, "_write_set", stop_at_the_test_set)
+        drawings = [draw_picture(np.random.default_rng(i)) for i in range(3)]
+
+        def draw_three(rng):
+            if not drawings:
+                raise KeyboardInterrupt
+            return drawings.pop()
+
+        patch.setattr(shapes, "draw_picture", draw_three)
         write_shapes(tmp_path / "cut", 2, 2)
     write_shapes(tmp_path / "cut", 2, 2)
     assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
 
 
 def test_what_another_process_drew_meanwhile_is_kept(tmp_path, monkeypatch):
-    """Of two that start at once, the second one comes to its lock when the first has drawn all."""
-    mine, first = tmp_path / "both" / "JPEGImages" / "trainval_00001.jpg", tmp_path / "first"
+    """Of two that start at once, the second one gets the lock when the first has drawn everything."""
+    first, both = tmp_path / "first", tmp_path / "both"
     write_shapes(first, 2, 1)
 
     def wait_for_the_first(file, wait):
         assert wait
-        shutil.copytree(first, tmp_path / "both", dirs_exist_ok=True)
+        shutil.copytree(first, both, dirs_exist_ok=True)
 
     monkeypatch.setattr(shapes, "lock", wait_for_the_first)
-    monkeypatch.setattr(shapes, "_write_all", None)
-    write_shapes(tmp_path / "both", 2, 1)
-    assert mine.is_file()
+    monkeypatch.setattr(shapes, "draw_picture", None)
+    write_shapes(both, 2, 1)
+    assert hashes(both) == hashes(first)
 
 
 def test_what_is_there_is_kept_and_other_settings_rewrite_it(tmp_path):
@@ -110,32 +111,37 @@ def test_a_folder_that_cannot_be_is_named(tmp_path):
 @pytest.mark.parametrize("name", CLASSES)
 def test_boxes_are_the_tight_boxes_of_the_masks(name):
     for seed in range(5):
-        alpha, box = shapes._place(np.random.default_rng(seed), SHAPES[name], 40, (160, 200), [])
+        alpha, box = place(np.random.default_rng(seed), SHAPES[name], 40, (160, 200), [])
         x1, y1, x2, y2 = masks_to_boxes(torch.from_numpy(alpha >= 0.5)[None])[0].tolist()  # inclusive corners
         assert box == (x1, y1, x2 + 1, y2 + 1)
         assert 25 <= max(box[2] - box[0], box[3] - box[1]) <= 50
 
 
-def test_pictures_vary_as_promised():
-    drawings = [draw_picture(np.random.default_rng([3, i])) for i in range(60)]
-    sizes = [drawing.pixels.shape[:2] for drawing in drawings]
-    objects = [(d, name, box) for d in drawings for name, box in d.objects]
+@pytest.fixture(scope="module")
+def drawings():
+    return [draw_picture(np.random.default_rng([3, i])) for i in range(80)]
+
+
+def test_pictures_vary_as_promised(drawings):
+    sizes = [pixels.shape[:2] for pixels, _ in drawings]
+    counts = [len(objects) for _, objects in drawings]
     assert len(set(sizes)) > 50 and all(160 <= side <= 224 for size in sizes for side in size)
-    assert {name for _, name, _ in objects} == set(CLASSES)
-    assert any(not d.objects for d in drawings) and any(len(d.objects) > 2 for d in drawings)
-    shares = [max(x2 - x1, y2 - y1) / min(d.pixels.shape[:2]) for d, _, (x1, y1, x2, y2) in objects]
+    assert {name for _, objects in drawings for name, _ in objects} == set(CLASSES)
+    assert min(counts) == 0 and max(counts) > 2
+    shares = []
+    for (height, width), (_, objects) in zip(sizes, drawings, strict=True):
+        for _, (x1, y1, x2, y2) in objects:
+            assert 0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height
+            shares.append(max(x2 - x1, y2 - y1) / min(height, width))
     assert 0.2 < min(shares) < 0.3 and 0.6 < max(shares) < 0.8
-    for d, _, (x1, y1, x2, y2) in objects:
-        assert 0 <= x1 < x2 <= d.pixels.shape[1] and 0 <= y1 < y2 <= d.pixels.shape[0]
 
 
-def test_colours_do_not_tell_the_classes():
+def test_colours_do_not_tell_the_classes(drawings):
     """The mean colour of each class's pixels lies near the mean of all, compared to the spread within a class."""
     colours = {name: [] for name in CLASSES}
-    for i in range(150):
-        drawing = draw_picture(np.random.default_rng([4, i]))
-        for name, (x1, y1, x2, y2) in drawing.objects:
-            colours[name].append(drawing.pixels[(y1 + y2) // 2, (x1 + x2) // 2])
+    for pixels, objects in drawings:
+        for name, (x1, y1, x2, y2) in objects:
+            colours[name].append(pixels[(y1 + y2) // 2, (x1 + x2) // 2])
     means = np.array([np.mean(found, axis=0) for found in colours.values()])
     spread = np.mean([np.std(found, axis=0) for found in colours.values()])
     assert np.abs(means - means.mean(0)).max() < spread / 2
