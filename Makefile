@@ -1,4 +1,4 @@
-# make demo: environment, install, the three stages on the built-in data. make test: the tests.
+# make demo: environment, install, the three stages on the built-in data. make test: the tests. make lint: the linter.
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
@@ -11,17 +11,21 @@ $(VENV)/installed: requirements.txt
 	$(RUN) -m pip install -q -r requirements.txt
 	touch $@
 
+$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
+	$(RUN) -m pip install -q -r requirements-dev.txt
+	touch $@
+
 demo: $(VENV)/installed
 	$(RUN) supernet_train.py --resume
 	$(RUN) async_search.py --resume --load $(DEMO)/supernet
 	$(RUN) final_train.py --resume --genotype $(DEMO)/search/best.json
 	$(RUN) final_train.py --predict 'data/shapes/JPEGImages/test_0000*.jpg' --load $(DEMO)/final --out $(DEMO)/drawn
-	@echo "the detector: $(DEMO)/final/best.pt; what it sees: $(DEMO)/drawn"
+	@echo "the detector: $(DEMO)/final/best.pt; its detections: $(DEMO)/drawn"
 
-test: $(VENV)/installed
+test: $(VENV)/installed-dev
 	$(RUN) -m pytest
 
-lint: $(VENV)/installed
+lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 

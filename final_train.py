@@ -92,7 +92,9 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
 def fine_tune(args: argparse.Namespace, detector_path: Path, device: torch.device) -> None:
     """Go on from a trained detector (--load), on data of the same or other classes, in a folder of its own."""
     if args.from_scratch or args.from_pretrained:
-        raise UserError(f"--load {args.load}: a detector to start from, which --from-scratch, --from-pretrained deny")
+        raise UserError(
+            f"--load {args.load}: starts from a detector; --from-scratch and --from-pretrained contradict it"
+        )
     command = cli.CommandLine(args, "final")
     detector = load_detector(detector_path)
     settings = to_dict(detector.config)
@@ -271,8 +273,8 @@ def predict(args: argparse.Namespace) -> None:
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(
         __doc__,
-        "run to start from: a supernet, or a detector, also of other classes; with --eval-only, --export, --predict: "
-        "the detector",
+        "run to start from: a supernet, or a detector of the same or other classes; with --eval-only, --export and "
+        "--predict the detector to use",
     )
     cli.add_tensorboard(parser)
     add = parser.add_argument
@@ -281,29 +283,54 @@ def make_parser() -> argparse.ArgumentParser:
         "--index",
         metavar="K",
         type=int,
-        help="which member of pareto.json (cheapest first) or top.json (best first), from 0",
+        help="member of pareto.json (cheapest first) or top.json (best first), counted from 0",
     )
     add("--from-scratch", action="store_true", help="start from random weights instead of the supernet's")
     add("--from-pretrained", action="store_true", help="start from backbone.pretrained_path, not from the supernet")
-    add("--compare", action="store_true", help="train the genotype and others in short, to see what the search gave")
-    add("--compare-random", metavar="N", type=int, default=2, help="random ones of similar multiply-adds (default: 2)")
-    add("--compare-epochs", metavar="N", type=int, help="of each short training (default: a quarter of final.epochs)")
+    add(
+        "--compare",
+        action="store_true",
+        help="train the genotype and competitors by a short recipe: what did the search gain?",
+    )
+    add(
+        "--compare-random",
+        metavar="N",
+        type=int,
+        default=2,
+        help="random competitors of similar multiply-adds (default: 2)",
+    )
+    add(
+        "--compare-epochs",
+        metavar="N",
+        type=int,
+        help="epochs of each short training (default: a quarter of final.epochs)",
+    )
     add("--eval-only", action="store_true", help="evaluate a trained detector on the test set and stop")
     add(
         "--pycocotools",
         action="store_true",
-        help="with --eval-only: have pycocotools find COCO's numbers",
+        help="with --eval-only: compute COCO's numbers with pycocotools",
     )
     add("--predict", metavar="PATH", nargs="+", help="detect on these pictures, folders or globs and stop")
     add(
         "--export",
         choices=["onnx"],
-        help="write a trained detector as detector.onnx, checked on the test set, and stop",
+        help="export a trained detector as detector.onnx, verified on the test set, and stop",
     )
-    add("--no-nms", action="store_true", help="with --export: scores and boxes of all priors, as detector_raw.onnx")
-    add("--int8", action="store_true", help="with --export: a quantised file as well, with its AP")
-    add("--out", metavar="DIR", type=Path, default=Path("drawn"), help="where --predict writes (default: drawn)")
-    add("--threshold", type=float, default=0.4, help="lowest score that --predict draws (default: 0.4)")
+    add(
+        "--no-nms",
+        action="store_true",
+        help="with --export: output the scores and boxes of all prior boxes, as detector_raw.onnx",
+    )
+    add("--int8", action="store_true", help="with --export: write an int8 file as well and report its AP")
+    add(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        default=Path("drawn"),
+        help="folder that --predict writes to (default: drawn)",
+    )
+    add("--threshold", type=float, default=0.4, help="--predict draws detections from this score on (default: 0.4)")
     return parser
 
 

@@ -1,7 +1,8 @@
-"""Which configuration a command stands on, and what it may write over."""
+"""Which configuration a command stands on, which folder it writes to, and what it does not write over."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,6 @@ import yaml
 from tiny_runs import TINY
 
 from lib import checkpoint, cli, config_io
-from lib.cli import stage_folder
 from lib.errors import UserError
 
 
@@ -20,37 +20,89 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 
 def parse(*words):
-    return cli.make_parser("", "").parse_args(words)
+    return cli.make_parser("", "").parse_args([str(word) for word in words])
 
 
-def saved(settings, folder, product="last.pt"):
-    cli.save_config(settings, folder)
+def resolve(stage, *words, inherited=None, flags=None, folder_name=None):
+    return cli.CommandLine(parse(*words), stage, flags).resolve(inherited, "somewhere", folder_name)
+
+
+def tiny(*overrides):
+    return config_io.to_dict(config_io.read_config("tiny.yaml", overrides))
+
+
+def leave_run(settings, folder, product="last.pt"):
+    cli.Run(folder, config_io.from_dict(settings), "").save_config()
     checkpoint.write_text(folder / product, "")
+
+
+def test_the_layers_in_their_order():
+    """--set over flags over the file over the defaults; the source is named."""
+    flags = {"search.max_flops": 3e6, "search.steps": 7, "search.max_params": None}
+    run = resolve("search", "--cfg", "tiny.yaml", "--set", "search.steps=8", "--seed", "5", flags=flags)
+    assert (run.config.search.max_flops, run.config.search.steps, run.config.search.max_params) == (3e6, 8, 0)
+    assert run.config.seed == 5 and run.config.search.bn_images == TINY["search"]["bn_images"]
+    assert run.config.search.tournament_size == 2 and run.config.loss.alpha == 0.25
+    assert run.folder == Path("runs/tiny/search")
+    assert run.describe()[0] == "configuration: tiny.yaml" and run.describe()[1] == "data: data/shapes"
+    assert resolve("supernet").source == "configs/shapes.yaml"
+
+
+@pytest.mark.parametrize("folder", ["d/my set #2", "20240601", "yes", "2024-06-01", "it's"])
+def test_a_flag_is_a_value_and_no_yaml(folder):
+    Path(folder).mkdir(parents=True)
+    run = resolve("supernet", "--cfg", "tiny.yaml", "--data", folder)
+    assert run.config.data.root == folder and f"data: {folder}" in run.describe()
+    table = "t #1.json"
+    assert resolve("search", flags={"search.latency_table": table}).config.search.latency_table == table
 
 
 @pytest.mark.parametrize("given", [[], ["--train-dir", "elsewhere"]])
 def test_a_resumed_run_keeps_its_own_configuration(given):
     """--set comes after it, --cfg before it, and a run that starts anew does not know it."""
-    inherited = config_io.to_dict(config_io.read_config("tiny.yaml"))
-    args = parse("--resume", *given)
-    folder = cli.run_folder(args, config_io.read_config("tiny.yaml"), "search")
-    saved(config_io.read_config("tiny.yaml", ["search.max_flops=3e6", "search.steps=5"]), folder, "evals.jsonl")
-    assert cli.read_config(args, "search", inherited).search.max_flops == 3e6
-    changed = cli.read_config(parse("--resume", *given, "--set", "search.steps=6"), "search", inherited).search
+    inherited = tiny()
+    folder = resolve("search", "--resume", *given, inherited=inherited).folder
+    leave_run(tiny("search.max_flops=3e6", "search.steps=5"), folder, "evals.jsonl")
+    resumed = resolve("search", "--resume", *given, inherited=inherited)
+    assert resumed.config.search.max_flops == 3e6 and "with which this run began" in resumed.source
+    changed = resolve("search", "--resume", *given, "--set", "search.steps=6", inherited=inherited).config.search
     assert (changed.max_flops, changed.steps) == (3e6, 6)
     for anew in (["--resume", "--cfg", "tiny.yaml"], []):
-        assert cli.read_config(parse(*anew, *given), "search", inherited).search.max_flops == 0
+        assert resolve("search", *anew, *given, inherited=inherited).config.search.max_flops == 0
 
 
 def test_without_a_run_to_resume_it_starts_from_what_it_inherits():
-    inherited = config_io.to_dict(config_io.read_config("tiny.yaml", ["seed=3"]))
-    assert cli.read_config(parse("--resume"), "final", inherited).seed == 3
-    assert cli.read_config(parse("--resume"), "final").name == "shapes"
-    cli.save_config(config_io.read_config("tiny.yaml", ["seed=5"]), stage_folder("tiny", "final"))
-    assert cli.read_config(parse("--resume"), "final", inherited).seed == 3  # that run has nothing to go on from
-    saved(config_io.read_config("tiny.yaml", ["seed=4"]), stage_folder("tiny", "finetuned"))
-    assert cli.read_config(parse("--resume"), "final", inherited).seed == 3
-    assert cli.read_config(parse("--resume"), "final", inherited, "finetuned").seed == 4
+    inherited = tiny("seed=3")
+    assert resolve("final", "--resume", inherited=inherited).config.seed == 3
+    assert resolve("final", "--resume").config.name == "shapes"
+    cli.Run(cli.stage_folder("tiny", "final"), config_io.from_dict(tiny("seed=5")), "").save_config()
+    assert resolve("final", "--resume", inherited=inherited).config.seed == 3  # that run has nothing to go on from
+    leave_run(tiny("seed=4"), cli.stage_folder("tiny", "finetuned"))
+    assert resolve("final", "--resume", inherited=inherited).config.seed == 3
+    assert resolve("final", "--resume", inherited=inherited, folder_name="finetuned").config.seed == 4
+
+
+def test_a_value_that_the_user_gave_is_known_before_the_rest():
+    words = ["--cfg", "tiny.yaml", "--set", "final.genotypes=a.json", "--set", "final.genotypes=b.json"]
+    command = cli.CommandLine(parse(*words), "final")
+    assert command.given("final.genotypes") == "b.json" and command.given("final.epochs") == 2
+    assert command.given("final.optimizer") is None and command.given("nothing.at.all") is None
+
+
+@pytest.mark.parametrize("name", ["../../x", "a/b", "", ".", "..", "a\\b", "x" * 300, 7, None, "a\nb"])
+def test_a_foreign_name_cannot_choose_where_to_write(name):
+    inherited = tiny() | {"name": name}
+    with pytest.raises(UserError, match="name: expected a plain name"):
+        resolve("final", inherited=inherited)
+
+
+def test_a_mistake_names_the_layer_that_it_stands_in():
+    with pytest.raises(UserError, match=r"^somewhere: search\.steps: expected"):
+        resolve("search", inherited=tiny() | {"search": {"steps": 0}})
+    with pytest.raises(UserError, match=r"^search\.max_flops: expected a number, found nan"):
+        resolve("search", inherited=tiny(), flags={"search.max_flops": float("nan")})
+    with pytest.raises(UserError, match="--data nowhere: no such folder"):
+        resolve("supernet", "--data", "nowhere")
 
 
 def test_what_an_earlier_run_left_is_not_written_over(tmp_path, capsys):
@@ -65,67 +117,45 @@ def test_what_an_earlier_run_left_is_not_written_over(tmp_path, capsys):
     assert f"note: {product} exists" in capsys.readouterr().out
 
 
-# Run folders
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def test_the_last_run_of_each_stage(folder):
+def test_the_last_run_of_each_stage_is_remembered():
     assert cli.last_run("search") is None
-    assert cli.stage_folder("bccd", "search") == Path("runs/bccd/search")
     for name in ("one", "two"):
-        path = cli.stage_folder(name, "search")
-        path.mkdir(parents=True)
-        cli.remember("search", path)
+        folder = cli.stage_folder(name, "search")
+        folder.mkdir(parents=True)
+        cli.remember("search", folder)
     cli.remember("supernet", Path("runs/gone/supernet"))
     assert cli.last_run("search") == Path("runs/two/search")
     assert cli.last_run("supernet") is None  # its folder does not exist
 
 
-def test_a_broken_pointer_file_is_no_run(folder):
-    Path("runs").mkdir()
-    cli.POINTER.write_text('{"search": ')
+@pytest.mark.parametrize("text", ['{"search": ', "[]", "null", '{"search": 3}', "\x00"])
+def test_a_damaged_pointer_is_as_none(text):
+    cli.RUNS.mkdir()
+    cli.POINTER.write_text(text)
     assert cli.last_run("search") is None
-    Path("runs/x/search").mkdir(parents=True)
-    cli.remember("search", Path("runs/x/search"))
+    cli.stage_folder("x", "search").mkdir(parents=True)
+    cli.remember("search", cli.stage_folder("x", "search"))
     assert cli.last_run("search") == Path("runs/x/search")
 
 
-def test_supernet_checkpoint_from_file_run_or_parent(folder):
-    last = Path("runs/x/supernet/last.pt")
-    last.parent.mkdir(parents=True)
-    last.touch()
+def test_a_supernet_is_found_by_its_folder_or_file(tmp_path):
+    last = tmp_path / "runs" / "x" / "supernet" / "last.pt"
+    checkpoint.write_text(last, "")
     assert [cli.supernet_checkpoint(p) for p in (last, last.parent, last.parent.parent)] == [last] * 3
-    for missing in (Path("runs"), Path("nowhere")):
-        with pytest.raises(UserError, match=f"^{missing}: no supernet checkpoint here; expected last.pt"):
-            cli.supernet_checkpoint(missing)
+    with pytest.raises(UserError, match="no supernet checkpoint here"):
+        cli.supernet_checkpoint(tmp_path / "nothing")
 
 
-def test_a_bare_genotype_name_falls_back_to_the_last_search(folder):
-    search = cli.stage_folder("x", "search")
-    search.mkdir(parents=True)
-    (search / "best.json").touch()
-    with pytest.raises(UserError, match=r"^best.json: no such genotype file here; async_search.py writes"):
+def test_a_genotype_is_found_here_or_in_the_last_search():
+    with pytest.raises(UserError, match=r"best\.json: no such genotype file here; "):
         cli.find_genotype("best.json")
-    cli.remember("search", search)
-    assert cli.find_genotype("best.json") == search / "best.json"
-    assert cli.find_genotype(str(search / "best.json")) == search / "best.json"
-    Path("best.json").touch()
-    assert cli.find_genotype("best.json") == Path("best.json")
-
-
-def test_a_genotype_that_is_nowhere_names_where_it_was_sought(folder):
     search = cli.stage_folder("x", "search")
-    search.mkdir(parents=True)
-    (search / "best.json").touch()
-    (search / "other").mkdir()
-    (search / "other" / "best.json").touch()
+    checkpoint.write_text(search / "best.json", json.dumps({}))
     cli.remember("search", search)
-    with pytest.raises(UserError, match=f"^bst.json: no such genotype file here nor in {search}; "):
+    assert cli.find_genotype("best.json") == search / "best.json" == cli.find_genotype(str(search / "best.json"))
+    with pytest.raises(UserError, match=r"bst\.json: no such genotype file here nor in runs/x/search"):
         cli.find_genotype("bst.json")
-    with pytest.raises(UserError, match=r"^other/best.json: no such genotype file here; "):
+    with pytest.raises(UserError, match=r"other/best\.json: no such genotype file here; "):
         cli.find_genotype("other/best.json")
+    Path("best.json").write_text("{}")
+    assert cli.find_genotype("best.json") == Path("best.json")

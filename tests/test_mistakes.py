@@ -56,7 +56,7 @@ MISTAKES = {
     ),
     "a start that is denied": (
         [FINAL, "--from-scratch", "--load", "runs/tiny/final"],
-        r"--load .*final: a detector to start from, which --from-scratch",
+        r"--load .*final: starts from a detector; --from-scratch",
     ),
     "no supernet to teach": (
         [FINAL, "--from-scratch", "--set", "final.distill.weight={boundary: [1], value: [1]}"],
