@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import random
 import shutil
+import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,6 @@ import torch
 from lib import checkpoint
 from lib.checkpoint import code_revision, lock
 from lib.errors import UserError
-
-ROOT = Path(__file__).parent.parent
 
 
 def refusal(path: Path) -> str:
@@ -84,22 +82,25 @@ def test_a_process_that_has_the_old_file_mapped_keeps_it(tmp_path):
     assert checkpoint.read(path)["w"].all()
 
 
-def test_a_disk_that_fills_up_is_one_line(tmp_path):
-    """A limit on the file size stands in for the disk; torch hides the reason behind a RuntimeError of its own."""
-    pytest.importorskip("resource")
+@pytest.fixture
+def small_disk():
+    """A limit on the file size stands in for a full disk."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_disk_that_fills_up_is_one_line(tmp_path, small_disk):
+    """torch hides the reason behind a RuntimeError of its own."""
     path = tmp_path / "last.pt"
     checkpoint.save(path, {"epoch": 1})
-    script = f"""
-import resource, signal, torch
-from pathlib import Path
-from lib import checkpoint, runtime
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-runtime.run(lambda: checkpoint.save(Path({str(path)!r}), {{"w": torch.zeros(10**6)}}))
-"""
-    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 2
-    assert result.stderr == f"error: {path}: cannot be written (File too large)\n"
+    with pytest.raises(UserError) as caught:
+        checkpoint.save(path, {"w": torch.zeros(10**6)})
+    assert str(caught.value) == f"{path}: cannot be written (File too large)"
     assert checkpoint.read(path)["epoch"] == 1
     assert list(tmp_path.iterdir()) == [path]
 

@@ -1,14 +1,85 @@
-"""A detector's training step, its teacher, and what a training leaves."""
+"""Stage 3: what a training starts from, who teaches it, its losses, and what it keeps of its evaluations."""
 
 from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from lib import checkpoint, final_training
 from lib.config import DistillConfig, LossConfig
 from lib.datasets import Batch
-from lib.final_training import detection_losses
+from lib.detector import Supernet
+from lib.errors import UserError
+from lib.final_training import FinalTraining, StartingNetwork, detection_losses, freeze_norms, supernet_path
+from lib.log import RunLog, read_log
 from lib.losses import DetectionLoss, adaptive_distillation
+from lib.training import Trainer
+
+CPU = torch.device("cpu")
+
+
+# The start and the teacher
+
+
+WEIGHT = {"final__distill__weight": "{boundary: [1], value: [0.5]}"}
+
+
+def started(tiny_detector, config, supernet=True):
+    network = tiny_detector(search_space__image_size_choice=[64, 96])
+    space = replace(network.space, image_size=(96,))
+    if not supernet:
+        return StartingNetwork(network, "scratch")
+    return StartingNetwork(network, "supernet", Supernet(network, config, ("a",), 2, space))
+
+
+def test_the_teacher_is_the_largest_that_was_open_at_the_students_image_size(tiny_detector, tiny_config):
+    config = tiny_config(**WEIGHT)
+    start = started(tiny_detector, config)
+    student = replace(start.network.space.smallest(), image_size=64)
+    teacher = start.teacher(config, student, ["a", "b", "c"])
+    images = torch.zeros(1, 3, 64, 64)
+    expected = start.network(images, replace(start.network.space.largest(), image_size=64))
+    assert torch.equal(teacher(images)[0], expected[0])
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_no_weight_is_no_teacher_and_no_supernet_an_error(tiny_detector, tiny_config):
+    start = started(tiny_detector, tiny_config(), supernet=False)
+    student = start.network.space.smallest()
+    assert start.teacher(tiny_config(), student, ["a"]) is None
+    with pytest.raises(UserError, match=r"final\.distill\.teacher: .* starts from none; name a detector's best\.pt"):
+        start.teacher(tiny_config(**WEIGHT), student, ["a"])
+
+
+def test_a_supernet_that_is_named_goes_before_that_of_the_search(tiny_config, tmp_path, capsys):
+    """By --load before the configuration before the genotype file, whose supernet may have changed since."""
+    for name in ("flag", "key", "file"):
+        checkpoint.save(tmp_path / name / "last.pt", {"model": {}})
+    source = {"supernet": {"path": str(tmp_path / "file" / "last.pt"), "sha256": "another"}}
+    named = tiny_config(final__supernet_state_dict=tmp_path / "key")
+    found = [supernet_path(*given) for given in ((named, source, tmp_path / "flag"), (named, source, None))]
+    assert [path.parent.name for path in found] == ["flag", "key"] and not capsys.readouterr().out
+    assert supernet_path(tiny_config(), source, None).parent.name == "file"
+    assert "has changed since the search" in capsys.readouterr().out
+    with pytest.raises(UserError, match="names no supernet: name its run with --load"):
+        supernet_path(tiny_config(), {}, None)
+
+
+def test_a_detector_that_is_named_teaches_whatever_the_start(tiny_detector, tiny_config, tiny_checkpoint):
+    config = tiny_config(**WEIGHT, final__distill__teacher=tiny_checkpoint)
+    start = StartingNetwork(tiny_detector(), "scratch")
+    student = start.network.space.smallest()
+    assert start.teacher(config, student, ["cat", "dog", "eel"]) is not None
+    with pytest.raises(UserError, match=r"final\.distill\.teacher: .*best\.pt knows cat, dog, eel, not a"):
+        start.teacher(config, student, ["a"])
+
+
+# The losses
 
 
 @pytest.fixture
@@ -55,3 +126,100 @@ def test_the_teacher_has_its_weight_in_the_losses_and_the_gradient(networks, bat
     expected = gradient(plain, student) + 0.25 * gradient({"distill": alone}, student)
     torch.testing.assert_close(gradient(losses, student), expected)
     assert (expected - gradient(plain, student)).norm() > 0.01 * expected.norm()
+
+
+def test_a_frozen_base_net_keeps_its_statistics_and_has_its_own_learning_rate(tiny_detector, tiny_config):
+    config = tiny_config(final__freeze_base_net=True, final__weight_decay=0)
+    detector = tiny_detector().train()
+    model = detector.extract(detector.space.smallest())
+    t = Trainer(model, config.final, CPU, 4, backbone_lr=0.0)
+    model.train()
+    freeze_norms(model.backbone)
+    before = copy.deepcopy(model.state_dict())
+    loss = DetectionLoss(config.loss)
+    images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
+    targets = loss.match(torch.rand(4, 1, 4).sort(-1).values, torch.ones(4, 1, dtype=torch.int64), model.priors)
+    t.update(iter([loss(*model(images), targets)]))
+    changed = {
+        name.split(".")[0] for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])
+    }
+    assert changed == {"extras", "predictors"}
+
+
+# What is kept
+
+
+class FakeTestSet(list):
+    """Stands in for annotations: two images of three classes."""
+
+    classes = ("cat", "dog", "eel")
+    category_ids = (1, 7, 9)
+
+    def fingerprint(self):
+        return "pictures"
+
+
+@pytest.fixture
+def train(tiny_detector, tiny_config, batch, tmp_path, monkeypatch):
+    """`train(resume)`: a training of three epochs of one batch; after epochs 1 to 3 its AP is 0.2, 0.5 and 0.3."""
+    config = tiny_config(final__epochs=3)
+    evaluated = []
+
+    def make(resume=False, largest=False):
+        start = StartingNetwork(tiny_detector(), "scratch")
+        space = start.network.space
+        student = start.student(config, space.largest() if largest else space.smallest(), FakeTestSet.classes)
+        sampler = SimpleNamespace(batches_per_epoch=1, set_epoch=lambda epoch, start: None)
+        loader = type("Loader", (list,), {"batch_sampler": sampler})([batch])
+        return FinalTraining(config, tmp_path / "run", student, loader, FakeTestSet("ab"), CPU, resume=resume)
+
+    def evaluate(model, *_):
+        epoch = training[-1].trainer.epoch - 1
+        evaluated.append(epoch)
+        ap = {1: 0.2, 2: 0.5, 3: 0.3}[epoch]
+        return {"AP": ap, "AP50": ap, "mAP": float("nan")}
+
+    training = []
+
+    def run(resume=False):
+        training.append(make(resume))
+        return training[-1].run()
+
+    monkeypatch.setattr(final_training, "evaluate", evaluate)
+    monkeypatch.setattr(final_training, "plot_training", lambda *_: None)
+    return SimpleNamespace(make=make, run=run, evaluated=evaluated, folder=tmp_path / "run")
+
+
+def test_the_best_evaluation_is_kept(train):
+    assert train.run() and train.evaluated == [1, 2, 3]
+    metrics = json.loads((train.folder / "metrics.json").read_text())
+    assert (metrics["epoch"], metrics["AP"], metrics["mAP"], metrics["test_images"]) == (2, 0.5, None, 2)
+    best, last = (checkpoint.read(train.folder / name) for name in ("best.pt", "last.pt"))
+    assert (best["epoch"], last["epoch"], last["best"]["epoch"]) == (2, 4, 2)
+    assert best.keys() == {"format", "genotype", "config", "classes", "category_ids", "epoch", "model"}
+    assert train.run(resume=True) and train.evaluated == [1, 2, 3]  # nothing is left to do
+
+
+def test_an_evaluation_that_was_not_logged_is_repeated_and_its_best_is_known(train, monkeypatch):
+    write = RunLog.write
+
+    def die_at_the_second(log, kind, step, **values):
+        if (kind, step) == ("eval", 2):
+            raise KeyboardInterrupt
+        write(log, kind, step, **values)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RunLog, "write", die_at_the_second)
+        train.run()
+    assert checkpoint.read(train.folder / "last.pt")["best"]["epoch"] == 2
+    assert train.run(resume=True) and train.evaluated == [1, 2, 2, 3]
+    assert checkpoint.read(train.folder / "last.pt")["best"]["epoch"] == 2
+    assert [r["step"] for r in read_log(train.folder / "log.jsonl") if r["kind"] == "eval"] == [1, 2, 3]
+
+
+def test_a_folder_with_another_genotype_is_refused_and_left_alone(train):
+    train.run()
+    before = {path.name: path.read_bytes() for path in train.folder.iterdir()}
+    with pytest.raises(UserError, match=r"last\.pt: holds another genotype; .*--genotype.*--train-dir"):
+        train.make(resume=True, largest=True)
+    assert {path.name: path.read_bytes() for path in train.folder.iterdir()} == before

@@ -83,7 +83,8 @@ def test_every_phase_is_within_the_full_space_and_has_its_largest():
     full = full_space(Config())
     for epoch in boundaries(Config().search_space.schedule_cfg, 500):
         space = space_at(Config(), epoch)
-        assert all(space.sample(random.Random(i)) in full for i in range(5))
+        for i in range(5):
+            full.check(space.sample(random.Random(i)))
         assert space.largest() == full.largest()
 
 
