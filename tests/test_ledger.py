@@ -7,8 +7,6 @@ import json
 import os
 import resource
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +17,6 @@ from lib.errors import UserError
 from lib.genotype import Block, Genotype
 from lib.ledger import Ledger, evaluation_basis, evaluation_key
 
-ROOT = Path(__file__).parents[1]
 GENOTYPE = Genotype(300, "mbv3_backbone", ((Block(1, 3),), (Block(6, 7), Block(4, 5))), (Block(0.5, 3),))
 
 
@@ -134,24 +131,23 @@ def test_a_second_ledger_on_the_same_file_is_refused_and_told_whose_it_is(path):
         assert len(ledger) == 2
 
 
-KILLED = """
-import os, sys, time
-from lib.ledger import Ledger
-ledger = Ledger(sys.argv[1])
-for i in range(5):
-    ledger.append({"key": str(i)})
-print(os.getpid(), flush=True)
-time.sleep(60)
-"""
-
-
 def test_a_killed_process_leaves_its_lines_and_no_lock(path):
-    child = subprocess.Popen([sys.executable, "-c", KILLED, path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    pid = child.stdout.readline().strip()
-    with pytest.raises(UserError, match=f"in use by (process {pid}|another process)"):
-        Ledger(path)
-    child.send_signal(signal.SIGKILL)
-    child.communicate()
+    ready, started = os.pipe()
+    child = os.fork()
+    if child == 0:
+        ledger = Ledger(path)
+        for i in range(5):
+            ledger.append({"key": str(i)})
+        os.write(started, b"!")
+        time.sleep(60)
+        os._exit(1)
+    try:
+        os.read(ready, 1)
+        with pytest.raises(UserError, match=f"in use by (process {child}|another process)"):
+            Ledger(path)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
     with Ledger(path) as ledger:
         assert [r["key"] for r in ledger.records()] == list("01234")
 
@@ -190,6 +186,16 @@ def test_nan_is_refused_before_it_is_written(path):
             ledger.append({"key": "a", "metrics": {"AP": float("nan")}})
         assert len(ledger) == 0
     assert path.read_bytes() == b""
+
+
+def test_what_an_earlier_version_stopped_early_counts_as_not_evaluated(path):
+    records = fill(path, 2)
+    with Ledger(path) as ledger:
+        ledger.append(record(2, "stopped"))
+    with Ledger(path) as ledger:
+        assert ledger.records() == records and ledger.lookup("key2") is None
+        ledger.append(record(2))
+        assert ledger.lookup("key2") == record(2)
 
 
 def test_the_key_depends_on_all_that_the_result_depends_on():

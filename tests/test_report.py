@@ -1,105 +1,233 @@
+"""What a search leaves: genotype files that the next stage reads, and a page that is well formed, self-contained and
+honest about what it compares with."""
+
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
+from matplotlib.figure import Figure
+from search_records import make_records, make_search, with_resamples
 from torchvision.io import decode_image, read_file
 
-from lib import plan
-from lib.detector import module_cost
-from lib.log import plot_training
-from lib.report import plot_front, plot_search
-from lib.search import best_of_random
+from lib import report
+from lib.controllers import pareto_front
+from lib.genotype import Genotype, read_genotype_file
+from lib.report import search_page, worker_use, write_results
+
+FOLDER = Path("runs/a/search")
+VOID = {"meta"}  # elements that HTML never closes
 
 
-def write_log(path, *records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+class Balance(HTMLParser):
+    """Every element that is opened is closed, in order; gathers the text."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.words: list[str] = []
+        self.feed(page)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
 
 
-def train(epoch, **losses):
-    return {"kind": "train", "step": epoch, "losses": losses}
+def read(page: str) -> str:
+    """The text of a page that is well formed and loads nothing."""
+    for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
+        ElementTree.fromstring(svg)
+    assert page.count("<svg") == page.count("</svg>")
+    page = re.sub(r' xmlns(:xlink)?="[^"]*"', "", page)  # names, not addresses
+    assert not re.search(r"https?://|src=|@import|url\((?!#)|<script|nan\b|None", page)
+    assert not re.search(r'href="(?!#|data:image/png;base64,)', page)
+    return " ".join(Balance(page).words)
 
 
-def evaluation(epoch, **networks):
-    return {"kind": "eval", "step": epoch, "networks": networks}
+@pytest.fixture(scope="module")
+def told():
+    return make_records(80)
 
 
-def pixels(path):
-    return decode_image(read_file(str(path)))
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Pages without their figures, for the tests that only read the text."""
+    monkeypatch.setattr(report, "_svg", lambda draw: report._Html("<svg></svg>"))
 
 
-# ------------------------------------------------------------------------------------------------------------- report
+def test_every_member_of_the_front_is_on_the_page_with_its_command(told):
+    search = make_search(told, budget={"max_flops": 3e8})
+    page = search_page(search, Path("my runs/search"))
+    words, front = read(page), search.front()
+    assert len(front) > 3 and page.count("<article>") == len(front)
+    commands = [line for line in words.splitlines() if line.strip().startswith("python final_train.py")]
+    for k, (record, command) in enumerate(zip(front, commands, strict=True)):
+        assert shlex.split(command)[2:] == ["--genotype", "my runs/search/pareto.json", "--index", f"{k}"]
+        assert f"{record['metrics']['AP']:.4f}" in words
+        assert str(Genotype.from_dict(record["genotype"])) in words
+    assert "80 of 100" in words and "max_flops 3e+08" in words and "a <b>: search" in words
 
 
-@pytest.mark.parametrize(
-    "records",
-    [
-        [],
-        [train(1, cls=2.0, loc=1.0)],
-        [train(1, cls=2.0), train(2, cls=1.5, distill=0.1), evaluation(2, smallest={"AP": 0.1}, largest={"AP": None})],
-        [train(1, cls=None), evaluation(1, detector={"AP": 0.2})],
-    ],
-    ids=["empty", "losses only", "a loss that comes later", "not a number"],
-)
-def test_curves_are_drawn_from_any_log(tmp_path, records):
-    write_log(tmp_path / "log.jsonl", *records)
-    plot_training(tmp_path / "log.jsonl", tmp_path / "curves.png", "AP", phases=[1, 2])
-    assert pixels(tmp_path / "curves.png").float().std() > 1
+def test_the_page_says_how_busy_the_workers_were(undrawn):
+    words = read(search_page(make_search(make_records(60)), FOLDER))
+    # 60 evaluations of 2 s end 1 s apart on two workers: 61 s, of which each worked 60
+    assert "59.0 evaluations per minute" in words and words.count("98%") == 2
 
 
-def test_a_resumed_epoch_replaces_the_one_before(tmp_path):
-    once, twice = tmp_path / "once", tmp_path / "twice"
-    write_log(once, train(1, cls=2.0), train(2, cls=1.0))
-    write_log(twice, train(1, cls=2.0), train(2, cls=9.0), train(2, cls=1.0))
-    for log in (once, twice):
-        plot_training(log, log.with_suffix(".png"), "AP")
-    assert pixels(once.with_suffix(".png")).equal(pixels(twice.with_suffix(".png")))
+def test_an_open_page_is_loaded_anew_only_while_the_search_runs(told, undrawn):
+    assert 'http-equiv="refresh"' in search_page(make_search(told, total=81), FOLDER)
+    assert "refresh" not in search_page(make_search(told, total=80), FOLDER)
 
 
-def test_a_loss_that_comes_later_is_drawn(tmp_path):
-    """Distillation starts when its schedule says so, not at epoch 1."""
-    first, both = tmp_path / "first", tmp_path / "both"
-    write_log(first, train(1, cls=2.0), train(2, cls=1.0), train(3, cls=1.0))
-    write_log(both, train(1, cls=2.0), train(2, cls=1.0, distill=1.5), train(3, cls=1.0, distill=1.4))
-    for log in (first, both):
-        plot_training(log, log.with_suffix(".png"), "AP")
-    assert not pixels(first.with_suffix(".png")).equal(pixels(both.with_suffix(".png")))
+def test_a_random_search_of_the_same_ledger_is_the_control(told, undrawn):
+    search = make_search(told, make_records(100, "random", "other", seed=1))
+    words, last = read(search_page(search, FOLDER)), search.control()[-1]
+    assert last.draws == 80
+    assert f"After 80 evaluations: best AP {search.history()[-1]:.4f} here, {last.mean:.4f} expected of random" in words
+    assert "from the 120 random ones" in words and "--controller random" not in words
 
 
-@pytest.mark.parametrize("cost", ["flops", "params", "latency_ms"])
-def test_the_front_is_drawn(tmp_path, cost):
-    found = [{"AP": 0.1 * i, cost: 1e6 * (5 - i)} for i in range(4)]
-    plot_front(found, found[-1:], cost, "AP", tmp_path / "front.png")
-    assert pixels(tmp_path / "front.png").float().std() > 1
+def test_a_control_of_the_first_proposals_says_how_little_it_knows(told, undrawn):
+    search = make_search(told)
+    words = read(search_page(search, FOLDER))
+    assert search.control()[-1].draws == 20  # the population
+    assert "After 20 evaluations" in words and "what random search would have found later is not known" in words
+    command = "python async_search.py --load runs/a/supernet/last.pt --train-dir runs/a/search --resume --controller"
+    assert f"{command} random\n{command} evo" in words
 
 
-@pytest.mark.parametrize("costs", [["flops"], ["flops", "params"]])
-def test_a_search_is_drawn_with_and_without_its_control(tmp_path, costs):
-    found = [{"AP": 0.1 * i, "flops": 1e6 * (5 - i), "params": 1e6} for i in range(4)]
-    history = [m["AP"] for m in found]
-    with_control, without = tmp_path / "with.png", tmp_path / "without.png"
-    plot_search(found, found[-1:], history, best_of_random(history, 4), costs, "AP", with_control)
-    plot_search(found, found[-1:], history, [], costs, "AP", without)
-    assert not pixels(with_control).equal(pixels(without))
-    assert pixels(without).shape[2] == 770 * (len(costs) + 1)  # a panel per cost, one for the history
+def test_a_ledger_from_before_origins_has_no_control(undrawn):
+    told = [{name: value for name, value in r.items() if name != "origin"} for r in make_records(20)]
+    search = make_search(told)
+    words = read(search_page(search, FOLDER))
+    assert search.control() == [] and "holds 0 random evaluations" in words and "--controller random" in words
 
 
-# --------------------------------------------------------------------------------------------------------------- plan
+def test_failures_are_counted_and_shown(undrawn):
+    words = read(search_page(make_search(make_records(30, failed=lambda i: i % 10 == 3)), FOLDER))
+    assert "3 failed" in words and "3 × RuntimeError: <out of memory> & more" in words
 
 
-def test_the_plan_says_sizes_costs_and_priors(tiny_detector, tiny_config):
-    detector = tiny_detector()
-    assert plan.describe_split(10, range(7), range(3)) == ("split: 10 images, 7 train the supernet, 3 score candidates")
-    first, smallest, largest = plan.describe_space(detector, detector.space)
-    # five stages of one or two blocks, each of 2 widths and 2 kernels
-    assert first == f"search space: {float((4 + 16) ** 5):.4g} sub-networks of mbv3_backbone"
-    for line, genotype in ((smallest, detector.space.smallest()), (largest, detector.space.largest())):
-        cost, _ = module_cost(detector.extract(genotype), (1, 3, 64, 64))
-        assert f"{cost.flops / 1e6:.1f} M multiply-adds, {cost.params / 1e6:.3f} M parameters" in line
-    assert plan.describe_priors(detector, tiny_config()) == ["priors at 64 px: 84 = 4x4x4, 2x2x4, 1x1x4"]
-    assert len(detector.priors(64)) == 84
+def test_ties_are_on_the_page(undrawn):
+    search = make_search(with_resamples(make_records(40)))
+    words = read(search_page(search, FOLDER))
+    ties = [k for k, record in enumerate(search.front()) if search.noise(record).tie]
+    assert 1 <= len(ties) < len(search.front())
+    assert f"Ties with the best: {', '.join(map(str, ties))}." in words
+    assert "over 200 resamples of the same 40 images" in words
+    first = search.noise(search.front()[0]).interval
+    assert f"{first.low:.4f} to {first.high:.4f}" in words
 
 
-def test_the_plan_says_how_long_training_is(tiny_config):
-    line = plan.describe_training("final", tiny_config().final, 24, 6)
-    assert line == "final: 2 epochs of 6 steps, batches of 4, 24 images, sgd, learning rate 0.01 (cosine)"
+@pytest.mark.parametrize("told", [make_records(1), make_records(2, failed=lambda i: i == 0)], ids=["one", "one of two"])
+def test_a_search_that_has_hardly_begun(told):
+    assert f"{len(told)} of 100" in read(search_page(make_search(told), FOLDER))
+
+
+def test_what_was_in_the_ledger_already_costs_no_time(undrawn):
+    told = make_records(30)
+    for record in told[:10]:
+        record |= {"search": "other", "time": record["time"] - 1e6}
+    words = read(search_page(make_search(told), FOLDER))
+    assert "10 were in the ledger" in words and "over 21 s" in words
+
+
+def test_each_cost_has_a_figure():
+    told = make_records(30)
+    plain = read(search_page(make_search(told), FOLDER))
+    assert "multiply-adds (M)" in plain and "parameters (M)" in plain and "latency" not in plain
+    for i, record in enumerate(told):
+        record["metrics"]["latency_ms"] = 10.0 + i
+    assert "latency (ms)" in read(search_page(make_search(told), FOLDER))
+
+
+def test_the_front_is_drawn_as_steps_in_millions(told):
+    search, axis = make_search(told), Figure().subplots()
+    report._draw_front(axis, search, "flops")
+    (steps,) = [line for line in axis.lines if line.get_drawstyle() == "steps-post"]
+    expected = [(r["metrics"]["flops"] / 1e6, r["metrics"]["AP"]) for r in search.front()]
+    *drawn, last = zip(*steps.get_data(), strict=True)
+    assert drawn == expected
+    assert last == (max(r["metrics"]["flops"] for r in told) / 1e6, expected[-1][1])  # to the dearest evaluation
+
+
+def test_a_large_search_is_drawn_at_once_and_stays_small():
+    search = make_search(make_records(2100, "random"))
+    start = time.process_time()
+    page = search_page(search, FOLDER)
+    assert time.process_time() - start < 6.0  # about 1 s where it was measured
+    assert len(page) < 1e6 and "data:image/png;base64," in page
+    read(page)
+
+
+def test_the_best_and_the_front_are_genotype_files(tmp_path, told, capsys):
+    write_results(make_search(told), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"best.json", "pareto.json", "front.png", "report.html"}
+    best = read_genotype_file(tmp_path / "best.json")
+    front = json.loads((tmp_path / "pareto.json").read_text())["front"]
+    assert best["metrics"]["AP"] == max(r["metrics"]["AP"] for r in told)
+    expected = [Genotype.from_dict(r["genotype"]) for r in pareto_front(told, "AP", ["flops"])]
+    assert [Genotype.from_dict(member) for member in front] == expected and len(front) > 2
+    for content in (best, *front):
+        assert content["supernet"] == {"path": "runs/a/supernet/last.pt", "sha256": "abc"}
+        assert content["config"]["name"] == "a <b>"
+    assert decode_image(read_file(str(tmp_path / "front.png"))).float().std() > 1
+    read((tmp_path / "report.html").read_text())
+    assert capsys.readouterr().out == ""
+
+
+def test_the_noise_and_the_next_best_are_written(tmp_path):
+    search = make_search(with_resamples(make_records(30)))
+    write_results(search, tmp_path, top=7)
+    front = json.loads((tmp_path / "pareto.json").read_text())["front"]
+    for member, record in zip(front, search.front(), strict=True):
+        noise = search.noise(record)
+        assert member["noise"] == {"interval": list(noise.interval), "behind": list(noise.behind), "tie": noise.tie}
+    scores = [read_genotype_file(tmp_path / "top.json", k)["metrics"]["AP"] for k in range(7)]
+    assert scores == sorted((r["metrics"]["AP"] for r in search.told), reverse=True)[:7]
+
+
+def test_a_page_that_cannot_be_drawn_ends_no_search(tmp_path, monkeypatch, capsys):
+    (tmp_path / "report.html").write_text("the last one")
+    monkeypatch.setattr(report, "search_page", lambda search, folder: search.nonsense)
+    write_results(make_search(make_records(5)), tmp_path)
+    assert "report.html: not drawn: AttributeError: " in capsys.readouterr().out
+    assert (tmp_path / "report.html").read_text() == "the last one"
+
+
+def job(worker: str, start: float, end: float, status: str = "ok") -> dict:
+    return {"worker": worker, "time": end, "seconds": end - start, "status": status}
+
+
+def test_the_time_of_the_workers():
+    records = [job("cpu#1", 100, 110, "failed"), job("cpu#0", 106, 111), job("cpu#0", 100, 104)]
+    by_worker, seconds = worker_use(records)
+    assert by_worker == {"cpu#0": [records[2], records[1]], "cpu#1": [records[0]]} and seconds == 11
+    assert worker_use([]) == ({}, 0.0)
+
+
+def test_the_time_between_two_runs_is_nobodys():
+    _, seconds = worker_use([job("cpu#0", 5000, 5010), job("cpu#1", 100, 110), job("cpu#1", 5005, 5015)])
+    assert seconds == 25
+    _, seconds = worker_use([job("cpu#0", 0, 500), job("cpu#1", 400, 500)])  # one worker waits while another is busy
+    assert seconds == 500
+    _, seconds = worker_use([job("cpu#0", 0, 10), job("cpu#0", 40, 50)])  # a short gap counts
+    assert seconds == 50
+
+
+def test_matplotlib_is_imported_only_to_draw():
+    """It takes half of the time that --help takes."""
+    assert not re.search(r"^(import|from) matplotlib", Path(report.__file__).read_text(), re.MULTILINE)

@@ -1,3 +1,5 @@
+"""Candidates are scored as by the plain steps, whatever was scored before; packed scores and their intervals."""
+
 from __future__ import annotations
 
 import math
@@ -6,6 +8,8 @@ import random
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lib import checkpoint
 from lib.config_io import to_dict
@@ -13,7 +17,17 @@ from lib.datasets import load_annotations, split_indices
 from lib.detector import detect, recalibrate
 from lib.errors import UserError
 from lib.metrics import detection_metrics
-from lib.scoring import Scorer, load_scoring_data, pack, prepare_scoring_data, save_scoring_data, scoring_worker, unpack
+from lib.scoring import (
+    Scorer,
+    image_weights,
+    interval,
+    load_scoring_data,
+    pack,
+    prepare_scoring_data,
+    save_scoring_data,
+    scoring_worker,
+    unpack,
+)
 from lib.training import Trainer
 
 CPU = torch.device("cpu")
@@ -84,7 +98,8 @@ def test_a_score_does_not_depend_on_what_was_scored_before(tiny_detector, config
     other = scorer(detector, space.largest())
     assert same(first, scorer(detector, space.smallest()))
     assert same(first, Scorer(data, config, CPU)(tiny_detector(5), space.smallest()))
-    assert first["flops"] < other["flops"] and first["params"] < other["params"]
+    for cost in ("flops", "params"):
+        assert first["metrics"][cost] < other["metrics"][cost]
     assert all(torch.equal(t, before[name]) for name, t in detector.state_dict().items())
 
 
@@ -108,7 +123,7 @@ def test_a_score_is_that_of_the_recalibrated_extract(tiny_detector, config, data
     recalibrate(plain, data["bn_images"].split(4), CPU)
     found = detect(plain, data["images"].split(6), config, CPU)
     expected = detection_metrics(found, data["truth"], data["sizes"], data["classes"])
-    score = Scorer(data, config, CPU)(detector, genotype)
+    score = Scorer(data, config, CPU)(detector, genotype)["metrics"]
     assert {"AP", "AP50", "mAP", "flops", "params", "per_class"} <= score.keys()
     cost = detector.cost(genotype)
     assert (score["flops"], score["params"]) == cost
@@ -123,7 +138,7 @@ def test_statistics_come_from_whole_batches_only(tiny_detector, config, data):
     scores = [Scorer(d, config, CPU)(detector, detector.space.smallest()) for d in (data, more)]
     assert same(*scores)
     few = {**data, "bn_images": data["bn_images"][:2]}  # less than one batch is one batch
-    assert math.isfinite(Scorer(few, config, CPU)(detector, detector.space.smallest())["AP"])
+    assert math.isfinite(Scorer(few, config, CPU)(detector, detector.space.smallest())["metrics"]["AP"])
 
 
 def test_the_file_that_workers_share_holds_the_same(tmp_path, data):
@@ -132,53 +147,21 @@ def test_the_file_that_workers_share_holds_the_same(tmp_path, data):
     for name in ("bn_images", "images"):
         assert torch.equal(loaded[name], data[name])
     assert loaded["sizes"].tolist() == data["sizes"] and loaded["classes"] == data["classes"]
-    assert len(loaded["truth"][2:5]) == 3 and torch.equal(loaded["truth"][-1]["boxes"], data["truth"][-1]["boxes"])
+    assert len(loaded["truth"]) == len(data["truth"])
     for mine, theirs in zip(loaded["truth"], data["truth"], strict=True):
         assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
 
 
-def same_result(a, b):
-    return {**a, "metrics": None} == {**b, "metrics": None} and same(a["metrics"], b["metrics"])
-
-
-@pytest.fixture(scope="module")
-def race(tiny_config, config, data):
-    """A scorer of 48 images, so that there are rungs at 12 and 24."""
-    more = {**data, "images": data["images"].repeat(6, 1, 1, 1)[:48]}
-    more |= {name: (data[name] * 6)[:48] for name in ("truth", "sizes")}
-    return Scorer(more, tiny_config(data__root=config.data.root, search__resamples=50), CPU)
-
-
-def test_a_race_that_nobody_stops_gives_the_score(tiny_detector, race):
+def test_a_score_comes_with_those_on_resamples_of_the_images(tiny_detector, tiny_config, config, data):
     detector = tiny_detector(5)
     genotype = detector.space.largest()
-    result = race.race(detector, genotype)
-    metrics = race(detector, genotype)
-    assert result["images"] == 48 and not result["lost"] and result["objective"] == "AP"
-    assert list(result["resampled"]) == ["12", "24", "48"]
-    for name in ("AP", "AP50", "mAP", "flops"):
-        assert result["metrics"][name] == pytest.approx(metrics[name], abs=1e-6)
-    scores = unpack(result["resampled"]["48"])
-    assert len(scores) == 50 and scores.min() <= metrics["AP"] <= scores.max()
-
-
-def test_who_clearly_loses_to_all_rivals_is_stopped_at_the_first_rung(tiny_detector, race):
-    detector = tiny_detector(5)
-    genotype = detector.space.largest()
-    whole = race.race(detector, genotype)
-    better = {n: pack(np.minimum(unpack(packed) + 0.1, 1)) for n, packed in whole["resampled"].items()}
-    lost = race.race(detector, genotype, [better, better])
-    assert lost["lost"] and lost["images"] == 12 and lost["resampled"] == {"12": whole["resampled"]["12"]}
-    assert lost["metrics"]["flops"] == whole["metrics"]["flops"] and lost["metrics"]["AP"] is not None
-    for rivals in ([whole["resampled"]], [better, whole["resampled"]], [better, {}]):
-        assert same_result(race.race(detector, genotype, rivals), whole)
-
-
-def test_no_resamples_no_race(tiny_detector, tiny_config, config, data):
-    detector = tiny_detector(5)
-    off = Scorer(data, tiny_config(data__root=config.data.root, search__resamples=0), CPU)
-    result = off.race(detector, detector.space.smallest(), [{"12": "AAAA"}])
-    assert result.keys() == {"metrics", "images", "lost"} and not result["lost"]
+    resampling = Scorer(data, tiny_config(data__root=config.data.root, search__resamples=50), CPU)
+    result = resampling(detector, genotype)
+    assert result["images"] == 12 and result["objective"] == "AP" and list(result["resampled"]) == ["12"]
+    scores = unpack(result["resampled"]["12"])
+    assert len(scores) == 50 and scores.min() <= result["metrics"]["AP"] <= scores.max()
+    plain = Scorer(data, tiny_config(data__root=config.data.root, search__resamples=0), CPU)(detector, genotype)
+    assert plain.keys() == {"metrics", "images"} and same(plain["metrics"], result["metrics"])
 
 
 def test_the_batch_is_halved_until_it_fits(tiny_detector, config, data, monkeypatch):
@@ -194,7 +177,7 @@ def test_the_batch_is_halved_until_it_fits(tiny_detector, config, data, monkeypa
     expected = scorer(detector, detector.space.smallest())
     monkeypatch.setattr("lib.scoring.detect", detect_with_little_memory)
     found = scorer(detector, detector.space.smallest())
-    assert sizes == [4, 2] and found["AP"] == pytest.approx(expected["AP"], abs=1e-6)
+    assert sizes == [4, 2] and found["metrics"]["AP"] == pytest.approx(expected["metrics"]["AP"], abs=1e-6)
     monkeypatch.setattr("lib.scoring.detect", lambda *_: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError("full")))
     with pytest.raises(torch.cuda.OutOfMemoryError, match="full"):
         scorer(detector, detector.space.smallest())
@@ -208,7 +191,36 @@ def test_a_worker_scores_as_the_scorer_does(tiny_detector, tiny_config, config, 
     save_scoring_data(data, images)
     score = scoring_worker("cpu", str(supernet), str(images), to_dict(config))
     genotype = detector.space.smallest()
-    expected = Scorer(data, config, CPU)(detector, genotype)
-    found = score({"genotype": genotype.to_dict(), "rivals": []})["metrics"]
+    expected = Scorer(data, config, CPU)(detector, genotype)["metrics"]
+    found = score({"genotype": genotype.to_dict()})["metrics"]
     assert "per_class" not in found and found["AP"] == expected["AP"] and found["flops"] == expected["flops"]
     assert all(value is None or math.isfinite(value) for value in found.values())
+
+
+def test_weights_are_resamples_and_always_the_same():
+    weights = image_weights(9, 50)
+    image_weights.cache_clear()
+    assert weights.shape == (50, 9) and (weights.sum(1) == 9).all() and weights.std() > 0.5
+    np.testing.assert_array_equal(weights, image_weights(9, 50))
+
+
+def test_the_interval_of_a_mean_is_the_one_of_the_normal_distribution():
+    """The bootstrap of a mean is known: its standard error is the sample's deviation over the root of its size."""
+    sample = np.random.default_rng(0).normal(size=400)
+    means = image_weights(400, 4000) @ sample / 400
+    half = 1.96 * sample.std() / 20
+    np.testing.assert_allclose(interval(means), (sample.mean() - half, sample.mean() + half), atol=0.01)
+
+
+def test_the_interval_of_a_difference_is_about_the_same_resamples():
+    hard = np.random.default_rng(0).uniform(0.2, 0.8, 1000)  # what makes a resample hard is common to both
+    assert interval(hard + 0.01 - hard).low > 0 and interval(hard - hard) == (0, 0)
+    low, high = interval(np.random.default_rng(1).permutation(hard) + 0.01 - hard)
+    assert low < 0 < high
+    assert np.isnan(interval(np.full(3, np.nan))).all()
+
+
+@settings(max_examples=25)
+@given(st.lists(st.one_of(st.floats(0, 1), st.just(float("nan")))))
+def test_packed_scores_are_kept(scores):
+    np.testing.assert_allclose(unpack(pack(np.array(scores, float))), scores, atol=1e-5)
