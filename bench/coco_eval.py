@@ -15,7 +15,7 @@ import torch
 
 from lib.coco_eval import NAMES
 from lib.errors import UserError
-from lib.metrics import coco_metrics
+from lib.metrics import Evaluation
 from lib.runtime import run
 
 # images, classes, mean number of objects in an image, detections in an image
@@ -53,7 +53,7 @@ def compare(name: str, runs: int) -> dict:
         numbers = {}
         for key, took in seconds.items():
             start = time.process_time()
-            numbers[key] = coco_metrics(truth, found, classes, reference=key == "pycocotools")
+            numbers[key] = Evaluation(classes, truth, found).coco(reference=key == "pycocotools")
             took.append(time.process_time() - start)
         gap = largest_gap(numbers["coco_eval"], numbers["pycocotools"])
         if not gap <= MOST_GAP:

@@ -1,11 +1,12 @@
-"""The objects and the detections of all images as arrays, and which of them overlap how much.
+"""COCO's evaluation of boxes on arrays: all images, classes and IoU thresholds at once, with pycocotools' numbers.
 
-COCO's evaluation of boxes on arrays, all images, classes and thresholds at once; the numbers are pycocotools'.
+Two observations make it fast. Only pairs of a detection and an object with an IoU of at least 0.5 matter, and they are
+few. And COCO's matching, in which the detections choose one after the other, best score first, is the stable matching
+of detections that prefer the object with the highest IoU and objects that prefer the detection with the best score; so
+all detections can propose at once, in rounds (Gale and Shapley, "College Admissions and the Stability of Marriage",
+1962).
 
-Two observations make it fast. Only pairs of a detection and an object that overlap by 0.5 matter, and they are few. And
-COCO's matching, in which the detections choose one after the other, best score first, is the stable matching of
-detections that prefer the object they overlap most and objects that all prefer the best score; so the detections can
-propose all at once, in rounds (Gale and Shapley, "College Admissions and the Stability of Marriage", 1962).
+Shapes: N objects, K detections, P pairs, M matches, T = 10 IoU thresholds, C classes, R resamples of the images.
 """
 
 from __future__ import annotations
@@ -16,9 +17,17 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
+RECALLS = np.linspace(0, 1, 101)
+DETECTIONS_ALLOWED = (1, 10, 100)  # of one image and class, the best by score
+# By the suffix of the names, in pixels^2; both ends belong to the range.
+AREAS = {"": (0, 1e10), "s": (0, 32**2), "m": (32**2, 96**2), "l": (96**2, 1e10)}
+POINTS_AT_ONCE = 2_000_000  # bounds the memory: more resamples than have so many points are done in turns
+
 
 class GroundTruth(NamedTuple):
-    """The ground truth of all images, N objects. A crowd is not asked for, and may match any number of detections."""
+    """The objects of all images. A crowd is not to be found, and may match any number of detections."""
 
     image: np.ndarray  # (N,) from 0, rising
     label: np.ndarray  # (N,) from 0
@@ -28,7 +37,7 @@ class GroundTruth(NamedTuple):
 
 
 class ScoredBoxes(NamedTuple):
-    """The detections of all images, K of them."""
+    """The detections of all images."""
 
     image: np.ndarray  # (K,) from 0, rising
     label: np.ndarray  # (K,) from 0
@@ -37,7 +46,7 @@ class ScoredBoxes(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """P pairs of a detection and an object of the same image and class, ordered by detection, then by object."""
+    """Pairs of a detection and an object of the same image and class."""
 
     detection: np.ndarray  # (P,) index into ScoredBoxes
     object: np.ndarray  # (P,) index into GroundTruth
@@ -48,53 +57,44 @@ Rows = TypeVar("Rows", GroundTruth, ScoredBoxes, Pairs)
 
 
 def take(rows: Rows, chosen: np.ndarray) -> Rows:
+    """The rows that an index or a mask chooses."""
     return type(rows)(*(column[chosen] for column in rows))
 
 
-def joined(first: Rows, second: Rows) -> Rows:
-    return type(first)(*(np.concatenate(columns) for columns in zip(first, second, strict=True)))
-
-
-def overlapping(objects: GroundTruth, found: ScoredBoxes, least_iou: float) -> Pairs:
-    """Pairs of one image and class with an IoU of at least `least_iou`; a crowd's is over the detection's area."""
+def overlapping_pairs(objects: GroundTruth, found: ScoredBoxes, least_iou: float) -> Pairs:
+    """All pairs with an IoU of at least `least_iou`, ordered by detection, then by object."""
     images = max(objects.image.max(initial=0), found.image.max(initial=0)) + 1
-    object_group, group = (rows.label * images + rows.image for rows in (objects, found))
+    object_group = objects.label * images + objects.image
+    found_group = found.label * images + found.image
+    # Sorted by group, the objects of a detection's image and class are one interval.
     by_group = np.argsort(object_group, kind="stable")
-    first, end = (np.searchsorted(object_group[by_group], group, side) for side in ("left", "right"))
-    count = end - first
-    detection = np.repeat(np.arange(len(group)), count)
+    first = np.searchsorted(object_group[by_group], found_group, "left")
+    count = np.searchsorted(object_group[by_group], found_group, "right") - first
+    detection = np.repeat(np.arange(len(found_group)), count)
     other = by_group[np.arange(len(detection)) + np.repeat(first - np.cumsum(count) + count, count)]
     pairs = Pairs(detection, other, iou(objects, found, detection, other))
     return take(pairs, pairs.iou >= least_iou)
 
 
 def iou(objects: GroundTruth, found: ScoredBoxes, detection: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """(P,) of detections and objects given by their indices (P,); a crowd's is over the detection's area.
+    """(P,) IoU of detections and objects given by their indices (P,); with a crowd, over the detection's area only.
 
-    Rounded as pycocotools rounds: an IoU may equal a threshold exactly.
+    Rounded as pycocotools rounds, since an IoU may equal a threshold exactly.
     """
-    a, b = (np.ascontiguousarray(rows.box_xywh.T) for rows in (found, objects))  # (4, K), (4, N)
-    width, height = (
-        np.minimum((a[axis] + a[axis + 2])[detection], (b[axis] + b[axis + 2])[other])
-        - np.maximum(a[axis][detection], b[axis][other])
-        for axis in (0, 1)
-    )
+    x, y, w, h = np.ascontiguousarray(found.box_xywh.T)  # (K,) each
+    object_x, object_y, object_w, object_h = np.ascontiguousarray(objects.box_xywh.T)  # (N,) each
+    right = np.minimum((x + w)[detection], (object_x + object_w)[other])
+    bottom = np.minimum((y + h)[detection], (object_y + object_h)[other])
+    width = right - np.maximum(x[detection], object_x[other])
+    height = bottom - np.maximum(y[detection], object_y[other])
     overlap = width.clip(0) * height.clip(0)
-    area = (a[2] * a[3])[detection]
-    union = np.where(objects.crowd[other], area, area + (b[2] * b[3])[other] - overlap)
+    area = (w * h)[detection]
+    union = np.where(objects.crowd[other], area, area + (object_w * object_h)[other] - overlap)
     return np.divide(overlap, union, out=np.zeros(len(overlap)), where=overlap > 0)
 
 
-NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
-RECALLS = np.linspace(0, 1, 101)
-DETECTIONS_ALLOWED = (1, 10, 100)  # of one image and class; the best by score
-POINTS_AT_ONCE = 2_000_000  # of all resamples together; more are done in turns
-AREAS = ((0, 1e10), (0, 32**2), (32**2, 96**2), (96**2, 1e10))  # pixels^2: all, small, medium, large; both ends belong
-
-
 class Ranked(NamedTuple):
-    """What the matching starts from. At most 100 detections of an image and class, the best."""
+    """The input of the matching, with at most 100 detections of an image and class, the best."""
 
     objects: GroundTruth
     found: ScoredBoxes  # by class, then by falling score
@@ -102,186 +102,216 @@ class Ranked(NamedTuple):
     pairs: Pairs  # by detection, then by falling IoU
 
 
-class Matches(NamedTuple):
-    """Of one area range: the M matches of all thresholds, ordered by threshold, then by detection."""
-
-    asked: np.ndarray  # (N,) bool, the objects to find
-    inside: np.ndarray  # (K,) bool, the detections that count where they match nothing
-    detection: np.ndarray  # (M,) index into ScoredBoxes
-    right: np.ndarray  # (M,) bool: of an object that is asked for
-    curve: np.ndarray  # (M,) threshold * number of classes + label
-
-
-def rank_found(objects: GroundTruth, found: ScoredBoxes, pairs: Pairs) -> Ranked:
-    """`pairs` are all that overlap by at least 0.5; others do no harm."""
+def rank_detections(objects: GroundTruth, found: ScoredBoxes, pairs: Pairs) -> Ranked:
+    """Sort and cut the detections; `pairs` must hold all with an IoU of at least 0.5, and may hold others."""
     order = np.lexsort((-found.score, found.label))  # stable: at equal scores the earlier image is first
-    rank = _rank(take(found, order))
-    order, rank = (column[rank < DETECTIONS_ALLOWED[-1]] for column in (order, rank))
+    group = found.label[order] * (found.image.max(initial=0) + 1) + found.image[order]
+    by_group = np.argsort(group, kind="stable")
+    rank = np.empty(len(group), int)
+    rank[by_group] = _running_sum(np.ones(len(group), int), group[by_group]) - 1
+    kept = rank < DETECTIONS_ALLOWED[-1]
+    order, rank = order[kept], rank[kept]
+    # The pairs point to the detections' new places, -1 for those that were cut.
     place = np.full(len(found.label), -1)
     place[order] = np.arange(len(order))
     pairs = pairs._replace(detection=place[pairs.detection])
-    by_choice = np.lexsort((-pairs.object, -pairs.iou, pairs.detection))  # at equal IoU the later object wins
-    return Ranked(objects, take(found, order), rank, take(pairs, by_choice[pairs.detection[by_choice] >= 0]))
+    pairs = take(pairs, pairs.detection >= 0)
+    by_preference = np.lexsort((-pairs.object, -pairs.iou, pairs.detection))  # at equal IoU the later object wins
+    return Ranked(objects, take(found, order), rank, take(pairs, by_preference))
 
 
 def coco_numbers(ranked: Ranked, num_classes: int) -> tuple[dict[str, float], np.ndarray]:
-    """The twelve numbers under `NAMES`, and AP (C,) of each class; nan where there are no objects to ask for."""
-    objects, found = ranked.objects, ranked.found
-    once = np.ones((1, max(objects.image.max(initial=0), found.image.max(initial=0)) + 1), int)
-    counts, aps, recalls = [], [], []
-    for area in AREAS:
-        matches = _matches(ranked, area, num_classes)
-        counts.append(_num_objects(objects, matches, once, num_classes))
-        aps.append(_average_precision(found, matches, counts[-1], once))
-        recalls.append(_recall(ranked.rank, matches, counts[-1][0]))
-    every = aps[0]
-    values = [_mean(counts[0], ap) for ap in (every, every[:, :1], every[:, 5:6])]  # all thresholds, 0.5, 0.75
-    values += [_mean(n, ap) for n, ap in zip(counts[1:], aps[1:], strict=True)]
-    values += [_mean(counts[0], recalls[0][None, i]) for i in range(len(DETECTIONS_ALLOWED))]
-    values += [_mean(n, recall[None, -1]) for n, recall in zip(counts[1:], recalls[1:], strict=True)]
-    per_class = np.where(counts[0][0] > 0, every[0].mean(0), np.nan)
-    return {name: float(value[0]) for name, value in zip(NAMES, values, strict=True)}, per_class
+    """The twelve numbers under `NAMES`, and the AP (C,) of each class; nan where there are no objects to find."""
+    images = max(ranked.objects.image.max(initial=0), ranked.found.image.max(initial=0)) + 1
+    once = np.ones((1, images), int)
+    numbers = {}
+    for size, area in AREAS.items():
+        matches = _match_area(ranked, area, num_classes)
+        num_objects = _num_objects(ranked.objects, matches, once, num_classes)  # (1, C)
+        ap = _average_precision(ranked.found, matches, num_objects, once)  # (1, T, C)
+        recall = _recall(ranked.rank, matches, num_objects[0])  # (3, T, C)
+        numbers[f"AP{size}"] = _mean(num_objects, ap)
+        if size:
+            numbers[f"AR{size}"] = _mean(num_objects, recall[-1:])
+        else:
+            numbers["AP50"] = _mean(num_objects, ap[:, :1])
+            numbers["AP75"] = _mean(num_objects, ap[:, 5:6])
+            for i, most in enumerate(DETECTIONS_ALLOWED):
+                numbers[f"AR{most}"] = _mean(num_objects, recall[i : i + 1])
+            per_class = np.where(num_objects[0] > 0, ap[0].mean(0), np.nan)
+    return {name: float(numbers[name][0]) for name in NAMES}, per_class
 
 
 def resampled_ap(ranked: Ranked, num_classes: int, weight: np.ndarray, thresholds: slice = slice(None)) -> np.ndarray:
-    """AP (R,) of R resamples of the images: image i stands `weight[r, i]` times in resample r, weight (R, N) int.
+    """AP (R,) of R resamples of the images; image i occurs `weight[r, i]` times in resample r, weight (R, images) int.
 
-    A copy of a detection ties with its original, and the precision at which all copies are in is the highest of
-    theirs: so the curves are those of one pass in which a detection counts as often as its image stands there (but for
-    the order of two detections of one image and class with equal scores). The matching, which is within images, is
-    found once. `thresholds` chooses among `IOU_THRESHOLDS`.
+    `thresholds` chooses among `IOU_THRESHOLDS`. The matching is within images, so it is found once. A copy of a
+    detection ties with its original, and the precision is highest when all copies are in: so a curve is that of one
+    pass in which each detection counts as often as its image occurs (but for the order of two detections of one image
+    and class with equal scores).
     """
-    matches = _matches(ranked, AREAS[0], num_classes)
-    found_ap = np.empty(len(weight))
+    matches = _match_area(ranked, AREAS[""], num_classes)
+    result = np.empty(len(weight))
     points = len(ranked.found.label) + len(matches.curve) + len(IOU_THRESHOLDS) * num_classes
     step = max(1, POINTS_AT_ONCE // points)
-    for some in (slice(i, i + step) for i in range(0, len(weight), step)):
+    for start in range(0, len(weight), step):
+        some = slice(start, start + step)
         num_objects = _num_objects(ranked.objects, matches, weight[some], num_classes)
         ap = _average_precision(ranked.found, matches, num_objects, weight[some])
-        found_ap[some] = _mean(num_objects, ap[:, thresholds])
-    return found_ap
+        result[some] = _mean(num_objects, ap[:, thresholds])
+    return result
 
 
-def _rank(found: ScoredBoxes) -> np.ndarray:
-    """(K,) 0, 1, ... within an image and class, in the order of the detections."""
-    group = found.label * (found.image.max(initial=0) + 1) + found.image
-    order = np.argsort(group, kind="stable")
-    rank = np.empty(len(group), dtype=np.int64)
-    rank[order] = _running_sum(np.ones(len(group), dtype=np.int64), group[order]) - 1
-    return rank
+class Matches(NamedTuple):
+    """The matches of one area range at all thresholds, ordered by threshold, then by detection.
+
+    A curve is the precision-recall curve of one threshold and class.
+    """
+
+    wanted: np.ndarray  # (N,) bool, the objects to find
+    inside: np.ndarray  # (K,) bool, the detections that are wrong if they match nothing; others do not count
+    detection: np.ndarray  # (M,) index into ScoredBoxes
+    right: np.ndarray  # (M,) bool, whether the object is to be found; a match with another one does not count
+    curve: np.ndarray  # (M,) threshold * C + label
 
 
-def _matches(ranked: Ranked, area: tuple[float, float], num_classes: int) -> Matches:
-    """The matches where objects within `area` are asked for."""
+def _match_area(ranked: Ranked, area: tuple[float, float], num_classes: int) -> Matches:
+    """Match where the objects within `area` are to be found."""
     objects, found, _, pairs = ranked
     low, high = area
-    asked = ~objects.crowd & (objects.area >= low) & (objects.area <= high)
+    wanted = ~objects.crowd & (objects.area >= low) & (objects.area <= high)
     size = found.box_xywh[:, 2] * found.box_xywh[:, 3]
-    # An object that is asked for is preferred to all that are not.
-    preferred = take(pairs, np.argsort(2 * pairs.detection + ~asked[pairs.object], kind="stable"))
-    threshold, pair = _match(preferred, objects.crowd, len(found.label))
-    detection = preferred.detection[pair]
-    right, curve = asked[preferred.object[pair]], threshold * num_classes + found.label[detection]
-    return Matches(asked, (size >= low) & (size <= high), detection, right, curve)
-
-
-def _num_objects(objects: GroundTruth, matches: Matches, weight: np.ndarray, num_classes: int) -> np.ndarray:
-    """(R, C) objects to find."""
-    shape = weight.shape[1], num_classes
-    place = objects.image[matches.asked] * num_classes + objects.label[matches.asked]
-    return weight @ np.bincount(place, minlength=shape[0] * shape[1]).reshape(shape)
-
-
-def _average_precision(found: ScoredBoxes, matches: Matches, num_objects: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """(R, T, C) mean over `RECALLS` of the highest precision at that recall or a higher one."""
-    inside, detection, right, curve = matches[1:]
-    label, first = found.label[detection], np.searchsorted(found.label, found.label[detection])
-    ends, place = np.unique(np.concatenate([first, detection + 1]), return_inverse=True)
-    before_class, up_to = np.split(_sums_up_to(ends, weight, found.image, inside)[:, place], 2, axis=1)
-    times = weight[:, found.image[detection]]  # (R, M)
-    # Of the matched detections those of objects that are asked for count, of the others those inside.
-    seen = up_to - before_class + _running_sum(times * (right - inside[detection].astype(int)), curve)
-    hits = _running_sum(times * right, curve)
-    ap = np.zeros((len(weight), len(IOU_THRESHOLDS), num_objects.shape[1]))
-    if right.any():
-        hits, seen, curve, label = hits[:, right], seen[:, right], curve[right], label[right]
-        recall = hits / np.maximum(num_objects, 1)[:, label]
-        areas = _area(curve, _levels(recall), hits / (seen + np.spacing(1)))
-        ap.reshape(len(weight), -1)[:, np.unique(curve)] = areas / len(RECALLS)
-    return ap
-
-
-def _area(curve: np.ndarray, levels: np.ndarray, precision: np.ndarray) -> np.ndarray:
-    """(R, U) of each curve, the sum over `RECALLS` of its highest precision from there on.
-
-    The points (R, P) are those at which a detection is right, where precision is highest; `curve` (P,) rises.
-    """
-    start = np.flatnonzero(np.diff(curve, prepend=-1))
-    apart = 2.0 * curve  # so that no curve's maximum reaches into the curve before it
-    highest = np.maximum.accumulate((precision - apart)[:, ::-1], axis=1)[:, ::-1] + apart
-    new_levels = np.diff(levels, axis=1, prepend=0)
-    new_levels[:, start] = levels[:, start]
-    return np.add.reduceat(highest * new_levels, start, axis=1)
-
-
-def _levels(recall: np.ndarray) -> np.ndarray:
-    """How many of `RECALLS` are at most `recall`, as floating-point numbers compare."""
-    below = (recall * (len(RECALLS) - 1)).astype(int)
-    below -= RECALLS[below] > recall
-    return below + 1 + (np.append(RECALLS, np.inf)[below + 1] <= recall)
-
-
-def _sums_up_to(ends: np.ndarray, weight: np.ndarray, image: np.ndarray, inside: np.ndarray) -> np.ndarray:
-    """(R, E) of the first `ends` (E,) detections, rising, how many lie inside, each as often as its image is there.
-
-    Sums of an image's weights over the detections from one end to the next: bags of rows of a table. In float64, exact.
-    """
-    last, starts = ends.max(initial=0), ends - np.diff(ends, prepend=0)
-    columns = image[:last], weight.T.astype(float, order="C"), starts, inside[:last].astype(float)
-    rows, table, starts, counts = (torch.from_numpy(column) for column in columns)
-    sums = F.embedding_bag(rows, table, starts, mode="sum", per_sample_weights=counts)
-    return np.cumsum(sums.numpy().T, axis=1).astype(int)
-
-
-def _recall(rank: np.ndarray, matches: Matches, num_objects: np.ndarray) -> np.ndarray:
-    """(3, T, C) by the number of detections allowed in an image."""
-    shape = len(IOU_THRESHOLDS), len(num_objects)
-    rank, curve = rank[matches.detection[matches.right]], matches.curve[matches.right]
-    hits = [np.bincount(curve[rank < most], minlength=shape[0] * shape[1]) for most in DETECTIONS_ALLOWED]
-    return np.stack(hits).reshape(-1, *shape) / np.maximum(num_objects, 1)
+    inside = (size >= low) & (size <= high)
+    # A detection prefers any object that is to be found to all that are not.
+    pairs = take(pairs, np.argsort(2 * pairs.detection + ~wanted[pairs.object], kind="stable"))
+    threshold, pair = _match(pairs, objects.crowd, len(found.label))
+    detection = pairs.detection[pair]
+    curve = threshold * num_classes + found.label[detection]
+    return Matches(wanted, inside, detection, wanted[pairs.object[pair]], curve)
 
 
 def _match(pairs: Pairs, crowd: np.ndarray, num_detections: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices (M,) of the threshold and of the pair of all matches, ordered by threshold, then by detection.
+    """The threshold (M,) and the index (M,) into `pairs` of all matches, ordered by threshold, then by detection.
 
-    The detections' order is that of their scores, the pairs' order that of each detection's preference.
+    The detections are ordered by score within a class, the pairs of each detection by its preference.
     """
     threshold, pair = np.nonzero(pairs.iou >= IOU_THRESHOLDS[:, None])
     # Every threshold has detections and objects of its own.
     proposer = threshold * num_detections + pairs.detection[pair]
     target = threshold * len(crowd) + pairs.object[pair]
     shared = crowd[pairs.object[pair]]
-    owner = np.append(proposer, -1)
+    next_proposer = np.append(proposer, -1)
     holder = np.empty(len(IOU_THRESHOLDS) * len(crowd), dtype=np.int64)
-    current = np.flatnonzero(np.diff(proposer, prepend=-1))  # the proposal of each detection, at first its favourite
+    current = np.flatnonzero(np.diff(proposer, prepend=-1))  # each detection proposes to its favourite first
     while True:
-        holder[target[current[::-1]]] = proposer[current[::-1]]  # the last one written stays: the best score
+        # Of several proposals to an object the one written last stays: in reverse order, that of the best score.
+        holder[target[current[::-1]]] = proposer[current[::-1]]
         lost = (holder[target[current]] != proposer[current]) & ~shared[current]
         if not lost.any():
             return threshold[current], pair[current]
         following = current + lost
-        current = following[owner[following] == proposer[current]]  # without those that have no further choice
+        # A detection that has no further choice drops out.
+        current = following[next_proposer[following] == proposer[current]]
+
+
+def _num_objects(objects: GroundTruth, matches: Matches, weight: np.ndarray, num_classes: int) -> np.ndarray:
+    """(R, C) objects to find."""
+    images = weight.shape[1]
+    place = objects.image[matches.wanted] * num_classes + objects.label[matches.wanted]
+    return weight @ np.bincount(place, minlength=images * num_classes).reshape(images, num_classes)
+
+
+def _average_precision(found: ScoredBoxes, matches: Matches, num_objects: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """(R, T, C) mean over the 101 `RECALLS` of the highest precision at that recall or a higher one.
+
+    Step 1, `_count_along_curves`: the numbers of detections up to each right one, where the precision is highest.
+    Step 2, `_sum_over_recalls`: the area under each curve.
+
+    An example of one curve: image 0 has two objects; the detections, best score first, are one in image 0 (right), one
+    in image 1 (wrong), one in image 0 (right). In the first resample each image occurs once, in the second image 0
+    occurs twice and image 1 does not:
+
+        weight    objects    right, seen          recall      precision    average over the recalls
+        [1, 1]    2          [1, 2], [1, 3]       [0.5, 1]    [1, 2/3]     (51 * 1 + 50 * 2/3) / 101 = 0.835
+        [2, 0]    4          [2, 4], [2, 4]       [0.5, 1]    [1, 1]       (51 * 1 + 50 * 1) / 101 = 1
+    """
+    num_classes = num_objects.shape[1]
+    ap = np.zeros((len(weight), len(IOU_THRESHOLDS) * num_classes))
+    if matches.right.any():
+        right, seen, curve = _count_along_curves(found, matches, weight)
+        recall = right / np.maximum(num_objects, 1)[:, curve % num_classes]
+        precision = right / (seen + np.spacing(1))
+        ap[:, np.unique(curve)] = _sum_over_recalls(recall, precision, curve) / len(RECALLS)
+    return ap.reshape(len(weight), len(IOU_THRESHOLDS), num_classes)
+
+
+def _count_along_curves(
+    found: ScoredBoxes, matches: Matches, weight: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Up to each of the Q detections that are right: the right ones (R, Q), all that count (R, Q); the curve (Q,)."""
+    _, inside, detection, right, curve = matches
+    times = weight[:, found.image[detection]]  # (R, M) how often each match occurs
+    num_right = _running_sum(times * right, curve)
+    # Besides the right ones those count that lie inside and match nothing.
+    class_start = np.searchsorted(found.label, found.label[detection])
+    inside_matched = _running_sum(times * inside[detection], curve)
+    ends, place = np.unique(np.concatenate([class_start, detection + 1]), return_inverse=True)
+    before_class, up_to = np.split(_count_up_to(ends, found.image, inside, weight)[:, place], 2, axis=1)
+    seen = num_right + (up_to - before_class) - inside_matched
+    return num_right[:, right], seen[:, right], curve[right]
+
+
+def _sum_over_recalls(recall: np.ndarray, precision: np.ndarray, curve: np.ndarray) -> np.ndarray:
+    """(R, U) of each of U curves, the sum over `RECALLS` of the highest precision from there on.
+
+    `recall` and `precision` are (R, Q), at points of the curves `curve` (Q,), which rises.
+    """
+    start = np.flatnonzero(np.diff(curve, prepend=-1))
+    # The maximum from the end; a shift of 2 a curve keeps it from reaching into the curve before.
+    shift = 2.0 * curve
+    highest = np.maximum.accumulate((precision - shift)[:, ::-1], axis=1)[:, ::-1] + shift
+    # Each point stands for the recalls that it is the first to reach.
+    reached = np.searchsorted(RECALLS, recall, "right")
+    new = np.diff(reached, axis=1, prepend=0)
+    new[:, start] = reached[:, start]
+    return np.add.reduceat(highest * new, start, axis=1)
+
+
+def _count_up_to(ends: np.ndarray, image: np.ndarray, inside: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """(R, E) of the first `ends` (E,) detections, how many lie inside, each as often as its image occurs; `ends` rise.
+
+    The weights of images are summed from one end to the next, as bags of rows of a table: far fewer sums than
+    detections. In float64, exact.
+    """
+    last = ends[-1]
+    bags = F.embedding_bag(
+        torch.from_numpy(image[:last]),
+        torch.from_numpy(weight.T.astype(float, order="C")),
+        torch.from_numpy(ends - np.diff(ends, prepend=0)),
+        mode="sum",
+        per_sample_weights=torch.from_numpy(inside[:last].astype(float)),
+    )
+    return np.cumsum(bags.numpy().T, axis=1).astype(int)
+
+
+def _recall(rank: np.ndarray, matches: Matches, num_objects: np.ndarray) -> np.ndarray:
+    """(3, T, C) the recall with each of `DETECTIONS_ALLOWED`; num_objects (C,)."""
+    shape = len(IOU_THRESHOLDS), len(num_objects)
+    rank = rank[matches.detection[matches.right]]
+    curve = matches.curve[matches.right]
+    right = [np.bincount(curve[rank < most], minlength=shape[0] * shape[1]) for most in DETECTIONS_ALLOWED]
+    return np.stack(right).reshape(-1, *shape) / np.maximum(num_objects, 1)
 
 
 def _running_sum(values: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """Cumulative sum (..., M) that begins anew where `group` (M,) changes."""
+    """Cumulative sum (..., M) that starts anew where `group` (M,) changes."""
     total = np.cumsum(values, axis=-1)
     start = np.flatnonzero(np.diff(group, prepend=-1))
     return total - np.repeat((total - values)[..., start], np.diff(start, append=len(group)), axis=-1)
 
 
 def _mean(num_objects: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """(R,) mean of `values` (R, T, C) over the classes that have objects, `num_objects` (R, C); else nan."""
+    """(R,) mean of `values` (R, T, C) over thresholds and the classes with objects, num_objects (R, C); else nan."""
     has_objects = num_objects > 0
     total = np.where(has_objects, values.mean(1), 0.0).sum(1)
     return np.divide(total, has_objects.sum(1), out=np.full(len(total), np.nan), where=has_objects.any(1))

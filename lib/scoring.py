@@ -155,9 +155,8 @@ class Scorer:
         """
         model = self._prepare(detector, genotype)
         detections = self._detect(model)
-        evaluation = Evaluation(len(self.data["classes"]))
         pixels = [to_pixels(found, *size) for found, size in zip(detections, self.data["sizes"], strict=True)]
-        evaluation.add(list(self.data["truth"]), pixels)
+        evaluation = Evaluation(len(self.data["classes"]), list(self.data["truth"]), pixels)
         metrics = {**summarise(evaluation, self.data["classes"]), **detector.cost(genotype)._asdict()}
         result = {"metrics": metrics, "images": self.num_images}
         if self.config.search.resamples:

@@ -1,10 +1,9 @@
-"""Average precision against pycocotools' own file route, images in parts, and cases done by hand."""
+"""COCO's AP against pycocotools' file route, VOC's against a slow loop after the VOC devkit, and cases done by hand."""
 
 from __future__ import annotations
 
 import contextlib
 import io
-import itertools
 import json
 import math
 
@@ -15,12 +14,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from test_coco_eval import random_case
 
 from lib.coco_eval import NAMES
-from lib.metrics import Evaluation, coco_metrics, voc_metrics
+from lib.metrics import Evaluation, detection_metrics, to_pixels
+from lib.postprocess import Detections
 
 CLASSES = 3
 BOX, FAR = (10, 10, 50, 50), (100, 100, 140, 140)
+
+
+def coco_metrics(ground_truth, detections, num_classes, reference=False):
+    return Evaluation(num_classes, ground_truth, detections).coco(reference)
+
+
+def voc_metrics(ground_truth, detections, num_classes):
+    return Evaluation(num_classes, ground_truth, detections).voc()
 
 
 def truth(*objects):
@@ -174,43 +183,6 @@ def test_voc_and_coco_agree_where_they_mean_the_same():
     assert voc["mAP"] == pytest.approx(coco["AP50"], abs=0.01)
 
 
-@settings(max_examples=30)
-@given(seed=st.integers(0, 2**31), cuts=st.lists(st.integers(0, 8), max_size=3))
-def test_images_added_in_parts_are_those_added_at_once(seed, cuts):
-    """Looked at after each part, as a race does; labels 3 are no class here."""
-    ground_truth, detections = random_set(seed, images=8)
-    evaluation, weight = Evaluation(2), np.random.default_rng(seed).integers(0, 3, (5, 8))
-    for start, end in itertools.pairwise([0, *sorted(cuts), 8]):
-        evaluation.add(ground_truth[start:end], detections[start:end])
-        once = Evaluation(2)
-        once.add(ground_truth[:end], detections[:end])
-        assert evaluation.num_images == end
-        np.testing.assert_equal([evaluation.coco(), evaluation.voc()], [once.coco(), once.voc()])
-        for objective in ("AP", "AP50", "mAP"):
-            drawn = (e.resampled(objective, weight[:, :end]) for e in (evaluation, once))
-            np.testing.assert_equal(*drawn)
-    np.testing.assert_equal(evaluation.coco(), coco_metrics(ground_truth, detections, 2))
-
-
-def test_pycocotools_sees_all_parts():
-    ground_truth, detections = random_set(3, images=8)
-    evaluation = Evaluation(CLASSES)
-    for part in (slice(0, 3), slice(3, 8)):
-        evaluation.add(ground_truth[part], detections[part])
-    at_once = coco_metrics(ground_truth, detections, CLASSES, reference=True)
-    np.testing.assert_equal(evaluation.coco(reference=True), at_once)
-
-
-def test_what_an_evaluation_cannot_know_is_refused():
-    with pytest.raises(ValueError, match=r"0\.3, but least_iou is 0\.5"):
-        Evaluation(CLASSES).voc(iou=0.3)
-    for metric in (Evaluation.coco, lambda e: e.resampled("mAP", np.zeros((2, 0), int))):
-        with pytest.raises(ValueError, match=r"0\.5, but least_iou is 0\.75"):
-            metric(Evaluation(CLASSES, least_iou=0.75))
-    with pytest.raises(ValueError, match="weights of 3 images, but 0 are here"):
-        Evaluation(CLASSES).resampled("AP", np.ones((2, 3), int))
-
-
 def test_tensors_are_accepted():
     ground_truth, detections = random_set(3)
     as_tensors = [[{k: torch.as_tensor(v) for k, v in r.items()} for r in rs] for rs in (ground_truth, detections)]
@@ -218,6 +190,167 @@ def test_tensors_are_accepted():
 
 
 def test_lists_of_different_length_are_refused():
-    for metric in (coco_metrics, voc_metrics):
-        with pytest.raises(ValueError, match="2 images of ground truth, but 1"):
-            metric([truth(), truth()], [found()], 1)
+    with pytest.raises(ValueError, match="2 images of ground truth, but 1"):
+        Evaluation(1, [truth(), truth()], [found()])
+    with pytest.raises(ValueError, match="weights of 3 images, but 0 are here"):
+        Evaluation(1, [], []).resampled("AP", np.ones((2, 3), int))
+
+
+def box_iou(a, b):
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    overlap = width * height
+    return overlap / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - overlap)
+
+
+def slow_voc_ap(ground_truth, detections, label, suffix):
+    """VOCevaldet.m, line by line."""
+    rows = []
+    for image, record in enumerate(detections):
+        for box, score, own in zip(record["boxes"], record["scores"], record["labels"], strict=True):
+            if own == label:
+                rows.append((-score, image, box))
+    rows.sort(key=lambda row: row[0])
+    num_objects = sum(
+        own == label and not ignore
+        for record in ground_truth
+        for own, ignore in zip(record["labels"], record["ignore"], strict=True)
+    )
+    taken, tp, fp = set(), [], []
+    for _, image, box in rows:
+        record, best, best_iou = ground_truth[image], None, -math.inf
+        for j, (object_box, own) in enumerate(zip(record["boxes"], record["labels"], strict=True)):
+            if own == label and (overlap := box_iou(box, object_box)) > best_iou:
+                best, best_iou = j, overlap
+        right = wrong = 0
+        if best_iou < 0.5:
+            wrong = 1
+        elif not record["ignore"][best]:
+            right = (image, best) not in taken
+            wrong = 1 - right
+            taken.add((image, best))
+        tp.append(right)
+        fp.append(wrong)
+    if num_objects == 0:
+        return math.nan
+    points, right, wrong = [], 0, 0
+    for t, f in zip(tp, fp, strict=True):
+        right, wrong = right + t, wrong + f
+        if right + wrong:
+            points.append((right, right / (right + wrong)))
+    if suffix == "_11point":
+        return sum(max((p for r, p in points if 10 * r >= k * num_objects), default=0.0) for k in range(11)) / 11
+    # Each further object found is a step of 1 / num_objects, as high as the best precision from there on.
+    return sum(max((p for r, p in points if r >= k), default=0.0) for k in range(1, num_objects + 1)) / num_objects
+
+
+@settings(max_examples=30)
+@given(seed=st.integers(0, 2**31))
+def test_voc_equals_the_devkits_loop(seed):
+    ground_truth, detections = random_set(seed)
+    metrics = voc_metrics(ground_truth, detections, CLASSES)
+    for suffix in ("", "_11point"):
+        expected = [slow_voc_ap(ground_truth, detections, c, suffix) for c in range(1, CLASSES + 1)]
+        np.testing.assert_allclose(metrics[f"per_class{suffix}"], expected, rtol=1e-12)
+        mean = np.nan if np.isnan(expected).all() else np.nanmean(expected)
+        np.testing.assert_allclose(metrics[f"mAP{suffix}"], mean)
+
+
+def voc_ap(truths, detections, suffix=""):
+    return voc_metrics([truth(*truths)], [found(*detections)], 1)[f"mAP{suffix}"]
+
+
+def test_voc_second_detection_of_an_object_is_wrong():
+    once, twice = (*BOX, 1, 0.9), (*BOX, 1, 0.8)
+    other = (*FAR, 1, 0.7)
+    assert voc_ap([(*BOX, 1), (*FAR, 1)], [once, other]) == 1
+    assert voc_ap([(*BOX, 1), (*FAR, 1)], [once, twice, other]) == pytest.approx((1 + 2 / 3) / 2)
+
+
+def test_voc_detection_belongs_to_its_best_object_only():
+    """The second detection overlaps both objects, the taken one more: it is wrong, and the other stays unfound."""
+    near = (10, 10, 50, 46)
+    assert voc_ap([(*BOX, 1), (*near, 1)], [(*BOX, 1, 0.9), (10, 10, 50, 49, 1, 0.8)]) == 0.5
+
+
+def test_voc_ignored_objects_are_neither_asked_for_nor_wrong():
+    ignored = [(*BOX, 1), (*FAR, 1, True)]
+    assert voc_ap(ignored, [(*BOX, 1, 0.5)]) == 1
+    assert voc_ap(ignored, [(*FAR, 1, 0.9), (*FAR, 1, 0.8), (*BOX, 1, 0.5)]) == 1
+    assert math.isnan(voc_ap([(*FAR, 1, True)], [(*FAR, 1, 0.9)]))
+
+
+def test_voc_threshold_is_reached_at_equality():
+    assert voc_ap([(*BOX, 1)], [(10, 10, 50, 30, 1, 0.9)]) == 1
+    assert voc_ap([(*BOX, 1)], [(10, 10, 50, 29.9, 1, 0.9)]) == 0
+
+
+def test_voc_inclusive_pixels_are_the_readers_business():
+    """The devkit's IoU of [1, 1, 4, 4] and [1, 1, 4, 8] in 1-based inclusive pixels is 16 / 32."""
+    read = [(0, 0, 4, 4), (0, 0, 4, 8)]
+    assert voc_ap([(*read[0], 1)], [(*read[1], 1, 0.9)]) == 1
+
+
+def test_voc_eleven_points_reach_recalls_that_floats_miss():
+    """3 of 10 objects found: recall 0.3 counts, so four points (0, 0.1, 0.2, 0.3) have precision 1."""
+    objects = [(20 * i, 0, 20 * i + 10, 10, 1) for i in range(10)]
+    detections = [(*o, 0.9) for o in objects[:3]]
+    assert voc_ap(objects, detections, "_11point") == pytest.approx(4 / 11)
+
+
+def test_voc_counts_classes_as_it_should():
+    """Class 1 found, class 2 missed (0), class 3 without objects (not counted, for all its false alarms)."""
+    ground_truth = [truth((*BOX, 1), (*FAR, 2))]
+    metrics = voc_metrics(ground_truth, [found((*BOX, 1, 0.9), (*FAR, 3, 0.9))], 3)
+    assert metrics["per_class"][:2] == [1, 0]
+    assert math.isnan(metrics["per_class"][2])
+    assert metrics["mAP"] == 0.5
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_resample_scores_as_the_repeated_images_do(noise, seed):
+    """pycocotools on a data set that holds each image as often as its weight says; VOC's by our own tested metric."""
+    ground_truth, detections = random_case(seed, images=7, objects=5, detections=6, classes=CLASSES, noise=noise)
+    for i, record in enumerate(detections):  # ties between images stay, those within an image go
+        record["scores"] = record["scores"] + 1e-4 * np.random.default_rng(i).permutation(len(record["scores"]))
+    weights = np.random.default_rng(seed).multinomial(7, [1 / 7] * 7, size=5)
+    evaluation = Evaluation(CLASSES, ground_truth, detections)
+    scores = {name: evaluation.resampled(name, weights) for name in ("AP", "AP50", "mAP")}
+    for r, weight in enumerate(weights):
+        chosen = np.repeat(np.arange(7), weight)
+        repeated = Evaluation(CLASSES, [ground_truth[i] for i in chosen], [detections[i] for i in chosen])
+        expected = {**repeated.coco(reference=True), **repeated.voc()}
+        for name, values in scores.items():
+            np.testing.assert_allclose(values[r], expected[name], atol=1e-9, err_msg=name)
+
+
+def test_many_resamples_are_done_in_turns(monkeypatch):
+    evaluation = Evaluation(CLASSES, *random_case(0, images=7, objects=5, detections=6, classes=CLASSES))
+    weights = np.random.default_rng(0).multinomial(7, [1 / 7] * 7, size=12)
+    expected = evaluation.resampled("AP", weights)
+    monkeypatch.setattr("lib.coco_eval.POINTS_AT_ONCE", 1_000)
+    np.testing.assert_array_equal(evaluation.resampled("AP", weights), expected)
+
+
+def test_a_resample_without_objects_has_no_score():
+    ground_truth, detections = [truth((*BOX, 1)), truth()], [found((*BOX, 1, 0.9)), found()]
+    evaluation = Evaluation(CLASSES, ground_truth, detections)
+    for objective in ("AP", "AP50", "mAP"):
+        scores = evaluation.resampled(objective, np.array([[1, 1], [0, 2]]))
+        assert scores[0] == pytest.approx(1) and np.isnan(scores[1])
+
+
+def test_a_model_that_detects_nothing_scores_zero_after_one_that_is_right():
+    objects = [{"boxes": torch.tensor([[1.0, 1, 9, 9]]), "labels": torch.tensor([1]), "ignore": torch.tensor([False])}]
+    right = Detections(torch.tensor([[0.1, 0.1, 0.9, 0.9]]), torch.tensor([0.9]), torch.tensor([1]))
+    nothing = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
+    assert detection_metrics([right], objects, [(10, 10)], ["cat"])["AP"] == pytest.approx(1)
+    assert detection_metrics([nothing], objects, [(10, 10)], ["cat"])["AP"] == 0
+
+
+def test_to_pixels_scales_width_and_height():
+    detections = Detections(torch.tensor([[0.1, 0.2, 0.5, 1.0]]), torch.tensor([0.9]), torch.tensor([1]))
+    torch.testing.assert_close(to_pixels(detections, 200, 50)["boxes"], torch.tensor([[20.0, 10, 100, 50]]))
