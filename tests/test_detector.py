@@ -1,3 +1,5 @@
+"""The detectors: extraction equals the elastic network, costs against a slow count, BatchNorm folding, reading back."""
+
 from __future__ import annotations
 
 import copy
@@ -9,14 +11,39 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import (
+    MobileNet_V2_Weights,
+    MobileNet_V3_Large_Weights,
+    mobilenet_v2,
+    mobilenet_v3_large,
+)
 
-from lib.config import Config
-from lib.detector import ElasticSSD, Normalize, detect, module_cost, recalibrate
+from lib import checkpoint
+from lib.config import Config, DistillConfig, ValueSchedule
+from lib.config_io import to_dict
+from lib.detector import (
+    Cost,
+    ElasticSSD,
+    Normalize,
+    detect,
+    detector_checkpoint,
+    fuse,
+    load_detector,
+    load_supernet,
+    load_teacher,
+    load_weights,
+    module_cost,
+    recalibrate,
+)
+from lib.elastic import SamePadConv2d
 from lib.errors import UserError
 from lib.losses import DetectionLoss
 from lib.metrics import detection_metrics, to_pixels
-from lib.postprocess import Detections
 from lib.priors import priors_per_cell
+from lib.training import Trainer
+
+CPU = torch.device("cpu")
 
 MBV2 = {
     "search_space__num_cell_groups": [1, 2, 2, 2, 2, 2, 1],
@@ -31,7 +58,6 @@ VARIANTS = {
     "elastic head": {"search_space__head_width_choice": [0.25, 0.5], "search_space__head_kernel_choice": [3, 5]},
 }
 variants = pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
-CPU = torch.device("cpu")
 
 
 def pictures(count=2, size=64, seed=0):
@@ -48,9 +74,6 @@ def some_genotypes(space, count=4):
 def assert_same(outputs, others, tolerance=1e-5):
     for a, b in zip(outputs, others, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
-
-
-# ------------------------------------------------------------------------------------------------------------ extract
 
 
 @variants
@@ -130,9 +153,6 @@ def test_extract_refuses_a_genotype_of_another_space(tiny_detector):
     other = tiny_detector(**MBV2).space.largest()
     with pytest.raises(UserError, match="backbone type is mbv2_backbone"):
         tiny_detector().extract(other)
-
-
-# ------------------------------------------------------------------------------------------------- priors, resolution
 
 
 @pytest.mark.parametrize("size", [64, 96, 100, 127, 160])
@@ -215,33 +235,25 @@ def test_nothing_is_remembered_between_calls(tiny_detector):
     assert attributes == [set(vars(m)) for m in detector.modules()]
 
 
-# --------------------------------------------------------------------------------------------------------------- cost
-
-
-def count_by_hooks(model, size):
-    """Multiply-adds of every convolution as its forward shows them: outputs times inputs that each of them sees."""
-    total = []
-
-    def hook(conv, _inputs, output):
-        total.append(output[0].numel() * conv.in_channels // conv.groups * conv.kernel_size[0] * conv.kernel_size[1])
-
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            module.register_forward_hook(hook)
-    with torch.no_grad():
-        model.eval()(pictures(2, size))
-    return sum(total)
+def slow_cost(model: nn.Module, x: torch.Tensor) -> Cost:
+    """torch's own counter, by running the model on data; it counts a multiplication and an addition as two."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(x)
+    return Cost(counter.get_total_flops() // 2, sum(p.numel() for p in model.parameters()))
 
 
 @variants
 def test_cost_is_that_of_the_extract(tiny_detector, changes):
-    detector = tiny_detector(**changes)
-    for genotype in some_genotypes(detector.space):
-        plain = detector.extract(genotype)
-        cost, _ = module_cost(plain, (1, 3, 64, 64))
-        assert detector.cost(genotype) == cost == detector.cost(genotype)  # the second time from its memory
-        assert cost.params == sum(p.numel() for p in plain.parameters())
-        assert cost.flops == count_by_hooks(plain, 64)
+    detector = tiny_detector(**changes, search_space__image_size_choice=[64, 96])
+    genotypes = some_genotypes(detector.space, 1)
+    costs = [detector.cost(genotype) for genotype in genotypes]
+    for genotype, cost in zip(genotypes, costs, strict=True):
+        x = torch.zeros(1, 3, genotype.image_size, genotype.image_size)
+        assert cost == slow_cost(detector.extract(genotype), x)
+        assert detector.cost(genotype) == cost  # looked up, not added up
+    smallest, largest, other = costs
+    assert smallest.flops < other.flops < largest.flops
+    assert smallest.params < other.params < largest.params
 
 
 def test_cost_grows_with_the_image(tiny_detector):
@@ -249,9 +261,6 @@ def test_cost_grows_with_the_image(tiny_detector):
     genotype = detector.space.largest()
     small, large = (detector.cost(replace(genotype, image_size=size)) for size in (64, 128))
     assert small.params == large.params and 3 < large.flops / small.flops < 4.1
-
-
-# -------------------------------------------------------------------------------------------------------- predictors
 
 
 @pytest.mark.parametrize("kind", ["ssdlite", "plain"])
@@ -290,15 +299,12 @@ def test_whole_numbers_in_the_configuration_do_not_make_pictures_integers():
         torch.testing.assert_close(whole(images, size), same(images, size), rtol=0, atol=0)
 
 
-# Recalibration and detection
-
-
 def test_recalibration_is_the_average_over_batches_whatever_was_there():
     torch.manual_seed(0)
     norm = nn.BatchNorm2d(3)
     norm.running_mean.fill_(7.0)
     batches = [3 * torch.randn(5, 3, 4, 4) + 2, torch.randn(5, 3, 4, 4), torch.rand(5, 3, 4, 4)]
-    recalibrate(norm, batches, torch.device("cpu"))
+    recalibrate(norm, batches, CPU)
     mean = torch.stack([b.mean((0, 2, 3)) for b in batches]).mean(0)
     variance = torch.stack([b.transpose(0, 1).flatten(1).var(1) for b in batches]).mean(0)  # unbiased
     torch.testing.assert_close(norm.running_mean, mean)
@@ -310,7 +316,7 @@ def test_recalibration_changes_no_weight(tiny_detector):
     detector = tiny_detector()
     model = detector.extract(detector.space.largest())
     before = copy.deepcopy(dict(model.named_parameters()))
-    recalibrate(model, [torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)], torch.device("cpu"))
+    recalibrate(model, [torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)], CPU)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
@@ -333,7 +339,7 @@ class Oracle(nn.Module):
 def test_detect_and_measure_a_model_that_is_always_right(tiny_config):
     images = torch.arange(5).view(5, 1, 1, 1).expand(5, 3, 4, 4).contiguous()
     model = Oracle()
-    found = detect(model, images.split(2), tiny_config(), torch.device("cpu"))
+    found = detect(model, images.split(2), tiny_config(), CPU)
     assert model.modes == [False] * 3 and [d.labels.tolist() for d in found] == [[1], [2], [1], [2], [1]]
     torch.testing.assert_close(found[1].boxes, torch.tensor([[0.5, 0.5, 1.0, 1.0]]))
     sizes = [(40, 20), (60, 80), (40, 40), (100, 50), (30, 30)]
@@ -348,14 +354,196 @@ def test_detect_and_measure_a_model_that_is_always_right(tiny_config):
     assert wrong["AP50"] < 0.5
 
 
-def test_a_model_that_detects_nothing_scores_zero_after_one_that_is_right(tiny_config):
-    truth = [{"boxes": torch.tensor([[1.0, 1, 9, 9]]), "labels": torch.tensor([1]), "ignore": torch.tensor([False])}]
-    right = Detections(torch.tensor([[0.1, 0.1, 0.9, 0.9]]), torch.tensor([0.9]), torch.tensor([1]))
-    nothing = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64))
-    assert detection_metrics([right], truth, [(10, 10)], ["cat"])["AP"] == pytest.approx(1)
-    assert detection_metrics([nothing], truth, [(10, 10)], ["cat"])["AP"] == 0
+@pytest.mark.parametrize(
+    ("make", "weights"),
+    [
+        (mobilenet_v2, MobileNet_V2_Weights.IMAGENET1K_V1),
+        (mobilenet_v3_large, MobileNet_V3_Large_Weights.IMAGENET1K_V1),
+    ],
+    ids=["mobilenet_v2", "mobilenet_v3_large"],
+)
+def test_published_numbers(make, weights):
+    model = make()
+    cost, output = module_cost(model, (1, 3, 224, 224))
+    assert cost.params == weights.meta["num_params"]
+    assert cost.flops / 1e9 == pytest.approx(weights.meta["_ops"], abs=6e-4)  # given in three digits
+    assert output.shape == (1, 1000)
+    assert cost == slow_cost(model, torch.zeros(1, 3, 224, 224))
 
 
-def test_to_pixels_scales_width_and_height():
-    found = Detections(torch.tensor([[0.1, 0.2, 0.5, 1.0]]), torch.tensor([0.9]), torch.tensor([1]))
-    torch.testing.assert_close(to_pixels(found, 200, 50)["boxes"], torch.tensor([[20.0, 10, 100, 50]]))
+@pytest.mark.parametrize("groups", [1, 4])
+def test_one_convolution_by_hand(groups):
+    cost, output = module_cost(nn.Conv2d(8, 12, 3, stride=2, padding=1, groups=groups), (1, 8, 9, 9))
+    assert output.shape == (1, 12, 5, 5)
+    assert cost == Cost(12 * 5 * 5 * 9 * 8 // groups, 12 * 9 * 8 // groups + 12)
+
+
+def test_counting_leaves_the_module_as_it_was():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    module_cost(model, (1, 3, 4, 4))
+    assert model.training
+    assert model[0].weight.device.type == "cpu"
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("changes", [{}, {"backbone__padding": "tf_same", "head__predictor": "plain"}])
+def test_a_fused_detector_computes_the_same(tiny_detector, changes):
+    detector = tiny_detector(**changes)
+    images = torch.randint(0, 256, (2, 3, 80, 100), dtype=torch.uint8)
+    for genotype in (detector.space.smallest(), detector.space.largest()):
+        plain = detector.extract(genotype)
+        fused = fuse(plain)
+        assert any(isinstance(m, nn.BatchNorm2d) for m in plain.modules())
+        assert not any(isinstance(m, nn.BatchNorm2d) for m in fused.modules())
+        with torch.no_grad():
+            for found, expected in zip(fused(images), plain(images), strict=True):
+                torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_padding_convolution_stays_one():
+    """TensorFlow's padding is asymmetric: folded into an ordinary convolution, it would shift the picture."""
+    model = nn.Sequential(SamePadConv2d(3, 4, 3, 2, bias=False), nn.BatchNorm2d(4)).eval()
+    fused = fuse(model)
+    x = torch.rand(1, 3, 8, 8)
+    assert len(fused) == 1 and isinstance(fused[0], SamePadConv2d)
+    torch.testing.assert_close(fused(x), model(x))
+
+
+def test_only_a_convolution_right_before_is_folded():
+    norm_first = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.ReLU(), nn.BatchNorm2d(4))
+    for module in norm_first.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(0.1, 1)
+    fused = fuse(norm_first)
+    assert len(fused) == 4 and norm_first.training and not fused.training
+    x = torch.rand(2, 3, 4, 4)
+    torch.testing.assert_close(fused(x), norm_first.eval()(x))
+
+
+def test_in_place_gives_what_the_copy_gives():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    model[1].running_mean.uniform_(0.1, 1)
+    copied = fuse(model)
+    assert fuse(model, inplace=True) is model and len(model) == 2 and not model.training
+    x = torch.rand(2, 3, 6, 6)
+    assert torch.equal(model(x), copied(x))
+
+
+CLASSES = ["cat", "dog", "eel"]
+
+
+@pytest.fixture
+def supernet(tiny_detector, tiny_config, tmp_path):
+    """A detector and its checkpoint, written as supernet_train.py writes it, two epochs done."""
+    config, detector = tiny_config(), tiny_detector()
+    trainer = Trainer(detector, config.supernet, CPU, 4)
+    trainer.epoch, trainer.step = 3, 8
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, {**trainer.state_dict(), "config": to_dict(config), "classes": CLASSES})
+    return detector, path
+
+
+def change(path, **values):
+    payload = checkpoint.read(path)
+    checkpoint.save(path, {**payload, **values})
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_a_supernet_comes_back(supernet, tiny_config, mmap):
+    detector, path = supernet
+    loaded = load_supernet(path, mmap)
+    assert loaded.classes == tuple(CLASSES) and loaded.epoch == 2 and loaded.config == tiny_config()
+    state = loaded.detector.state_dict()
+    assert all(torch.equal(t, state[name]) for name, t in detector.state_dict().items())
+
+
+@pytest.mark.parametrize(("epoch", "batch", "trained", "widths"), [(2, 0, 1, (6,)), (2, 3, 2, (3, 6)), (1, 2, 1, (6,))])
+def test_a_supernets_space_is_that_of_the_last_epoch_it_trained(supernet, epoch, batch, trained, widths):
+    """Narrow blocks open at epoch 2: before, no search may use them."""
+    _, path = supernet
+    change(path, epoch=epoch, batch=batch)
+    loaded = load_supernet(path)
+    assert loaded.epoch == trained and loaded.space.stages[1].block.expand == widths
+    assert loaded.detector.space.stages[1].block.expand == (3, 6)
+
+
+def test_the_moving_average_is_what_is_loaded(tiny_detector, tiny_config, tmp_path):
+    config, detector = tiny_config(supernet__ema_decay=0.9), tiny_detector()
+    trainer = Trainer(detector, config.supernet, CPU, 4)
+    with torch.no_grad():
+        trainer.averaged.predictors.boxes[0][-1].bias.fill_(42.0)
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, {**trainer.state_dict(), "config": to_dict(config), "classes": CLASSES})
+    assert (load_supernet(path).detector.predictors.boxes[0][-1].bias == 42).all()
+
+
+def test_a_detector_comes_back_in_evaluation_mode(tiny_detector, tiny_config, tmp_path):
+    detector = tiny_detector()
+    genotype = detector.space.smallest()
+    model, path = detector.extract(genotype).eval(), tmp_path / "best.pt"
+    payload = {
+        "model": model.state_dict(),
+        "config": to_dict(tiny_config()),
+        "genotype": genotype.to_dict(),
+        "classes": CLASSES,
+        "category_ids": [1, 7, 9],
+        "epoch": 5,
+    }
+    checkpoint.save(path, payload)
+    loaded = load_detector(path)
+    assert (loaded.genotype, loaded.classes, loaded.category_ids) == (genotype, tuple(CLASSES), (1, 7, 9))
+    assert loaded.epoch == 5 and not any(m.training for m in loaded.model.modules())
+    x = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    with torch.no_grad():
+        assert all(map(torch.equal, loaded.model(x), model(x)))
+    with pytest.raises(UserError, match=r"best\.pt: not a supernet's checkpoint; expected last\.pt of supernet_train"):
+        load_supernet(path)
+
+
+def test_what_is_a_detectors_checkpoint(supernet, tiny_checkpoint, tmp_path):
+    assert detector_checkpoint(tiny_checkpoint) == detector_checkpoint(tiny_checkpoint.parent) == tiny_checkpoint
+    assert [detector_checkpoint(path) for path in (supernet[1], tmp_path, tmp_path / "nowhere")] == [None] * 3
+
+
+def test_a_supernet_is_no_detector(supernet):
+    with pytest.raises(UserError, match=r"last\.pt: not a detector's checkpoint; expected best\.pt of final_train"):
+        load_detector(supernet[1])
+
+
+def test_a_teacher_with_other_classes_or_priors_is_refused(tiny_checkpoint, tiny_detector):
+    """Of a run's folder its best.pt is taken. Without a weight the file is not even looked for."""
+    detector = tiny_detector()
+    priors = {64: detector.priors(64)}
+
+    def teacher(classes=CLASSES, priors=priors, name=tiny_checkpoint.parent, weight=0.5):
+        distill = DistillConfig(ValueSchedule([1, 3], [0.0, weight]), str(name))
+        return load_teacher(distill, "final.distill.teacher", classes, priors)
+
+    found, images = teacher(), torch.zeros(1, 3, 64, 64)
+    assert not any(p.requires_grad for p in found.parameters()) and not found.training
+    assert torch.equal(found(images)[0], load_detector(tiny_checkpoint).model(images)[0])
+    with pytest.raises(UserError, match=r"final\.distill\.teacher: .* knows cat, dog, eel, not cat, dog, emu"):
+        teacher([*CLASSES[:2], "emu"])
+    with pytest.raises(UserError, match=r"has other prior boxes than its student at 64 px"):
+        teacher(priors={64: tiny_detector(head__scales="[0.1, 0.4, 0.6, 0.9]").priors(64)})
+    assert teacher(name="nowhere", weight=0.0) is None and teacher(name="") is None
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not a checkpoint"], ids=["missing", "empty", "text"])
+def test_a_file_that_is_no_checkpoint_is_named_in_one_line(tmp_path, content):
+    path = tmp_path / "odd.pt"
+    if content is not None:
+        path.write_bytes(content)
+    for load in (load_supernet, load_detector):
+        with pytest.raises(UserError, match=r"odd\.pt: ") as caught:
+            load(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_weights_of_another_network_are_refused_in_one_line(supernet, tiny_detector):
+    _, path = supernet
+    other = tiny_detector(backbone__mult_ratio=0.25)
+    with pytest.raises(UserError, match=r"last\.pt: does not fit the configured network: .*size mismatch") as caught:
+        load_weights(other, checkpoint.read(path), path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500

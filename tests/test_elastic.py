@@ -1,4 +1,4 @@
-"""Elastic layers: a slice equals the plain layer cut from it; kernels through their matrices; sorting."""
+"""Elastic layers: a slice equals the plain layer cut from it; kernels, sorting, copies, wide filters' gradients."""
 
 from __future__ import annotations
 
@@ -12,15 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torchvision.models import mobilenet_v3_small
 from torchvision.models._utils import _make_divisible
+from torchvision.ops import SqueezeExcitation
 
 from lib.elastic import (
+    DepthwiseConv2d,
     ElasticBatchNorm,
     ElasticConv1x1,
     ElasticDepthwiseConv,
     ElasticInvertedResidual,
     ElasticSqueezeExcitation,
     Residual,
+    copy_module,
+    depthwise_conv,
     extract_segment,
     make_divisible,
     run_segment,
@@ -56,7 +61,7 @@ def no_elastic(module: nn.Module) -> bool:
     return not any(type(m).__name__.startswith("Elastic") for m in module.modules())
 
 
-@settings(max_examples=200)
+@settings(max_examples=50)
 @given(st.floats(0, 2000), st.sampled_from([4, 8, 16]))
 def test_make_divisible_equals_torchvisions(value, divisor):
     assert make_divisible(value, divisor) == _make_divisible(value, divisor)
@@ -214,6 +219,7 @@ def test_squeeze_excitation_narrows(channels):
     layer = randomise(ElasticSqueezeExcitation(48))
     plain = layer.extract(channels)
     x = inputs(channels)
+    assert type(plain) is SqueezeExcitation
     assert plain.fc1.out_channels == _make_divisible(channels // 4, 8)
     assert (plain.fc1.in_channels, plain.fc2.out_channels) == (channels, channels)
     assert torch.allclose(plain(x), layer(x), atol=1e-6)
@@ -369,3 +375,126 @@ def test_random_choices_of_a_stack_equal_their_extracts():
             *(b.extract(Block(expand, kernel) if b.expand is not None else Block(1, 3)) for b in model.blocks)
         )
         assert torch.allclose(plain.eval()(inputs(8)), model(inputs(8), expand, kernel), atol=1e-4)
+
+
+def assembles_the_gradient(output: torch.Tensor) -> bool:
+    """Whether a wide filter's gradient will be put together from narrow ones."""
+    return "WideDepthwiseConv" in type(output.grad_fn).__name__
+
+
+def gradients(function, x, weight, seed=1):
+    x, weight = x.clone(memory_format=torch.preserve_format).requires_grad_(), weight.clone().requires_grad_()
+    output = function(x, weight)
+    generator = torch.Generator().manual_seed(seed)
+    output.backward(torch.randn(output.shape, generator=generator))
+    return output.detach(), x.grad, weight.grad
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize(("height", "width"), [(9, 9), (10, 12), (4, 7), (1, 1)])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [3, 4, 5, 7, 9])
+def test_depthwise_output_and_gradients_are_those_of_torch_in_float64(size, stride, height, width, memory_format):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 6, height, width, generator=generator).to(memory_format=memory_format)
+    weight = torch.randn(6, 1, size, size, generator=generator)
+    found = gradients(lambda x, w: depthwise_conv(x, w, stride, size // 2), x, weight)
+    expected = gradients(
+        lambda x, w: F.conv2d(x, w, stride=stride, padding=size // 2, groups=6), x.double(), weight.double()
+    )
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs.float(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_wide_filter_without_padding():
+    x, weight = torch.randn(2, 6, 11, 11), torch.randn(6, 1, 5, 5)
+    found = gradients(lambda x, w: depthwise_conv(x, w, 2, 0), x, weight)
+    expected = gradients(lambda x, w: F.conv2d(x, w, stride=2, groups=6), x, weight)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_only_wide_filters_that_are_trained_in_float32_go_their_own_way():
+    x, wide, narrow = torch.randn(1, 4, 8, 8), torch.randn(4, 1, 5, 5), torch.randn(4, 1, 3, 3)
+    assert not assembles_the_gradient(depthwise_conv(x, narrow.requires_grad_(), 1, 1))
+    assert not assembles_the_gradient(depthwise_conv(x.requires_grad_(), wide, 1, 2))
+    assert not assembles_the_gradient(depthwise_conv(x.double(), wide.double().requires_grad_(), 1, 2))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert depthwise_conv(x, wide.requires_grad_(), 1, 2).dtype == torch.bfloat16
+    assert assembles_the_gradient(depthwise_conv(x, wide, 1, 2))
+
+
+def test_a_depthwise_input_without_a_gradient():
+    weight = torch.randn(4, 1, 5, 5, requires_grad=True)
+    output = depthwise_conv(torch.randn(1, 4, 8, 8), weight, 1, 2)
+    output.sum().backward()
+    assert assembles_the_gradient(output) and weight.grad.shape == weight.shape
+
+
+def test_the_depthwise_layer_is_a_convolution_with_another_gradient():
+    layer = DepthwiseConv2d(6, 6, 5, 2, 2, groups=6, bias=False)
+    plain = nn.Conv2d(6, 6, 5, 2, 2, groups=6, bias=False)
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 6, 9, 9)
+    for each in (layer, copy.deepcopy(layer), plain):
+        each(x).square().sum().backward()
+    assert assembles_the_gradient(layer(x)) and torch.equal(layer(x), plain(x))
+    torch.testing.assert_close(layer.weight.grad, plain.weight.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_depthwise_bias_is_not_forgotten():
+    layer = DepthwiseConv2d(6, 6, 5, 1, 2, groups=6)
+    x = torch.randn(2, 6, 9, 9)
+    assert torch.equal(layer(x), nn.Conv2d.forward(layer, x))
+
+
+@pytest.fixture(scope="module")
+def network():
+    network = mobilenet_v3_small(num_classes=5)
+    network(torch.rand(2, 3, 64, 64))  # running statistics of its own
+    network.features[0].requires_grad_(False)
+    return network.eval()
+
+
+def test_a_copy_is_what_deepcopy_gives(network):
+    mine, theirs = copy_module(network), copy.deepcopy(network)
+    assert repr(mine) == repr(theirs)
+    assert [type(m) for m in mine.modules()] == [type(m) for m in theirs.modules()]
+    assert vars(mine).keys() == vars(theirs).keys()
+    weights, expected = mine.state_dict(), theirs.state_dict()
+    assert list(weights) == list(expected) and all(torch.equal(weights[name], expected[name]) for name in expected)
+    for (name, a), (other, b) in zip(mine.named_parameters(), theirs.named_parameters(), strict=True):
+        assert (name, type(a), a.requires_grad, a.grad) == (other, nn.Parameter, b.requires_grad, None)
+    x = torch.rand(2, 3, 64, 64)
+    assert torch.equal(mine(x), network(x))
+
+
+def test_a_copy_shares_nothing_with_its_original(network):
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    own = copy_module(network)
+    with torch.no_grad():
+        for tensor in own.state_dict().values():
+            tensor.fill_(7)
+    own.train().register_forward_hook(lambda *_: None)
+    own.features[0].register_buffer("note", torch.ones(1), persistent=False)
+    own.features[0][0].bias = nn.Parameter(torch.ones(16))
+    del own.classifier[0]
+    assert not network.training and not network._forward_hooks and network.features[0][0].bias is None
+    assert len(network.classifier) == 4 and not network.features[0]._non_persistent_buffers_set
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+def test_given_tensors_replace_those_of_the_copy():
+    norm, scale = nn.BatchNorm2d(4), torch.arange(4.0)
+    own = copy_module(norm, weight=scale, running_mean=-scale)
+    assert own.weight.tolist() == [0, 1, 2, 3] and own.running_mean.tolist() == [0, -1, -2, -3]
+    assert own.bias.tolist() == [0] * 4 and norm.weight.tolist() == [1] * 4
+    scale.zero_()
+    assert own.weight.tolist() == [0, 1, 2, 3] and isinstance(own.weight, nn.Parameter) and own.weight.requires_grad
+
+
+def test_a_module_that_copies_itself_is_asked():
+    class Stub(nn.Module):
+        def __deepcopy__(self, memo):
+            return nn.Identity()
+
+    assert type(copy_module(nn.Sequential(Stub()))[0]) is nn.Identity
