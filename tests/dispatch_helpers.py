@@ -1,4 +1,4 @@
-"""What the tests of the dispatchers watch processes and results with."""
+"""Helpers that wait for results and watch processes."""
 
 from __future__ import annotations
 

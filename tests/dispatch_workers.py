@@ -1,4 +1,4 @@
-"""What the dispatchers' tests run in workers: no torch where that is not the subject, so that they start fast."""
+"""What the dispatchers' tests run in workers. They import no torch, so that they start fast."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def do_sleep(seconds, device, args):
 
 
 def do_wait(path, device, args):
-    """Say with a file `path`.runs that this runs, and wait for a file `path`."""
+    """Create a file `path`.runs, then wait for a file `path`."""
     Path(f"{path}.runs").touch()
     wait_for(Path(path).exists)
 
@@ -112,7 +112,7 @@ def do_count_then_die_once(path, device, args):
 
 
 def do_allocate(size, device, args):
-    """So many bytes, where 256 MB more than there are now is the limit."""
+    """Allocate `size` bytes, with the limit 256 MB above what the process has now."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (now + (256 << 20), before[1]))
@@ -124,20 +124,6 @@ def do_allocate(size, device, args):
 
 def do_killed(argument, device, args):
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def do_tensor(size, device, args):
-    """torch's own allocator."""
-    import torch
-
-    return torch.empty(size, dtype=torch.uint8).numel()
-
-
-def do_cuda_out_of_memory(argument, device, args):
-    """What torch raises on a GPU that is full."""
-    import torch
-
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
 def setup_raises(device: str) -> None:

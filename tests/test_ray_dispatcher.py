@@ -1,7 +1,11 @@
-"""What only a cluster has: machines that go, a driver that goes, addresses. The rest is in test_pool.py."""
+"""What only a cluster has: room for workers, machines that are lost, a driver that is lost, addresses.
+
+What all dispatchers promise is in test_dispatcher.py.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -13,21 +17,55 @@ from dispatch_helpers import is_alive, pids_in, take, wait_for
 from search_runs import search
 from tiny_runs import finish, read_lines
 
-pytest.importorskip("ray", reason="Ray is not installed (pip install ray)")
-
-from ray.cluster_utils import Cluster
-
 from lib.errors import UserError
-from lib.ray_dispatcher import RayDispatcher, connect, machines
+from lib.ray_dispatcher import RayDispatcher, connect, machines, most_threads, pick_dispatcher, pick_ray_workers
 from tests.dispatch_workers import setup, setup_user_error
 
 ROOT = Path(__file__).parents[1]
+MACHINES = [{"CPU": 4.0}, {"CPU": 8.0, "GPU": 2.0, "memory": 1e9}]
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed (pip install ray)")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # no token is left in the home folder
 
 
+@pytest.mark.parametrize(
+    ("cpus", "workers", "threads"),
+    [([4], 1, 4), ([4], 2, 2), ([4], 3, 1), ([5, 1], 2, 2), ([4, 4, 4], 2, 4), ([3, 3], 4, 1), ([8, 4], 3, 4)],
+)
+def test_threads_are_what_machines_have_room_for(cpus, workers, threads):
+    assert most_threads(cpus, workers) == threads
+    assert sum(n // threads for n in cpus) >= workers > sum(n // (threads + 1) for n in cpus)
+
+
+def test_a_cluster_gives_its_gpus_or_else_its_cpus(tiny_config):
+    config = tiny_config(search__parallelism=0)
+    assert pick_ray_workers(None, MACHINES, config) == (["cuda", "cuda"], None)
+    assert pick_ray_workers(None, MACHINES[:1], config) == (["cpu"] * 4, 1)
+    assert pick_ray_workers(None, MACHINES[:1], tiny_config(search__parallelism=2)) == (["cpu"] * 2, 2)
+    assert pick_ray_workers("cpu,cpu,cpu", MACHINES, config) == (["cpu"] * 3, 4)
+    assert pick_ray_workers("0, 1,cpu", MACHINES, config) == (["cuda", "cuda", "cpu"], 8)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "words"), [("0,1,2", "3 GPU and 0 CPU workers: more than"), ("cpu,a", "'a' is neither")]
+)
+def test_what_a_cluster_cannot_give_is_named(tiny_config, gpus, words):
+    with pytest.raises(UserError, match=words):
+        pick_ray_workers(gpus, MACHINES, tiny_config())
+
+
+def test_a_missing_ray_is_one_line(tiny_config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r"^--dispatcher ray: the package is missing; pip install ray$"):
+        pick_dispatcher("ray", None, None, tiny_config())
+    with pytest.raises(UserError, match=r"^--ray-address auto: goes with --dispatcher ray$"):
+        pick_dispatcher("local", "auto", None, tiny_config())
+
+
+@needs_ray
 def test_a_machine_that_is_lost_costs_nothing(tmp_path):
     """Two machines, one worker on each. One goes with the job it runs; then a third comes and takes its place."""
     import ray
+    from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     lost = cluster.add_node(num_cpus=1)
@@ -56,7 +94,8 @@ def test_a_machine_that_is_lost_costs_nothing(tmp_path):
         cluster.shutdown()
 
 
-def test_a_mistake_that_a_worker_finds_tells_what_machines_must_share():
+@needs_ray
+def test_a_mistake_that_a_worker_finds_names_what_machines_must_share():
     connect(None, cpus=1)
     import ray
 
@@ -69,6 +108,7 @@ def test_a_mistake_that_a_worker_finds_tells_what_machines_must_share():
         ray.shutdown()
 
 
+@needs_ray
 def test_a_cluster_that_is_not_there_is_one_line():
     with pytest.raises(UserError, match=r"^--ray-address auto: no Ray cluster answers .*: ray start --head$"):
         connect("auto")
@@ -87,6 +127,7 @@ dispatcher.results()
 """
 
 
+@needs_ray
 def test_actors_of_a_killed_driver_end_by_themselves(tmp_path):
     (tmp_path / "pids").mkdir()
     (tmp_path / "driver.py").write_text(DRIVER)
@@ -101,6 +142,7 @@ def test_actors_of_a_killed_driver_end_by_themselves(tmp_path):
         driver.kill()
 
 
+@needs_ray
 def test_a_search_runs_on_ray_and_stops_at_ctrl_c(flow, tmp_path):
     """Ctrl-C reaches the whole group, as in a terminal, Ray's processes included."""
     options = ["--load", flow[0] / "runs/tiny/supernet", "--gpus", "cpu,cpu", "--train-dir", "search"]
