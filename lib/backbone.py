@@ -63,12 +63,12 @@ class ElasticBackbone(nn.Module):
         same_padding = config.padding == "tf_same"
         self.stem = _conv_norm(3, channels[0], 3, 2, table.stem_activation, same_padding)
         self.stages = nn.ModuleList()
-        self.levels: list[int] = []  # of each stage
+        levels: list[int] = []  # of each stage
         level = 1  # the stem has stride 2
         width = channels[0]
         for i, choices in enumerate(stages):
             level += strides[i] == 2
-            self.levels.append(level)
+            levels.append(level)
             blocks = nn.ModuleList()
             for j in range(max(choices.depth)):
                 block = ElasticInvertedResidual(
@@ -88,9 +88,9 @@ class ElasticBackbone(nn.Module):
         if table.last_conv:
             self.last_conv = _conv_norm(width, channels[len(stages) + 1], 1, 1, table.stem_activation)
             width = channels[len(stages) + 1]
-        self.feature_levels = _check_levels(config.feature_levels, self.levels)
+        self.feature_levels = _check_levels(config.feature_levels, levels)
         # A feature map leaves the backbone after the last stage of its level, the last one at the very end.
-        last_stage = {level: i for i, level in enumerate(self.levels)}
+        last_stage = {level: i for i, level in enumerate(levels)}
         self._taps = [last_stage[level] for level in self.feature_levels[:-1]]
         self.feature_channels = [*(channels[i + 1] for i in self._taps), width]
         for module in self.modules():

@@ -101,10 +101,10 @@ class ElasticSSD(nn.Module):
             priors = prior_boxes(self.feature_sizes(size), head.scales, head.aspect_ratios, head.clip)
             self.register_buffer(f"priors_{size}", priors, persistent=False)  # (P, 4) cxcywh
         _initialise(self)
+        # Otherwise the many background priors dominate the first losses.
         if config.loss.type == "focal":
             self.predictors.set_class_bias(focal_prior_bias())
-        # (cost, shape of the output) of each module that has been counted, by module, block and shape of the input
-        self._costs: dict[tuple, tuple[Cost, torch.Size]] = {}
+        self._costs: dict[tuple, tuple[Cost, torch.Size]] = {}  # and output shape; by module, block and input shape
 
     def feature_sizes(self, image_size: int) -> list[tuple[int, int]]:
         """(height, width) of each feature map: a convolution of stride 2 with centred padding halves, rounding up."""
@@ -150,12 +150,14 @@ class ElasticSSD(nn.Module):
         """Multiply-adds and parameters of the whole detector. Each block is counted once, then looked up."""
         costs = []
         shape = torch.Size([1, 3, genotype.image_size, genotype.image_size])
-        levels = zip(self.segments(genotype), self.predictors.classes, self.predictors.boxes, strict=True)
-        for segment, class_net, box_net in levels:
+        for segment, *predictors in zip(
+            self.segments(genotype), self.predictors.classes, self.predictors.boxes, strict=True
+        ):
             for module, block in segment:
                 cost, shape = self._cost(module, block, shape)
                 costs.append(cost)
-            costs += [self._cost(net, None, shape)[0] for net in (class_net, box_net)]
+            # Both predictors see the feature map with which the segment ends.
+            costs += [self._cost(predictor, None, shape)[0] for predictor in predictors]
         return Cost(flops=sum(cost.flops for cost in costs), params=sum(cost.params for cost in costs))
 
     def _cost(self, module: nn.Module, block: Block | None, shape: torch.Size) -> tuple[Cost, torch.Size]:
@@ -317,13 +319,9 @@ def load_detector(path: Path) -> Detector:
     classes = tuple(payload["classes"])
     model = ElasticSSD(config, len(classes)).extract(genotype)
     load_weights(model, payload, path)
+    ids = tuple(payload["category_ids"])
     return Detector(
-        model=model.eval(),
-        config=config,
-        genotype=genotype,
-        classes=classes,
-        category_ids=tuple(payload["category_ids"]),
-        epoch=payload["epoch"],
+        model=model.eval(), config=config, genotype=genotype, classes=classes, category_ids=ids, epoch=payload["epoch"]
     )
 
 

@@ -291,10 +291,12 @@ def parse_genotype_string(text: str, space: SearchSpace) -> Genotype:
     image size or a head that is left out, are those of `space.largest()`. The result is not checked against `space`.
     """
     items = _read_items(text)
+    # Every item that is used is taken out of `items`; what remains is inactive or a mistake.
     stages = []
     while f"cell_{len(stages)}" in items:
         cell = f"cell_{len(stages)}"
         depth = _integer(items.pop(cell), cell)
+        # However large the depth, a block is missing among the first len(items) + 1.
         names = [f"{cell}_block_{j}" for j in range(min(depth, len(items) + 1))]
         missing = [name for name in names if name not in items]
         if missing:
@@ -344,12 +346,10 @@ def read_genotype_file(path: Path, index: int | None = None) -> dict:
     """The content of a genotype file (best.json), or member `index` of a front (pareto.json), cheapest first."""
     data = _read_json(path)
     if _is_front(data):
-        members = data["front"]
-        if index is None or not 0 <= index < len(members):
-            raise UserError(
-                f"{path}: a front of {len(members)} genotypes; pick one with --index 0 to {len(members) - 1}"
-            )
-        return members[index]
+        count = len(data["front"])
+        if index is None or not 0 <= index < count:
+            raise UserError(f"{path}: a front of {count} genotypes; pick one with --index 0 to {count - 1}")
+        return data["front"][index]
     if index is not None:
         raise UserError(f"{path}: --index is for a front (pareto.json), and this is a single genotype")
     return data
