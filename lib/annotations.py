@@ -121,6 +121,7 @@ def read_voc(root: Path, sets: Sequence[str], classes: Sequence[str] = (), on_er
             except UserError as error:
                 _fault(str(error), on_error)
                 continue
+            # Labels are not known before all names are, so they are 0 for now.
             for name, box_xyxy, difficult in found:
                 if classes and name not in classes:
                     _fault(f"{xml}: unknown class '{name}'{did_you_mean(name, classes)}", on_error)
@@ -272,6 +273,7 @@ def _coco_images(path: Path, folder: Path, entries: list, on_error: str) -> tupl
         except (KeyError, TypeError, ValueError) as error:
             _fault(f"{path}: malformed image entry {str(entry)[:120]}: {error}", on_error)
             continue
+        # `pictures` lists the folder itself; only a name in a subfolder has to be looked up on disk.
         if not (name in pictures or ("/" in name and (folder / name).is_file())):
             _fault(f"{folder / name}: no such image, but {path} lists it", on_error)
             continue
@@ -313,6 +315,7 @@ def _assemble(
     by_image = np.argsort(owner, kind="stable")
     owner, objects = owner[by_image], objects[by_image]
 
+    # Annotators draw beyond the edge of an image; what is left of such a box is kept.
     boxes = np.clip(objects["box_xyxy"], 0, np.tile(sizes[owner], 2))
     keep = _has_area(boxes)
     dropped = []

@@ -73,6 +73,7 @@ def split_indices(annotations: Annotations, data_portion: Sequence[float], seed:
         raise UserError(f"data.data_portion: expected two shares that sum to at most 1, found {list(data_portion)}")
     count = len(annotations)
     hashes = [hashlib.sha256(f"{seed}-{annotations.ids[i]}".encode()).digest() for i in range(count)]
+    # Ranks of hashes, not a random permutation of rows: the order in which images are read does not matter.
     ranked = sorted(range(count), key=hashes.__getitem__)
     first, second = round(data_portion[0] * count), round(sum(data_portion) * count)
     train, search = sorted(ranked[:first]), sorted(ranked[first:second])
@@ -100,6 +101,7 @@ def load_split(path: Path, annotations: Annotations) -> tuple[list[int], list[in
         train_ids, search_ids = content["train"], content["search"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a saved split: {' '.join(str(error).split())}") from None
+    # The data may have changed since the split was saved.
     row_of = {annotations.ids[i]: i for i in range(len(annotations))}
     for image_id in (*train_ids, *search_ids):
         if image_id not in row_of:
@@ -200,6 +202,7 @@ class DetectionDataset(Dataset):
         if row in self.cached:
             return self.cached[row]
         image = read_annotated_picture(self.annotations.paths[row], *self.annotations.sizes[row].tolist())
+        # What was read first stays. Evicting would help little, as each epoch reads every picture once.
         if image.numel() <= self.cache_room:
             self.cache_room -= image.numel()
             self.cached[row] = image
@@ -243,6 +246,7 @@ class DetectionDataset(Dataset):
 
     def _candidates(self, row: int) -> Iterator[int]:
         yield row
+        # Lazy, since it is nearly always the first candidate that is taken.
         if self.training:
             position = int((self.indices == row).nonzero()[0])
             yield from self.indices.roll(-position)[1:].tolist()
@@ -280,6 +284,7 @@ class EpochSampler:
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         generator = torch.Generator().manual_seed(_seed_from(self.seed, self.epoch))
         order = self.indices[torch.randperm(len(self.indices), generator=generator)]
+        # Every n-th row is this rank's, so batch k of all ranks together is batch k of a single process.
         positions = torch.arange(self.world.rank, self.per_rank * self.world.size, self.world.size) % len(order)
         for batch in order[positions].split(self.batch_size)[self.start_batch :]:
             yield [(self.epoch, row) for row in batch.tolist()]
@@ -328,6 +333,7 @@ def eval_loader(
     With `shared`, the processes of the job share the batches: every n-th one is for this process.
     """
     dataset = DetectionDataset(annotations, indices, EvalTransform(image_size), training=False, on_error=on_error)
+    # The epoch is always 0: nothing is random here.
     keys = [(0, int(row)) for row in indices]
     batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
     return make_loader(dataset, distributed.deal(batches) if shared else batches, workers, device)

@@ -131,6 +131,7 @@ def draw_pictures(detector: PictureDetector, paths: Sequence[Path], out: Path, t
         results += coco_results(path.stem, found["boxes"], found["scores"], category_ids)
         write_picture(draw(image, detections, detector.classes, threshold), out / f"{path.stem}.jpg")
         drawn += 1
+    # The folder does not exist yet if no picture could be read.
     out.mkdir(parents=True, exist_ok=True)
     checkpoint.write_text(out / "detections.json", json.dumps(results) + "\n")
     rate = drawn / (time.perf_counter() - start)

@@ -61,7 +61,7 @@ CLASSES = tuple(SHAPES)
 def draw_picture(rng: np.random.Generator) -> tuple[np.ndarray, list[tuple[str, Box]]]:
     """One picture (H, W, 3) uint8, 160 to 224 pixels a side, and the class and box of its objects.
 
-    It shows texture, clutter that belongs to no class, and 1 to 5 shapes, or none in 5% of the pictures.
+    It shows texture, clutter that belongs to no class, and at most 5 shapes; 5% of the pictures are meant to have none.
     """
     height, width = rng.integers(160, 225, size=2)
     canvas = _background(rng, height, width)
@@ -125,6 +125,7 @@ def place(
         u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
         alpha = np.clip(0.5 - shape(u, v) * radius, 0, 1)
         box = _tight_box(alpha >= 0.5)
+        # Boxes stay tight around the whole shape, so an earlier shape must remain recognisable.
         if all(_covered(other, box) < 0.25 and _covered(box, other) < 0.5 for other in taken):
             return alpha, box
     return alpha, None
@@ -166,6 +167,7 @@ def write_shapes(root: Path, train: int, test: int, seed: int = 0) -> None:
     complete = settings | {"complete": True}
     if _read_marker(root) == complete:
         return
+    # Never write into a folder that the user filled.
     found = [path for path in root.iterdir() if not path.name.startswith(".")] if root.is_dir() else []
     if found and not (root / MARKER).exists():
         raise UserError(
@@ -178,6 +180,7 @@ def write_shapes(root: Path, train: int, test: int, seed: int = 0) -> None:
             lock(file, wait=True)
             if _read_marker(root) == complete:  # drawn by another process while this one waited
                 return
+            # If the drawing is interrupted, the marker shows that the folder is ours and has to be drawn again.
             _write_marker(root, settings | {"complete": False})
             for folder in FOLDERS:
                 shutil.rmtree(root / folder, ignore_errors=True)

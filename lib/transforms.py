@@ -80,6 +80,7 @@ class TrainTransform:
     def render(self, image: Tensor, view: View, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The sample that shows `view`; `view` and `boxes` are in pixels of `image`."""
         patch, boxes, padding = resize_view(image, boxes, view, self.image_size)
+        # Distorted before it is padded: the fill keeps its grey.
         patch = self.distort(patch)
         image, boxes = F.pad(patch, padding, fill=GREY), F.pad(boxes, padding)
         image, boxes, labels = self.sanitize(*self.flip(image, boxes), labels)
@@ -130,6 +131,7 @@ def _draw_crops(view: View, uniform: np.ndarray, settings: v2.RandomIoUCrop) -> 
     scale = settings.min_scale + (settings.max_scale - settings.min_scale) * uniform[:, :2]
     size = np.floor(full * scale)
     start = np.array([view.left, view.top]) + np.floor((full - size) * uniform[:, 2:])
+    # An empty crop contains no centre, so it never passes.
     ratio = size[:, 0] / np.maximum(size[:, 1], 1)
     fits = (settings.min_aspect_ratio <= ratio) & (ratio <= settings.max_aspect_ratio)
     return np.concatenate((start, start + size * fits[:, None]), axis=1)
@@ -164,6 +166,7 @@ def resize_view(
     Boxes are clipped to that part. For a view inside the picture this is exactly crop and resize. For one that extends
     beyond it, the picture's edges, and the boxes with them, are moved to whole pixels of the result.
     """
+    # The region that the view and the picture have in common, in the picture and in the result.
     height, width = image.shape[-2:]
     left, right = max(view.left, 0), min(view.left + view.width, width)
     top, bottom = max(view.top, 0), min(view.top + view.height, height)
