@@ -42,24 +42,20 @@ def main() -> None:
     batches = max(len(train_rows) // config.supernet.batch_size, 1)
     budget = passes(config, batches)
 
-    rows = {"uniform": base, "sandwich": [*base, *SANDWICH], "sandwich, distillation": [*base, *DISTILL]}
-    rows = {name: fit_epochs(args.cfg, row, batches, budget) for name, row in rows.items()}
+    changes = {"uniform": base, "sandwich": [*base, *SANDWICH], "sandwich, distillation": [*base, *DISTILL]}
+    changes = {name: fit_epochs(args.cfg, row, batches, budget) for name, row in changes.items()}
     with ThreadPoolExecutor(args.jobs) as pool:
-        found = dict(zip(rows, pool.map(lambda name: train(name, rows[name], args), rows), strict=True))
+        found = dict(zip(changes, pool.map(lambda name: train(name, changes[name], args), changes), strict=True))
     best = max(found, key=lambda name: sum(metrics["AP"] for metrics in found[name].values()))
     unsorted = f"{best}, unsorted"
-    rows[unsorted] = [*rows[best], *UNSORTED]
-    found[unsorted] = train(unsorted, rows[unsorted], args)
+    changes[unsorted] = [*changes[best], *UNSORTED]
+    found[unsorted] = train(unsorted, changes[unsorted], args)
 
-    results = {}
-    for name, metrics in found.items():
-        results[name] = {"passes": passes(read_config(args.cfg, rows[name]), batches), "scores": metrics}
-    table = [
-        (name, row["passes"], *(f"{m['AP']:.3f} ({m['AP50']:.3f})" for m in row["scores"].values()))
-        for name, row in results.items()
-    ]
-    common.print_table(("training step", "forward passes", "smallest AP (AP50)", "middle", "largest"), table)
-    common.write(args.out, {"rows": results})
+    rows = []
+    for name, scores in found.items():
+        aps = {size: f"{metrics['AP']:.3f} ({metrics['AP50']:.3f})" for size, metrics in scores.items()}
+        rows.append({"training step": name, "passes": passes(read_config(args.cfg, changes[name]), batches), **aps})
+    common.report(args, rows)
 
 
 def passes(config: Config, batches: int) -> int:

@@ -59,18 +59,14 @@ def main() -> None:
     peak = max(peak, matmul_peak(args.rounds))
 
     print(f"{args.threads} threads; the peak, a matrix product of side {SIDE}: {peak:.0f} GFLOP/s")
-    runs = {"training step, batch 8": training, "inference, batch 16": inference}
-    table = []
-    for name, kinds in runs.items():
-        kinds["all"] = {key: sum(row[key] for row in kinds.values()) for key in ("ms", "gflop")}
+    rows = []
+    for name, kinds in {"training step, batch 8": training, "inference, batch 16": inference}.items():
+        kinds["all"] = {key: sum(row[key] for row in kinds.values()) for key in ("ms", "GFLOP")}
         for kind, row in kinds.items():
-            share = row["ms"] / kinds["all"]["ms"]
-            gflops = 1e3 * row["gflop"] / row["ms"]
-            row |= {"share_of_time": share, "gflops": gflops, "share_of_peak": gflops / peak}
-            cells = f"{row['ms']:.1f}", f"{share:.0%}", f"{row['gflop']:.2f}", f"{gflops:.1f}", f"{gflops / peak:.1%}"
-            table.append((name, kind, *cells))
-    common.print_table(("run", "layers", "ms", "of the time", "GFLOP", "GFLOP/s", "of the peak"), table)
-    common.write(args.out, {"rounds": args.rounds, "peak_gflops": peak, "runs": runs})
+            speed = 1e3 * row["GFLOP"] / row["ms"]
+            shares = {"of the time": row["ms"] / kinds["all"]["ms"], "GFLOP/s": speed, "of the peak": speed / peak}
+            rows.append({"run": name, "layers": kind, **row, **shares})
+    common.report(args, rows, peak=peak)
 
 
 def matmul_peak(rounds: int) -> float:
@@ -101,7 +97,7 @@ def measure(work: Callable[[], object], rounds: int, forward: float) -> dict[str
     if abs(counted / forward - 1) > COUNT_TOLERANCE:
         raise UserError(f"the profile has {counted / 1e9:.2f} GFLOP of the forward pass, expected {forward / 1e9:.2f}")
     order = sorted(ms, key=ms.get, reverse=True)
-    return {kind: {"ms": ms[kind], "gflop": operations[kind] / 1e9} for kind in order}
+    return {kind: {"ms": ms[kind], "GFLOP": operations[kind] / 1e9} for kind in order}
 
 
 def kind_of(event: FunctionEvent) -> str:

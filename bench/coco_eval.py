@@ -29,20 +29,7 @@ def main() -> None:
     parser.add_argument("--case", choices=[*CASES], action="append", help="only this one (default: both)")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    results = {name: compare(name, args.runs) for name in args.case or CASES}
-    table = [
-        (
-            row["size"],
-            f"{row['numbers']['AP']:.3f}",
-            *(f"{1000 * seconds:.1f} ms" for seconds in row["seconds"].values()),
-            f"{row['ratio']:.2%}",
-            f"{row['gap']:.0e}",
-        )
-        for row in results.values()
-    ]
-    head = ("images x classes x detections of an image", "AP", "pycocotools", "coco_eval", "share", "gap")
-    common.print_table(head, table)
-    common.write(args.out, {"runs": args.runs, "cases": results})
+    common.report(args, [compare(name, args.runs) for name in args.case or CASES])
 
 
 def compare(name: str, runs: int) -> dict:
@@ -60,11 +47,12 @@ def compare(name: str, runs: int) -> dict:
             raise UserError(f"{name}: the numbers differ by {gap:.1e}, expected at most {MOST_GAP}")
     medians = {key: statistics.median(values) for key, values in seconds.items()}
     return {
-        "size": f"{images} x {classes} x {detections}",
-        "seconds": medians,
-        "ratio": medians["coco_eval"] / medians["pycocotools"],
+        "images x classes x detections of an image": f"{images} x {classes} x {detections}",
+        "AP": numbers["coco_eval"]["AP"],
+        "pycocotools ms": 1000 * medians["pycocotools"],
+        "coco_eval ms": 1000 * medians["coco_eval"],
+        "share": medians["coco_eval"] / medians["pycocotools"],
         "gap": gap,
-        "numbers": {key: numbers["coco_eval"][key] for key in NAMES},
     }
 
 

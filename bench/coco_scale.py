@@ -54,10 +54,11 @@ def main() -> None:
         f"\n{many['images']} images, {many['boxes']} boxes: indexed and split in {many['seconds']:.1f} s, "
         f"peak {many['peak_mb']:.0f} MB ({few['peak_mb']:.0f} MB with 100 images)\n"
     )
-    added = {kind: {when: many[kind][when] - few[kind][when] for when in few[kind]} for kind in ("loader", "search")}
-    rows = [(kind, f"{mb['before']:.1f} MB", f"{mb['after']:.1f} MB") for kind, mb in added.items()]
-    common.print_table(("a worker of", "adds before a pass", "after it"), rows)
-    common.write(args.out, {**found, "added_mb": added})
+    rows = []
+    for kind in ("loader", "search"):
+        before, after = (many[kind][when] - few[kind][when] for when in ("before", "after"))
+        rows.append({"a worker of": kind, "adds MB before a pass": before, "after it": after})
+    common.report(args, rows, found=found)
 
 
 def measure(path: Path) -> dict:

@@ -4,10 +4,9 @@ The speed of a machine drifts. So a figure is a ratio of times that were taken i
 ratios of several rounds; a table shows it with its 10% and 90% quantiles.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -52,9 +51,6 @@ TimedRun = Callable[[], float]  # does its work and returns the seconds that it 
 Step = Callable[[Batch], dict[str, float]]  # a training step with the optimizer's; returns the losses before it
 
 
-# Flags, and what a bench leaves.
-
-
 def bench_parser(doc: str, out: str, rounds: int = 0, threads: int = 2, device: bool = False) -> ArgumentParser:
     """--out; with `rounds`, for runs that take turns, --rounds and --threads; with `device`, --device."""
     parser = ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -86,21 +82,24 @@ def clock_of(device: torch.device) -> Clock:
     return synchronised
 
 
-def show(value: Mapping[str, float], digits: int = 2) -> str:
-    """A `spread` for a table: the median, and 10% to 90% in brackets."""
-    return f"{value['median']:.{digits}f} ({value['p10']:.{digits}f} to {value['p90']:.{digits}f})"
-
-
-def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    for row in (head, ["---"] * len(head), *rows):
-        print(f"| {' | '.join(map(str, row))} |", flush=True)
-
-
-def write(path: Path, content: dict) -> None:
-    """Write a bench's figures as JSON, with the machine and its threads."""
+def report(args: argparse.Namespace, rows: Sequence[dict], **more: object) -> None:
+    """Print `rows` as a Markdown table with their keys as the head; write them, the flags and the machine as JSON."""
+    print(", ".join(f"{name} {value}" for name, value in vars(args).items()))
+    for cells in (rows[0], ["---"] * len(rows[0]), *(map(_cell, row.values()) for row in rows)):
+        print(f"| {' | '.join(cells)} |")
     machine = {"processor": device_name(CPU), "threads": torch.get_num_threads()}
-    path.write_text(json.dumps({"machine": machine, **content}, indent=1, default=str) + "\n")
-    print(f"wrote {path}")
+    content = {"machine": machine, "flags": vars(args), "rows": rows, **more}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(content, indent=1, default=str) + "\n")
+    print(f"wrote {args.out}")
+
+
+def _cell(value: object) -> str:
+    """A `spread` is shown as its median, with 10% to 90% in brackets."""
+    if isinstance(value, dict):
+        digits = max(0, 2 - math.floor(math.log10(value["median"])))
+        return "{median:.{0}f} ({p10:.{0}f} to {p90:.{0}f})".format(digits, **value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def run_stage(script: str, folder: Path, flags: Sequence[object], jobs: int) -> None:
@@ -110,9 +109,6 @@ def run_stage(script: str, folder: Path, flags: Sequence[object], jobs: int) -> 
     env = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
     with (folder / "stdout.txt").open("a") as file:
         subprocess.run(list(map(str, command)), check=True, stdout=file, stderr=file, env=env)
-
-
-# Timing.
 
 
 def timed(run: Callable[[], object], clock: Clock) -> TimedRun:
@@ -152,15 +148,12 @@ def ratio(numerator: np.ndarray, denominator: np.ndarray) -> dict[str, float]:
     return spread(numerator / denominator)
 
 
-def check_equal(what: str, a: Tensor, b: Tensor, tolerance: float = TOLERANCE) -> float:
-    """The largest difference, in units of the largest value of `b`. Raises UserError if it is above `tolerance`."""
+def check_equal(what: str, a: Tensor, b: Tensor) -> float:
+    """The largest difference, in units of the largest value of `b`. Raises UserError if it is above `TOLERANCE`."""
     gap = float((a - b).abs().max() / b.abs().max())
-    if a.shape != b.shape or not gap <= tolerance:
-        raise UserError(f"{what}: the two sides differ by {gap:.1e} of the largest value, expected at most {tolerance}")
+    if a.shape != b.shape or not gap <= TOLERANCE:
+        raise UserError(f"{what}: the two sides differ by {gap:.1e} of the largest value, expected at most {TOLERANCE}")
     return gap
-
-
-# The reference space, made-up pictures, and sub-networks of a space.
 
 
 def reference(num_classes: int = 3) -> tuple[Config, ElasticSSD]:
@@ -208,9 +201,6 @@ def random_batch(images: int, size: int, objects: int, num_classes: int) -> Batc
 def outputs(result: tuple[Tensor, Tensor]) -> Tensor:
     """A detector's logits and offsets as one tensor, to compare."""
     return torch.cat([part.flatten(1) for part in result], 1)
-
-
-# Training steps and scores.
 
 
 class SupernetSteps:
@@ -294,8 +284,6 @@ def search_split_data(supernet: Supernet, folder: Path) -> dict:
     train, search = load_split(folder / "split.json", annotations)
     return scoring.prepare_scoring_data(annotations, train, search, supernet.config)
 
-
-# The peer: torchvision's ssdlite320_mobilenet_v3_large as it comes.
 
 PEER_SIZE = 320
 BACKGROUND = 9.0  # logit that makes every prior box sure of the background, so that nothing enters NMS

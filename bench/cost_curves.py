@@ -37,22 +37,14 @@ def main() -> None:
     parser.add_argument("--bn-images", type=int, default=32)
     args = parser.parse_args()
     clock = common.begin(args)
-    print(f"{args.cfg}, {args.threads} threads; batch {args.batch} and {args.size} px where they do not vary\n")
-    found = {}
+    rows = []
     for name, curve in curves(read_config(args.cfg), args).items():
         seconds = common.take_turns({at: common.timed(work, clock) for at, work in curve.items()}, args.rounds)
         first = next(iter(seconds.values()))
-        found[name] = [
-            {"at": at, "seconds": common.spread(took), "ratio": common.ratio(took, first)}
-            for at, took in seconds.items()
-        ]
-    rows = [
-        (name, point["at"], common.show(point["seconds"], 3), common.show(point["ratio"]))
-        for name, curve in found.items()
-        for point in curve
-    ]
-    common.print_table(("curve", "at", "seconds", "of the first"), rows)
-    common.write(args.out, {"cfg": str(args.cfg), "curves": found})
+        for at, took in seconds.items():
+            row = {"curve": name, "at": at, "seconds": common.spread(took), "of the first": common.ratio(took, first)}
+            rows.append(row)
+    common.report(args, rows)
 
 
 def curves(config: Config, args: argparse.Namespace) -> dict[str, Curve]:

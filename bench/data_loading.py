@@ -63,15 +63,12 @@ def main() -> None:
 
     runs = {name: common.timed(partial(one_pass, load), clock) for name, load in sides.items()}
     seconds = common.take_turns(runs, args.rounds)
-    rates = {name: common.spread(len(rows) / values) for name, values in seconds.items()}
-    faster = common.ratio(seconds["torchvision"], seconds["ours"])
-    print(f"{len(rows)} pictures a pass, {args.size} px, {args.threads} thread(s), {args.rounds} rounds")
-    table = [(name, common.show(rates[name], 0), f"{objects[name]:.2f}") for name in rates]
-    common.print_table(("", "pictures a second", "objects left, mean"), table)
-    print(f"times faster: {common.show(faster)}")
-    common.write(
-        args.out, {"images": len(rows), "size": args.size, "rates": rates, "objects": objects} | {"faster": faster}
-    )
+    table = [
+        {"": name, "pictures a second": common.spread(len(rows) / took), "objects left, mean": objects[name]}
+        | {"times faster": common.ratio(seconds["torchvision"], took)}
+        for name, took in seconds.items()
+    ]
+    common.report(args, table)
 
 
 def our_loader(annotations: Annotations, size: int, augment: AugmentConfig) -> Load:

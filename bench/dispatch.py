@@ -9,8 +9,6 @@ counts only the sleeps that were asked for, a lower bound of it. "parent" is the
 """
 
 # The workers import this file, so it imports nothing large.
-from __future__ import annotations
-
 import argparse
 import json
 import random

@@ -45,36 +45,26 @@ def main() -> None:
         both = supernet_step(batch, genotypes["largest"]), steps["largest"](batch)
         common.check_equal(f"losses of step {i} of the largest", *(torch.tensor(list(x.values())) for x in both))
 
-    rows = {}
+    rows = []
     for name, genotype in genotypes.items():
         runs = {
             "supernet": common.timed(partial(supernet_step, batch, genotype), clock),
             "plain": common.timed(partial(steps[name], batch), clock),
         }
         seconds = common.take_turns(runs, args.rounds)
-        rows[name] = {
-            "flops": detector.cost(genotype).flops,
-            "supernet_ms": common.spread(1e3 * seconds["supernet"]),
-            "plain_ms": common.spread(1e3 * seconds["plain"]),
+        row = {
+            "genotype": name,
+            "M multiply-adds": detector.cost(genotype).flops / 1e6,
+            "supernet ms": common.spread(1e3 * seconds["supernet"]),
+            "plain ms": common.spread(1e3 * seconds["plain"]),
             "ratio": common.ratio(seconds["supernet"], seconds["plain"]),
             "gap": gaps[name],
         }
-    print(f"batch {args.batch}, 300 px, {args.threads} threads, {args.rounds} rounds; medians (10% to 90%)")
-    table = [
-        (
-            name,
-            f"{row['flops'] / 1e6:.0f}",
-            common.show(row["supernet_ms"], 0),
-            common.show(row["plain_ms"], 0),
-            common.show(row["ratio"], 3),
-        )
-        for name, row in rows.items()
-    ]
-    common.print_table(("genotype", "M multiply-adds", "supernet ms", "plain ms", "ratio"), table)
-    medians = [row["ratio"]["median"] for row in rows.values()]
+        rows.append(row)
+    medians = [row["ratio"]["median"] for row in rows]
     summary = {"median": statistics.median(medians), "worst": max(medians)}
+    common.report(args, rows, **summary)
     print(f"median ratio {summary['median']:.3f}, worst {summary['worst']:.3f}")
-    common.write(args.out, {"batch": args.batch, "rounds": args.rounds, **summary, "genotypes": rows})
 
 
 if __name__ == "__main__":

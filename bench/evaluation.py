@@ -30,19 +30,7 @@ def main() -> None:
     args = parser.parse_args()
     clock = common.begin(args)
     rows = [compare(args, classes, scores, clock) for classes in args.classes for scores in ("untrained", "spread")]
-    print(f"{args.images} pictures, {args.threads} threads, {args.rounds} rounds; medians (10% to 90%)")
-    table = [
-        (
-            row["classes"],
-            row["scores"],
-            common.show(row["score_ms"], 0),
-            common.show(row["network_ms"], 0),
-            common.show(row["ratio"]),
-        )
-        for row in rows
-    ]
-    common.print_table(("classes", "scores", "score ms", "network alone ms", "ratio"), table)
-    common.write(args.out, {"images": args.images, "rounds": args.rounds, "rows": rows})
+    common.report(args, rows)
 
 
 def compare(args: argparse.Namespace, classes: int, scores: str, clock: common.Clock) -> dict:
@@ -74,9 +62,9 @@ def compare(args: argparse.Namespace, classes: int, scores: str, clock: common.C
     return {
         "classes": classes,
         "scores": scores,
-        "detections_per_image": sum(len(d.scores) for d in detections) / args.images,
-        "score_ms": common.spread(1e3 * seconds["score"]),
-        "network_ms": common.spread(1e3 * seconds["network"]),
+        "detections an image": sum(len(d.scores) for d in detections) / args.images,
+        "score ms": common.spread(1e3 * seconds["score"]),
+        "network alone ms": common.spread(1e3 * seconds["network"]),
         "ratio": common.ratio(seconds["score"], seconds["network"]),
         "gap": gap,
     }

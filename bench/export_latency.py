@@ -47,22 +47,17 @@ def main() -> None:
             images = (pixels[0] / 255).astype(np.float32) if name == PEER else pixels
             runs[name] = common.timed(partial(open_session(path).run, None, {"images": images}), clock)
         seconds = common.take_turns(runs, args.rounds, warm_up=30)
-        rows = {
-            name: {
-                "bytes": files[name].stat().st_size,
-                "ms": common.spread(1e3 * times),
-                "of_peer": common.ratio(times, seconds[PEER]),
+        rows = [
+            {
+                "file": name,
+                "MB": files[name].stat().st_size / 1e6,
+                "ms": common.spread(1e3 * took),
+                "of torchvision's time": common.ratio(took, seconds[PEER]),
             }
-            for name, times in seconds.items()
-        }
-    print(
-        f"{size} px, {classes} classes, batch 1, {args.threads} thread(s), {args.rounds} rounds; medians (10% to 90%)"
-    )
-    table = [
-        (name, f"{r['bytes'] / 1e6:.2f}", common.show(r["ms"]), common.show(r["of_peer"])) for name, r in rows.items()
-    ]
-    common.print_table(("file", "MB", "ms", "of torchvision's time"), table)
-    common.write(args.out, {"image_size": size, "classes": classes, "rounds": args.rounds, "rows": rows})
+            for name, took in seconds.items()
+        ]
+    print(f"{size} px, {classes} classes, batch 1")
+    common.report(args, rows)
 
 
 def export_torchvision(metadata: dict, path: Path) -> None:

@@ -52,23 +52,9 @@ def main() -> None:
             seconds = common.take_turns(runs, args.rounds, warm_up=3)
             for (name, what), took in seconds.items():
                 faster = (seconds[PEER, what] / flops[PEER]) / (took / flops[name])
-                row = {"batch": batch, "network": name, "what": what, "flops": flops[name]}
+                row = {"batch": batch, "what": what, "network": name, "M multiply-adds": flops[name] / 1e6}
                 rows.append({**row, "ms": common.spread(1e3 * took), "faster": common.spread(faster)})
-
-    print(f"{args.threads} threads, {args.rounds} rounds; medians (10% to 90%)")
-    table = [
-        (
-            row["batch"],
-            row["what"],
-            row["network"],
-            f"{row['flops'] / 1e6:.0f}",
-            common.show(row["ms"], 1),
-            common.show(row["faster"]),
-        )
-        for row in rows
-    ]
-    common.print_table(("batch", "what", "network", "M multiply-adds", "ms", "times faster per multiply-add"), table)
-    common.write(args.out, {"rounds": args.rounds, "rows": rows})
+    common.report(args, rows)
 
 
 def fused(name: str, detector: ElasticSSD, genotype: Genotype, config: Config, pictures: Tensor) -> SSD:

@@ -49,13 +49,8 @@ def main() -> None:
             for controller in ("evo", "pareto-evo"):
                 config.search.controller = controller
                 found = measure(path, config, coster, detector)
-                rows.append({"records": count, "mb": path.stat().st_size / 1e6, "controller": controller, **found})
-    table = [
-        (r["records"], f"{r['mb']:.0f}", r["controller"], f"{r['replay_s']:.2f} s", f"{r['proposal_ms']:.2f} ms")
-        for r in rows
-    ]
-    common.print_table(("records", "MB", "controller", "to replay", "a proposal"), table)
-    common.write(args.out, {"cfg": str(args.cfg), "rows": rows})
+                rows.append({"records": count, "MB": path.stat().st_size / 1e6, "controller": controller, **found})
+    common.report(args, rows)
 
 
 def write_ledger(path: Path, count: int, coster: Coster, detector: ElasticSSD) -> None:
@@ -97,7 +92,7 @@ def measure(path: Path, config: Config, coster: Coster, detector: ElasticSSD) ->
         for _ in range(PROPOSALS):
             search.propose()
         proposed = time.process_time()
-    return {"replay_s": replayed - start, "proposal_ms": 1000 * (proposed - replayed) / PROPOSALS}
+    return {"s to replay": replayed - start, "ms for a proposal": 1000 * (proposed - replayed) / PROPOSALS}
 
 
 if __name__ == "__main__":

@@ -23,14 +23,7 @@ def main() -> None:
     parser.add_argument("--classes", type=int, nargs="+", default=[3, 20])
     args = parser.parse_args()
     clock = common.begin(args)
-    rows = {classes: compare(args, classes, clock) for classes in args.classes}
-    print(f"batch {args.batch}, {args.objects} objects a picture, 300 px, {args.threads} threads, {args.rounds} rounds")
-    table = [
-        (classes, common.show(row["step_ms"], 0), common.show(row["loss_ms"], 1), common.show(row["share"], 3))
-        for classes, row in rows.items()
-    ]
-    common.print_table(("classes", "step ms", "matching and loss ms", "share"), table)
-    common.write(args.out, {"batch": args.batch, "objects": args.objects, "rounds": args.rounds, "classes": rows})
+    common.report(args, [compare(args, classes, clock) for classes in args.classes])
 
 
 def compare(args: argparse.Namespace, classes: int, clock: common.Clock) -> dict:
@@ -53,8 +46,9 @@ def compare(args: argparse.Namespace, classes: int, clock: common.Clock) -> dict
     runs = {"step": common.timed(lambda: step(batch), clock), "loss": common.timed(losses_alone, clock)}
     seconds = common.take_turns(runs, args.rounds)
     return {
-        "step_ms": common.spread(1e3 * seconds["step"]),
-        "loss_ms": common.spread(1e3 * seconds["loss"]),
+        "classes": classes,
+        "step ms": common.spread(1e3 * seconds["step"]),
+        "matching and loss ms": common.spread(1e3 * seconds["loss"]),
         "share": common.ratio(seconds["loss"], seconds["step"]),
         "gap": gap,
     }

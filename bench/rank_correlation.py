@@ -42,24 +42,22 @@ def main() -> None:
         jobs = [pool.submit(train, f"{i}", genotype, supernet, path, args) for i, genotype in enumerate(chosen)]
         final = [job.result() for job in jobs]
     values = {
-        "flops": [detector.cost(genotype).flops for genotype in chosen],
+        "flops": [detector.cost(genotype).flops / 1e6 for genotype in chosen],
         "search": [on_search(detector, genotype)["metrics"]["AP"] for genotype in chosen],
         "test": [on_test(detector, genotype)["metrics"]["AP"] for genotype in chosen],
         "final": [metrics["AP"] for metrics in final],
     }
-    head = ("M multiply-adds", "inherited AP (search split)", "inherited AP (test)", "final AP (test)")
-    rows = [(f"{flops / 1e6:.1f}", *(f"{ap:.3f}" for ap in aps)) for flops, *aps in zip(*values.values(), strict=True)]
-    common.print_table(head, rows)
     taus = {}
     for name in ("search", "test", "flops"):
         pair = np.array(values[name]), np.array(values["final"])
-        tau = kendall_tau(*pair)
         low, high = bootstrap(*pair)
-        taus[name] = {"tau": tau, "low": low, "high": high}
-        print(f"tau of {name} and final AP: {tau:.2f}, 95% interval {low:.2f} to {high:.2f}")
-    genotypes = [genotype.to_dict() for genotype in chosen]
-    content = {"epochs": args.epochs, "values": values, "tau": taus, "genotypes": genotypes}
-    common.write(args.out / "rank_correlation.json", content)
+        taus[name] = {"tau": kendall_tau(*pair), "low": low, "high": high}
+    heads = ("M multiply-adds", "inherited AP (search split)", "inherited AP (test)", "final AP (test)")
+    rows = [dict(zip(heads, row, strict=True)) for row in zip(*values.values(), strict=True)]
+    args.out /= "rank_correlation.json"
+    common.report(args, rows, tau=taus, genotypes=[genotype.to_dict() for genotype in chosen])
+    for name, found in taus.items():
+        print("tau of {0} and final AP: {tau:.2f}, 95% interval {low:.2f} to {high:.2f}".format(name, **found))
 
 
 def train(name: str, genotype: Genotype, supernet: Supernet, path: Path, args: argparse.Namespace) -> dict:

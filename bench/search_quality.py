@@ -50,22 +50,18 @@ def main() -> None:
     args = parser.parse_args()
     args.table = args.table or args.supernet / "table.jsonl"
     table = Table(args.table, complete_table(args))
-    print(f"{args.table}: {table.describe()}")
+    print(f"{len(table.records)} sub-networks, AP {table.scores[0]:.4f} to {table.scores[-1]:.4f}")
     settings = SearchConfig(population_size=args.population_size, tournament_size=args.tournament_size, costs=COSTS)
 
     needed: dict[str, list[dict[str, int]]] = {name: [] for name in CONTROLLERS}
     for seed in progress(range(args.seeds), "seeds"):
         for name in CONTROLLERS:
             needed[name].append(evaluations_needed(table, replace(settings, controller=name), seed))
-    goals = {}
+    rows = []
     for goal in needed["random"][0]:
-        goals[goal] = {name: median_interval([run[goal] for run in needed[name]]) for name in CONTROLLERS}
-    rows = [
-        (goal, *(f"{median:.0f} ({low:.0f} to {high:.0f})" for median, low, high in by_name.values()))
-        for goal, by_name in goals.items()
-    ]
-    common.print_table((f"evaluations until, median of {args.seeds} seeds (95%)", *CONTROLLERS), rows)
-    common.write(args.out, {"table": table.describe(), "settings": vars(args), "goals": goals, "needed": needed})
+        medians = {name: median_interval([run[goal] for run in needed[name]]) for name in CONTROLLERS}
+        rows.append({"evaluations until": goal, **medians})
+    common.report(args, rows, scores=table.scores, needed=needed)
 
 
 # The table.
@@ -139,12 +135,6 @@ class Table:
     def __getitem__(self, genotype: Genotype) -> dict:
         return self._by_genotype[genotype]
 
-    def describe(self) -> str:
-        return (
-            f"{len(self.records)} sub-networks, {self.flops[0] / 1e6:.0f} to {self.flops[-1] / 1e6:.0f} M multiply-adds, "
-            f"AP {self.scores[0]:.4f} to {self.scores[-1]:.4f} on {self.records[0]['images']} images"
-        )
-
     def hypervolume(self, front: Sequence[dict]) -> float:
         """Area between a front, cheapest first, and the table's worst: AP against multiply-adds, both from 0 to 1."""
         low, high = self.scores[0], self.flops[-1]
@@ -187,12 +177,11 @@ def evaluations_needed(table: Table, settings: SearchConfig, seed: int) -> dict[
     return found
 
 
-def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Median, and its 95% bootstrap interval."""
-    values = np.asarray(values, float)
+def median_interval(values: Sequence[int]) -> str:
+    """Median (its 95% bootstrap interval)."""
     medians = np.median(np.random.default_rng(0).choice(values, (DRAWS, len(values))), axis=1)
-    low, high = np.quantile(medians, [0.025, 0.975]).tolist()
-    return float(np.median(values)), low, high
+    low, high = np.quantile(medians, [0.025, 0.975])
+    return f"{np.median(values):.0f} ({low:.0f} to {high:.0f})"
 
 
 if __name__ == "__main__":

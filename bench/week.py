@@ -10,8 +10,6 @@ the order of results, which no two runs of several workers share. Exits with 1 i
 """
 
 # The workers import this file, so it imports nothing large; `simulate` runs in the searching process only.
-from __future__ import annotations
-
 import argparse
 import hashlib
 import itertools

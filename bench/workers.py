@@ -44,8 +44,11 @@ def main() -> None:
     rates = {n: 3600 * sum(w.done for w in found) / sum(w.seconds for w in found) for n, found in windows.items()}
     gain = rates[2] / rates[1]
     print(f"one worker {rates[1]:.0f}, two {rates[2]:.0f} evaluations an hour: {gain:.2f} times as many")
-    rows = {str(n): [window._asdict() for window in found] for n, found in windows.items()}
-    common.write(args.out, {"per_hour": rates, "gain": gain, "windows": rows})
+    rows = [
+        {"workers": n, "evaluations an hour": rates[n], "busy": sum(w.utilisation for w in found) / len(found)}
+        for n, found in windows.items()
+    ]
+    common.report(args, rows, gain=gain)
 
 
 def measure(setup: tuple, candidates: list[dict], rounds: int, seconds: float) -> dict[int, list[Window]]:
@@ -55,13 +58,9 @@ def measure(setup: tuple, candidates: list[dict], rounds: int, seconds: float) -
         pools = {n: Dispatcher(scoring_worker, setup, ["cpu"] * n, threads_per_worker=1) for n in windows}
         for count, pool in pools.items():
             wake_all(stack.enter_context(pool), candidates[0], count)
-        print("| round | workers | evaluations an hour | busy |\n|---|---|---|---|")
         for number in range(rounds):
             for count in (1, 2) if number % 2 == 0 else (2, 1):
-                window = saturate(pools[count], itertools.cycle(candidates), count, seconds)
-                windows[count].append(window)
-                per_hour = 3600 * window.done / window.seconds
-                print(f"| {number + 1} | {count} | {per_hour:.0f} | {window.utilisation:.1%} |", flush=True)
+                windows[count].append(saturate(pools[count], itertools.cycle(candidates), count, seconds))
     return windows
 
 

@@ -58,14 +58,11 @@ def main() -> None:
         }
         seconds = common.take_turns(runs, args.rounds)
 
-    rows = {
-        name: {"ms": common.spread(1e3 * took), "yardsticks": common.ratio(took, seconds[YARDSTICK])}
+    rows = [
+        {"": name, "ms": common.spread(1e3 * took), "yardsticks": common.ratio(took, seconds[YARDSTICK])}
         for name, took in seconds.items()
-    }
-    print(f"batch {args.batch}, {args.threads} threads, {args.rounds} rounds; medians (10% to 90%)")
-    table = [(name, common.show(row["ms"], 0), common.show(row["yardsticks"])) for name, row in rows.items()]
-    common.print_table(("", "ms", "yardsticks"), table)
-    common.write(args.out, {"batch": args.batch, "rounds": args.rounds, "gap": gap, "rows": rows})
+    ]
+    common.report(args, rows, gap=gap)
 
 
 if __name__ == "__main__":
