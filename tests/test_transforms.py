@@ -61,7 +61,7 @@ def test_iou_crop_is_the_first_trial_that_the_slow_loop_accepts(seed, count):
 
 
 def test_iou_crop_follows_the_law_of_v2():
-    boxes, rule, draws = random_boxes(120, 100, 4, seed=1), v2.RandomIoUCrop(), 200
+    boxes, rule, draws = random_boxes(120, 100, 4, seed=1), v2.RandomIoUCrop(), 100
     picture = tv_tensors.Image(torch.zeros(1, 1, 1, dtype=torch.uint8).expand(1, 100, 120))
     framed = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(100, 120))
     torch.manual_seed(0)
