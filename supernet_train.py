@@ -199,11 +199,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         checkpoint.write_text(folder / "pretrained_genotype.json", json.dumps(content, indent=1) + "\n")
         print(f"wrote {folder / 'pretrained_genotype.json'}, the sub-network that holds the pretrained one")
     scorer = Scorer(prepare_scoring_data(annotations, train, search, config), config, device)
-    panel = Panel(
-        make_panel(detector.space, config.supernet.panel, config.seed, pretrained),
-        lambda supernet, genotype: scorer(supernet, genotype)["metrics"],
-        config,
-    )
+    panel = Panel(make_panel(detector.space, config.supernet.panel, config.seed, pretrained), scorer, config)
     options = {"resume": args.resume, "tensorboard": args.tensorboard}
     training = SupernetTraining(config, folder, detector, loader, panel, teacher, device, **options)
     remember("supernet", folder)

@@ -134,18 +134,18 @@ def due_epochs(config: Config) -> set[int]:
 class Panel:
     """A few sub-networks whose scores are logged, with a warning where an opening phase hurts the largest.
 
-    `score` takes the supernet and a genotype and returns metrics.
+    `scorer` is a lib.scoring.Scorer on the search split.
     """
 
-    def __init__(self, networks: Mapping[str, Genotype], score: Callable[[nn.Module, Genotype], dict], config: Config):
+    def __init__(self, networks: Mapping[str, Genotype], scorer: Callable[[nn.Module, Genotype], dict], config: Config):
         self.networks = networks
-        self._score = score
+        self._scorer = scorer
         self._config = config
 
     def score(self, detector: nn.Module, epoch: int, log: RunLog) -> None:
         """Score every network and log the metrics. The processes of a job share the work; the main one logs."""
         mine = distributed.deal(list(self.networks.values()))
-        scores = distributed.collect([self._score(detector, genotype) for genotype in mine])
+        scores = distributed.collect([self._scorer(detector, genotype)["metrics"] for genotype in mine])
         if not distributed.world().main:
             return
         networks = dict(zip(self.networks, scores, strict=True))

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import multiprocessing
 import os
+import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,14 +20,14 @@ import supernet_train
 from lib import config_io, distributed, final_training
 from lib.annotations import Annotations
 from lib.config import Config
-from lib.datasets import configured_train_loader, load_annotations, split_indices
+from lib.datasets import load_annotations, split_indices, train_loader
 from lib.detector import ElasticSSD
 from lib.distributed import SyncBatchNorm, synchronise_norms
 from lib.log import RunLog, read_log
 from lib.losses import DetectionLoss
-from lib.runtime import StopRequest
+from lib.runtime import StopRequest, run
 from lib.scoring import Scorer, prepare_scoring_data
-from lib.shrinking import PanelLog, make_panel
+from lib.shrinking import Panel, make_panel
 from lib.training import Trainer
 
 CPU = torch.device("cpu")
@@ -38,12 +43,63 @@ CASES = {  # what is trained: the script, whether BatchNorm is fixed, and change
 }
 
 
-def be_one_of_several(rank: int, port: int, folder: Path) -> None:
-    """Everything, in one start of the processes: what each found goes to `folder`."""
-    torch.set_num_threads(1)
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": rank, "RANK": rank, "WORLD_SIZE": PROCESSES}
-    where |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}  # the launcher has the store
-    os.environ.update({name: str(value) for name, value in where.items()})
+class Job:
+    """A function run by several processes as torchrun would run it, but forked: none has to import torch again.
+
+    `work(rank)` has the processes' standard streams in files. `wait` gives the exit statuses.
+    """
+
+    def __init__(self, folder: Path, work: Callable[[int], None], size: int = PROCESSES):
+        self._store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._streams = [Path(tempfile.mkstemp(dir=folder, suffix=suffix)[1]) for suffix in (".out", ".err")]
+        fork = multiprocessing.get_context("fork")
+        self._processes = [fork.Process(target=self._be, args=(folder, work, rank, size)) for rank in range(size)]
+        for process in self._processes:
+            process.start()
+
+    def _be(self, folder: Path, work: Callable[[int], None], rank: int, size: int) -> None:
+        for path, stream in zip(self._streams, (sys.__stdout__, sys.__stderr__), strict=True):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), stream.fileno())
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+        os.chdir(folder)
+        where = {"CUDA_VISIBLE_DEVICES": ""}
+        if size > 1:
+            where |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self._store.port}
+            where |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size}
+            where |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}  # the parent has the store
+        os.environ.update({name: str(value) for name, value in where.items()})
+        work(rank)
+        sys.stdout.flush()
+
+    def wait(self) -> list[int]:
+        for process in self._processes:
+            process.join(120)
+            assert not process.is_alive()
+        self.stdout, self.stderr = (path.read_text() for path in self._streams)
+        return [process.exitcode for process in self._processes]
+
+
+def run_script(folder: Path, script: str, *arguments: str, size: int = PROCESSES, interrupt: tuple = ()) -> Job:
+    """A script in several processes, to its end. `interrupt` is (rank, signal): sent to itself within epoch 2."""
+
+    def work(rank: int) -> None:
+        update = Trainer.update
+
+        def update_and_signal(trainer: Trainer, losses: object) -> object:
+            found = update(trainer, losses)
+            if (rank, trainer.epoch, trainer.batch) == (interrupt[0], 2, 3):
+                os.kill(os.getpid(), interrupt[1])
+            return found
+
+        if interrupt:
+            Trainer.update = update_and_signal
+        run(lambda: importlib.import_module(script.removesuffix(".py")).main(list(arguments)))
+
+    return Job(folder, work, size)
+
+
+def be_one_of_several(rank: int, folder: Path) -> None:
+    """Everything that needs several processes but no script; what each found goes to `folder`."""
     distributed.join(CPU)
     found = {"messages": messages(), "norms": norms(), "stops": stops(), "reports": distributed.first_to_report()}
     found["trained"] = {name: train(folder, name) for name in CASES}  # the first one draws the data
@@ -83,7 +139,7 @@ def train(folder: Path, case: str) -> dict:
     if not fixed:  # the last maps have a pixel an image: steps through their statistics magnify float32's rounding
         model.double()
     training = getattr(c, stage)
-    loader = configured_train_loader(annotations, range(len(annotations)), 64, training.batch_size, c, CPU)
+    loader = train_loader(annotations, range(len(annotations)), 64, training.batch_size, c, CPU)
     trainer = Trainer(model, training, CPU, loader.batch_sampler.batches_per_epoch)
     loss = DetectionLoss(c.loss, normalizers=distributed.normalizers)
     start = flat(model)
@@ -115,17 +171,14 @@ def evaluate(folder: Path) -> dict:
 
 def score_panel(folder: Path, name: str) -> list[dict]:
     """What is logged about three sub-networks of a supernet whose BatchNorm is synchronised."""
-    c = settings(folder, supernet__panel=1)  # which scores before its phase of epoch 2
+    c = settings(folder, supernet__panel=1)
     annotations, detector = load(c, "train"), random_detector(c)
     synchronise_norms(detector)
     split = split_indices(annotations, c.data.data_portion, c.seed)
     log = RunLog(folder / name / "log.jsonl")
     scorer = Scorer(prepare_scoring_data(annotations, *split, c), c, CPU)
-    networks = make_panel(detector.space, 1, c.seed)
-    panel = PanelLog(networks, lambda genotype: scorer(detector, genotype), log, c)
-    assert panel.due(1)
-    panel.score(1)
-    assert not panel.due(1)
+    panel = Panel(make_panel(detector.space, 1, c.seed), lambda *subnet: scorer(*subnet)["metrics"], c)
+    panel.score(detector, 1, log)
     log.close()
     return [record["networks"] for record in read_log(log.path)]
 

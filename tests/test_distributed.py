@@ -17,7 +17,7 @@ import distributed_workers as workers
 import pytest
 import torch
 import yaml
-from tiny_runs import REPOSITORY, environment, finish, run, start, tiny_settings
+from tiny_runs import FINAL, REPOSITORY, SUPERNET, environment, finish, tiny_settings
 from torch import nn
 
 from lib import checkpoint, distributed
@@ -36,14 +36,12 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ranks(folder):
     """What two processes found, by rank."""
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        torch.multiprocessing.spawn(workers.be_one_of_several, (store.port, folder), nprocs=workers.PROCESSES)
+    job = workers.Job(folder, lambda rank: workers.be_one_of_several(rank, folder))
+    assert job.wait() == [0, 0], job.stderr
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(workers.PROCESSES)]
 
 
-# ---------------------------------------------------------------------------------------------------------- exchanges
+# Exchanges
 
 
 def test_one_process_gets_back_what_it_gave():
@@ -87,7 +85,7 @@ def test_a_lost_process_is_told_in_one_line(ranks, folder):
         assert re.fullmatch(words, (folder / name).read_text())
 
 
-# ---------------------------------------------------------------------------------------------------------- BatchNorm
+# Batchnorm
 
 
 def test_synchronised_norms_are_those_of_the_whole_batch(ranks):
@@ -120,7 +118,7 @@ def test_a_copy_is_the_layer_that_was_replaced_and_normalises_its_own_share(rank
         torch.testing.assert_close(local.mean((0, 2, 3)), 0.4 * torch.arange(4.0), rtol=0, atol=1e-3)
 
 
-# ----------------------------------------------------------------------------------------------------------- training
+# Training
 
 
 @pytest.mark.parametrize("case", [case for case in workers.CASES if "local" not in case])
@@ -152,7 +150,7 @@ def test_without_synchronisation_the_weights_are_still_the_same_in_all(ranks):
     assert max((first[name] - whole[name]).abs().max() for name in first if name.endswith("weight")) > 1e-4
 
 
-# --------------------------------------------------------------------------------------------------------- evaluation
+# Evaluation
 
 
 def test_a_shared_evaluation_is_that_of_one_process_to_the_digit(ranks, folder):
@@ -168,7 +166,7 @@ def test_a_shared_panel_is_that_of_one_process_to_the_digit(ranks, folder):
     assert ranks[1]["panel"] == [] and not (folder / "panel of 1").exists()
 
 
-# ------------------------------------------------------------------------------------------------------ configuration
+# Configuration
 
 
 def test_a_batch_that_cannot_be_shared_is_refused():
@@ -194,15 +192,60 @@ def test_each_process_has_its_own_gpu(monkeypatch):
         pick_device("auto")
 
 
-# -------------------------------------------------------------------------------------------------- under torchrun
+# The scripts
 
 
-def torchrun(cwd: Path, *arguments: object, options: tuple = ()) -> subprocess.Popen:
-    """A script under torchrun in two processes."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *options]
-    command = [*launcher, str(REPOSITORY / str(arguments[0])), *map(str, arguments[1:])]
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A folder with the outcome of an undisturbed training of the supernet in two processes."""
+    folder = tmp_path_factory.mktemp("scripts")
+    settings = tiny_settings(data__root=folder / "shapes", supernet__sync_batch_norm=True, supernet__epochs=3)
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(settings))
+    job = workers.run_script(folder, SUPERNET, "--cfg", "tiny.yaml", "--train-dir", "whole")
+    assert job.wait() == [0, 0], job.stderr
+    return folder, job
+
+
+def last(folder: Path) -> dict:
+    return checkpoint.read(folder / "last.pt")
+
+
+def assert_same_end(state: dict, other: dict) -> None:
+    assert [state[key] for key in ("epoch", "batch", "step")] == [other[key] for key in ("epoch", "batch", "step")]
+    for name, tensor in state["model"].items():
+        assert torch.equal(tensor, other["model"][name]), name
+
+
+def assert_told_once(stderr: str) -> None:
+    lines = re.findall(r"^error: .*$", stderr, re.MULTILINE)
+    assert len(lines) == 1 and "a process of this job died" in lines[0], stderr
+    assert not re.search(r"supernet_train.py\", line|final_train.py\", line", stderr)  # no traceback of ours
+
+
+def test_only_the_main_process_prints_and_writes(whole):
+    folder, job = whole
+    for words in ("in batches", "batches of 4 over 2 processes", "split: 48 images", "epoch 3: AP on", "next: python"):
+        assert job.stdout.count(words) == (words != "in batches"), job.stdout
+    assert "Error" not in job.stderr and last(folder / "whole")["epoch"] == 4
+    assert {p.name for p in (folder / "whole").iterdir()} == {
+        *("last.pt", "split.json", "config.yaml", "log.jsonl", "curves.png")
+    }
+    records = [json.loads(line) for line in (folder / "whole" / "log.jsonl").read_text().splitlines()]
+    assert [(r["kind"], r["step"]) for r in records] == [(kind, n) for n in (1, 2, 3) for kind in ("train", "eval")]
+
+
+def test_torchrun_restarts_a_killed_process_and_the_run_ends_as_if_nothing_had_happened(whole):
+    folder, _ = whole
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1"]
+    command = [*launcher, str(REPOSITORY / SUPERNET), "--cfg", "tiny.yaml", "--train-dir", "restarted", "--resume"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=cwd, env=environment(), **pipes)
+    job = subprocess.Popen(command, cwd=folder, env=environment(), **pipes)
+    wait_for(folder / "restarted" / "last.pt", job)
+    os.kill(process_of(job, 1), signal.SIGKILL)
+    done = finish(job)
+    assert done.returncode == 0 and "resumed restarted/last.pt" in done.stdout, done.stderr
+    assert_told_once(done.stderr)
+    assert_same_end(last(folder / "restarted"), last(folder / "whole"))
 
 
 def process_of(launcher: subprocess.Popen, rank: int) -> int:
@@ -225,104 +268,44 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
         time.sleep(0.01)
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A folder with the outcome of an undisturbed training of the supernet in two processes."""
-    folder = tmp_path_factory.mktemp("torchrun")
-    settings = tiny_settings(data__root=folder / "shapes", supernet__sync_batch_norm=True, supernet__epochs=4)
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(settings))
-    done = finish(torchrun(folder, "supernet_train.py", "--cfg", "tiny.yaml", "--train-dir", "whole"))
-    assert done.returncode == 0, done.stderr
-    return folder, done
-
-
-def final_state(folder: Path) -> dict:
-    return checkpoint.read(folder / "last.pt")
-
-
-def test_only_the_main_process_prints_and_writes(whole):
-    folder, done = whole
-    for words in ("in batches", "batches of 4 over 2 processes", "split: 48 images", "epoch 4: AP on", "next: python"):
-        assert done.stdout.count(words) == (words != "in batches"), done.stdout
-    assert "Error" not in done.stderr and final_state(folder / "whole")["epoch"] == 5
-    assert {p.name for p in (folder / "whole").iterdir()} == {
-        *("last.pt", "split.json", "config.yaml", "log.jsonl", "curves.png")
-    }
-    records = [json.loads(line) for line in (folder / "whole" / "log.jsonl").read_text().splitlines()]
-    assert [(r["kind"], r["step"]) for r in records] == [
-        *(("train", 1), ("eval", 1), ("train", 2), ("eval", 2), ("train", 3), ("train", 4), ("eval", 4))
-    ]
-
-
-def test_a_killed_process_is_restarted_and_the_run_ends_as_if_nothing_had_happened(whole):
-    folder, _ = whole
-    arguments = ["--cfg", "tiny.yaml", "--train-dir", "restarted", "--resume"]
-    job = torchrun(folder, "supernet_train.py", *arguments, options=("--max-restarts=1",))
-    wait_for(folder / "restarted" / "last.pt", job)
-    os.kill(process_of(job, 1), signal.SIGKILL)
-    done = finish(job)
-    assert done.returncode == 0 and "resumed restarted/last.pt" in done.stdout, done.stderr
-    assert_told_once(done)
-    same_state(final_state(folder / "restarted"), final_state(folder / "whole"))
-
-
-def assert_told_once(done):
-    lines = re.findall(r"^error: .*$", done.stderr, re.MULTILINE)
-    assert len(lines) == 1 and "a process of this job died" in lines[0], done.stderr
-    assert not re.search(r"supernet_train.py\", line|final_train.py\", line", done.stderr)  # no traceback of ours
-
-
-def same_state(state, other):
-    assert (state["epoch"], state["batch"], state["step"]) == (other["epoch"], other["batch"], other["step"])
-    for name, tensor in state["model"].items():
-        assert torch.equal(tensor, other["model"][name]), name
-
-
 def test_sigterm_stops_after_a_step_and_the_run_goes_on_as_if_nothing_had_happened(whole):
     """One process can go on as well; over tens of steps in float32 it need not end at the very same weights."""
     folder, _ = whole
     arguments = ["--cfg", "tiny.yaml", "--train-dir", "stopped", "--resume"]
-    job = torchrun(folder, "supernet_train.py", *arguments)
-    wait_for(folder / "stopped" / "last.pt", job)
-    job.send_signal(signal.SIGTERM)
-    done = finish(job)
-    assert "--resume goes on" in done.stdout and "DataLoader worker" not in done.stderr, done.stderr
-    halfway = final_state(folder / "stopped")
-    assert halfway["epoch"] < 5 and halfway["step"] < 36
+    job = workers.run_script(folder, SUPERNET, *arguments, interrupt=(1, signal.SIGTERM))
+    assert job.wait() == [0, 0] and "--resume goes on" in job.stdout, job.stderr
+    assert "DataLoader worker" not in job.stderr
+    halfway = last(folder / "stopped")
+    assert (halfway["epoch"], halfway["batch"]) == (2, 3)
     shutil.copytree(folder / "stopped", folder / "alone")
-    resumed = finish(torchrun(folder, "supernet_train.py", *arguments))
-    assert resumed.returncode == 0, resumed.stderr
-    state, other = (final_state(folder / name)["model"] for name in ("stopped", "whole"))
-    assert all(torch.equal(state[n], other[n]) for n in other)
-    run(folder, "supernet_train.py", "--cfg", "tiny.yaml", "--train-dir", "alone", "--resume")
-    assert final_state(folder / "alone")["step"] == final_state(folder / "whole")["step"]
+    resumed = workers.run_script(folder, SUPERNET, *arguments)
+    assert resumed.wait() == [0, 0], resumed.stderr
+    assert_same_end(last(folder / "stopped"), last(folder / "whole"))
+    arguments[3] = "alone"
+    alone = workers.run_script(folder, SUPERNET, *arguments, size=1)
+    assert alone.wait() == [0] and last(folder / "alone")["step"] == last(folder / "whole")["step"]
 
 
 def test_the_detector_is_trained_killed_resumed_and_evaluated(whole):
-    """Where the main process is killed, torchrun need not kill the other; --eval-only finds the same metrics alone."""
+    """The main process is killed, the other one has to notice; --eval-only finds the same metrics alone."""
     folder, _ = whole
-    c = workers.settings(folder)
-    genotype = ElasticSSD(c, 5).space.smallest()
+    genotype = ElasticSSD(workers.settings(folder), 5).space.smallest()
     (folder / "best.json").write_text(json.dumps(genotype.to_dict()))
     arguments = ["--cfg", "tiny.yaml", "--genotype", "best.json", "--from-scratch", "--train-dir", "final", "--resume"]
-    job = torchrun(folder, "final_train.py", *arguments, "--set", "final.epochs=6")
-    wait_for(folder / "final" / "last.pt", job)
-    os.kill(process_of(job, 0), signal.SIGKILL)
-    done = finish(job)
-    assert done.returncode != 0 and "forcefully exiting" not in done.stderr, done.stderr
-    assert_told_once(done)
-    done = finish(torchrun(folder, "final_train.py", *arguments, "--set", "final.epochs=6"))
-    assert done.returncode == 0 and "resumed final/last.pt" in done.stdout, done.stderr
+    job = workers.run_script(folder, FINAL, *arguments, interrupt=(0, signal.SIGKILL))
+    assert job.wait() == [-signal.SIGKILL, 1], job.stderr
+    assert_told_once(job.stderr)
+    job = workers.run_script(folder, FINAL, *arguments)
+    assert job.wait() == [0, 0] and "resumed final/last.pt" in job.stdout, job.stderr
     metrics = json.loads((folder / "final" / "metrics.json").read_text())
-    printed = run(folder, "final_train.py", "--eval-only", "--load", "final")
-    assert f"AP50        {metrics['AP50']:.6f}" in printed and metrics["test_images"] == 8
+    alone = workers.run_script(folder, FINAL, "--eval-only", "--load", "final", size=1)
+    assert alone.wait() == [0], alone.stderr
+    assert f"AP50        {metrics['AP50']:.6f}" in alone.stdout and metrics["test_images"] == 8
 
 
 def test_mistakes_are_told_once(whole):
     folder, _ = whole
-    odd = torchrun(folder, "supernet_train.py", "--cfg", "tiny.yaml", "--set", "supernet.batch_size=5", "--dry-run")
-    done, alone = finish(odd), start(folder, "supernet_train.py", "--cfg", "tiny.yaml", "--dry-run")
-    assert finish(alone).returncode == 0 and done.returncode != 0
-    assert re.findall("^error: .*", done.stderr, re.MULTILINE) == [
-        "error: supernet.batch_size: expected a multiple of the 2 processes, found 5"
-    ]
+    options = ["--cfg", "tiny.yaml", "--set", "supernet.batch_size=5", "--dry-run"]
+    job = workers.run_script(folder, SUPERNET, *options)
+    assert job.wait() == [2, 2]
+    assert job.stderr == "error: supernet.batch_size: expected a multiple of the 2 processes, found 5\n"

@@ -140,7 +140,9 @@ def panel_config(every=1):
 def score_panel(tmp_path, ap_by_epoch):
     """A panel of one network with this AP after each of the epochs."""
     scores = iter(ap_by_epoch.values())
-    panel = Panel({"largest": "genotype"}, lambda _detector, _genotype: {"AP": next(scores)}, panel_config())
+    panel = Panel(
+        {"largest": "genotype"}, lambda _detector, _genotype: {"metrics": {"AP": next(scores)}}, panel_config()
+    )
     log = RunLog(tmp_path / "log.jsonl")
     for epoch in ap_by_epoch:
         panel.score(None, epoch, log)
