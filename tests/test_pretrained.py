@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from pathlib import Path
 
@@ -49,6 +50,12 @@ def make_detector(settings: dict | Config, num_classes: int = 3) -> ElasticSSD:
     return ElasticSSD(settings, num_classes).eval()
 
 
+@functools.cache
+def weights(make) -> dict[str, torch.Tensor]:
+    """Of one of torchvision's networks, as initialised."""
+    return make().state_dict()
+
+
 def changed(settings: dict, **overrides: object) -> dict:
     return config_io.with_overrides(settings, [f"{key.replace('__', '.')}={value}" for key, value in overrides.items()])
 
@@ -72,9 +79,6 @@ def features(detector: ElasticSSD, x: torch.Tensor, genotype: Genotype) -> list[
     return detector.backbone(x, genotype)
 
 
-# --------------------------------------------------------------------------------------------------------- torchvision
-
-
 @pytest.mark.parametrize(
     ("make", "settings", "taps"), [(mobilenet_v2, MBV2, (13, 17)), (mobilenet_v3_large, MBV3, (12, 16))]
 )
@@ -85,11 +89,11 @@ def test_torchvisions_networks(make, settings, taps, norm_eps):
     detector = make_detector(changed(settings, backbone__norm_eps=norm_eps))
     embedding = embed(detector, recognise(net.state_dict(), "file"))
     detector.space.check(embedding.genotype)
-    x = torch.randn(2, 3, 96, 96)
+    x = torch.randn(2, 3, 64, 64)
     expected = outputs(net.features, x)
     largest = detector.space.largest()
     rng = random.Random(0)
-    wider = [detector.space.crossover(embedding.genotype, largest, rng) for _ in range(3)]
+    wider = [detector.space.crossover(embedding.genotype, largest, rng) for _ in range(2)]
     wider = [g for g in wider if all(a >= b for a, b in zip(g.depths, embedding.genotype.depths, strict=True))]
     for genotype in (embedding.genotype, largest, *wider):
         for ours, tap in zip(features(detector, x, genotype), taps, strict=True):
@@ -100,7 +104,7 @@ def test_torchvisions_networks(make, settings, taps, norm_eps):
     ("name", "make"), [("voc_mbv2", mobilenet_v2), ("voc_mbv3", mobilenet_v3_large), ("coco_mbv3", mobilenet_v3_large)]
 )
 def test_the_reference_recipes_take_torchvisions_weights_as_they_were_trained(name, make, tmp_path):
-    torch.save(make().state_dict(), tmp_path / "net.pth")
+    torch.save(weights(make), tmp_path / "net.pth")
     settings = config_io.read_config(CONFIGS / f"{name}.yaml", [f"backbone.pretrained_path={tmp_path / 'net.pth'}"])
     detector = make_detector(settings)
     embedding = load_pretrained(detector, settings, CLASSES)
@@ -111,16 +115,9 @@ def test_the_reference_recipes_take_torchvisions_weights_as_they_were_trained(na
 def test_the_genotype_is_the_networks_own_table():
     """Howard et al., ICCV 2019, table 1: the widths 200 and 184 of 80 lie in an expand ratio of 3."""
     detector = make_detector(MBV3)
-    genotype = embed(detector, recognise(mobilenet_v3_large().state_dict(), "file")).genotype
+    genotype = embed(detector, recognise(weights(mobilenet_v3_large), "file")).genotype
     assert genotype.depths == (1, 2, 3, 4, 2, 3)
-    assert [[b.kernel for b in stage] for stage in genotype.stages] == [
-        [3],
-        [3] * 2,
-        [5] * 3,
-        [3] * 4,
-        [3] * 2,
-        [5] * 3,
-    ]
+    assert [{b.kernel for b in stage} for stage in genotype.stages] == [{3}, {3}, {5}, {3}, {3}, {5}]
     assert [b.expand for stage in genotype.stages for b in stage] == [1, 4, 3, 3, 3, 3, 6, 3, 3, 3, 6, 6, 6, 6, 6]
 
 
@@ -132,9 +129,6 @@ def test_the_extract_of_the_genotype_computes_it_too():
     x = torch.randn(1, 3, 64, 64)
     plain = outputs(detector.extract(genotype).backbone, x)
     assert_close(plain[-1], outputs(net.features, x)[17])
-
-
-# --------------------------------------------------------------------------------------------------- EfficientNet-Lite0
 
 
 def test_efficientnet_lite0_with_its_real_weights():
@@ -161,9 +155,6 @@ def test_efficientnet_lite0_with_its_real_weights():
     assert [stage[0].kernel for stage in embedding.genotype.stages] == [3, 3, 5, 3, 5, 5, 3]
 
 
-# ---------------------------------------------------------------------------------------------------------------- OFA
-
-
 @pytest.fixture(scope="module")
 def ofa_net():
     networks = pytest.importorskip("ofa.imagenet_classification.elastic_nn.networks", reason="pip install ofa")
@@ -186,43 +177,39 @@ def ofa_features(net, genotype: Genotype, x: torch.Tensor) -> tuple[torch.Tensor
         return stages[3], net.final_expand_layer(y)
 
 
-def old_spelling(state: dict) -> dict:
-    """The keys of the supernets that are for download, which the package renames as it loads them."""
-    renamed = {}
-    for key, tensor in state.items():
-        if key.startswith("blocks"):
-            key = key.replace(".conv.", ".mobile_inverted_conv.", 1)
-        renamed[key] = tensor
-    return {"state_dict": renamed}
-
-
-@pytest.mark.parametrize("spelling", [dict, old_spelling])
-def test_twenty_sub_networks_of_once_for_all(ofa_net, spelling):
+def test_sub_networks_of_once_for_all(ofa_net):
     detector = make_detector(MBV3)
-    genotype = embed(detector, recognise(spelling(ofa_net.state_dict()), "file")).genotype
+    genotype = embed(detector, recognise(ofa_net.state_dict(), "file")).genotype
     assert genotype == detector.space.largest()
     rng, x = random.Random(0), torch.randn(1, 3, 64, 64)
-    drawn = [detector.space.sample(rng) for _ in range(20)]
+    drawn = [detector.space.sample(rng) for _ in range(12)]
     for g in (*drawn, detector.space.smallest(), genotype):
         for ours, theirs in zip(features(detector, x, g), ofa_features(ofa_net, g, x), strict=True):
             assert_close(ours, theirs)
 
 
+def test_the_old_spelling_of_once_for_all_is_read(ofa_net):
+    """The keys of the supernets that are for download, which the package renames as it loads them."""
+    state = ofa_net.state_dict()
+    old = {k.replace(".conv.", ".mobile_inverted_conv.", 1) if k.startswith("blocks") else k: state[k] for k in state}
+    assert old.keys() != state.keys() and recognise({"state_dict": old}, "file") == recognise(state, "file")
+
+
 def test_a_smaller_space_holds_the_slices_of_once_for_all(ofa_net):
     """Kernels of at most 5 come out of the 7x7 by its own transform."""
-    settings = changed(MBV3, backbone__kernels=[3, 5, 5, 5, 5, 5], search_space__num_cell_groups=[1, 3, 3, 3, 3, 3])
-    settings = changed(settings, search_space__schedule_cfg__width_choice="{boundary: [1], value: [[4, 3]]}")
-    settings = changed(settings, search_space__schedule_cfg__depth_choice="{boundary: [1], value: [[3, 2]]}")
-    settings = changed(settings, search_space__schedule_cfg__kernel_choice="{boundary: [1], value: [[5, 3]]}")
-    detector = make_detector(settings)
+    changes = {
+        "backbone__kernels": [3, 5, 5, 5, 5, 5],
+        "search_space__num_cell_groups": [1, 3, 3, 3, 3, 3],
+        "search_space__schedule_cfg__width_choice": "{boundary: [1], value: [[4, 3]]}",
+        "search_space__schedule_cfg__depth_choice": "{boundary: [1], value: [[3, 2]]}",
+        "search_space__schedule_cfg__kernel_choice": "{boundary: [1], value: [[5, 3]]}",
+    }
+    detector = make_detector(changed(MBV3, **changes))
     embed(detector, recognise(ofa_net.state_dict(), "file"))
     rng, x = random.Random(0), torch.randn(1, 3, 64, 64)
     for g in (detector.space.sample(rng) for _ in range(5)):
         for ours, theirs in zip(features(detector, x, g), ofa_features(ofa_net, g, x), strict=True):
             assert_close(ours, theirs)
-
-
-# ------------------------------------------------------------------------------------------------------- our own files
 
 
 @pytest.fixture(params=[1e-5, 1e-2], ids=["torch's eps", "another eps"])
@@ -248,16 +235,13 @@ IMAGES = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torc
 @torch.no_grad()
 def test_a_supernet_of_this_project_comes_back_whole(own, tiny_config):
     source, _, folder = own
-    for name in (
-        folder / "supernet" / "last.pt",
-        folder / "supernet",
-        folder,
-    ):  # a run's folder stands for its checkpoint
-        target = fresh(tiny_config)
-        genotype = embed(target, read_source(str(name))).genotype
-        assert genotype == target.space.largest()
-        for g in (genotype, target.space.smallest()):
-            torch.testing.assert_close(target(IMAGES, g), source(IMAGES, g), rtol=1e-4, atol=1e-5)
+    target = fresh(tiny_config)
+    genotype = embed(target, read_source(str(folder / "supernet/last.pt"))).genotype
+    assert genotype == target.space.largest()
+    for g in (genotype, target.space.smallest()):
+        torch.testing.assert_close(target(IMAGES, g), source(IMAGES, g), rtol=1e-4, atol=1e-5)
+    for run in (folder, folder / "supernet"):  # a run's folder stands for its checkpoint
+        assert read_source(str(run)).stem.keys() == read_source(str(folder / "supernet/last.pt")).stem.keys()
 
 
 @torch.no_grad()
@@ -322,16 +306,13 @@ def test_the_backbone_alone(own, tiny_config):
 
 def test_surplus_channels_and_blocks_learn():
     detector = make_detector(MBV3)
-    embed(detector, recognise(mobilenet_v3_large().state_dict(), "file"))
+    embed(detector, recognise(weights(mobilenet_v3_large), "file"))
     detector.train()
-    for output in detector(torch.randint(0, 256, (2, 3, 96, 96)), detector.space.largest())[:2]:
-        output.sum().backward(retain_graph=True)
+    logits, offsets = detector(torch.randint(0, 256, (2, 3, 64, 64)), detector.space.largest())
+    (logits.sum() + offsets.sum()).backward()
     surplus, wide = detector.backbone.stages[1][3], detector.backbone.stages[3][1]
     assert surplus.project_norm.weight.grad.abs().sum() > 0
     assert wide.project.weight.grad[:, 200:].abs().sum() > 0  # 80 * 2.5 are torchvision's
-
-
-# ------------------------------------------------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(
@@ -349,35 +330,17 @@ def test_surplus_channels_and_blocks_learn():
 def test_a_network_that_does_not_fit_is_refused_and_says_why(changes, message):
     detector = make_detector(changed(MBV2, **changes))
     with pytest.raises(Misfit, match=message):
-        embed(detector, recognise(mobilenet_v2().state_dict(), "file"))
+        embed(detector, recognise(weights(mobilenet_v2), "file"))
 
 
 def test_a_kernel_that_is_too_large_is_refused():
     detector = make_detector(changed(MBV3, backbone__kernels=[3, 3, 3, 3, 3, 3]))
     with pytest.raises(Misfit, match=r"stage 2, block 0: a kernel of 5, the search space has at most 3"):
-        embed(detector, recognise(mobilenet_v3_large().state_dict(), "file"))
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("torchvision:mobilenet_v3", "expected one of mobilenet_v2, mobilenet_v3_large .did you mean 'mobilenet_v"),
-        ("efficientnet_lite", "no such file or folder, nor one of .*did you mean 'efficientnet_lite0'"),
-    ],
-)
-def test_an_unknown_name_is_an_error_with_the_nearest_one(name, message):
-    with pytest.raises(UserError, match=message):
-        read_source(name)
-
-
-def test_a_file_of_something_else_is_refused_with_its_keys(tmp_path):
-    torch.save({"encoder.weight": torch.zeros(1)}, tmp_path / "odd.pth")
-    with pytest.raises(UserError, match=r"odd\.pth: no known network \(its keys: encoder\.weight\)"):
-        read_source(str(tmp_path / "odd.pth"))
+        embed(detector, recognise(weights(mobilenet_v3_large), "file"))
 
 
 def test_the_path_and_the_reason_are_in_one_message(tmp_path):
-    torch.save(mobilenet_v2().state_dict(), tmp_path / "v2.pth")
+    torch.save(weights(mobilenet_v2), tmp_path / "v2.pth")
     settings = config_io.from_dict(changed(MBV3, backbone__pretrained_path=str(tmp_path / "v2.pth")))
     with pytest.raises(
         UserError, match=r"v2\.pth \(torchvision mobilenet_v2\): it has 7 stages, the search space has 6"
@@ -386,7 +349,7 @@ def test_the_path_and_the_reason_are_in_one_message(tmp_path):
 
 
 def test_settings_of_another_training_are_noted(tmp_path):
-    torch.save({"state_dict": mobilenet_v3_large().state_dict()}, tmp_path / "v3.pth")
+    torch.save({"state_dict": weights(mobilenet_v3_large)}, tmp_path / "v3.pth")
     settings = config_io.from_dict(changed(MBV3, backbone__pretrained_path=str(tmp_path / "v3.pth")))
     rows = load_pretrained(make_detector(settings), settings, CLASSES).rows
     assert rows[0] == ("recognised as", "torchvision mobilenet_v3_large")
