@@ -52,6 +52,7 @@ def postprocess(
     size = scores.shape[1:]
     count = FIRST_CANDIDATES * config.top_k
     found, complete = _detect(_best_candidates(scores, offsets, priors_cxcywh, variances, count), size, config)
+    # The rest one by one: a few crowded images must not make the batch pay.
     for i in (~complete).nonzero().flatten().tolist():
         image = slice(i, i + 1)
         more = count
@@ -86,6 +87,7 @@ def _detect(candidates: Candidates, size: torch.Size, config: PostprocessConfig)
     """Detections of each image, and whether (B,) further candidates, of (P, C) = `size`, could not change them."""
     above = candidates.scores > config.confidence_threshold
     survivors, entered = _nms_by_class(candidates, above, size[1], config)
+    # More candidates are worse ones: below the threshold, beyond `top_k`, or not admitted to NMS.
     complete = ~above[:, -1] | (survivors.sum(1) >= config.top_k) | (entered >= config.pre_nms_top_k).all(1)
     if above.shape[1] == size.numel():
         complete[:] = True
@@ -116,6 +118,7 @@ def _nms_by_class(
     index = index[order[enters]]
     shifted = candidates.boxes.flatten(0, 1)[index].double() + 2 * group[enters, None]
     scores = candidates.scores.flatten()[index].double()
+    # One call per group would cost more than the work in it.
     sizes = _join_small(counts.tolist())
     survivors = torch.zeros_like(above)
     calls = zip(index.split(sizes), shifted.split(sizes), scores.split(sizes), strict=True)

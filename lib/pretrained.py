@@ -78,6 +78,7 @@ def embed(
             rows.append((f"extra block {i}", what))
     else:
         rows.append(("extra blocks", FRESH))
+    # Logits are ordered by class: the same classes in another order need them rearranged.
     if predictors and source.classes and classes and tuple(classes) != source.classes:
         predictors = _with_classes(detector, predictors, source.classes, classes)
         rows.append(("class logits", _shared_classes(source.classes, classes)))
@@ -141,6 +142,7 @@ def _embed_block(
     theirs_out, hidden = theirs["project.weight"].shape[:2]
     theirs_in = theirs["expand.weight"].shape[1] if "expand.weight" in theirs else hidden
     room = ours.project.in_channels
+    # Only hidden channels can be added without changing the function; all else must agree.
     for what, found, expected in (
         ("input channels", theirs_in, ours.in_channels),
         ("output channels", theirs_out, ours.out_channels),
@@ -159,6 +161,7 @@ def _embed_block(
     _load_norm(ours.depthwise_norm, theirs, "depthwise_norm", source.eps, hidden)
     if ours.squeeze_excitation is not None:
         _load_squeeze(ours.squeeze_excitation, theirs, hidden)
+    # Zeros keep surplus hidden channels from reaching the output.
     ours.project.weight.zero_()
     ours.project.weight[:, :hidden] = theirs["project.weight"][:, :hidden]
     _load_norm(ours.project_norm, theirs, "project_norm", source.eps, theirs_out)
@@ -170,6 +173,7 @@ def _load_depthwise(ours: ElasticDepthwiseConv, theirs: Tensors, hidden: int, so
     """Centre the source's kernels in ours, or transform larger ones down to ours. Returns the loaded kernels' side."""
     weight = theirs["depthwise.weight"][:hidden]
     largest = ours.weight.shape[-1]
+    # A smaller kernel of Once-for-All is the centre of the next larger one, transformed (Cai et al. 2020).
     while weight.shape[-1] > largest:
         smaller = weight.shape[-1] - 2
         matrix = theirs.get(f"depthwise.{smaller + 2}to{smaller}_matrix")
@@ -247,6 +251,7 @@ def _with_classes(detector: ElasticSSD, theirs: Tensors, known: Sequence[str], w
                 continue
             merged = ours[name].unflatten(0, (-1, len(wanted) + 1)).clone()  # (priors of a cell, classes + 1, ...)
             given = theirs[name].unflatten(0, (-1, len(known) + 1))
+            # Another number of priors in a cell: none of these logits has a counterpart.
             if len(merged) != len(given):
                 continue
             merged[:, 0] = given[:, 0]

@@ -155,7 +155,8 @@ def read_source(name: str) -> Source:
     if path.is_file():
         payload = checkpoint.read_any(path)
     elif path.exists():
-        best = path / "best.pt"  # of a final training
+        # The folder of a final training has best.pt, that of a supernet last.pt.
+        best = path / "best.pt"
         payload = checkpoint.read_any(best if best.is_file() else supernet_checkpoint(path))
     elif name in TORCHVISION:
         payload = _from_torchvision(name)
@@ -199,7 +200,7 @@ def _renamed(state: Tensors, kind: Format) -> Source:
         else:
             left_out.append(key)
     blocks = [parts[number] for number in sorted(part for part in parts if isinstance(part, int))]
-    # In all of these networks a stage is a row of blocks with equally many output channels.
+    # The files do not say where a stage ends. In all of these networks a stage is a row of blocks with equally many output channels.
     stages = itertools.groupby(blocks, lambda block: block["project.weight"].shape[0])
     return Source(
         name=kind.name,
@@ -224,6 +225,7 @@ def _rename(key: str, modules: Mapping[str, str]) -> tuple[str | int, str] | Non
         if found := re.fullmatch(re.escape(path).replace("N", r"(\d+)") + r"\.(.+)", key):
             *number, name = found.groups()
             part, _, inner = target.partition(".")
+            # "stem" names a whole convolution and norm, "block.N.expand" one layer of a block.
             if part != "block":
                 return part, f"{inner}.{name}".lstrip(".")
             written, _, inner = inner.partition(".")
@@ -265,6 +267,7 @@ def _detector_parts(tensors: Tensors, genotype: Genotype) -> dict:
     maps = _numbered(_below(tensors, "backbone."))
     stem, *modules = itertools.chain.from_iterable(_numbered(feature_map) for feature_map in maps)
     stages = []
+    # A stage may lie across two feature maps, so blocks are counted off by the genotype's depths.
     for depth in genotype.depths:
         stages.append(modules[:depth])
         modules = modules[depth:]
