@@ -200,7 +200,7 @@ def _renamed(state: Tensors, kind: Format) -> Source:
         else:
             left_out.append(key)
     blocks = [parts[number] for number in sorted(part for part in parts if isinstance(part, int))]
-    # The files do not say where a stage ends. In all of these networks a stage is a row of blocks with equally many output channels.
+    # The files do not say where a stage ends; in all of these networks its blocks have equally many output channels.
     stages = itertools.groupby(blocks, lambda block: block["project.weight"].shape[0])
     return Source(
         name=kind.name,
@@ -267,7 +267,7 @@ def _detector_parts(tensors: Tensors, genotype: Genotype) -> dict:
     maps = _numbered(_below(tensors, "backbone."))
     stem, *modules = itertools.chain.from_iterable(_numbered(feature_map) for feature_map in maps)
     stages = []
-    # A stage may lie across two feature maps, so blocks are counted off by the genotype's depths.
+    # A feature map comes from several stages, so blocks are counted off by the genotype's depths.
     for depth in genotype.depths:
         stages.append(modules[:depth])
         modules = modules[depth:]
