@@ -32,7 +32,7 @@ from lib.training import Trainer
 
 CPU = torch.device("cpu")
 PROCESSES = 2
-STEPS = 5
+STEPS = 3
 MULTIBOX = {"loss__type": "multibox", "supernet__distill__priors": "all"}
 CASES = {  # what is trained: the script, whether BatchNorm is fixed, and changes of the configuration
     "supernet fixed": ("supernet", True, {}),
@@ -131,7 +131,7 @@ def random_detector(c: Config) -> ElasticSSD:
 
 
 def train(folder: Path, case: str) -> dict:
-    """Five steps of a script's own."""
+    """Some steps of a script's own."""
     stage, fixed, changes = CASES[case]
     c = settings(folder, **changes)
     annotations, detector = load(c, "train"), random_detector(c)
@@ -177,7 +177,7 @@ def score_panel(folder: Path, name: str) -> list[dict]:
     split = split_indices(annotations, c.data.data_portion, c.seed)
     log = RunLog(folder / name / "log.jsonl")
     scorer = Scorer(prepare_scoring_data(annotations, *split, c), c, CPU)
-    panel = Panel(make_panel(detector.space, 1, c.seed), lambda *subnet: scorer(*subnet)["metrics"], c)
+    panel = Panel(make_panel(detector.space, 1, c.seed), scorer, c)
     panel.score(detector, 1, log)
     log.close()
     return [record["networks"] for record in read_log(log.path)]

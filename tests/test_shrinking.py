@@ -140,9 +140,8 @@ def panel_config(every=1):
 def score_panel(tmp_path, ap_by_epoch):
     """A panel of one network with this AP after each of the epochs."""
     scores = iter(ap_by_epoch.values())
-    panel = Panel(
-        {"largest": "genotype"}, lambda _detector, _genotype: {"metrics": {"AP": next(scores)}}, panel_config()
-    )
+    scorer = lambda _detector, _genotype: {"metrics": {"AP": next(scores)}}  # noqa: E731
+    panel = Panel({"largest": "genotype"}, scorer, panel_config())
     log = RunLog(tmp_path / "log.jsonl")
     for epoch in ap_by_epoch:
         panel.score(None, epoch, log)
