@@ -198,6 +198,8 @@ def supernet_checkpoint(folder: Path) -> Path:
 def find_genotype(name: str) -> Path:
     """The genotype file `name`. A bare file name that is not here is looked up in the last search's folder."""
     path = Path(name)
+    if max(map(len, path.parts), default=0) > 255:  # the limit of most file systems, which then raise OSError
+        raise UserError(f"genotype: neither a file name nor a genotype string: {name[:60]!r}...")
     if path.is_file():
         return path
     search = last_run("search") if path.parent == Path() else None

@@ -159,3 +159,9 @@ def test_a_genotype_is_found_here_or_in_the_last_search():
         cli.find_genotype("other/best.json")
     Path("best.json").write_text("{}")
     assert cli.find_genotype("best.json") == Path("best.json")
+
+
+def test_a_word_of_60000_letters_is_no_genotype_file():
+    with pytest.raises(UserError, match="neither a file name nor a genotype string: 'aaa") as caught:
+        cli.find_genotype(60_000 * "a")
+    assert len(str(caught.value)) < 200
