@@ -1,25 +1,15 @@
-"""Exported detectors as files: optional packages, onnxruntime sessions, metadata, detections from the outputs.
+"""A detector as an ONNX file: the graph, the gate that compares it with the trained detector, and its int8 version.
 
-Post-training quantisation of an exported detector: convolutions in int8, everything else in float.
-
-A detector as an ONNX graph: uint8 pictures in, detections out, with normalisation, decoding and NMS inside.
-
-The network, scores and decoded boxes come from torch's exporter; NMS is a graph of its own behind them, since what
-torchvision's NMS becomes on export depends on the versions of both.
-
-Input: `images` (B, 3, S, S) uint8 RGB, resized as lib.transforms.EvalTransform does. B is free.
+Input: `images` (B, 3, S, S) uint8 RGB, resized as lib.transforms.eval_transform does. B is free.
 Outputs, best first, padded with zeros to K = postprocess.top_k detections an image:
-    boxes   (B, K, 4) float32  xyxy as shares of the picture's width and height: times them, pixels of any size
+    boxes   (B, K, 4) float32  xyxy in [0, 1]: multiply by the width and height of a picture to get its pixels
     scores  (B, K)    float32
     labels  (B, K)    int64    from 1, the label of the first class; 0 is padding
-Without NMS, of each of the P prior boxes and C classes:
-    prior_scores (B, P, C), prior_boxes (B, P, 4) in the same frame
+Without NMS, for P prior boxes and C classes:
+    prior_scores (B, P, C), prior_boxes (B, P, 4) xyxy in [0, 1]
 
-The gate of the export: a file is left only if it gives what the trained detector gives, on the test pictures.
-
-Three paths must agree: the supernet's way of running the genotype, the plain network, and the exported graph. A final
-detector's weights are no longer a slice of the supernet it started from, so the first path is a fresh ElasticSSD into
-which they are written back (`elastic_view`): the elastic layers must then compute what the exported graph does.
+torch's exporter converts resizing, network, scores and decoding. NMS is a graph written by hand, because the export of
+torchvision's NMS depends on the versions of both libraries.
 """
 
 from __future__ import annotations
@@ -50,23 +40,26 @@ from lib.detector import Detector, ElasticSSD, ScoresAndBoxes, fuse
 from lib.errors import UserError
 from lib.log import finite, progress
 from lib.metrics import detection_metrics
-from lib.postprocess import Detections, class_scores, postprocess
+from lib.postprocess import Detections, postprocess
 from lib.pretrained import embed
-from lib.priors import decode
 from lib.sources import recognise
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-
 FORMAT = "detector/1"
 DETECTIONS = ("boxes", "scores", "labels")  # the outputs of a graph with NMS inside
-PRIORS = ("prior_scores", "prior_boxes")  # and what NMS works on, the outputs of a graph without
+PRIORS = ("prior_scores", "prior_boxes")  # the outputs of a graph without NMS
+OPSET = 18
+TOLERANCE = 1e-4  # of logits, offsets, scores and normalised boxes
+AP_TOLERANCE = 5e-4
+DIFFERENCES = ("supernet_difference", "score_difference", "box_difference")
 
 
 def require(*names: str) -> list[ModuleType]:
-    """Import optional packages. Raises UserError with the command that installs what is missing."""
-    modules, missing = [], []
+    """Import optional packages. Raises UserError with the command that installs the missing ones."""
+    modules = []
+    missing = []
     for name in names:
         try:
             modules.append(importlib.import_module(name))
@@ -77,84 +70,7 @@ def require(*names: str) -> list[ModuleType]:
     return modules
 
 
-def open_session(model: Path | bytes):
-    """An onnxruntime session on the CPU with as many threads as torch has. `model` is a file or its bytes."""
-    (onnxruntime,) = require("onnxruntime")
-    if isinstance(model, Path) and not model.is_file():
-        raise UserError(f"{model}: no such file")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    source = str(model) if isinstance(model, Path) else model
-    try:
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's exceptions have no base class of their own
-        if not isinstance(model, Path):
-            raise
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{model}: onnxruntime cannot read it: {reason}") from None
-
-
-def run_session(session, images: Tensor, outputs: Sequence[str]) -> list[Tensor]:
-    """The named outputs for images (B, 3, S, S) uint8."""
-    return [torch.from_numpy(array) for array in session.run(list(outputs), {"images": images.cpu().numpy()})]
-
-
-def read_metadata(session, path: Path) -> dict:
-    """What `final_train.py --export` noted in the file: classes, category_ids, genotype, image_size, postprocess."""
-    stored = session.get_modelmeta().custom_metadata_map
-    if stored.get("format") != FORMAT:
-        raise UserError(f"{path}: not a detector of final_train.py --export (its metadata lack format {FORMAT})")
-    return {key: value if key == "format" else json.loads(value) for key, value in stored.items()}
-
-
-def unpad(boxes: Tensor, scores: Tensor, labels: Tensor) -> list[Detections]:
-    """Boxes (B, K, 4), scores (B, K) and labels (B, K), padded with zeros, to the detections of each image."""
-    return [Detections(b[k > 0], s[k > 0], k[k > 0]) for b, s, k in zip(boxes, scores, labels, strict=True)]
-
-
-class _Calibration:
-    """Batches of images as onnxruntime's calibration asks for them (its CalibrationDataReader)."""
-
-    def __init__(self, batches: Iterable[Tensor]):
-        self.batches: Iterator[Tensor] = iter(batches)
-
-    def get_next(self) -> dict | None:
-        batch = next(self.batches, None)
-        return None if batch is None else {"images": batch.numpy()}
-
-
-def quantize(model: ModelProto, batches: Iterable[Tensor]) -> ModelProto:
-    """`model` with quantised convolutions (QDQ): weights per channel, activations in the ranges seen on `batches`.
-
-    Batches (B, 3, S, S) uint8 are unaugmented training images. Scores, decoding and NMS have no convolution, so they
-    stay in float (Jacob et al., CVPR 2018, for the scheme).
-    """
-    onnx, quantization = require("onnx", "onnxruntime.quantization")
-    with tempfile.TemporaryDirectory() as folder:
-        source, target = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
-        onnx.save(model, source)  # a model in memory would be changed
-        previous = logging.root.manager.disable
-        logging.disable(logging.WARNING)  # advice to run a preparation that fuses what is fused here already
-        try:
-            quantization.quantize_static(
-                source,
-                target,
-                _Calibration(batches),
-                quant_format=quantization.QuantFormat.QDQ,
-                op_types_to_quantize=["Conv"],
-                per_channel=True,
-            )
-        finally:
-            logging.disable(previous)
-        quantized = onnx.load(target)
-    onnx.helper.set_model_props(quantized, {entry.key: entry.value for entry in model.metadata_props})
-    return quantized
-
-
-OPSET = 18
-
-# lib.postprocess, step for step. N = C * k candidates of an image: k of each class, (image, class) one after the other.
+# The steps of lib.postprocess. An image has n = C * k candidates, the k best of each class, ordered by class.
 NMS = """
 nms (float[batch, P, C] prior_scores, float[batch, P, 4] prior_boxes)
     => (float[batch, {top_k}, 4] boxes, float[batch, {top_k}] scores, int64[batch, {top_k}] labels)
@@ -204,14 +120,14 @@ nms (float[batch, P, C] prior_scores, float[batch, P, 4] prior_boxes)
 
 def export_graph(detector: Detector, nms: bool = True) -> ModelProto:
     """The ONNX model of a detector on the CPU, with its classes, genotype and image size in the metadata."""
-    onnx, *_ = require("onnx", "onnxscript", "onnxruntime")  # all at once: the gate needs the last one
+    onnx, *_ = require("onnx", "onnxscript", "onnxruntime")  # all that the export needs, to name all missing ones
     size = detector.model.image_size
-    example = torch.zeros(2, 3, size, size, dtype=torch.uint8)  # a batch of 1 would be taken for a constant
+    example = torch.zeros(2, 3, size, size, dtype=torch.uint8)  # a batch size of 1 would become a constant
     free = {name: {0: "batch"} for name in ("images", *PRIORS)}
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # the exporters' talk of their own future
+        warnings.simplefilter("ignore")  # deprecations within the exporter
         path = f"{folder}/network.onnx"
-        # No `dynamo`: each version's own default exporter, traced up to torch 2.8, torch.export from then on.
+        # `dynamo` is not set: torch up to 2.8 traces by default, later versions use torch.export.
         torch.onnx.export(
             ScoresAndBoxes(fuse(detector.model), detector.config),
             (example,),
@@ -223,7 +139,11 @@ def export_graph(detector: Detector, nms: bool = True) -> ModelProto:
             verbose=False,
         )
         model = onnx.load(path)
-    _forget_sources(model)
+    # The exporter notes the path and line of the source of each node.
+    graph = model.graph
+    for part in (graph, *graph.node, *graph.input, *graph.output, *graph.initializer, *graph.value_info):
+        del part.metadata_props[:]
+        part.doc_string = ""
     if nms:
         model = add_nms(model, detector.config.postprocess)
     onnx.helper.set_model_props(model, _metadata(detector))
@@ -231,7 +151,7 @@ def export_graph(detector: Detector, nms: bool = True) -> ModelProto:
 
 
 def add_nms(model: ModelProto, config: PostprocessConfig) -> ModelProto:
-    """A graph without NMS and NMS behind it, as lib.postprocess does it: boxes, scores and labels of the best."""
+    """A copy of a graph without NMS, followed by NMS as in lib.postprocess."""
     compose, parser = require("onnx.compose", "onnx.parser")
     shapes = {output.name: output.type.tensor_type.shape.dim for output in model.graph.output}
     priors, classes = (dim.dim_value for dim in shapes[PRIORS[0]][1:])
@@ -246,15 +166,14 @@ def add_nms(model: ModelProto, config: PostprocessConfig) -> ModelProto:
         iou=float(config.nms_threshold),
         confidence=float(config.confidence_threshold),
     )
+    connections = [(name, name) for name in PRIORS]
     joined = copy.deepcopy(model)
-    joined.graph.CopyFrom(
-        compose.merge_graphs(model.graph, parser.parse_graph(text), [(name, name) for name in PRIORS])
-    )
+    joined.graph.CopyFrom(compose.merge_graphs(model.graph, parser.parse_graph(text), connections))
     return joined
 
 
 def with_every_output(model: ModelProto, config: PostprocessConfig) -> ModelProto:
-    """The same graph with all five outputs, whichever it was exported with: what is needed to check it."""
+    """A copy of a graph, exported with or without NMS, that has all five outputs. The gate compares them."""
     helper, onnx = require("onnx.helper", "onnx")
     if any(output.name in PRIORS for output in model.graph.output):
         model = add_nms(model, config)
@@ -278,23 +197,47 @@ def _metadata(detector: Detector) -> dict[str, str]:
     return {"format": FORMAT, **{key: json.dumps(value) for key, value in content.items()}}
 
 
-def _forget_sources(model: ModelProto) -> None:
-    """Drop the exporter's notes, which hold the paths and lines of the source that each node came from."""
-    graph = model.graph
-    for part in (graph, *graph.node, *graph.input, *graph.output, *graph.initializer, *graph.value_info):
-        del part.metadata_props[:]
-        part.doc_string = ""
+def open_session(model: Path | bytes):
+    """An onnxruntime session on the CPU with torch's number of threads. `model` is a file or its bytes."""
+    (onnxruntime,) = require("onnxruntime")
+    if isinstance(model, Path) and not model.is_file():
+        raise UserError(f"{model}: no such file")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    source = str(model) if isinstance(model, Path) else model
+    try:
+        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions have no base class of their own
+        if not isinstance(model, Path):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{model}: onnxruntime cannot read it: {reason}") from None
 
 
-TOLERANCE = 1e-4  # of logits, offsets, scores and normalised boxes
-AP_TOLERANCE = 5e-4
-DIFFERENCES = ("supernet_difference", "score_difference", "box_difference")
+def run_session(session, images: Tensor, outputs: Sequence[str]) -> list[Tensor]:
+    """The named outputs for images (B, 3, S, S) uint8."""
+    arrays = session.run(list(outputs), {"images": images.cpu().numpy()})
+    return [torch.from_numpy(array) for array in arrays]
+
+
+def read_metadata(session, path: Path) -> dict:
+    """The metadata that `final_train.py --export` wrote: classes, category_ids, genotype, image_size, postprocess."""
+    stored = session.get_modelmeta().custom_metadata_map
+    if stored.get("format") != FORMAT:
+        raise UserError(f"{path}: not a detector of final_train.py --export (its metadata lacks format {FORMAT})")
+    return {key: value if key == "format" else json.loads(value) for key, value in stored.items()}
+
+
+def unpad(boxes: Tensor, scores: Tensor, labels: Tensor) -> list[Detections]:
+    """The detections of each image from boxes (B, K, 4), scores (B, K) and labels (B, K), padded with zeros."""
+    return [Detections(b[k > 0], s[k > 0], k[k > 0]) for b, s, k in zip(boxes, scores, labels, strict=True)]
 
 
 def write_verified(model: ModelProto, path: Path, detector: Detector, test: Annotations) -> dict:
-    """Write `model` to `path` if it passes the gate, and return `compare`'s report; else raise UserError.
+    """Write `model` to `path` if it passes the gate, and return the report of `compare`. Else raise UserError.
 
-    What is checked are the bytes on the disk, under a temporary name. Of a graph that fails nothing is left.
+    The check reads the written bytes, under a temporary name. A graph that fails leaves no file.
     """
     with replacing(path) as file:
         file.write(model.SerializeToString())
@@ -305,7 +248,7 @@ def write_verified(model: ModelProto, path: Path, detector: Detector, test: Anno
 
 
 def write_measured(model: ModelProto, path: Path, detector: Detector, test: Annotations, exact_ap: float) -> dict:
-    """Write a graph that need not equal the detector, being in int8. The report has its loss from `exact_ap`."""
+    """Write an int8 graph, which differs from the detector. The report has its AP and the loss from `exact_ap`."""
     report = average_precision(model, detector, test)
     report["AP_loss"] = exact_ap - report["AP"]
     with replacing(path) as file:
@@ -314,14 +257,14 @@ def write_measured(model: ModelProto, path: Path, detector: Detector, test: Anno
 
 
 def update_report(reports: dict[str, dict], folder: Path) -> None:
-    """Put reports, by file name, into the folder's export.json; those of other files stay."""
+    """Put reports, by file name, into the folder's export.json. Reports of other files stay."""
     path = folder / "export.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     write_text(path, json.dumps(finite({**known, **reports}), indent=1) + "\n")
 
 
 def refuse(report: dict, path: Path) -> None:
-    """Raise UserError if a report of `compare` shows a difference above the tolerances."""
+    """Raise UserError if a difference in a report of `compare` exceeds its tolerance or is NaN."""
     for name in DIFFERENCES:
         if not report[name] <= TOLERANCE:
             what = name.replace("_", " ")
@@ -333,7 +276,7 @@ def refuse(report: dict, path: Path) -> None:
 
 
 def describe(report: dict) -> str:
-    """A report in a few words."""
+    """A report in one line."""
     text = f"AP {report['AP']:.4f} on {report['images']} test images"
     if "AP_loss" in report:
         return f"{text}, a loss of {report['AP_loss']:.4f}"
@@ -343,67 +286,119 @@ def describe(report: dict) -> str:
 
 @torch.inference_mode()
 def compare(path: Path, detector: Detector, test: Annotations) -> dict:
-    """An exported file against its detector on every test image: the largest differences, and AP of both.
+    """Compare an exported file with its detector on every test image: largest absolute differences, and both APs.
 
-    `supernet_difference` is of logits and offsets, between the elastic and the plain network; `score_difference` and
-    `box_difference` are of all priors before NMS, between the plain network and onnxruntime.
+    Three paths must agree: the elastic network (see `elastic_view`), the plain network, and the file in onnxruntime.
+    `supernet_difference` is that of logits and offsets between the first two. `score_difference` and `box_difference`
+    are those of all priors, before NMS, between the last two.
     """
     (onnx,) = require("onnx")
-    config, network = detector.config, detector.model
+    config = detector.config
+    network = detector.model
     session = open_session(with_every_output(onnx.load(path), config.postprocess).SerializeToString())
+    deployed = ScoresAndBoxes(network, config)
     elastic = elastic_view(detector)
     worst = dict.fromkeys(DIFFERENCES, 0.0)
-    exported, trained = [], []
+    exported = []
+    trained = []
     for images in test_images(detector, test):
-        logits, offsets = network(images)
-        boxes = decode(offsets, network.priors, config.head.variances).clamp(0, 1)
+        logits, offsets = network(images)  # (B, P, C + 1), (B, P, 4)
+        scores, boxes = deployed.decode(logits, offsets)  # (B, P, C), (B, P, 4)
         *detections, prior_scores, prior_boxes = run_session(session, images, [*DETECTIONS, *PRIORS])
-        pairs = (
-            (torch.cat(elastic(images, detector.genotype), -1), torch.cat((logits, offsets), -1)),
-            (prior_scores, class_scores(logits, config.loss.type)),
-            (prior_boxes, boxes),
-        )
+        raw = torch.cat((logits, offsets), -1)
+        elastic_raw = torch.cat(elastic(images, detector.genotype), -1)
+        pairs = ((elastic_raw, raw), (prior_scores, scores), (prior_boxes, boxes))
         for name, (a, b) in zip(DIFFERENCES, pairs, strict=True):
-            worst[name] = largest(worst[name], a, b)
+            difference = float((a - b).abs().nan_to_num(nan=math.inf).max())
+            worst[name] = max(worst[name], difference)
         exported += unpad(*detections)
         trained += postprocess(
             logits, offsets, network.priors, config.postprocess, config.loss.type, config.head.variances
         )
-    scores, reference = (metrics(found, test) for found in (exported, trained))
+    scores = _metrics(exported, test)
+    reference = _metrics(trained, test)
     return {**worst, "AP": scores["AP"], "AP50": scores["AP50"], "AP_torch": reference["AP"], "images": len(test)}
-
-
-def largest(so_far: float, a: Tensor, b: Tensor) -> float:
-    """The larger of `so_far` and the largest difference of two tensors; NaN counts as infinite."""
-    return max(so_far, float((a - b).abs().nan_to_num(nan=math.inf).max()))
 
 
 @torch.inference_mode()
 def average_precision(model: ModelProto, detector: Detector, test: Annotations) -> dict:
-    """AP and AP50 of a graph on the test images, without comparing: what is left of them in int8."""
+    """AP and AP50 of a graph on the test images."""
     session = open_session(with_every_output(model, detector.config.postprocess).SerializeToString())
-    batches = (run_session(session, images, DETECTIONS) for images in test_images(detector, test))
-    scores = metrics([found for batch in batches for found in unpad(*batch)], test)
+    found = []
+    for images in test_images(detector, test):
+        found += unpad(*run_session(session, images, DETECTIONS))
+    scores = _metrics(found, test)
     return {"AP": scores["AP"], "AP50": scores["AP50"], "images": len(test)}
 
 
 def test_images(detector: Detector, test: Annotations) -> Iterator[Tensor]:
     """Batches (B, 3, S, S) of all test images."""
-    data, batch_size = detector.config.data, detector.config.final.batch_size
-    options = {"workers": data.workers, "on_error": data.on_error}
-    loader = eval_loader(test, range(len(test)), detector.model.image_size, batch_size, **options)
+    loader = eval_loader(
+        test,
+        range(len(test)),
+        detector.model.image_size,
+        detector.config.final.batch_size,
+        workers=detector.config.data.workers,
+        on_error=detector.config.data.on_error,
+    )
     return (batch.images for batch in progress(loader, "evaluate"))
 
 
-def metrics(found: list[Detections], test: Annotations) -> dict:
+def _metrics(found: list[Detections], test: Annotations) -> dict:
     return detection_metrics(found, test.ground_truth(range(len(test))), test.sizes.tolist(), test.classes)
 
 
 def elastic_view(detector: Detector) -> ElasticSSD:
-    """An ElasticSSD whose sub-network `detector.genotype` has the detector's weights: `extract` backwards."""
+    """An ElasticSSD whose sub-network `detector.genotype` has the detector's weights: the inverse of `extract`.
+
+    Final training changed the weights, so they are no longer a slice of the supernet's.
+    """
     elastic = ElasticSSD(detector.config, len(detector.classes)).eval()
-    content = {"model": detector.model.state_dict(), "genotype": detector.genotype.to_dict()}
-    embed(
-        elastic, recognise({"format": checkpoint.FORMAT, "config": to_dict(detector.config), **content}, "the detector")
-    )
+    payload = {
+        "format": checkpoint.FORMAT,
+        "config": to_dict(detector.config),
+        "model": detector.model.state_dict(),
+        "genotype": detector.genotype.to_dict(),
+    }
+    embed(elastic, recognise(payload, "the detector"))
     return elastic
+
+
+class _Calibration:
+    """Batches of images, with the interface of onnxruntime's CalibrationDataReader."""
+
+    def __init__(self, batches: Iterable[Tensor]):
+        self.batches: Iterator[Tensor] = iter(batches)
+
+    def get_next(self) -> dict | None:
+        batch = next(self.batches, None)
+        return None if batch is None else {"images": batch.numpy()}
+
+
+def quantize(model: ModelProto, batches: Iterable[Tensor]) -> ModelProto:
+    """A copy of `model` with int8 convolutions (post-training quantisation, Jacob et al., CVPR 2018).
+
+    Weights are quantised per channel, activations to the range seen on `batches` of unaugmented training images,
+    (B, 3, S, S) uint8. Everything else (scores, decoding, NMS) stays in float.
+    """
+    onnx, quantization = require("onnx", "onnxruntime.quantization")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "float.onnx"
+        target = Path(folder) / "int8.onnx"
+        onnx.save(model, source)  # quantize_static changes a model in memory
+        previous = logging.root.manager.disable
+        logging.disable(logging.WARNING)  # advice to fuse BatchNorm, which is fused here already
+        try:
+            quantization.quantize_static(
+                source,
+                target,
+                _Calibration(batches),
+                quant_format=quantization.QuantFormat.QDQ,
+                op_types_to_quantize=["Conv"],
+                per_channel=True,
+            )
+        finally:
+            logging.disable(previous)
+        quantized = onnx.load(target)
+    onnx.helper.set_model_props(quantized, {entry.key: entry.value for entry in model.metadata_props})
+    return quantized
