@@ -71,12 +71,13 @@ class Individual:
 def insert_into_fronts(fronts: list[list[Individual]], newcomer: Individual) -> None:
     """Insert into non-dominated fronts, best first, in place (ENLU: Li et al., IEEE Trans. Cybernetics 2017).
 
-    Members that an arrival dominates move to the next front together and may push others on. The cost is a few
-    comparisons instead of a sort of the whole population.
+    It takes a few comparisons instead of a sort of the whole population.
     """
+    # Its front is the first one with no member that dominates it.
     rank = 0
     while rank < len(fronts) and any(dominates(member.values, newcomer.values) for member in fronts[rank]):
         rank += 1
+    # Whoever it dominates there moves on, which may displace members of the next front, and so on.
     arrivals = [newcomer]
     while arrivals and rank < len(fronts):
         stay, leave = [], []
@@ -167,6 +168,7 @@ class Controller(ABC):
         return True
 
     def _draw(self, rng: random.Random) -> Genotype:
+        # Seeds come first, unless they are known or over the budget.
         while self._seeds:
             if self._is_new(genotype := self._seeds.popleft()):
                 self.origin = "given"
@@ -192,6 +194,7 @@ class Controller(ABC):
         for _ in range(CHILD_TRIES):
             yield self._propose(rng)
         corners = self.space.smallest(), self.space.largest()
+        # Where samples rarely fit, crossovers with the smallest or largest sub-network find some that do.
         for attempt in range(SAMPLE_TRIES):
             genotype = self.space.sample(rng)
             corner = rng.choice(corners)
@@ -270,6 +273,7 @@ class ParetoEvolution(_Evolution):
 
     def _learn(self, individual: Individual) -> None:
         insert_into_fronts(self._fronts, individual)
+        # A full population loses the member of the last front that has the least room.
         if sum(map(len, self._fronts)) > self.settings.population_size:
             last = self._fronts[-1]
             distances = crowding_distances([member.values for member in last])
@@ -282,6 +286,7 @@ class ParetoEvolution(_Evolution):
         rivals = rng.sample(members, min(2, len(members)))
         if not rivals:
             return None
+        # The better front wins; within one front, the one with more room.
         rank = min(rivals)[0]
         front = self._fronts[rank]
         distances = crowding_distances([member.values for member in front])

@@ -112,7 +112,7 @@ class _Html(str):
 
 def _element(tag: str, *children: object) -> _Html:
     """One element; what is not markup already is escaped."""
-    content = "".join(child if isinstance(child, _Html) else escape(str(child)) for child in children)
+    content = "".join(child if isinstance(child, _Html) else escape(str(child), quote=False) for child in children)
     return _Html(f"<{tag}>{content}</{tag}>\n")
 
 

@@ -159,6 +159,7 @@ class Scorer:
         evaluation = Evaluation(len(self.data["classes"]), list(self.data["truth"]), pixels)
         metrics = {**summarise(evaluation, self.data["classes"]), **detector.cost(genotype)._asdict()}
         result = {"metrics": metrics, "images": self.num_images}
+        # Resampling reuses the matches of the evaluation, so it costs little beside the detection.
         if self.config.search.resamples:
             objective = self.config.search.objective
             weights = image_weights(self.num_images, self.config.search.resamples)
