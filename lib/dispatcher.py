@@ -236,6 +236,7 @@ class WorkerPool(ABC):
         # Noted before the kill: an overdue job may end at the last moment, and then no other job is to blame.
         overdue = worker.jobs[0] if reason else None
         how = self._kill(worker)
+        # Results that the worker sent before it died count.
         self._drain(worker)
         unfinished = list(worker.jobs)
         worker.jobs.clear()
@@ -243,6 +244,7 @@ class WorkerPool(ABC):
         self._waiting.extendleft(reversed([job_id for job_id in unfinished if job_id != culprit]))
         if culprit in unfinished:
             self._failed(worker, culprit, time.monotonic() - worker.since, reason or f"the worker died ({how})")
+        # A setup that always dies would restart for ever.
         failed_starts = 0 if worker.ready else worker.failed_starts + 1
         if failed_starts >= ATTEMPTS:
             raise UserError(f"worker {self._name(worker)} died {ATTEMPTS} times in a row before it was ready ({how})")
@@ -271,6 +273,7 @@ def set_up(setup: Callable[..., Callable], device: str, args: tuple) -> tuple[Ca
     try:
         return setup(device, *args), pickle.dumps(("ready",))
     except BaseException as error:
+        # An exception may not be picklable, so its text is sent.
         user_error = isinstance(error, UserError)
         text = str(error) if user_error else traceback.format_exc()
         return None, pickle.dumps(("setup_failed", user_error, text))
@@ -307,7 +310,8 @@ class Dispatcher(WorkerPool):
         process = _SPAWN.Process(target=_worker_main, args=args, daemon=True)
         with _settings_for_children(self._threads):
             process.start()
-        worker_conn.close()  # so that the worker's death closes the pipe
+        # With this end closed here, the worker's death closes the pipe.
+        worker_conn.close()
         return _Process(slot, failed_starts, process, conn)
 
     def _listen(self, timeout: float | None) -> list[_Process]:
@@ -316,7 +320,8 @@ class Dispatcher(WorkerPool):
         return list({owners[channel].slot: owners[channel] for channel in ready}.values())
 
     def _receive(self, worker: _Process) -> Iterator[bytes]:
-        alive = worker.process.is_alive()  # asked first: all that a dead worker ever sent is in the pipe by now
+        # Asked before the pipe is read: if the worker is dead, all that it ever sent is in the pipe by now.
+        alive = worker.process.is_alive()
         try:
             while worker.conn.poll():
                 yield worker.conn.recv_bytes()
@@ -357,7 +362,8 @@ def _settings_for_children(threads: int | None) -> Iterator[None]:
     variables = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads)) if threads else {}
     saved = dict(os.environ)
     os.environ.update(variables)
-    resource_tracker.ensure_running()  # spawn would start it, and that start unblocks Ctrl-C
+    # Started before the mask is set: otherwise spawn starts it, and that unblocks Ctrl-C.
+    resource_tracker.ensure_running()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -370,6 +376,7 @@ def _settings_for_children(threads: int | None) -> Iterator[None]:
 
 def _worker_main(conn: connection.Connection, parent: int, setup: Callable, device: str, args: tuple) -> None:
     """The main function of a worker process: set up, then run jobs until the EXIT message."""
+    # A terminal sends Ctrl-C to the whole process group, but only the parent knows how to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     jobs: queue.SimpleQueue = queue.SimpleQueue()
     threading.Thread(target=_receive_jobs, args=(conn, parent, jobs), daemon=True).start()

@@ -24,7 +24,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
@@ -122,7 +122,8 @@ def export_graph(detector: Detector, nms: bool = True) -> ModelProto:
     """The ONNX model of a detector on the CPU, with its classes, genotype and image size in the metadata."""
     onnx, *_ = require("onnx", "onnxscript", "onnxruntime")  # all that the export needs, to name all missing ones
     size = detector.model.image_size
-    example = torch.zeros(2, 3, size, size, dtype=torch.uint8)  # a batch size of 1 would become a constant
+    # A batch size of 1 would become a constant of the graph.
+    example = torch.zeros(2, 3, size, size, dtype=torch.uint8)
     free = {name: {0: "batch"} for name in ("images", *PRIORS)}
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # deprecations within the exporter
@@ -155,6 +156,7 @@ def add_nms(model: ModelProto, config: PostprocessConfig) -> ModelProto:
     compose, parser = require("onnx.compose", "onnx.parser")
     shapes = {output.name: output.type.tensor_type.shape.dim for output in model.graph.output}
     priors, classes = (dim.dim_value for dim in shapes[PRIORS[0]][1:])
+    # TopK cannot take more than there is: a short list is padded to `top_k` at the end.
     k = min(config.pre_nms_top_k, priors)
     kept = min(config.top_k, classes * k)
     text = NMS.format(
@@ -270,6 +272,7 @@ def refuse(report: dict, path: Path) -> None:
             what = name.replace("_", " ")
             raise UserError(f"{path}: not written, since its {what} from the torch detector is {report[name]:.2g}")
     exported, trained = report["AP"], report["AP_torch"]
+    # Without any object in the test set, both are NaN.
     both_undefined = math.isnan(exported) and math.isnan(trained)
     if not both_undefined and not abs(exported - trained) <= AP_TOLERANCE:
         raise UserError(f"{path}: not written, since its AP is {exported:.4f}, the torch detector's {trained:.4f}")
@@ -301,6 +304,7 @@ def compare(path: Path, detector: Detector, test: Annotations) -> dict:
     worst = dict.fromkeys(DIFFERENCES, 0.0)
     exported = []
     trained = []
+    # One pass over the images serves both comparisons: tensors image by image, AP at the end.
     for images in test_images(detector, test):
         logits, offsets = network(images)  # (B, P, C + 1), (B, P, 4)
         scores, boxes = deployed.decode(logits, offsets)  # (B, P, C), (B, P, 4)
@@ -309,6 +313,7 @@ def compare(path: Path, detector: Detector, test: Annotations) -> dict:
         elastic_raw = torch.cat(elastic(images, detector.genotype), -1)
         pairs = ((elastic_raw, raw), (prior_scores, scores), (prior_boxes, boxes))
         for name, (a, b) in zip(DIFFERENCES, pairs, strict=True):
+            # max() would lose a NaN that is not the first argument, so NaN counts as infinite.
             difference = float((a - b).abs().nan_to_num(nan=math.inf).max())
             worst[name] = max(worst[name], difference)
         exported += unpad(*detections)
@@ -354,6 +359,7 @@ def elastic_view(detector: Detector) -> ElasticSSD:
     Final training changed the weights, so they are no longer a slice of the supernet's.
     """
     elastic = ElasticSSD(detector.config, len(detector.classes)).eval()
+    # `embed` already knows how to write a detector into a supernet, centred kernels included.
     payload = {
         "format": checkpoint.FORMAT,
         "config": to_dict(detector.config),
@@ -364,17 +370,6 @@ def elastic_view(detector: Detector) -> ElasticSSD:
     return elastic
 
 
-class _Calibration:
-    """Batches of images, with the interface of onnxruntime's CalibrationDataReader."""
-
-    def __init__(self, batches: Iterable[Tensor]):
-        self.batches: Iterator[Tensor] = iter(batches)
-
-    def get_next(self) -> dict | None:
-        batch = next(self.batches, None)
-        return None if batch is None else {"images": batch.numpy()}
-
-
 def quantize(model: ModelProto, batches: Iterable[Tensor]) -> ModelProto:
     """A copy of `model` with int8 convolutions (post-training quantisation, Jacob et al., CVPR 2018).
 
@@ -382,17 +377,20 @@ def quantize(model: ModelProto, batches: Iterable[Tensor]) -> ModelProto:
     (B, 3, S, S) uint8. Everything else (scores, decoding, NMS) stays in float.
     """
     onnx, quantization = require("onnx", "onnxruntime.quantization")
+    feeds = ({"images": batch.numpy()} for batch in batches)
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "float.onnx"
         target = Path(folder) / "int8.onnx"
-        onnx.save(model, source)  # quantize_static changes a model in memory
+        # Saved first, because quantize_static changes a model in memory.
+        onnx.save(model, source)
+        # It warns that BatchNorm should be fused before, which is the case here.
         previous = logging.root.manager.disable
-        logging.disable(logging.WARNING)  # advice to fuse BatchNorm, which is fused here already
+        logging.disable(logging.WARNING)
         try:
             quantization.quantize_static(
                 source,
                 target,
-                _Calibration(batches),
+                SimpleNamespace(get_next=lambda: next(feeds, None)),  # a CalibrationDataReader
                 quant_format=quantization.QuantFormat.QDQ,
                 op_types_to_quantize=["Conv"],
                 per_channel=True,
@@ -400,5 +398,6 @@ def quantize(model: ModelProto, batches: Iterable[Tensor]) -> ModelProto:
         finally:
             logging.disable(previous)
         quantized = onnx.load(target)
+    # Quantisation drops the metadata.
     onnx.helper.set_model_props(quantized, {entry.key: entry.value for entry in model.metadata_props})
     return quantized

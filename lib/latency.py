@@ -176,9 +176,11 @@ def measure_table(detector: ElasticSSD, config: Config, device: torch.device, th
     genotypes = [*fitted, *held_out]
     make = FusedDetectors(detector, config, device)
     rules = config.postprocess
+    # All detectors are timed in one interleaved measurement, so that both sets meet the same machine.
     with cpu_threads(threads):
         measured = time_detectors([make(genotype) for genotype in genotypes], device, ROUNDS)
         nms = time_nms(rules.top_k, detector.num_classes, rules.nms_threshold, device, ROUNDS)
+    # The first n are fitted, the others judge.
     counts = [features(detector, genotype) for genotype in genotypes]
     n = len(fitted)
     ms = fit(counts[:n], measured[:n])
@@ -230,6 +232,7 @@ def designed_sample(space: SearchSpace, count: int, rng: random.Random) -> list[
 def held_out_sample(space: SearchSpace, count: int, known: Sequence[Genotype], rng: random.Random) -> list[Genotype]:
     """The smallest, the largest and random genotypes, none of them `known`. Raises UserError if there are too few."""
     sample: dict[Genotype, None] = {}
+    # A small space has fewer genotypes than `count`, hence the limit on the draws.
     draws = (space.sample(rng) for _ in range(100 * count))
     for genotype in itertools.chain([space.smallest(), space.largest()], draws):
         if genotype not in known:
@@ -308,7 +311,8 @@ class FusedDetectors:
             image_size=genotype.image_size,
             normalize=self._part(self._detector.normalize),
             backbone=[nn.Sequential(*(self._part(*step) for step in segment)) for segment in segments],
-            extras=[],  # the extra blocks' segments are among those of the backbone
+            # The segments of the extra blocks are in `backbone`: SSD runs one after the other anyway.
+            extras=[],
             predictors=self._part(self._detector.predictors),
             priors=self._detector.priors(genotype.image_size).to(self._device),
         )
@@ -346,6 +350,7 @@ def time_parts(model: SSD, config: Config, device: torch.device) -> dict:
     picture = torch.randint(0, 256, (1, 3, *PICTURE), dtype=torch.uint8, device=device)
     x = net.normalize(picture, net.image_size)
     logits, offsets = net.predict(x)
+    # Each part runs on the output of the one before, computed once.
     runs = {
         "whole": lambda: deployed(picture),
         "resize": lambda: net.normalize(picture, net.image_size),
@@ -376,6 +381,7 @@ def describe_parts(times: dict) -> str:
 
 def time_detectors(models: Sequence[nn.Module], device: torch.device, rounds: int) -> list[float]:
     """Milliseconds of each model for one camera picture that is already on `device` (see `time_interleaved`)."""
+    # On the device already: the transfer depends on the application.
     picture = torch.randint(0, 256, (1, 3, *PICTURE), dtype=torch.uint8, device=device)
     with torch.inference_mode():
         return time_interleaved([lambda model=model: model(picture) for model in models], device, rounds)
@@ -408,6 +414,7 @@ def time_interleaved(runs: Sequence[Run], device: torch.device, rounds: int) -> 
         reference = []
         found = {}
         for n, i in enumerate(order):
+            # Within a round the speed drifts too, so the reference is measured several times.
             if n % REFERENCE_EVERY == 0:
                 reference.append(visit(runs[0], device))
             found[i] = visit(runs[i], device)
@@ -416,6 +423,7 @@ def time_interleaved(runs: Sequence[Run], device: torch.device, rounds: int) -> 
         for i, milliseconds in found.items():
             relative[i].append(milliseconds / speeds[-1])
     bar.close()
+    # Ratios to the reference become milliseconds at the machine's usual speed.
     usual = statistics.median(speeds)
     return [usual * statistics.median(values) for values in relative]
 

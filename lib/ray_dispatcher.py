@@ -30,6 +30,7 @@ def pick_dispatcher(
     if kind != "ray" and address:
         raise UserError(f"--ray-address {address}: goes with --dispatcher ray")
     if kind == "ray":
+        # The cluster's machines decide how many workers there can be.
         connect(address)
         devices, threads = pick_ray_workers(gpus, machines(), config)
         pool = RayDispatcher
@@ -76,11 +77,11 @@ def pick_ray_workers(gpus: str | None, machines: Sequence[dict], config: Config)
     if gpus is None:
         devices = ["cuda"] * gpu_count or ["cpu"] * (config.search.parallelism or sum(cpus))
     else:
-        names = [name.strip() for name in gpus.split(",")]
-        for name in names:
+        devices = []
+        for name in map(str.strip, gpus.split(",")):
             if name != "cpu" and not name.isdigit():
                 raise UserError(f"--gpus {gpus}: '{name}' is neither cpu nor the number of a GPU")
-        devices = ["cpu" if name == "cpu" else "cuda" for name in names]
+            devices.append("cpu" if name == "cpu" else "cuda")
     gpu_workers = devices.count("cuda")
     cpu_workers = devices.count("cpu")
     if gpu_workers > gpu_count or cpu_workers > sum(cpus):
@@ -130,11 +131,13 @@ class RayDispatcher(WorkerPool):
         options = {
             "num_gpus": int(on_gpu),
             "num_cpus": 0 if on_gpu else threads,
-            "max_restarts": 0,  # WorkerPool queues a dead actor's jobs again
+            # WorkerPool restarts actors, and queues a dead one's jobs again.
+            "max_restarts": 0,
             "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}},
         }
         device = "cuda:0" if on_gpu else self._devices[slot]
         handle = _ray().remote(_Remote).options(**options).remote(self._setup, device, self._args)
+        # `ready` returns once the constructor has set the worker up.
         return _Actor(slot, failed_starts, handle, calls=deque([handle.ready.remote()]))
 
     def _listen(self, timeout: float | None) -> list[_Actor]:

@@ -64,7 +64,8 @@ def pick_workers(gpus: str | None, config: Config) -> tuple[list[str], int | Non
     exceeds the number of GPUs, workers share them.
     """
     gpu_count = torch.cuda.device_count()
-    cores = torch.get_num_threads()  # respects OMP_NUM_THREADS
+    # Respects OMP_NUM_THREADS, unlike os.cpu_count().
+    cores = torch.get_num_threads()
     parallelism = config.search.parallelism
     if gpus is None:
         ids = [i for i in config.search.gpu_ids if i < gpu_count] or list(range(gpu_count))
@@ -118,7 +119,8 @@ def die_with_parent() -> None:
     """
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if not multiprocessing.parent_process().is_alive():  # it ended before that call
+    # The parent may have ended before that call.
+    if not multiprocessing.parent_process().is_alive():
         os._exit(1)
 
 
@@ -153,6 +155,7 @@ class StopRequest:
 
     def _on_signal(self, number: int, _frame: object) -> None:
         if self._signalled:
+            # An echo of the first SIGTERM is not a second request.
             if number == signal.SIGINT or time.monotonic() - self._signalled > ECHO_SECONDS:
                 os._exit(128 + number)
             return
@@ -185,6 +188,7 @@ def run(main: Callable[[], None]) -> None:
         if distributed.first_to_report():
             # The lost process may have left a progress bar on this line.
             print("\n" * lost + f"error: {error}", file=sys.stderr)
+        # The report is out, so the launcher may end this process now.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         sys.exit(1 if lost else 2)
     except KeyboardInterrupt:
