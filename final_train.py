@@ -117,7 +117,7 @@ def train_from(this_run: cli.Run, choice: Choice, origin: str, args: argparse.Na
     annotations, test = load_data(config)
     start = find_start(origin, config, choice.content, annotations.classes, args.load)
     genotype = choice.genotype(start.network.space)
-    student = start.student(config, genotype, annotations.classes)
+    student = start.student(genotype)
     loader = final_loader(annotations, genotype.image_size, config, device)
     # The plan: everything that can be wrong has been checked by now.
     for line in (
@@ -137,7 +137,7 @@ def train_from(this_run: cli.Run, choice: Choice, origin: str, args: argparse.Na
         print(line)
     cli.refuse_to_overwrite(folder / "last.pt", args)
     if args.dry_run:
-        training, scoring = estimate_seconds(config, student.model, loader, student.teacher, test, device)
+        training, scoring = estimate_seconds(config, student.model, loader, test, device)
         print(f"time on {device}: about {duration(training + scoring)}, of which {duration(scoring)} to evaluate")
         return
     # The training.
@@ -157,13 +157,11 @@ def train_from(this_run: cli.Run, choice: Choice, origin: str, args: argparse.Na
 
 
 def estimate_seconds(
-    config: Config, model: SSD, loader: DataLoader, teacher: SSD | None, test: Annotations, device: torch.device
+    config: Config, model: SSD, loader: DataLoader, test: Annotations, device: torch.device
 ) -> tuple[float, float]:
     """Seconds of a training on this device, and of its evaluations, measured on a few seconds of each."""
     settings = config.final
-    if teacher is not None:
-        teacher.to(device, memory_format=torch.channels_last)
-    training = plan.final_seconds(model, config, device, loader, teacher)
+    training = plan.final_seconds(model, config, device, loader)
     evaluations = -(-settings.epochs // settings.eval_every)
     return training, evaluations * plan.detecting_seconds(model, test, config, device)
 
@@ -191,11 +189,11 @@ def compare(args: argparse.Namespace, device: torch.device) -> None:
     cli.refuse_to_overwrite(folder / "plan.json", args)
     if args.dry_run:
         loader = final_loader(annotations, found.image_size, config, device)
-        seconds = sum(estimate_seconds(config, supernet.detector.extract(found), loader, None, test, device))
+        seconds = sum(estimate_seconds(config, supernet.detector.extract(found), loader, test, device))
         trainings = 2 * len(networks)
         print(
             f"time on {device}: about {duration(trainings * seconds)}, {trainings} trainings of about "
-            f"{duration(seconds)} (the found network's; a teacher, if there is one, takes more)"
+            f"{duration(seconds)} (the found network's)"
         )
         return
     recipe = Recipe(config, supernet, path, annotations, test, device)
@@ -205,7 +203,7 @@ def compare(args: argparse.Namespace, device: torch.device) -> None:
         print(f"stopped; everything is in {folder}, the same command with --resume goes on")
         return
     print(write_comparison(trials))
-    print(f"wrote {folder / 'compare.json'}, {folder / 'compare.md'}, {folder / 'compare.png'}")
+    print(f"wrote {folder / 'compare.json'} and {folder / 'compare.md'}")
     print(f"next: python final_train.py --genotype {choice.name}")
 
 

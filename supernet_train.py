@@ -28,7 +28,7 @@ from lib.cli import remember, supernet_checkpoint
 from lib.config import Config, DistillConfig, SupernetConfig
 from lib.config_io import to_dict
 from lib.datasets import Batch, load_annotations, save_split, split_indices, train_loader
-from lib.detector import SSD, ElasticSSD, load_teacher, load_weights
+from lib.detector import ElasticSSD, load_weights
 from lib.elastic import sort_hidden_channels
 from lib.genotype import Genotype, SearchSpace, read_genotype_file
 from lib.log import duration, plot_training, say
@@ -75,22 +75,21 @@ def supernet_losses(
     genotypes: Sequence[Genotype],
     distill: DistillConfig,
     weight: float,
-    teacher: SSD | None = None,
 ) -> Iterator[Losses]:
     """The losses of each sub-network in turn, averaged over them; the caller back-propagates one before the next runs.
 
-    With a distillation `weight`, `teacher` teaches them all; without one, the largest sub-network teaches the others,
-    and is run for that only if it is not among `genotypes` already.
+    With a distillation `weight` the largest sub-network teaches the others. It is run for that only if it is not the
+    first of `genotypes` already.
     """
     priors = detector.priors(genotypes[0].image_size)
     targets = loss.match(batch.boxes, batch.labels, priors)
     largest = _at_size(detector.space.largest(), genotypes[0].image_size)
     teacher_logits = None
     for genotype in genotypes:
-        taught = weight and (teacher is not None or genotype != largest)
+        taught = weight and genotype != largest
         if taught and teacher_logits is None:
             with torch.no_grad():
-                teacher_logits, _ = teacher(batch.images) if teacher is not None else detector(batch.images, largest)
+                teacher_logits, _ = detector(batch.images, largest)
         logits, offsets = detector(batch.images, genotype)
         losses = loss(logits, offsets, targets)
         if taught:
@@ -101,10 +100,7 @@ def supernet_losses(
 
 
 class SupernetTraining(Training):
-    """The epochs of stage 1: train sub-networks of what is open at the time, and follow the panel's scores.
-
-    Distillation is from `teacher`, or without one from the supernet's largest sub-network as it is at that step.
-    """
+    """The epochs of stage 1: train sub-networks of what is open at the time, and follow the panel's scores."""
 
     def __init__(
         self,
@@ -113,7 +109,6 @@ class SupernetTraining(Training):
         detector: ElasticSSD,
         loader: DataLoader,
         panel: Panel,
-        teacher: SSD | None,
         device: torch.device,
         *,
         resume: bool = False,
@@ -122,7 +117,6 @@ class SupernetTraining(Training):
         self.config = config
         self.settings = config.supernet
         self.panel = panel
-        self.teacher = teacher
         self.classes = list(loader.dataset.annotations.classes)
         self.loss = detection_loss(config)
         schedule = config.search_space.schedule_cfg
@@ -146,7 +140,7 @@ class SupernetTraining(Training):
     def losses(self, batch: Batch) -> Iterator[Losses]:
         genotypes = step_genotypes(self.space, self.settings, self.config.seed, self.trainer.step)
         distill = self.settings.distill
-        return supernet_losses(self.trainer.model, self.loss, batch, genotypes, distill, self.weight, self.teacher)
+        return supernet_losses(self.trainer.model, self.loss, batch, genotypes, distill, self.weight)
 
     def score(self, epoch: int) -> None:
         self.panel.score(self.trainer.averaged, epoch, self.log)
@@ -185,12 +179,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.load:
         path = supernet_checkpoint(args.load)
         load_weights(detector, checkpoint.read(path), path)
-    priors = {size: detector.priors(size) for size in detector.space.image_size}
-    teacher = load_teacher(config.supernet.distill, "supernet.distill.teacher", annotations.classes, priors)
-    if teacher is not None:
-        teacher.to(device, memory_format=torch.channels_last)
     if args.dry_run:
-        print_estimate(config, detector, loader, annotations, train, search, teacher, device)
+        print_estimate(config, detector, loader, annotations, train, search, device)
         return
     run.save_config()
     save_split(folder / "split.json", annotations, train, search)
@@ -201,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     scorer = Scorer(prepare_scoring_data(annotations, train, search, config), config, device)
     panel = Panel(make_panel(detector.space, config.supernet.panel, config.seed, pretrained), scorer, config)
     options = {"resume": args.resume, "tensorboard": args.tensorboard}
-    training = SupernetTraining(config, folder, detector, loader, panel, teacher, device, **options)
+    training = SupernetTraining(config, folder, detector, loader, panel, device, **options)
     remember("supernet", folder)
     if training.run():
         print(f"wrote {folder / 'last.pt'}, {folder / 'curves.png'}\nnext: python async_search.py --load {folder}")
@@ -216,7 +206,6 @@ def print_estimate(
     annotations: Annotations,
     train: Sequence[int],
     search: Sequence[int],
-    teacher: SSD | None,
     device: torch.device,
 ) -> None:
     """How long this stage and the next will take on this device: some seconds of each kind of work, added up."""
@@ -229,7 +218,7 @@ def print_estimate(
 
         def forward(batch: Batch, space=space, weight=weight, draws=draws) -> Iterator[Losses]:
             genotypes = step_genotypes(space, settings, seed, next(draws))
-            return supernet_losses(detector, loss, batch, genotypes, settings.distill, weight, teacher)
+            return supernet_losses(detector, loss, batch, genotypes, settings.distill, weight)
 
         phases.append((end - first, forward))
     training = plan.training_seconds(detector, settings, device, loader, phases)

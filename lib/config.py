@@ -151,18 +151,13 @@ class LossConfig:
 
 @dataclass
 class DistillConfig:
-    """Adaptive distillation (Tang et al., 2019) of the classification scores; `weight` by epoch."""
+    """Adaptive distillation (Tang et al., 2019) of the class scores from the largest sub-network as it is at a step."""
 
-    weight: ValueSchedule = field(default_factory=ValueSchedule)
-    teacher: str = ""  # a detector's best.pt or run; "" = the largest sub-network (stage 1: as it is at that step)
+    weight: ValueSchedule = field(default_factory=ValueSchedule)  # by epoch; 0 = off
     beta: PositiveOrZero = 1.5
     gamma: PositiveOrZero = 1.0
     temperature: Positive = 2.0
     priors: Literal["positive", "all"] = "positive"
-
-    def active(self) -> bool:
-        """Whether the weight is ever above 0."""
-        return any(self.weight.value)
 
 
 @dataclass
@@ -264,7 +259,6 @@ class FinalConfig(TrainConfig):
     base_net_lr: PositiveOrZero = 5e-4
     genotypes: str = ""  # a genotype file or an aw_nas genotype string; "" = best.json of the last search
     supernet_state_dict: str = ""  # a supernet's run or checkpoint; "" = the one that the genotype file names
-    distill: DistillConfig = field(default_factory=DistillConfig)  # off by default: the weight is 0
 
 
 @dataclass

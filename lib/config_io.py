@@ -23,7 +23,7 @@ from lib.config import Bounds, ChoiceSchedule, Config, SearchConfig, TrainConfig
 from lib.errors import UserError, did_you_mean
 
 # Keys of earlier versions that changed nothing about a network. Checkpoints and genotype files still hold them.
-RETIRED_KEYS = ("search.racing",)
+RETIRED_KEYS = ("search.racing", "final.distill", "supernet.distill.teacher")
 MOST_SHOWN = 80  # characters of a wrong value in an error message
 
 
@@ -49,9 +49,10 @@ def from_dict(data: dict, source: str = "", overridden: Collection[str] = ()) ->
     """
     data = copy.deepcopy(data)
     for key in RETIRED_KEYS:
-        section, _, leaf = key.rpartition(".")
-        if isinstance(data, dict) and isinstance(data.get(section), dict):
-            data[section].pop(leaf, None)
+        path, _, leaf = key.rpartition(".")
+        section = get_key(data, path)
+        if isinstance(section, dict):
+            section.pop(leaf, None)
     try:
         return build(Config, data)
     except WrongKey as error:
@@ -278,7 +279,6 @@ def validate(config: Config) -> None:
     _check_schedule("search_space.schedule_cfg.width_choice", schedule.width_choice)
     _check_schedule("search_space.schedule_cfg.depth_choice", schedule.depth_choice)
     _check_schedule("supernet.distill.weight", config.supernet.distill.weight)
-    _check_schedule("final.distill.weight", config.final.distill.weight)
     _check_stages(config)
     _check_choices(config)
     _check_feature_maps(config)

@@ -1,14 +1,14 @@
 """The detectors: ElasticSSD, all sub-networks in shared weights, and SSD, one of them as a plain module.
 
 Then what is done with a detector: its BatchNorm is re-estimated and folded, its cost is counted, it detects objects,
-and it is read back from a checkpoint (a supernet, a final detector, a teacher).
+and it is read back from a checkpoint (a supernet, a final detector).
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from torch.optim.swa_utils import update_bn
 
 from lib import checkpoint, config_io
 from lib.backbone import ElasticBackbone
-from lib.config import Config, DistillConfig
+from lib.config import Config
 from lib.elastic import ElasticDepthwiseConv, Segment, copy_module, extract_segment, make_divisible, run_segment
 from lib.errors import UserError
 from lib.genotype import Block, Genotype, SearchSpace
@@ -330,24 +330,6 @@ def detector_checkpoint(path: Path) -> Path | None:
     if path.is_dir():
         return path / "best.pt" if (path / "best.pt").is_file() else None
     return path if path.is_file() and "genotype" in checkpoint.read(path, mmap=True) else None
-
-
-def load_teacher(distill: DistillConfig, key: str, classes: Sequence[str], priors: Mapping[int, Tensor]) -> SSD | None:
-    """The detector that `distill.teacher` names, frozen. None if there is no name, or its weight is always 0.
-
-    `key` is that setting's name; `priors` (P, 4), by image size, are the students'. Raises UserError unless the teacher
-    has the same classes and prior boxes. Another image size is allowed if it gives the same prior boxes.
-    """
-    if not distill.teacher or not distill.active():
-        return None
-    teacher = load_detector(Path(distill.teacher))
-    if teacher.classes != tuple(classes):
-        known = ", ".join(teacher.classes)
-        raise UserError(f"{key}: {distill.teacher} knows {known}, not {', '.join(classes)}")
-    for size, expected in priors.items():
-        if not torch.equal(teacher.model.priors, expected):
-            raise UserError(f"{key}: {distill.teacher} has other prior boxes than its student at {size} px")
-    return teacher.model.requires_grad_(False)
 
 
 def load_weights(model: nn.Module, payload: dict, path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -15,10 +14,10 @@ from torch.utils.data import DataLoader
 from lib import checkpoint, distributed
 from lib.annotations import Annotations
 from lib.cli import supernet_checkpoint
-from lib.config import Config, DistillConfig
+from lib.config import Config
 from lib.config_io import to_dict, validate_network
 from lib.datasets import Batch, eval_loader, train_loader
-from lib.detector import SSD, Cost, ElasticSSD, Supernet, detect, load_supernet, load_teacher, recalibrate
+from lib.detector import SSD, Cost, ElasticSSD, Supernet, detect, load_supernet, recalibrate
 from lib.errors import UserError
 from lib.genotype import Genotype
 from lib.latency import time_parts
@@ -26,7 +25,6 @@ from lib.log import finite, plot_training, progress, say
 from lib.losses import DetectionLoss
 from lib.metrics import detection_metrics
 from lib.pretrained import as_table, load_pretrained
-from lib.shrinking import value_at
 from lib.training import Losses, Trainer, Training, detection_loss
 
 
@@ -36,8 +34,7 @@ class Student(NamedTuple):
     genotype: Genotype
     model: SSD
     cost: Cost
-    teacher: SSD | None  # None if distillation never has a weight
-    uncalibrated: list[SSD]  # those of model and teacher whose BatchNorm statistics belong to another network
+    inherits: bool  # its weights are those of another training, whose BatchNorm statistics are not its own
 
 
 class StartingNetwork(NamedTuple):
@@ -45,33 +42,10 @@ class StartingNetwork(NamedTuple):
 
     network: ElasticSSD
     origin: Literal["supernet", "pretrained", "scratch"]
-    supernet: Supernet | None = None  # None if no supernet is known, which could teach
 
-    def student(self, config: Config, genotype: Genotype, classes: Sequence[str]) -> Student:
-        """Cut the sub-network of `genotype` out and find its teacher."""
-        model = self.network.extract(genotype)
-        teacher = self.teacher(config, genotype, classes)
-        uncalibrated = [model] if self.origin != "scratch" else []
-        if teacher is not None and not config.final.distill.teacher:
-            uncalibrated.append(teacher)
-        return Student(genotype, model, self.network.cost(genotype), teacher, uncalibrated)
-
-    def teacher(self, config: Config, genotype: Genotype, classes: Sequence[str]) -> SSD | None:
-        """The teacher of `final.distill`: a detector, or the supernet's largest sub-network at the same image size.
-
-        None if distillation never has a weight.
-        """
-        distill = config.final.distill
-        if distill.teacher or not distill.active():
-            size = genotype.image_size
-            return load_teacher(distill, "final.distill.teacher", classes, {size: self.network.priors(size)})
-        if self.supernet is None:
-            raise UserError(
-                'final.distill.teacher: "" is the largest sub-network of the supernet, and this training starts from '
-                "none; name a detector's best.pt"
-            )
-        largest = replace(self.supernet.space.largest(), image_size=genotype.image_size)
-        return self.supernet.detector.extract(largest).eval().requires_grad_(False)
+    def student(self, genotype: Genotype) -> Student:
+        """Cut the sub-network of `genotype` out."""
+        return Student(genotype, self.network.extract(genotype), self.network.cost(genotype), self.origin != "scratch")
 
 
 def find_start(
@@ -89,7 +63,7 @@ def find_start(
         path = supernet_path(config, source, load)
         supernet = load_supernet_of(path, classes)
         validate_network(config, supernet.config, ("search_space", "backbone", "head"), path)
-        return StartingNetwork(supernet.detector, origin, supernet)
+        return StartingNetwork(supernet.detector, origin)
     network = ElasticSSD(config, len(classes))
     if origin == "pretrained":
         if not config.backbone.pretrained_path:
@@ -135,23 +109,10 @@ def some_images(annotations: Annotations, image_size: int, config: Config) -> It
             yield batch.images
 
 
-def detection_losses(
-    model: SSD,
-    loss: DetectionLoss,
-    batch: Batch,
-    distill: DistillConfig | None = None,
-    weight: float = 0.0,
-    teacher: SSD | None = None,
-) -> Iterator[Losses]:
-    """The losses of one batch; with a `weight` above 0, distillation from `teacher`, which otherwise never runs."""
+def detection_losses(model: SSD, loss: DetectionLoss, batch: Batch) -> Iterator[Losses]:
+    """The losses of one batch."""
     logits, offsets = model(batch.images)  # (B, P, num_classes + 1), (B, P, 4)
-    targets = loss.match(batch.boxes, batch.labels, model.priors)
-    losses = loss(logits, offsets, targets)
-    if weight:
-        with torch.no_grad():
-            teacher_logits, _ = teacher(batch.images)
-        losses["distill"] = weight * loss.distillation(logits, teacher_logits, targets, distill)
-    yield losses
+    yield loss(logits, offsets, loss.match(batch.boxes, batch.labels, model.priors))
 
 
 def evaluate(
@@ -207,15 +168,13 @@ class FinalTraining(Training):
         self.config = config
         self.genotype = student.genotype
         self.cost = student.cost._asdict()
-        self.teacher = student.teacher
         self.test = test
         self.loss = detection_loss(config)
         self.best: dict = {}
         settings = config.final
-        if self.teacher is not None:
-            self.teacher.to(device, memory_format=torch.channels_last)
-        for net in student.uncalibrated:
-            recalibrate(net.to(device), some_images(loader.dataset.annotations, net.image_size, config), device)
+        if student.inherits:
+            images = some_images(loader.dataset.annotations, student.model.image_size, config)
+            recalibrate(student.model.to(device), images, device)
         backbone_lr = settings.base_net_lr if settings.freeze_base_net else None
         steps = loader.batch_sampler.batches_per_epoch
         trainer = Trainer(student.model, settings, device, steps, backbone_lr=backbone_lr)
@@ -224,13 +183,11 @@ class FinalTraining(Training):
 
     def begin_epoch(self, epoch: int) -> None:
         super().begin_epoch(epoch)
-        self.weight = value_at(self.config.final.distill.weight, epoch)
         if self.config.final.freeze_base_net:
             freeze_norms(self.trainer.model.backbone)
 
     def losses(self, batch: Batch) -> Iterator[Losses]:
-        distill = self.config.final.distill
-        return detection_losses(self.trainer.model, self.loss, batch, distill, self.weight, self.teacher)
+        return detection_losses(self.trainer.model, self.loss, batch)
 
     def score(self, epoch: int) -> None:
         """Evaluate on the test set; a new best is written to best.pt and metrics.json."""

@@ -27,7 +27,6 @@ from lib.genotype import Genotype, SearchSpace
 from lib.log import progress
 from lib.priors import priors_per_cell
 from lib.scoring import Scorer, prepare_scoring_data
-from lib.shrinking import value_at
 from lib.training import Losses, Trainer, detection_loss
 
 SHOWN = 5  # dropped boxes and images without objects that are named
@@ -195,18 +194,12 @@ def scoring_seconds(
     return statistics.mean(measured) * all_images / (part.bn_images + part.images)
 
 
-def final_seconds(
-    model: SSD, config: Config, device: torch.device, loader: DataLoader, teacher: SSD | None = None
-) -> float:
-    """Seconds of training one detector, without its evaluations, at the last epoch's distillation weight."""
+def final_seconds(model: SSD, config: Config, device: torch.device, loader: DataLoader) -> float:
+    """Seconds of training one detector, without its evaluations."""
     settings = config.final
     loss = detection_loss(config)
-    weight = value_at(settings.distill.weight, settings.epochs) if teacher is not None else 0.0
-
-    def forward(batch: Batch) -> Iterator[Losses]:
-        return detection_losses(model, loss, batch, settings.distill, weight, teacher)
-
-    return training_seconds(model, settings, device, loader, [(settings.epochs, forward)])
+    phases = [(settings.epochs, lambda batch: detection_losses(model, loss, batch))]
+    return training_seconds(model, settings, device, loader, phases)
 
 
 def detecting_seconds(model: SSD, test: Annotations, config: Config, device: torch.device) -> float:

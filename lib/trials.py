@@ -48,8 +48,6 @@ def shortened(config: Config, epochs: int | None) -> Config:
     schedule.milestones = [max(1, round(epoch * ratio)) for epoch in schedule.milestones]
     if schedule.T_0 != "auto":
         schedule.T_0 = max(1, round(schedule.T_0 * ratio))
-    weight = final.distill.weight
-    weight.boundary = [max(round(1 + (b - 1) * ratio), i + 1) for i, b in enumerate(weight.boundary)]
     final.epochs = final.eval_every = epochs
     final.save_every = 0
     return config
@@ -137,10 +135,10 @@ class Trials:
         # Made for either start, so that all trainings begin with the same random state.
         untrained = ElasticSSD(config, len(annotations.classes))
         origins = {
-            "fine_tuned": StartingNetwork(supernet.detector, "supernet", supernet),
-            "scratch": StartingNetwork(untrained, "scratch", supernet),
+            "fine_tuned": StartingNetwork(supernet.detector, "supernet"),
+            "scratch": StartingNetwork(untrained, "scratch"),
         }
-        student = origins[start].student(config, genotype, annotations.classes)
+        student = origins[start].student(genotype)
         loader = final_loader(annotations, genotype.image_size, config, device)
         training = FinalTraining(config, folder, student, loader, self.recipe.test, device, resume=True)
         return training.best if training.run() else None

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from hypothesis import settings
-from tiny_runs import FINAL, SEARCH, SUPERNET, run, tiny_settings
+from tiny_runs import FINAL, SEARCH, SUPERNET, run_as_user, tiny_settings
 
 from lib import checkpoint, config_io
 from lib.detector import Detector, ElasticSSD
@@ -110,11 +110,12 @@ def flow(tmp_path_factory):
     folder = tmp_path_factory.mktemp("flow")
     settings = tiny_settings(data__root=folder / "shapes")
     (folder / "tiny.yaml").write_text(yaml.safe_dump(settings))
-    printed = {
-        SUPERNET: run(folder, SUPERNET, "--cfg", "tiny.yaml"),
-        SEARCH: run(folder, SEARCH, "--gpus", "cpu"),
-        FINAL: run(folder, FINAL, "--genotype", "best.json"),
-    }
+    commands = {SUPERNET: ["--cfg", "tiny.yaml"], SEARCH: ["--gpus", "cpu"], FINAL: ["--genotype", "best.json"]}
+    printed = {}
+    for script, arguments in commands.items():
+        done = run_as_user(folder, script, *arguments)
+        assert done.returncode == 0, done.stderr
+        printed[script] = done.stdout
     return folder, printed
 
 

@@ -20,7 +20,7 @@ from torchvision.models import (
 )
 
 from lib import checkpoint
-from lib.config import Config, DistillConfig, ValueSchedule
+from lib.config import Config
 from lib.config_io import to_dict
 from lib.detector import (
     Cost,
@@ -31,7 +31,6 @@ from lib.detector import (
     fuse,
     load_detector,
     load_supernet,
-    load_teacher,
     load_weights,
     module_cost,
     recalibrate,
@@ -509,25 +508,6 @@ def test_what_is_a_detectors_checkpoint(supernet, tiny_checkpoint, tmp_path):
 def test_a_supernet_is_no_detector(supernet):
     with pytest.raises(UserError, match=r"last\.pt: not a detector's checkpoint; expected best\.pt of final_train"):
         load_detector(supernet[1])
-
-
-def test_a_teacher_with_other_classes_or_priors_is_refused(tiny_checkpoint, tiny_detector):
-    """Of a run's folder its best.pt is taken. Without a weight the file is not even looked for."""
-    detector = tiny_detector()
-    priors = {64: detector.priors(64)}
-
-    def teacher(classes=CLASSES, priors=priors, name=tiny_checkpoint.parent, weight=0.5):
-        distill = DistillConfig(ValueSchedule([1, 3], [0.0, weight]), str(name))
-        return load_teacher(distill, "final.distill.teacher", classes, priors)
-
-    found, images = teacher(), torch.zeros(1, 3, 64, 64)
-    assert not any(p.requires_grad for p in found.parameters()) and not found.training
-    assert torch.equal(found(images)[0], load_detector(tiny_checkpoint).model(images)[0])
-    with pytest.raises(UserError, match=r"final\.distill\.teacher: .* knows cat, dog, eel, not cat, dog, emu"):
-        teacher([*CLASSES[:2], "emu"])
-    with pytest.raises(UserError, match=r"has other prior boxes than its student at 64 px"):
-        teacher(priors={64: tiny_detector(head__scales="[0.1, 0.4, 0.6, 0.9]").priors(64)})
-    assert teacher(name="nowhere", weight=0.0) is None and teacher(name="") is None
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not a checkpoint"], ids=["missing", "empty", "text"])

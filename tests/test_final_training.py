@@ -1,59 +1,23 @@
-"""Stage 3: what a training starts from, who teaches it, its losses, and what it keeps of its evaluations."""
+"""Stage 3: what a training starts from, its losses, and what it keeps of its evaluations."""
 
 from __future__ import annotations
 
 import copy
 import json
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lib import checkpoint, final_training
-from lib.config import DistillConfig, LossConfig
 from lib.datasets import Batch
-from lib.detector import Supernet
 from lib.errors import UserError
-from lib.final_training import FinalTraining, StartingNetwork, detection_losses, freeze_norms, supernet_path
+from lib.final_training import FinalTraining, StartingNetwork, freeze_norms, supernet_path
 from lib.log import RunLog, read_log
-from lib.losses import DetectionLoss, adaptive_distillation
+from lib.losses import DetectionLoss
 from lib.training import Trainer
 
 CPU = torch.device("cpu")
-
-
-# The start and the teacher
-
-
-WEIGHT = {"final__distill__weight": "{boundary: [1], value: [0.5]}"}
-
-
-def started(tiny_detector, config, supernet=True):
-    network = tiny_detector(search_space__image_size_choice=[64, 96])
-    space = replace(network.space, image_size=(96,))
-    if not supernet:
-        return StartingNetwork(network, "scratch")
-    return StartingNetwork(network, "supernet", Supernet(network, config, ("a",), 2, space))
-
-
-def test_the_teacher_is_the_largest_that_was_open_at_the_students_image_size(tiny_detector, tiny_config):
-    config = tiny_config(**WEIGHT)
-    start = started(tiny_detector, config)
-    student = replace(start.network.space.smallest(), image_size=64)
-    teacher = start.teacher(config, student, ["a", "b", "c"])
-    images = torch.zeros(1, 3, 64, 64)
-    expected = start.network(images, replace(start.network.space.largest(), image_size=64))
-    assert torch.equal(teacher(images)[0], expected[0])
-    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
-
-
-def test_no_weight_is_no_teacher_and_no_supernet_an_error(tiny_detector, tiny_config):
-    start = started(tiny_detector, tiny_config(), supernet=False)
-    student = start.network.space.smallest()
-    assert start.teacher(tiny_config(), student, ["a"]) is None
-    with pytest.raises(UserError, match=r"final\.distill\.teacher: .* starts from none; name a detector's best\.pt"):
-        start.teacher(tiny_config(**WEIGHT), student, ["a"])
 
 
 def test_a_supernet_that_is_named_goes_before_that_of_the_search(tiny_config, tmp_path, capsys):
@@ -70,15 +34,6 @@ def test_a_supernet_that_is_named_goes_before_that_of_the_search(tiny_config, tm
         supernet_path(tiny_config(), {}, None)
 
 
-def test_a_detector_that_is_named_teaches_whatever_the_start(tiny_detector, tiny_config, tiny_checkpoint):
-    config = tiny_config(**WEIGHT, final__distill__teacher=tiny_checkpoint)
-    start = StartingNetwork(tiny_detector(), "scratch")
-    student = start.network.space.smallest()
-    assert start.teacher(config, student, ["cat", "dog", "eel"]) is not None
-    with pytest.raises(UserError, match=r"final\.distill\.teacher: .*best\.pt knows cat, dog, eel, not a"):
-        start.teacher(config, student, ["a"])
-
-
 # The losses
 
 
@@ -87,45 +42,6 @@ def batch():
     images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     boxes = torch.tensor([0.2, 0.2, 0.7, 0.8]).expand(4, 1, 4)
     return Batch(images, boxes, torch.ones(4, 1, dtype=torch.int64), torch.arange(4))
-
-
-@pytest.fixture
-def networks(tiny_detector):
-    """A student and a teacher of other weights; the list fills with the teacher's calls."""
-    detector, calls = tiny_detector(), []
-    student, teacher = detector.extract(detector.space.smallest()), detector.extract(detector.space.largest())
-    for net in teacher.predictors.classes:
-        net[-1].bias.data.add_(3.0)  # surer than its student
-    teacher.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
-    return student, teacher, calls
-
-
-def gradient(losses, student):
-    biases = [net[-1].bias for net in student.predictors.classes]
-    return torch.cat(torch.autograd.grad(sum(losses.values()), biases, retain_graph=True))
-
-
-def test_without_a_weight_the_teacher_never_runs(networks, batch):
-    student, teacher, calls = networks
-    (losses,) = detection_losses(student, DetectionLoss(LossConfig()), batch, DistillConfig(), 0.0, teacher)
-    (plain,) = detection_losses(student, DetectionLoss(LossConfig()), batch)
-    assert calls == [] and losses == plain and losses.keys() == {"cls", "loc"}
-
-
-@pytest.mark.parametrize("priors", ["positive", "all"])
-def test_the_teacher_has_its_weight_in_the_losses_and_the_gradient(networks, batch, priors):
-    student, teacher, calls = networks
-    loss, distill = DetectionLoss(LossConfig()), DistillConfig(priors=priors, temperature=3.0)
-    (losses,) = detection_losses(student, loss, batch, distill, 0.25, teacher)
-    assert calls == [False] and losses.keys() == {"cls", "loc", "distill"}
-    labels = loss.match(batch.boxes, batch.labels, student.priors).prior_labels
-    mask = labels > 0 if priors == "positive" else labels >= 0
-    alone = adaptive_distillation(student(batch.images)[0], teacher(batch.images)[0], mask, distill)
-    torch.testing.assert_close(losses["distill"], 0.25 * alone)
-    (plain,) = detection_losses(student, loss, batch)
-    expected = gradient(plain, student) + 0.25 * gradient({"distill": alone}, student)
-    torch.testing.assert_close(gradient(losses, student), expected)
-    assert (expected - gradient(plain, student)).norm() > 0.01 * expected.norm()
 
 
 def test_a_frozen_base_net_keeps_its_statistics_and_has_its_own_learning_rate(tiny_detector, tiny_config):
@@ -168,7 +84,7 @@ def train(tiny_detector, tiny_config, batch, tmp_path, monkeypatch):
     def make(resume=False, largest=False):
         start = StartingNetwork(tiny_detector(), "scratch")
         space = start.network.space
-        student = start.student(config, space.largest() if largest else space.smallest(), FakeTestSet.classes)
+        student = start.student(space.largest() if largest else space.smallest())
         sampler = SimpleNamespace(batches_per_epoch=1, set_epoch=lambda epoch, start: None)
         loader = type("Loader", (list,), {"batch_sampler": sampler})([batch])
         return FinalTraining(config, tmp_path / "run", student, loader, FakeTestSet("ab"), CPU, resume=resume)

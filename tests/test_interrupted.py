@@ -85,7 +85,6 @@ def test_a_killed_final_training_goes_on_bit_by_bit(flow, arguments, tmp_path):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "tiny").symlink_to(folder / "runs" / "tiny")
     options = ["--genotype", folder / "runs/tiny/search/best.json", "--set", "final.epochs=4"]
-    options += ["--set", "final.distill.weight={boundary: [1, 3], value: [0, 0.5]}"]  # taught by the supernet's largest
     halfway, broken, whole = interrupted(tmp_path, FINAL, options, signal.SIGKILL)
     assert (halfway["epoch"], halfway["batch"]) == (2, 0) and broken["epoch"] == 5
     assert_equal_state(broken, whole)

@@ -26,7 +26,6 @@ PLANS = {  # what each script's plan must say
         "note: runs/tiny/final/last.pt exists",
     ],
 }
-TEACHES = "supernet.distill.weight={boundary: [1], value: [1]}"
 NETWORK = (
     r"backbone\.mult_ratio: expected 0\.125 as in the supernet runs/tiny/supernet/last\.pt \(--load .*\), found 0\.25"
 )
@@ -58,10 +57,6 @@ MISTAKES = {
         [FINAL, "--from-scratch", "--load", "runs/tiny/final"],
         r"--load .*final: starts from a detector; --from-scratch",
     ),
-    "no supernet to teach": (
-        [FINAL, "--from-scratch", "--set", "final.distill.weight={boundary: [1], value: [1]}"],
-        r"final\.distill\.teacher: .* starts from none",
-    ),
     "a run that is there already": ([SUPERNET], r"last\.pt exists: --resume"),
     "no epoch of search": ([SEARCH, "--set", "search.num_epochs=0"], "search.num_epochs"),
     "a budget out of reach": ([SEARCH, "--max-flops", "1000"], r"search\.max_flops: 1000.*sub-networks have .* to "),
@@ -76,10 +71,6 @@ MISTAKES = {
     "no such supernet to start from": (
         [FINAL, "--set", "final.supernet_state_dict=nowhere", "--train-dir", "new"],
         "nowhere: no supernet checkpoint here",
-    ),
-    "no such teacher": (
-        [SUPERNET, "--dry-run", "--train-dir", "new", "--set", TEACHES, "--set", "supernet.distill.teacher=no/best.pt"],
-        r"no/best\.pt: no such",
     ),
     "a start that would be written over": (
         [FINAL, "--load", "runs/tiny/final", "--train-dir", "runs/tiny/final", "--resume"],

@@ -124,21 +124,6 @@ def test_predict_draws_pictures_and_writes_detections(flow):
     assert len(json.loads((folder / "one" / "detections.json").read_text())) == len(sources) < len(detections)
 
 
-def test_a_teacher_of_either_kind_teaches_the_detector(flow, tmp_path):
-    """The supernet's largest sub-network, then the detector that it taught."""
-    folder, _ = flow
-    genotype = ["--genotype", folder / "runs/tiny/search/best.json", "--load", folder / "runs/tiny/supernet"]
-    genotype += ["--set", f"data.root={folder / 'shapes'}"]
-    distill = ["--set", "final.distill.weight={boundary: [1, 2], value: [0, 0.5]}"]
-    run(tmp_path, FINAL, *genotype, *distill, "--train-dir", "first")
-    named = ["--set", "final.distill.teacher=first"]
-    run(tmp_path, FINAL, *genotype, *distill, *named, "--from-scratch", "--train-dir", "second")
-    for name in ("first", "second"):
-        losses = [r["losses"] for r in read_lines(tmp_path / name / "log.jsonl") if r["kind"] == "train"]
-        assert [set(item) for item in losses] == [{"cls", "loc"}, {"cls", "loc", "distill"}]
-        assert losses[1]["distill"] > 0
-
-
 def test_a_detector_learns_new_classes_from_another(flow, tmp_path):
     """Its genotype and configuration, or others; classes of the same name keep their logits."""
     folder, _ = flow

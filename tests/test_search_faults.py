@@ -8,16 +8,14 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
-import shlex
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from dispatch_helpers import wait_for
-from search_runs import STAND_IN, launch, search
+from search_runs import launch, search, search_command
 from tiny_runs import finish, read_lines
 
 from lib.ledger import Ledger
@@ -81,7 +79,7 @@ def test_ctrl_c_twice_ends_at_once_and_loses_nothing(options, tmp_path):
     process = search(tmp_path, options, "gated")
     wait_for(lambda: lines_in(tmp_path) == 2)
     os.killpg(process.pid, signal.SIGINT)
-    assert any("Stopping after this step" in line for line in process.stderr)
+    wait_for(lambda: "Stopping after this step" in process.err.read_text())
     os.killpg(process.pid, signal.SIGINT)
     done = finish(process)  # which waits for the workers too: they have its pipes
     assert done.returncode == 128 + signal.SIGINT and lines_in(tmp_path) == 2, done.stderr
@@ -111,19 +109,15 @@ def in_namespace(cwd: Path, script: str) -> subprocess.CompletedProcess:
     return finish(launch(cwd, *unshare, "sh", "-ec", script))
 
 
-def stand_in(options: list, worker: str) -> str:
-    return shlex.join(map(str, [sys.executable, "-c", STAND_IN, worker, *options]))
-
-
 def test_a_full_disk_is_a_clear_end(options, tmp_path):
     """A real one of 1 MB: at first without room for the pictures, then filled up while the search runs."""
     script = f"""
         mkdir search out
         mount -t tmpfs -o size=1m tmpfs search
         head -c 900k /dev/zero > search/filler
-        {stand_in(options, "quick")} 2> out/pictures || echo $? >> out/status
+        {search_command(options, "quick")} 2> out/pictures || echo $? >> out/status
         rm search/filler
-        {stand_in(options, "gated")} 2> out/ledger &
+        {search_command(options, "gated")} 2> out/ledger &
         until [ "$(cat search/evals.jsonl 2> /dev/null | wc -l)" -eq 2 ]; do sleep 0.1; done
         cat /dev/zero > search/filler 2> /dev/null || true
         touch go
@@ -155,7 +149,7 @@ def test_a_read_only_folder_is_a_clear_end(options, tmp_path):
         touch search/evals.jsonl
         mount --bind search search
         mount -o remount,ro,bind search
-        {stand_in(options, "quick")}
+        {search_command(options, "quick")}
     """
     done = in_namespace(tmp_path, script)
     assert done.returncode == 2

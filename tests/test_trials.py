@@ -95,14 +95,12 @@ def test_the_short_recipe_keeps_its_proportions(tiny_config):
     config = tiny_config(
         final__epochs=40,
         final__lr_schedule="{type: multistep, milestones: [20, 30], warmup_steps: 100, T_0: 8}",
-        final__distill__weight="{boundary: [1, 21], value: [0, 1]}",
         final__save_every=3,
     )
     short = shortened(config, None)
     schedule = short.final.lr_schedule
     assert (short.final.epochs, short.final.eval_every, short.final.save_every) == (10, 10, 0)
     assert (schedule.milestones, schedule.warmup_steps, schedule.T_0) == ([5, 8], 25, 2)
-    assert short.final.distill.weight.boundary == [1, 6]
     assert shortened(config, 7).final.epochs == 7 and config.final.epochs == 40
 
 

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import copy
 import json
+import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
+from unittest import mock
 
-from lib import config_io
+import torch
+
+from lib import config_io, runtime
 
 REPOSITORY = Path(__file__).parent.parent
 SUPERNET, SEARCH, FINAL = "supernet_train.py", "async_search.py", "final_train.py"
@@ -58,27 +66,79 @@ def tiny_settings(**changes: object) -> dict:
 
 def environment() -> dict[str, str]:
     """One thread: sums in the same order every time. No GPU: the same on every machine."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    path = os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "tests")))
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
 
 
-def command(script: str, *arguments: object) -> list[str]:
-    return [sys.executable, str(REPOSITORY / script), *map(str, arguments)]
+def run_as_user(cwd: Path, script: str, *arguments: object) -> subprocess.CompletedProcess:
+    """One of the three scripts from the command line: a new interpreter, which takes seconds to import torch."""
+    words = [sys.executable, str(REPOSITORY / script), *map(str, arguments)]
+    return subprocess.run(words, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=240)
 
 
-def start(cwd: Path, script: str, *arguments: object) -> subprocess.Popen:
-    """One of the three scripts as a user runs it, in folder `cwd`."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command(script, *arguments), cwd=cwd, env=environment(), **pipes)
+# Most tests start their scripts from a server that has imported torch already: a process of its own as well, which
+# can be killed and signalled like any other, and starts in a tenth of a second.
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["supernet_train", "async_search", "final_train", "tiny_runs"])
 
 
-def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
+class Script:
+    """A script that runs in a process group of its own. What it prints goes to files."""
+
+    def __init__(self, cwd: Path, script: str, arguments: Sequence[object], prelude: str):
+        self._folder = Path(tempfile.mkdtemp())
+        self.out, self.err = self._folder / "out", self._folder / "err"
+        words = [str(argument) for argument in arguments]
+        target = (str(cwd), script, words, prelude, str(self.out), str(self.err))
+        with mock.patch.dict(os.environ, environment()):
+            self._process = _SERVER.Process(target=_be_script, args=target)
+            self._process.start()
+        self.pid = self._process.pid
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def finish(self, timeout: float = 240) -> subprocess.CompletedProcess:
+        """Wait for its end: exit status and what it printed."""
+        self._process.join(timeout)
+        assert self._process.exitcode is not None, f"still running after {timeout} s"
+        out, err = (path.read_text() if path.exists() else "" for path in (self.out, self.err))
+        shutil.rmtree(self._folder)
+        return subprocess.CompletedProcess([], self._process.exitcode, out, err)
+
+
+def _be_script(cwd: str, script: str, arguments: list[str], prelude: str, out: str, err: str) -> None:
+    """What the new process does. `prelude` is Python that runs first, to stand something in for a part of it."""
+    os.setsid()
+    os.chdir(cwd)
+    for path, number in ((out, 1), (err, 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    torch.set_num_threads(1)
+    module = import_module(script.removesuffix(".py"))
+    exec(prelude, {"script": module})
+    sys.argv = [script, *arguments]
+    runtime.run(module.main)
+
+
+def start(cwd: Path, script: str, *arguments: object, prelude: str = "") -> Script:
+    """Start one of the three scripts in folder `cwd`."""
+    return Script(cwd, script, arguments, prelude)
+
+
+def finish(process: Script | subprocess.Popen) -> subprocess.CompletedProcess:
+    """Wait for the end of a process: exit status and what it printed."""
+    if isinstance(process, Script):
+        return process.finish()
     out, err = process.communicate(timeout=240)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def run(cwd: Path, script: str, *arguments: object) -> str:
+def run(cwd: Path, script: str, *arguments: object, prelude: str = "") -> str:
     """Run a script to its end; what it printed. Fails where it fails."""
-    done = finish(start(cwd, script, *arguments))
+    done = start(cwd, script, *arguments, prelude=prelude).finish()
     assert done.returncode == 0, done.stderr
     return done.stdout
 

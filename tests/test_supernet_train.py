@@ -38,7 +38,7 @@ def test_a_sub_network_that_is_drawn_twice_is_trained_once(tiny_detector):
     assert len(supernet_train.step_genotypes(closed, SupernetConfig(sampling="sandwich", samples=3), 0, 1)) == 1
 
 
-def step_losses(detector, weight, genotypes, objects=1, loss_type="focal", teacher=None):
+def step_losses(detector, weight, genotypes, objects=1, loss_type="focal"):
     """The losses of one step, and which sub-networks ran for them."""
     ran = []
     hook = detector.register_forward_pre_hook(lambda _module, inputs: ran.append((inputs[1], torch.is_grad_enabled())))
@@ -48,7 +48,7 @@ def step_losses(detector, weight, genotypes, objects=1, loss_type="focal", teach
     batch = Batch(images, boxes, torch.ones(4, objects, dtype=torch.int64), torch.arange(4))
     loss = DetectionLoss(LossConfig(type=loss_type))
     settings = DistillConfig()
-    losses = list(supernet_train.supernet_losses(detector, loss, batch, genotypes, settings, weight, teacher))
+    losses = list(supernet_train.supernet_losses(detector, loss, batch, genotypes, settings, weight))
     hook.remove()
     return losses, ran
 
@@ -64,18 +64,6 @@ def test_a_teacher_without_weight_is_never_run(tiny_detector):
     losses, ran = step_losses(detector, 0.5, [large, small])  # the sandwich: the largest runs once, and is not taught
     assert ran == [(large, True), (small, True)]
     assert [set(item) for item in losses] == [{"cls", "loc"}, {"cls", "loc", "distill"}]
-
-
-def test_a_given_teacher_teaches_the_largest_too_and_runs_once(tiny_detector):
-    detector = tiny_detector().train()
-    small, large = detector.space.smallest(), detector.space.largest()
-    teacher, calls = tiny_detector().extract(large).eval(), []
-    teacher.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
-    losses, ran = step_losses(detector, 0.5, [large, small], teacher=teacher)
-    assert ran == [(large, True), (small, True)] and calls == [False]
-    assert all(item.keys() == {"cls", "loc", "distill"} for item in losses)
-    step_losses(detector, 0.0, [large, small], teacher=teacher)
-    assert calls == [False]
 
 
 def test_the_weight_scales_the_distillation_and_nothing_else(tiny_detector):
