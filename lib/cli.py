@@ -12,6 +12,7 @@ The configuration is put together once, in `CommandLine.resolve`. A higher layer
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 from collections.abc import Mapping
@@ -28,16 +29,12 @@ RESUMABLE = ("last.pt", "evals.jsonl", "plan.json")  # what a training, a search
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "shapes.yaml"
 
 
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=32, width=110)
-
-
 def make_parser(
     description: str, load_help: str, save_help: str = "keep a checkpoint every N epochs, beside the last one"
 ) -> argparse.ArgumentParser:
     """A parser with the flags that every stage has; `description` is the script's docstring."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=_Formatter)
+    layout = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=32, width=110)
+    parser = argparse.ArgumentParser(description=description, formatter_class=layout)
     add = parser.add_argument
     add("--cfg", metavar="FILE", help="YAML file of the experiment, read by all three stages (see configs/)")
     add("--set", metavar="KEY=VALUE", action="append", default=[], help="override one key, e.g. supernet.epochs=10")
@@ -84,20 +81,16 @@ class CommandLine:
     def __init__(self, args: argparse.Namespace, stage: str, flags: Mapping[str, object] | None = None):
         self.args = args
         self.stage = stage
-        save_every = {"supernet": "supernet.save_every", "final": "final.save_every"}.get(stage)
         by_flag = {"data.root": args.data, "seed": args.seed, **(flags or {})}
-        if save_every:
-            by_flag[save_every] = args.save_every
+        if stage in ("supernet", "final"):
+            by_flag[f"{stage}.save_every"] = args.save_every
         self._file = config_io.read_yaml(Path(args.cfg)) if args.cfg else None
         self._changes = [(key, value) for key, value in by_flag.items() if value is not None]
         self._changes += [config_io.parse_override(text) for text in args.set]
 
     def given(self, key: str) -> object | None:
         """The value that the user gave `key`; None where neither a flag nor --set nor --cfg does."""
-        for name, value in reversed(self._changes):
-            if name == key:
-                return value
-        return config_io.get_key(self._file or {}, key)
+        return config_io.get_key(config_io.with_changes(self._file or {}, self._changes), key)
 
     def resolve(self, inherited: dict | None = None, inherited_from: str = "", folder_name: str | None = None) -> Run:
         """The run of this command. `inherited` is the configuration of what it starts from, read from `inherited_from`.
@@ -111,31 +104,23 @@ class CommandLine:
             layer, source = inherited, inherited_from
         else:
             layer, source = config_io.read_yaml(DEFAULT_CONFIG), f"configs/{DEFAULT_CONFIG.name}"
+        # The folder comes before the rest: with --resume it may hold the configuration.
         name = _plain_name(self.given("name") or layer.get("name"))
-        folder = args.train_dir or stage_folder(name, folder_name or self.stage)
+        folder = args.train_dir or RUNS / name / (folder_name or self.stage)
         if args.resume and self._file is None and (saved := _saved_config(folder)):
             layer, source = saved, f"{folder / 'config.yaml'}, with which this run began"
-        config = self._build(layer, source)
+        # Flags and --set override whichever layer was chosen.
+        changed = config_io.with_changes(layer, self._changes)
+        config = config_io.from_dict(changed, source, [key for key, _ in self._changes])
+        config_io.validate(config)
+        if self.stage in ("supernet", "final"):
+            config_io.validate_shares(self.stage, getattr(config, self.stage), distributed.world().size)
         if args.data and config.data.dataset_type == "shapes" and not Path(args.data).is_dir():
             raise UserError(
                 f"--data {args.data}: no such folder; the built-in pictures need no --data, pictures of your own need "
                 "a --cfg that says how they are laid out"
             )
         return Run(folder, config, source)
-
-    def _build(self, layer: dict, source: str) -> Config:
-        overridden = [key for key, _ in self._changes]
-        data = config_io.with_overrides(layer, [])
-        for key, value in self._changes:
-            config_io.set_key(data, key, value)
-        config = config_io.from_dict(data, source, overridden)
-        config_io.validate(config)
-        processes = distributed.world().size
-        if self.stage == "supernet":
-            config_io.validate_shares("supernet", config.supernet, processes)
-        elif self.stage == "final":
-            config_io.validate_shares("final", config.final, processes)
-        return config
 
 
 def _saved_config(folder: Path) -> dict | None:
@@ -171,10 +156,6 @@ def refuse_to_overwrite(product: Path, args: argparse.Namespace) -> None:
 # Where runs live.
 
 
-def stage_folder(name: str, stage: str) -> Path:
-    return RUNS / name / stage
-
-
 def remember(stage: str, folder: Path) -> None:
     """Note that `folder` is now the last run of `stage`."""
     pointers = _pointers()
@@ -184,7 +165,7 @@ def remember(stage: str, folder: Path) -> None:
 
 def last_run(stage: str) -> Path | None:
     path = _pointers().get(stage)
-    return Path(path) if path and Path(path).is_dir() else None
+    return Path(path) if isinstance(path, str) and Path(path).is_dir() else None
 
 
 def supernet_checkpoint(folder: Path) -> Path:
@@ -209,11 +190,10 @@ def find_genotype(name: str) -> Path:
     raise UserError(f"{name}: no such genotype file here{where}; async_search.py writes best.json and pareto.json")
 
 
-def _pointers() -> dict[str, str]:
+def _pointers() -> dict[str, object]:
+    """The folder of each stage's last run. A damaged file counts as none."""
     try:
         pointers = json.loads(POINTER.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}
-    if not isinstance(pointers, dict):
-        return {}
-    return {stage: path for stage, path in pointers.items() if isinstance(path, str)}
+        pointers = None
+    return pointers if isinstance(pointers, dict) else {}

@@ -15,11 +15,11 @@ import typing
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import yaml
 
-from lib.config import Bounds, ChoiceSchedule, Config, SearchConfig, TrainConfig, ValueSchedule
+from lib.config import ChoiceSchedule, Config, SearchConfig, TrainConfig, ValueSchedule
 from lib.errors import UserError, did_you_mean
 
 # Keys of earlier versions that changed nothing about a network. Checkpoints and genotype files still hold them.
@@ -38,7 +38,8 @@ class WrongKey(UserError):
 def read_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file (None: defaults only), apply `key.path=value` overrides, check types and bounds."""
     data = read_yaml(Path(path)) if path is not None else {}
-    return from_dict(with_overrides(data, overrides), str(path or ""), [parse_override(text)[0] for text in overrides])
+    changes = [parse_override(text) for text in overrides]
+    return from_dict(with_changes(data, changes), str(path or ""), [key for key, _ in changes])
 
 
 def from_dict(data: dict, source: str = "", overridden: Collection[str] = ()) -> Config:
@@ -54,7 +55,7 @@ def from_dict(data: dict, source: str = "", overridden: Collection[str] = ()) ->
         if isinstance(section, dict):
             section.pop(leaf, None)
     try:
-        return build(Config, data)
+        return _section(data, Config(), "")
     except WrongKey as error:
         typed = any(error.key == key or error.key.startswith((f"{key}.", f"{key}[")) for key in overridden)
         raise UserError(f"{source}: {error}" if source and not typed else str(error)) from None
@@ -95,9 +96,10 @@ def read_yaml(path: Path) -> dict:
         raise UserError(f"{path}: cannot be read ({error})") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())[:300]}") from None
+    # A file without any key, or with comments only, is a valid one.
     data = {} if data is None else data
     if not isinstance(data, dict):
-        raise WrongKey(path, f"expected keys and values, found {type(data).__name__}")
+        raise UserError(f"{path}: expected keys and values, found {type(data).__name__}")
     data["name"] = data.get("name") or path.stem
     return data
 
@@ -117,42 +119,28 @@ def parse_override(override: str) -> tuple[str, object]:
         raise UserError(f"--set {override[:MOST_SHOWN]}: the value is not valid YAML") from None
 
 
-def with_overrides(data: dict, overrides: Sequence[str]) -> dict:
-    """A copy of plain configuration data with `key.path=value` applied."""
+def with_changes(data: dict, changes: Iterable[tuple[str, object]]) -> dict:
+    """A copy of plain configuration data with the values of some dotted keys set."""
     data = copy.deepcopy(data)
-    for override in overrides:
-        set_key(data, *parse_override(override))
+    for key, value in changes:
+        *path, leaf = key.split(".")
+        node = data
+        for part in path:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise UserError(f"--set {key}: '{part}' is a value, not a section")
+        node[leaf] = value
     return data
 
 
-def set_key(data: dict, key: str, value: object) -> None:
-    """Set the value of a dotted `key` in plain configuration data, in place."""
-    *path, leaf = key.split(".")
-    node = data
-    for part in path:
-        node = node.setdefault(part, {})
-        if not isinstance(node, dict):
-            raise UserError(f"--set {key}: '{part}' is a value, not a section")
-    node[leaf] = value
-
-
-def get_key(data: dict, key: str) -> object | None:
+def get_key(data: object, key: str) -> object | None:
     """The value of a dotted `key` in plain configuration data; None where it is not given."""
-    node: object = data
     for part in key.split("."):
-        node = node.get(part) if isinstance(node, dict) else None
-    return node
+        data = data.get(part) if isinstance(data, dict) else None
+    return data
 
 
 # Plain data to typed dataclasses.
-
-
-def build(kind: type, data: object) -> Any:
-    """`data` (dicts, lists, scalars) as the dataclass `kind`, whose defaults fill in what `data` lacks.
-
-    A field's metadata may give one `alias` for its name.
-    """
-    return _Builder(kind).section(data, kind(), "")
 
 
 def leaf_types(kind: type, prefix: str = "") -> dict[str, Any]:
@@ -167,63 +155,57 @@ def leaf_types(kind: type, prefix: str = "") -> dict[str, Any]:
     return types_by_path
 
 
-TEXT_KEYS = {path for path, kind in leaf_types(Config).items() if kind is str}
+KEYS = leaf_types(Config)
+TEXT_KEYS = {path for path, kind in KEYS.items() if kind is str}
 
 
-class _Builder:
-    """Converts values. It knows the whole tree of keys, so that an error can suggest the right one."""
-
-    def __init__(self, root: type):
-        self.paths = list(leaf_types(root))
-
-    def section(self, value: Any, default: Any, path: str) -> Any:
-        """`default`, an instance of a dataclass, with the keys of `value` set."""
-        if not isinstance(value, Mapping):
-            raise WrongKey(path, f"expected a section with keys, found {_shown(value)}")
-        kind = type(default)
-        hints = typing.get_type_hints(kind, include_extras=True)
-        names = {f.name: f.name for f in fields(kind)}
-        names |= {f.metadata["alias"]: f.name for f in fields(kind) if "alias" in f.metadata}
-        prefix = f"{path}." if path else ""
-        values = {}
-        for key, item in value.items():
-            where = f"{prefix}{key}"
-            if key not in names:
-                raise WrongKey(where[:MOST_SHOWN], f"unknown key{self._nearest(str(key), prefix, hints)}")
-            name = names[key]
-            if is_dataclass(hints[name]):
-                values[name] = self.section(item, getattr(default, name), where)
-            else:
-                values[name] = _convert(item, hints[name], where)
-        return replace(default, **values)
-
-    def _nearest(self, key: str, prefix: str, names: Mapping[str, Any]) -> str:
-        """A hint: the same leaf elsewhere in the tree, else the nearest key of this section."""
-        elsewhere = [path for path in self.paths if path.rsplit(".", 1)[-1] == key]
-        if elsewhere:
-            return f" (did you mean '{elsewhere[0]}'?)"
-        return did_you_mean((prefix + key)[:MOST_SHOWN], [prefix + name for name in names])
+def _section(value: Any, default: Any, path: str) -> Any:
+    """`default`, an instance of a dataclass, with the keys of `value` set."""
+    if not isinstance(value, Mapping):
+        _fail(path, "a section with keys", _shown(value))
+    hints = typing.get_type_hints(type(default), include_extras=True)
+    names = {f.name: f.name for f in fields(default)}
+    names |= {f.metadata["alias"]: f.name for f in fields(default) if "alias" in f.metadata}
+    prefix = f"{path}." if path else ""
+    values = {}
+    for key, item in value.items():
+        where = f"{prefix}{key}"
+        if key not in names:
+            # The same key in another section is a better hint than a similar one in this section.
+            elsewhere = [known for known in KEYS if known.rpartition(".")[2] == key]
+            nearest = did_you_mean(where[:MOST_SHOWN], [prefix + name for name in hints])
+            hint = f" (did you mean '{elsewhere[0]}'?)" if elsewhere else nearest
+            raise WrongKey(where[:MOST_SHOWN], f"unknown key{hint}")
+        name = names[key]
+        if is_dataclass(hints[name]):
+            values[name] = _section(item, getattr(default, name), where)
+        else:
+            values[name] = _convert(item, hints[name], where)
+    return replace(default, **values)
 
 
 def _convert(value: Any, kind: Any, path: str) -> Any:
     """`value` as the annotated type `kind`. Raises UserError that names `path`."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
-        return _within(_convert(value, arguments[0], path), arguments[1], kind, path)
+        number, bounds = _convert(value, arguments[0], path), arguments[1]
+        if not bounds.low <= number <= bounds.high:
+            _fail(path, _describe(kind), _shown(number))
+        return number
     if origin is list:
         if not isinstance(value, list):
-            raise WrongKey(path, f"expected a list, found {_shown(value)}")
+            _fail(path, "a list", _shown(value))
         return [_convert(item, arguments[0], f"{path}[{i}]") for i, item in enumerate(value)]
     if origin is Literal:
         # Not `in`: True equals 1 and 3.0 equals 3, and neither is what the key means.
-        if any(value == option and type(value) is type(option) for option in arguments):
-            return value
-        raise WrongKey(path, f"expected one of {', '.join(map(str, arguments))}, found {_shown(value)}")
+        if not any(value == option and type(value) is type(option) for option in arguments):
+            _fail(path, f"one of {', '.join(map(str, arguments))}", _shown(value))
+        return value
     if origin in (typing.Union, types.UnionType):
         for option in arguments:
             with contextlib.suppress(UserError):
                 return _convert(value, option, path)
-        raise WrongKey(path, f"expected {_describe(kind)}, found {_shown(value)}")
+        _fail(path, _describe(kind), _shown(value))
     return _scalar(value, kind, path)
 
 
@@ -232,18 +214,10 @@ def _scalar(value: Any, kind: type, path: str) -> Any:
         with contextlib.suppress(ValueError):
             value = float(value)
     accepted = (int, float) if kind is float else kind  # a whole number stays one: expand ratio 6 is not 6.0
-    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-        hint = ", in quotes" if kind is str else ""
-        raise WrongKey(path, f"expected {_describe(kind)}{hint}, found {_shown(value)}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise WrongKey(path, f"expected {_describe(kind)}, found {value}")
+    fits = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
+    if not fits or (isinstance(value, float) and not math.isfinite(value)):
+        _fail(path, _describe(kind) + (", in quotes" if kind is str else ""), _shown(value))
     return value
-
-
-def _within(value: float, bounds: Bounds, kind: Any, path: str) -> float:
-    if bounds.low <= value <= bounds.high:
-        return value
-    raise WrongKey(path, f"expected {_describe(kind)}, found {_shown(value)}")
 
 
 def _describe(kind: Any) -> str:
@@ -269,6 +243,10 @@ def _shown(value: object) -> str:
     return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
 
+def _fail(key: str, expected: str, found: object) -> NoReturn:
+    raise WrongKey(key, f"expected {expected}, found {found}")
+
+
 # What types and bounds cannot say: values that contradict each other, or that no backbone can serve.
 
 
@@ -279,8 +257,7 @@ def validate(config: Config) -> None:
     _check_schedule("search_space.schedule_cfg.width_choice", schedule.width_choice)
     _check_schedule("search_space.schedule_cfg.depth_choice", schedule.depth_choice)
     _check_schedule("supernet.distill.weight", config.supernet.distill.weight)
-    _check_stages(config)
-    _check_choices(config)
+    _check_space(config)
     _check_feature_maps(config)
     _check_search(config.search)
     portion = config.data.data_portion
@@ -288,10 +265,6 @@ def validate(config: Config) -> None:
         _fail("data.data_portion", "two shares above 0 that sum to at most 1, for training and for scoring", portion)
     if config.loss.unmatched_threshold > config.loss.matched_threshold:
         _fail("loss.unmatched_threshold", "at most loss.matched_threshold", config.loss.unmatched_threshold)
-
-
-def _fail(key: str, expected: str, found: object) -> None:
-    raise UserError(f"{key}: expected {expected}, found {found}")
 
 
 def _check_schedule(key: str, schedule: ChoiceSchedule | ValueSchedule) -> None:
@@ -304,8 +277,8 @@ def _check_schedule(key: str, schedule: ChoiceSchedule | ValueSchedule) -> None:
         _fail(f"{key}.value", "at least one choice at every boundary", value)
 
 
-def _check_stages(config: Config) -> None:
-    """One expansion, and one kernel where kernels are given, for each stage of the backbone."""
+def _check_space(config: Config) -> None:
+    """Settings for each stage of the backbone, and choices that some of its blocks can serve."""
     space = config.search_space
     stages = len(space.num_cell_groups)
     if not stages:
@@ -314,40 +287,26 @@ def _check_stages(config: Config) -> None:
     if config.backbone.kernels:
         _check_length("backbone.kernels", config.backbone.kernels, stages, "one per stage")
 
-
-def _check_choices(config: Config) -> None:
-    """Choices of kernels, widths and depths that some block of the backbone can serve."""
-    space = config.search_space
-    schedule = space.schedule_cfg
+    # Whole numbers only: 7.0 equals 7, but a genotype with it would be written and keyed differently.
     key = "search_space.schedule_cfg"
-    kernels, widths, depths = (
-        list(itertools.chain(*choice.value))
-        for choice in (schedule.kernel_choice, schedule.width_choice, schedule.depth_choice)
-    )
     largest_kernel = max(config.backbone.kernels, default=7)
-    options = [kernel for kernel in (3, 5, 7) if kernel <= largest_kernel]
-    for kernel in kernels:
-        if kernel not in options or not isinstance(kernel, int):
-            _fail(f"{key}.kernel_choice.value", f"kernels out of {options}, which the backbone can serve", kernel)
-    for depth in depths:
-        if not isinstance(depth, int):
-            _fail(f"{key}.depth_choice.value", "integers", depth)
-    deepest, widest = max(space.num_cell_groups), max(space.expansions)
-    _check_range(f"{key}.depth_choice.value", depths, 1, deepest, "blocks of the deepest stage")
-    _check_range(f"{key}.width_choice.value", widths, 0.125, widest, "expansion of the widest stage")
-    for name, choices in (
-        ("image_size_choice", space.image_size_choice),
-        ("head_width_choice", space.head_width_choice),
-        ("head_kernel_choice", space.head_kernel_choice),
-    ):
-        if not choices:
+    kernels = [kernel for kernel in (3, 5, 7) if kernel <= largest_kernel]
+    for kernel in itertools.chain(*space.schedule_cfg.kernel_choice.value):
+        if kernel not in kernels or not isinstance(kernel, int):
+            _fail(f"{key}.kernel_choice.value", f"kernels out of {kernels}, which the backbone can serve", kernel)
+    widest = max(space.expansions)
+    for width in itertools.chain(*space.schedule_cfg.width_choice.value):
+        if not 0.125 <= width <= widest:
+            expected = f"choices from 0.125 to {widest:g} (expansion of the widest stage)"
+            _fail(f"{key}.width_choice.value", expected, width)
+    deepest = max(space.num_cell_groups)
+    for depth in itertools.chain(*space.schedule_cfg.depth_choice.value):
+        if not 1 <= depth <= deepest or not isinstance(depth, int):
+            expected = f"integers from 1 to {deepest} (blocks of the deepest stage)"
+            _fail(f"{key}.depth_choice.value", expected, depth)
+    for name in ("image_size_choice", "head_width_choice", "head_kernel_choice"):
+        if not getattr(space, name):
             _fail(f"search_space.{name}", "at least one choice", "none")
-
-
-def _check_range(key: str, values: Iterable[float], low: float, high: float, what: str) -> None:
-    for value in values:
-        if not low <= value <= high:
-            _fail(key, f"choices from {low:g} to {high:g} ({what})", value)
 
 
 def _check_feature_maps(config: Config) -> None:
@@ -358,8 +317,8 @@ def _check_feature_maps(config: Config) -> None:
     _check_length("head.aspect_ratios", config.head.aspect_ratios, maps, "one per feature map")
     _check_length("head.scales", config.head.scales, maps + 1, "one per feature map and one more")
     _check_length("head.variances", config.head.variances, 2, "for centres and sizes")
-    for name, values in (("pixel_mean", config.backbone.pixel_mean), ("pixel_std", config.backbone.pixel_std)):
-        _check_length(f"backbone.{name}", values, 3, "one per colour")
+    _check_length("backbone.pixel_mean", config.backbone.pixel_mean, 3, "one per colour")
+    _check_length("backbone.pixel_std", config.backbone.pixel_std, 3, "one per colour")
 
 
 def _check_length(key: str, values: Sequence, expected: int, why: str) -> None:

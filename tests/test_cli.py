@@ -31,6 +31,10 @@ def tiny(*overrides):
     return config_io.to_dict(config_io.read_config("tiny.yaml", overrides))
 
 
+def stage_folder(name, stage):
+    return cli.RUNS / name / stage
+
+
 def leave_run(settings, folder, product="last.pt"):
     cli.Run(folder, config_io.from_dict(settings), "").save_config()
     checkpoint.write_text(folder / product, "")
@@ -75,9 +79,9 @@ def test_without_a_run_to_resume_it_starts_from_what_it_inherits():
     inherited = tiny("seed=3")
     assert resolve("final", "--resume", inherited=inherited).config.seed == 3
     assert resolve("final", "--resume").config.name == "shapes"
-    cli.Run(cli.stage_folder("tiny", "final"), config_io.from_dict(tiny("seed=5")), "").save_config()
+    cli.Run(stage_folder("tiny", "final"), config_io.from_dict(tiny("seed=5")), "").save_config()
     assert resolve("final", "--resume", inherited=inherited).config.seed == 3  # that run has nothing to go on from
-    leave_run(tiny("seed=4"), cli.stage_folder("tiny", "finetuned"))
+    leave_run(tiny("seed=4"), stage_folder("tiny", "finetuned"))
     assert resolve("final", "--resume", inherited=inherited).config.seed == 3
     assert resolve("final", "--resume", inherited=inherited, folder_name="finetuned").config.seed == 4
 
@@ -120,7 +124,7 @@ def test_what_an_earlier_run_left_is_not_written_over(tmp_path, capsys):
 def test_the_last_run_of_each_stage_is_remembered():
     assert cli.last_run("search") is None
     for name in ("one", "two"):
-        folder = cli.stage_folder(name, "search")
+        folder = stage_folder(name, "search")
         folder.mkdir(parents=True)
         cli.remember("search", folder)
     cli.remember("supernet", Path("runs/gone/supernet"))
@@ -133,8 +137,8 @@ def test_a_damaged_pointer_is_as_none(text):
     cli.RUNS.mkdir()
     cli.POINTER.write_text(text)
     assert cli.last_run("search") is None
-    cli.stage_folder("x", "search").mkdir(parents=True)
-    cli.remember("search", cli.stage_folder("x", "search"))
+    stage_folder("x", "search").mkdir(parents=True)
+    cli.remember("search", stage_folder("x", "search"))
     assert cli.last_run("search") == Path("runs/x/search")
 
 
@@ -149,7 +153,7 @@ def test_a_supernet_is_found_by_its_folder_or_file(tmp_path):
 def test_a_genotype_is_found_here_or_in_the_last_search():
     with pytest.raises(UserError, match=r"best\.json: no such genotype file here; "):
         cli.find_genotype("best.json")
-    search = cli.stage_folder("x", "search")
+    search = stage_folder("x", "search")
     checkpoint.write_text(search / "best.json", json.dumps({}))
     cli.remember("search", search)
     assert cli.find_genotype("best.json") == search / "best.json" == cli.find_genotype(str(search / "best.json"))

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from lib import config_io
-from lib.config import Config
+from lib.config import Bounds, Config
 from lib.config_io import validate
 from lib.errors import UserError
 
@@ -51,7 +51,8 @@ def test_defaults_then_yaml_then_set(tmp_path):
 
 def test_the_last_set_wins_and_the_data_given_is_left_alone():
     data = {"supernet": {"epochs": 7}}
-    assert config_io.with_overrides(data, ["supernet.epochs=8", "supernet.epochs=9"]) == {"supernet": {"epochs": 9}}
+    changes = [("supernet.epochs", 8), ("supernet.epochs", 9)]
+    assert config_io.with_changes(data, changes) == {"supernet": {"epochs": 9}}
     assert data == {"supernet": {"epochs": 7}}
 
 
@@ -343,7 +344,7 @@ def test_the_defaults_train_and_search_as_the_reference_recipe():
     assert (final.base_net_lr, final.freeze_base_net, final.eval_every) == (5e-4, False, 10)
 
 
-def number_keys() -> list[tuple[str, str, config_io.Bounds]]:
+def number_keys() -> list[tuple[str, str, Bounds]]:
     """Every key that holds numbers: its path, a YAML form with a hole for one number, its bounds."""
     found = []
     for key, kind in config_io.leaf_types(Config).items():

@@ -57,7 +57,8 @@ def weights(make) -> dict[str, torch.Tensor]:
 
 
 def changed(settings: dict, **overrides: object) -> dict:
-    return config_io.with_overrides(settings, [f"{key.replace('__', '.')}={value}" for key, value in overrides.items()])
+    texts = [f"{key.replace('__', '.')}={value}" for key, value in overrides.items()]
+    return config_io.with_changes(settings, map(config_io.parse_override, texts))
 
 
 def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:

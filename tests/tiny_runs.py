@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import multiprocessing
 import os
@@ -61,7 +60,7 @@ TINY = {
 def tiny_settings(**changes: object) -> dict:
     """TINY with `changes`, whose keys are dotted paths with `__` for the dots."""
     overrides = [f"{key.replace('__', '.')}={value}" for key, value in changes.items()]
-    return config_io.with_overrides(copy.deepcopy(TINY), overrides)
+    return config_io.with_changes(TINY, map(config_io.parse_override, overrides))
 
 
 def environment() -> dict[str, str]:
