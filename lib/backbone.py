@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from lib.config import BackboneConfig
-from lib.elastic import ACTIVATIONS, ElasticInvertedResidual, Segment, make_conv, make_divisible, run_segment
+from lib.elastic import ACTIVATIONS, ElasticInvertedResidual, SamePadConv2d, Segment, make_divisible, run_segment
 from lib.errors import UserError
 from lib.genotype import Genotype, StageChoices
 
@@ -59,16 +59,17 @@ class ElasticBackbone(nn.Module):
         strides = list(config.strides or table.strides)
         layer_channels = list(config.layer_channels or table.layer_channels)
         _check_lengths(len(stages), strides, layer_channels, table)
+        # The stem's stride of 2 makes level 1, and every further one the next level.
+        levels = [1 + strides[: i + 1].count(2) for i in range(len(stages))]
+        self.feature_levels = list(config.feature_levels)
+        _check_levels(self.feature_levels, levels)
         channels = [make_divisible(c * config.mult_ratio) for c in layer_channels]
         same_padding = config.padding == "tf_same"
-        self.stem = _conv_norm(3, channels[0], 3, 2, table.stem_activation, same_padding)
-        self.stages = nn.ModuleList()
-        levels: list[int] = []  # of each stage
-        level = 1  # the stem has stride 2
+        kind, padding = (SamePadConv2d, 0) if same_padding else (nn.Conv2d, 1)
+        self.stem = _with_norm(kind(3, channels[0], 3, 2, padding, bias=False), table.stem_activation)
         width = channels[0]
+        self.stages = nn.ModuleList()
         for i, choices in enumerate(stages):
-            level += strides[i] == 2
-            levels.append(level)
             blocks = nn.ModuleList()
             for j in range(max(choices.depth)):
                 block = ElasticInvertedResidual(
@@ -86,9 +87,9 @@ class ElasticBackbone(nn.Module):
             self.stages.append(blocks)
         self.last_conv = None
         if table.last_conv:
-            self.last_conv = _conv_norm(width, channels[len(stages) + 1], 1, 1, table.stem_activation)
-            width = channels[len(stages) + 1]
-        self.feature_levels = _check_levels(config.feature_levels, levels)
+            conv = nn.Conv2d(width, channels[len(stages) + 1], 1, bias=False)
+            self.last_conv = _with_norm(conv, table.stem_activation)
+            width = conv.out_channels
         # A feature map leaves the backbone after the last stage of its level, the last one at the very end.
         last_stage = {level: i for i, level in enumerate(levels)}
         self._taps = [last_stage[level] for level in self.feature_levels[:-1]]
@@ -117,12 +118,9 @@ class ElasticBackbone(nn.Module):
         return features
 
 
-def _conv_norm(
-    in_channels: int, out_channels: int, kernel: int, stride: int, activation: str, same_padding: bool = False
-) -> nn.Sequential:
+def _with_norm(conv: nn.Conv2d, activation: str) -> nn.Sequential:
     """Convolution, BatchNorm, activation; none of them is elastic."""
-    conv = make_conv(in_channels, out_channels, kernel, stride, same_padding)
-    return nn.Sequential(conv, nn.BatchNorm2d(out_channels), ACTIVATIONS[activation]())
+    return nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels), ACTIVATIONS[activation]())
 
 
 def _check_lengths(stages: int, strides: list[int], channels: list[int], table: Table) -> None:
@@ -135,12 +133,10 @@ def _check_lengths(stages: int, strides: list[int], channels: list[int], table: 
         raise UserError(f"backbone.layer_channels: expected at least {needed} values, found {len(channels)}")
 
 
-def _check_levels(wanted: Sequence[int], available: list[int]) -> list[int]:
-    levels = list(wanted)
+def _check_levels(levels: list[int], available: list[int]) -> None:
     if levels != sorted(set(levels)) or not set(levels) <= set(available) or available[-1] not in levels:
         choices = ", ".join(map(str, sorted(set(available))))
         raise UserError(
             f"backbone.feature_levels: expected ascending levels out of {choices}, ending with {available[-1]}, "
             f"found {levels}"
         )
-    return levels

@@ -65,24 +65,8 @@ class SamePadDepthwiseConv2d(SamePadConv2d, DepthwiseConv2d):
     """Depthwise convolution with TensorFlow's SAME padding."""
 
 
-def make_conv(
-    in_channels: int, out_channels: int, kernel: int, stride: int, same_padding: bool, depthwise: bool = False
-) -> nn.Conv2d:
-    """A convolution without bias. Its padding is symmetric or TensorFlow's; the output's size is the same."""
-    if depthwise:
-        kind = SamePadDepthwiseConv2d if same_padding else DepthwiseConv2d
-    else:
-        kind = SamePadConv2d if same_padding else nn.Conv2d
-    padding = 0 if same_padding else kernel // 2
-    groups = out_channels if depthwise else 1
-    return kind(in_channels, out_channels, kernel, stride, padding, groups=groups, bias=False)
-
-
 class ElasticConv1x1(nn.Conv2d):
     """1x1 convolution without bias from the first input channels to the first `out_channels` output channels."""
-
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__(in_channels, out_channels, 1, bias=False)
 
     def forward(self, x: Tensor, out_channels: int) -> Tensor:
         """(B, C, H, W) to (B, out_channels, H, W)."""
@@ -138,7 +122,9 @@ class ElasticDepthwiseConv(nn.Module):
         return depthwise_conv(x, weight, self.stride, padding=size // 2)
 
     def extract(self, channels: int, size: int) -> nn.Conv2d:
-        conv = _blank(make_conv, channels, channels, size, self.stride, self.same_padding, depthwise=True)
+        kind = SamePadDepthwiseConv2d if self.same_padding else DepthwiseConv2d
+        padding = 0 if self.same_padding else size // 2
+        conv = _blank(kind, channels, channels, size, self.stride, padding, groups=channels, bias=False)
         # Autocast would round the transformed weights to half precision for good.
         with torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):
             return copy_module(conv, weight=self.kernel(channels, size))
@@ -204,12 +190,12 @@ class ElasticInvertedResidual(nn.Module):
         hidden = self.hidden_channels(max(expands))
         self.expand = self.expand_norm = None
         if max(expands) != 1:
-            self.expand = ElasticConv1x1(in_channels, hidden)
+            self.expand = ElasticConv1x1(in_channels, hidden, 1, bias=False)
             self.expand_norm = ElasticBatchNorm(hidden)
         self.depthwise = ElasticDepthwiseConv(hidden, kernels, stride, same_padding)
         self.depthwise_norm = ElasticBatchNorm(hidden)
         self.squeeze_excitation = ElasticSqueezeExcitation(hidden) if squeeze_excitation else None
-        self.project = ElasticConv1x1(hidden, out_channels)
+        self.project = ElasticConv1x1(hidden, out_channels, 1, bias=False)
         self.project_norm = ElasticBatchNorm(out_channels)
         self.activation = ACTIVATIONS[activation]()
 
@@ -243,17 +229,12 @@ class ElasticInvertedResidual(nn.Module):
         layers["project_norm"] = self.project_norm.extract(self.out_channels)
         return Residual(layers) if self.residual else nn.Sequential(layers)
 
-    def hidden_order(self) -> Tensor:
-        """Hidden channels by falling L1 norm of the projection's weights (Once-for-All, section 3.3)."""
-        return self.project.weight.detach().abs().sum((0, 2, 3)).argsort(descending=True, stable=True)
-
     def hidden_axes(self) -> Iterator[tuple[nn.Module, str, int]]:
-        """Every (module, tensor name, dimension) that runs over the hidden channels."""
-        if self.expand is not None:
-            yield self.expand, "weight", 0
-            yield from ((self.expand_norm, name, 0) for name in NORM_TENSORS)
+        """Every (module, tensor name, dimension) that runs over the hidden channels of a block that expands."""
+        yield self.expand, "weight", 0
         yield self.depthwise, "weight", 0
-        yield from ((self.depthwise_norm, name, 0) for name in NORM_TENSORS)
+        for norm in (self.expand_norm, self.depthwise_norm):
+            yield from ((norm, name, 0) for name in NORM_TENSORS)
         if self.squeeze_excitation is not None:
             yield self.squeeze_excitation.fc1, "weight", 1
             yield self.squeeze_excitation.fc2, "weight", 0
@@ -281,16 +262,20 @@ def sort_hidden_channels(
 ) -> int:
     """Sort the hidden channels of each elastic block, most important first, so that narrow slices keep the best ones.
 
-    The largest sub-network's output does not change. The optimizer's per-parameter state and `average`, a module of the
-    same structure (a moving average of the weights), are permuted along. Returns the number of blocks sorted.
+    Importance is the L1 norm of the projection's weights (Once-for-All, section 3.3). The largest sub-network's output
+    does not change. The optimizer's per-parameter state and `average`, a module of the same structure (a moving average
+    of the weights), are permuted along. Returns the number of blocks sorted.
     """
-    blocks = _expanding_blocks(model)
-    averaged_blocks = _expanding_blocks(average) if average is not None else []
-    for i, block in enumerate(blocks):
-        order = block.hidden_order()
+    count = 0
+    for path, block in model.named_modules():
+        if not isinstance(block, ElasticInvertedResidual) or block.expand is None:
+            continue
+        count += 1
+        order = block.project.weight.abs().sum((0, 2, 3)).argsort(descending=True, stable=True)
         axes = list(block.hidden_axes())
-        if averaged_blocks:
-            axes += averaged_blocks[i].hidden_axes()
+        if average is not None:
+            # By the model's order, not by its own: an averaged channel must stay the average of that channel.
+            axes += average.get_submodule(path).hidden_axes()
         for module, name, dim in axes:
             tensor = getattr(module, name)
             # The optimizer's state of the weight's shape (momentum, second moments) belongs to the same channels.
@@ -298,11 +283,7 @@ def sort_hidden_channels(
             per_weight = [t for t in state.values() if isinstance(t, Tensor) and t.shape == tensor.shape]
             for t in (tensor, *per_weight):
                 t.copy_(t.index_select(dim, order))
-    return len(blocks)
-
-
-def _expanding_blocks(model: nn.Module) -> list[ElasticInvertedResidual]:
-    return [m for m in model.modules() if isinstance(m, ElasticInvertedResidual) and m.expand is not None]
+    return count
 
 
 @torch.no_grad()
@@ -337,7 +318,7 @@ def _blank(make: Callable[..., nn.Module], *args: object, **options: object) -> 
 def _plain_conv1x1(weight: Tensor, bias: Tensor | None = None) -> nn.Conv2d:
     """A plain 1x1 convolution with a copy of `weight` (out, in, 1, 1) and `bias` (out)."""
     conv = _blank(nn.Conv2d, weight.shape[1], weight.shape[0], 1, bias=bias is not None)
-    return copy_module(conv, weight=weight) if bias is None else copy_module(conv, weight=weight, bias=bias)
+    return copy_module(conv, weight=weight, bias=bias)
 
 
 # oneDNN has a depthwise kernel for the gradient of filters up to 3 columns wide. For wider ones it takes the kernel for
@@ -366,22 +347,22 @@ class _WideDepthwiseConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
-        x_gradient = weight_gradient = None
+        x_gradient = None
         if ctx.needs_input_grad[0]:
             # Not torch.nn.grad.conv2d_input, which does not know that x is in channels_last order.
             stride, padding, wanted = [ctx.stride] * 2, [ctx.padding] * 2, [True, False, False]
             x_gradient, _, _ = torch.ops.aten.convolution_backward(
                 gradient, x, weight, None, stride, padding, [1, 1], False, [0, 0], len(weight), wanted
             )
-        if ctx.needs_input_grad[1]:
-            weight_gradient = _weight_gradient(gradient, x, weight.shape[-1], ctx.stride, ctx.padding)
+        weight_gradient = _weight_gradient(gradient, x, weight.shape[-1], ctx.stride, ctx.padding)
         return x_gradient, weight_gradient, None, None
 
 
 def _weight_gradient(gradient: Tensor, x: Tensor, size: int, stride: int, padding: int) -> Tensor:
     """The gradient (C, 1, K, K) of weights from that of the output, (B, C, H', W'), and the input (B, C, H, W)."""
-    batch, channels, height, width = x.shape
-    height, width = height + 2 * padding, width + 2 * padding
+    batch, channels = x.shape[:2]
+    height = x.shape[2] + 2 * padding
+    width = x.shape[3] + 2 * padding
     row = channels * width
     # The input is padded once, in channels_last order. A filter's columns from `first` on see it shifted by `first`
     # pixels: the same memory, read from there on. One row more is allocated for the last image's shift.

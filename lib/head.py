@@ -21,9 +21,7 @@ class ElasticExtras(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList()
         for out_channels, choice in zip(channels, choices, strict=True):
-            block = ElasticInvertedResidual(
-                in_channels, out_channels, 2, expands=choice.expand, kernels=choice.kernel, activation="relu6"
-            )
+            block = ElasticInvertedResidual(in_channels, out_channels, 2, choice.expand, choice.kernel, "relu6")
             self.blocks.append(block)
             in_channels = out_channels
 
@@ -41,11 +39,10 @@ class Predictors(nn.Module):
 
     def __init__(self, in_channels: Sequence[int], priors_per_cell: Sequence[int], num_classes: int, kind: str):
         super().__init__()
-        make = {"ssdlite": _ssdlite_predictor, "plain": _plain_predictor}[kind]
         self.num_classes = num_classes
         pairs = list(zip(in_channels, priors_per_cell, strict=True))
-        self.classes = nn.ModuleList(make(c, p * (num_classes + 1)) for c, p in pairs)
-        self.boxes = nn.ModuleList(make(c, p * 4) for c, p in pairs)
+        self.classes = nn.ModuleList(_predictor(kind, c, p * (num_classes + 1)) for c, p in pairs)
+        self.boxes = nn.ModuleList(_predictor(kind, c, p * 4) for c, p in pairs)
 
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Feature maps (B, C_l, H_l, W_l) to logits (B, P, num_classes + 1) and offsets (B, P, 4)."""
@@ -65,14 +62,12 @@ def _per_prior(output: Tensor, width: int) -> Tensor:
     return output.permute(0, 2, 3, 1).reshape(output.shape[0], -1, width)
 
 
-def _ssdlite_predictor(in_channels: int, outputs: int) -> nn.Sequential:
+def _predictor(kind: str, in_channels: int, outputs: int) -> nn.Sequential:
+    if kind == "plain":
+        return nn.Sequential(nn.Conv2d(in_channels, outputs, 3, padding=1))
     return nn.Sequential(
         nn.Conv2d(in_channels, in_channels, 3, padding=1, groups=in_channels, bias=False),
         nn.BatchNorm2d(in_channels),
         nn.ReLU6(inplace=True),
         nn.Conv2d(in_channels, outputs, 1),
     )
-
-
-def _plain_predictor(in_channels: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(in_channels, outputs, 3, padding=1))

@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert
 
-from lib.errors import UserError
-
 VARIANCES = (0.1, 0.2)
 SMALLEST_SIZE = 1e-6  # the size of an empty box must have a logarithm
 LARGEST_LOG_SCALE = math.log(1000 / 16)  # torchvision's bound: keeps exp() of any prediction finite
@@ -36,11 +34,6 @@ def prior_boxes(
     `feature_sizes` are (height, width) of the levels, `scales` fractions of the image side, one more than levels:
     the last one closes the last level's sqrt(s_k s_{k+1}). `clip` moves corners into the image.
     """
-    levels = len(feature_sizes)
-    if len(scales) != levels + 1:
-        raise UserError(f"scales: expected {levels + 1} values, one more than feature levels, found {len(scales)}")
-    if len(aspect_ratios) != levels:
-        raise UserError(f"aspect_ratios: expected {levels} lists, one per feature level, found {len(aspect_ratios)}")
     per_level = []
     for k, (height, width) in enumerate(feature_sizes):
         shapes = _shapes(scales[k], scales[k + 1], aspect_ratios[k])

@@ -13,7 +13,6 @@ from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_convert, box_iou
 
-from lib.errors import UserError
 from lib.priors import decode, encode, pairwise_iou, prior_boxes, priors_per_cell
 
 SIZES = [(19, 19), (10, 10), (5, 5), (3, 3), (2, 2), (1, 1)]
@@ -67,13 +66,6 @@ def test_clip_cuts_corners_off():
     corners = box_convert(prior_boxes(SIZES, SCALES, RATIOS), "cxcywh", "xyxy")
     assert corners.min() >= -1e-6
     assert corners.max() <= 1 + 1e-6
-
-
-def test_lists_that_differ_in_length_are_named():
-    with pytest.raises(UserError, match="scales: expected 7 values"):
-        prior_boxes(SIZES, SCALES[:-1], RATIOS)
-    with pytest.raises(UserError, match="aspect_ratios: expected 6 lists"):
-        prior_boxes(SIZES, SCALES, RATIOS[:-1])
 
 
 def random_boxes(*shape: int, seed: int = 0, smallest: float = 0.01) -> torch.Tensor:
