@@ -15,9 +15,6 @@ from lib.errors import UserError
 from lib.images import write_picture
 
 MARKER = "shapes.json"  # says that the folder is ours, and whether it is complete
-LOCK = ".lock"
-FORMAT = "shapes/1"
-FOLDERS = ("JPEGImages", "Annotations", "ImageSets/Main", "annotations")
 SCALES = (0.28, 0.6)  # size of a shape, relative to the picture's shorter side
 TILT = 0.25  # radians to either side
 
@@ -26,17 +23,9 @@ Box = tuple[int, int, int, int]  # x1, y1, x2, y2, continuous pixels from 0
 Shape = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
-def _circle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return np.hypot(u, v) - 1
-
-
 def _cross(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     u, v = np.abs(u), np.abs(v)
     return np.maximum(np.maximum(u, v) - 1, np.minimum(u, v) - 0.32)
-
-
-def _square(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return np.maximum(np.abs(u), np.abs(v)) - 0.8
 
 
 def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
@@ -54,7 +43,13 @@ def _triangle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 # Colours are drawn independently of the class, so only the form tells one class from another.
-SHAPES = {"circle": _circle, "cross": _cross, "square": _square, "star": _star, "triangle": _triangle}
+SHAPES: dict[str, Shape] = {
+    "circle": lambda u, v: np.hypot(u, v) - 1,
+    "cross": _cross,
+    "square": lambda u, v: np.maximum(np.abs(u), np.abs(v)) - 0.8,
+    "star": _star,
+    "triangle": _triangle,
+}
 CLASSES = tuple(SHAPES)
 
 
@@ -71,9 +66,15 @@ def draw_picture(rng: np.random.Generator) -> tuple[np.ndarray, list[tuple[str, 
         name = CLASSES[rng.integers(len(CLASSES))]
         side = min(height, width) * np.exp(rng.uniform(*np.log(SCALES)))
         alpha, box = place(rng, SHAPES[name], side, (height, width), [box for _, box in objects])
-        if box is not None:
-            _paint(canvas, alpha, _contrasting_colour(rng, canvas, alpha))
-            objects.append((name, box))
+        if box is None:
+            continue
+        # The colour has to differ clearly from what the shape covers.
+        covered = canvas[alpha >= 0.5].mean(0)
+        colour = covered
+        while np.linalg.norm(colour - covered) <= 110:
+            colour = rng.uniform(0, 255, size=3)
+        _paint(canvas, alpha, colour)
+        objects.append((name, box))
     canvas += rng.normal(0, rng.uniform(2, 8), size=canvas.shape).astype(np.float32)
     return canvas.clip(0, 255).astype(np.uint8), objects
 
@@ -124,16 +125,13 @@ def place(
         y = (y + 0.5 - centre_y) * stretch / radius
         u, v = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
         alpha = np.clip(0.5 - shape(u, v) * radius, 0, 1)
-        box = _tight_box(alpha >= 0.5)
+        rows = np.flatnonzero((alpha >= 0.5).any(1))
+        columns = np.flatnonzero((alpha >= 0.5).any(0))
+        box = int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
         # Boxes stay tight around the whole shape, so an earlier shape must remain recognisable.
         if all(_covered(other, box) < 0.25 and _covered(box, other) < 0.5 for other in taken):
             return alpha, box
     return alpha, None
-
-
-def _tight_box(mask: np.ndarray) -> Box:
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
 def _covered(box: Box, by: Box) -> float:
@@ -141,15 +139,6 @@ def _covered(box: Box, by: Box) -> float:
     width = min(box[2], by[2]) - max(box[0], by[0])
     height = min(box[3], by[3]) - max(box[1], by[1])
     return max(width, 0) * max(height, 0) / ((box[2] - box[0]) * (box[3] - box[1]))
-
-
-def _contrasting_colour(rng: np.random.Generator, canvas: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """A random colour that differs clearly from what it will cover."""
-    around = canvas[alpha >= 0.5].mean(0)
-    while True:
-        colour = rng.uniform(0, 255, size=3)
-        if np.linalg.norm(colour - around) > 110:
-            return colour
 
 
 def _paint(canvas: np.ndarray, alpha: np.ndarray, colour: np.ndarray) -> None:
@@ -163,8 +152,7 @@ def write_shapes(root: Path, train: int, test: int, seed: int = 0) -> None:
     (annotations/instances_{trainval,test}.json). If several processes start at once, one draws and the others wait.
     Raises UserError for a folder that holds other files, and for one that cannot be written to.
     """
-    settings = {"format": FORMAT, "train": train, "test": test, "seed": seed}
-    complete = settings | {"complete": True}
+    complete = {"format": "shapes/1", "train": train, "test": test, "seed": seed, "complete": True}
     if _read_marker(root) == complete:
         return
     # Never write into a folder that the user filled.
@@ -176,33 +164,28 @@ def write_shapes(root: Path, train: int, test: int, seed: int = 0) -> None:
         )
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with (root / LOCK).open("w") as file:
+        with (root / ".lock").open("w") as file:
             lock(file, wait=True)
             if _read_marker(root) == complete:  # drawn by another process while this one waited
                 return
             # If the drawing is interrupted, the marker shows that the folder is ours and has to be drawn again.
-            _write_marker(root, settings | {"complete": False})
-            for folder in FOLDERS:
+            (root / MARKER).write_text(json.dumps(complete | {"complete": False}))
+            for folder in ("JPEGImages", "Annotations", "ImageSets/Main", "annotations"):
                 shutil.rmtree(root / folder, ignore_errors=True)
                 (root / folder).mkdir(parents=True)
             _write_set(root, "trainval", train, seed=(seed, 0))
             _write_set(root, "test", test, seed=(seed, 1))
-            _write_marker(root, complete)
+            (root / MARKER).write_text(json.dumps(complete))
     except OSError as error:
         raise UserError(f"{root}: the built-in pictures cannot be written here: {error.strerror} (data.root)") from None
 
 
 def _read_marker(root: Path) -> object:
+    """What the marker says; None where there is none, or where an interrupted process left it unreadable."""
     try:
         return json.loads((root / MARKER).read_text())
     except (OSError, ValueError):
         return None
-
-
-def _write_marker(root: Path, content: dict) -> None:
-    part = root / f".{MARKER}.part"
-    part.write_text(json.dumps(content))
-    part.replace(root / MARKER)
 
 
 def _write_set(root: Path, name: str, count: int, seed: tuple[int, int]) -> None:
