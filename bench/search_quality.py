@@ -13,6 +13,7 @@ table's worst). Prints medians with 95% bootstrap intervals over the seeds.
 """
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,10 +25,10 @@ import numpy as np
 
 from lib.config import SearchConfig
 from lib.config_io import to_dict
-from lib.controllers import SpaceExhausted, every_genotype, make_controller, pareto_front
+from lib.controllers import SpaceExhausted, make_controller, pareto_front
 from lib.detector import load_supernet
 from lib.dispatcher import Dispatcher
-from lib.genotype import BlockChoices, Genotype, SearchSpace, StageChoices
+from lib.genotype import BlockChoices, Genotype, SearchSpace, StageChoices, all_blocks
 from lib.ledger import Ledger
 from lib.log import progress
 from lib.runtime import pick_workers, run
@@ -62,9 +63,6 @@ def main() -> None:
         medians = {name: median_interval([run[goal] for run in needed[name]]) for name in CONTROLLERS}
         rows.append({"evaluations until": goal, **medians})
     common.report(args, rows, scores=table.scores, needed=needed)
-
-
-# The table.
 
 
 def complete_table(args: argparse.Namespace) -> SearchSpace:
@@ -122,6 +120,18 @@ def fixed_from_the_input(stages: tuple[StageChoices, ...]) -> Iterator[tuple[Sta
         yield stages
 
 
+def every_genotype(space: SearchSpace) -> Iterator[Genotype]:
+    """All `space.size()` genotypes of the space."""
+    stages = []
+    for choices in space.stages:
+        blocks = all_blocks(choices.block)
+        stages.append([stage for depth in choices.depth for stage in itertools.product(blocks, repeat=depth)])
+    heads = map(all_blocks, space.head)
+    parts = space.image_size, itertools.product(*stages), itertools.product(*heads)
+    for image_size, chosen, head in itertools.product(*parts):
+        yield Genotype(image_size, space.backbone_type, chosen, head)
+
+
 class Table:
     """The records of a table of `space` by genotype, as a search looks them up."""
 
@@ -143,9 +153,6 @@ class Table:
             volume += max(metrics["AP"] - reached, 0) * (high - metrics["flops"])
             reached = max(reached, metrics["AP"])
         return volume / ((self.scores[-1] - low) * (high - self.flops[0]))
-
-
-# The searches.
 
 
 def evaluations_needed(table: Table, settings: SearchConfig, seed: int) -> dict[str, int]:

@@ -8,11 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from lib.config import SearchConfig
-from lib.controllers import all_blocks
 from lib.detector import ElasticSSD
 from lib.errors import UserError
-from lib.genotype import Block, Genotype, SearchSpace
-from lib.latency import LatencyTable, features, load_table
+from lib.genotype import Block, Genotype, SearchSpace, all_blocks
+from lib.latency import LatencyTable, features, load_table, predict
 
 LIMIT_KEYS = {  # the keys of the configuration that hold the least and the most of each cost
     "flops": ("min_flops", "max_flops"),
@@ -51,7 +50,7 @@ class Coster:
         """latency_ms alone; empty without a table."""
         if self.table is None:
             return {}
-        return {"latency_ms": round(self.table(features(self._detector, genotype)), 4)}
+        return {"latency_ms": round(predict(self.table.ms, features(self._detector, genotype)), 4)}
 
 
 def table_for(detector: ElasticSSD, settings: SearchConfig) -> LatencyTable | None:

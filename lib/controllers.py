@@ -5,7 +5,6 @@ Pure: no processes, no files, no torch. Many asks may come before their tells, a
 
 from __future__ import annotations
 
-import itertools
 import math
 import operator
 import random
@@ -17,12 +16,11 @@ from typing import TypeVar
 
 from lib.config import SearchConfig
 from lib.errors import UserError, did_you_mean
-from lib.genotype import Block, BlockChoices, Genotype, SearchSpace
+from lib.genotype import Genotype, SearchSpace
 
 CHILD_TRIES = 1_000  # children in a row that may be rejected before a proposal is sampled from the whole space
 SAMPLE_TRIES = 10_000  # samples in a row that may be rejected before the space counts as exhausted
 MAX_PULLS = 8  # after 8 crossovers with a corner of the space, about 1 choice in 256 still differs from it
-ENUMERABLE = 20_000  # spaces up to this size are listed in full, so that their last genotypes are found too
 
 Record = TypeVar("Record", bound=Mapping)
 
@@ -104,7 +102,7 @@ def crowding_distances(front: Sequence[tuple[float, ...]]) -> list[float]:
 
 
 class SpaceExhausted(Exception):
-    """Every genotype that fits has been proposed: a regular end of the search, not an error."""
+    """No new genotype that fits was found: a regular end of the search of a small space, not an error."""
 
 
 class Controller(ABC):
@@ -138,13 +136,21 @@ class Controller(ABC):
         self._seeds = deque(seeds)
         self._known: set[Genotype] = set()  # asked or told
         self._told: set[Genotype] = set()
-        self._leftovers: list[Genotype] | None = None  # all unknown genotypes, once random tries no longer find one
 
     def ask(self) -> Genotype:
         """The next genotype to evaluate. Raises SpaceExhausted when none is left, UserError when none ever fits."""
-        genotype = self._draw(random.Random(f"{self._seed}-{len(self._known)}"))
-        self._known.add(genotype)
-        return genotype
+        # The state of the generator follows from what is known, so a resumed search draws as if never interrupted.
+        rng = random.Random(f"{self._seed}-{len(self._known)}")
+        if len(self._known) < self.space.size():
+            for genotype in self._candidates(rng):
+                if genotype not in self._known and self._budget(genotype):
+                    self._known.add(genotype)
+                    return genotype
+        if not self._known:
+            raise UserError(
+                f"search: no sub-network within the budget was found in {SAMPLE_TRIES} tries: {self._budget}"
+            )
+        raise SpaceExhausted(f"no further sub-network that fits was found; {len(self._known)} have been proposed")
 
     def tell(self, genotype: Genotype, metrics: Mapping[str, float]) -> None:
         """Learn an evaluation, asked for or not. A second tell of a genotype changes nothing.
@@ -167,43 +173,21 @@ class Controller(ABC):
         self._told.add(genotype)
         return True
 
-    def _draw(self, rng: random.Random) -> Genotype:
-        # Seeds come first, unless they are known or over the budget.
-        while self._seeds:
-            if self._is_new(genotype := self._seeds.popleft()):
-                self.origin = "given"
-                return genotype
-        if self._leftovers is None and len(self._known) < self.space.size():
-            for genotype in self._candidates(rng):
-                if self._is_new(genotype):
-                    return genotype
-            # The tries found nothing new: list what is left of a small space, and give up on a large one.
-            small = self.space.size() <= ENUMERABLE
-            self._leftovers = list(filter(self._is_new, every_genotype(self.space))) if small else []
-        self._leftovers = [g for g in self._leftovers or () if g not in self._known]
-        if self._leftovers:
-            return rng.choice(self._leftovers)
-        if not self._known:
-            raise UserError(
-                f"search: no sub-network within the budget was found in {SAMPLE_TRIES} tries: {self._budget}"
-            )
-        raise SpaceExhausted(f"every sub-network that fits has been proposed ({len(self._known)} in all)")
-
     def _candidates(self, rng: random.Random) -> Iterator[Genotype]:
-        """Children, then samples of the space, pulled ever closer to its corners: there a tight budget is met."""
+        """The seeds, then children, then samples of the space that are pulled ever closer to its corners."""
+        while self._seeds:
+            self.origin = "given"
+            yield self._seeds.popleft()
         for _ in range(CHILD_TRIES):
             yield self._propose(rng)
+        # Where samples rarely meet a tight budget, crossovers with the smallest or largest sub-network do.
         corners = self.space.smallest(), self.space.largest()
-        # Where samples rarely fit, crossovers with the smallest or largest sub-network find some that do.
         for attempt in range(SAMPLE_TRIES):
             genotype = self.space.sample(rng)
             corner = rng.choice(corners)
             for _ in range(attempt * (MAX_PULLS + 1) // SAMPLE_TRIES):
                 genotype = self.space.crossover(genotype, corner, rng)
             yield genotype
-
-    def _is_new(self, genotype: Genotype) -> bool:
-        return genotype not in self._known and self._budget(genotype)
 
     @abstractmethod
     def _propose(self, rng: random.Random) -> Genotype:
@@ -305,19 +289,3 @@ def make_controller(
 ) -> Controller:
     """The controller that `settings.controller` names, as `Controller` describes the arguments."""
     return CONTROLLERS[settings.controller](settings, space, seed, budget, seeds)
-
-
-def every_genotype(space: SearchSpace) -> Iterator[Genotype]:
-    """All `space.size()` genotypes of the space."""
-    stages = []
-    for choices in space.stages:
-        blocks = all_blocks(choices.block)
-        stages.append([stage for depth in choices.depth for stage in itertools.product(blocks, repeat=depth)])
-    heads = map(all_blocks, space.head)
-    parts = space.image_size, itertools.product(*stages), itertools.product(*heads)
-    for image_size, chosen, head in itertools.product(*parts):
-        yield Genotype(image_size, space.backbone_type, chosen, head)
-
-
-def all_blocks(choices: BlockChoices) -> list[Block]:
-    return [Block(expand, kernel) for expand in choices.expand for kernel in choices.kernel]

@@ -119,6 +119,11 @@ class BlockChoices(NamedTuple):
     kernel: tuple[int, ...]
 
 
+def all_blocks(choices: BlockChoices) -> list[Block]:
+    """Every pair of an expand ratio and a kernel."""
+    return [Block(expand, kernel) for expand in choices.expand for kernel in choices.kernel]
+
+
 @dataclass(frozen=True)
 class StageChoices:
     """What one stage may be: its depths (ascending) and what each of its blocks may be."""
@@ -344,7 +349,7 @@ def _as_block(value: float | Block) -> Block:
 
 def read_genotype_file(path: Path, index: int | None = None) -> dict:
     """The content of a genotype file (best.json), or member `index` of a front (pareto.json), cheapest first."""
-    data = _read_json(path)
+    data = read_json(path)
     if _is_front(data):
         count = len(data["front"])
         if index is None or not 0 <= index < count:
@@ -357,11 +362,12 @@ def read_genotype_file(path: Path, index: int | None = None) -> dict:
 
 def read_genotype_files(path: Path) -> list[dict]:
     """The genotype of a file, or every member of its front."""
-    data = _read_json(path)
+    data = read_json(path)
     return data["front"] if _is_front(data) else [data]
 
 
-def _read_json(path: Path) -> object:
+def read_json(path: Path) -> object:
+    """The content of a JSON file. Raises UserError that names the file."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # of the file, its text or its JSON

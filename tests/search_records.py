@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +12,7 @@ import numpy as np
 
 from lib.config import Config, SearchConfig
 from lib.controllers import make_controller
-from lib.genotype import BlockChoices, SearchSpace, StageChoices
+from lib.genotype import BlockChoices, Genotype, SearchSpace, StageChoices, all_blocks
 from lib.scoring import pack
 from lib.search import Identity, Search
 
@@ -20,6 +22,18 @@ SPACE = SearchSpace("mbv3_backbone", (64, 96), (STAGE,) * 4, (BlockChoices((0.5,
 
 def everything_fits(genotype) -> bool:
     return True
+
+
+def every_genotype(space: SearchSpace) -> Iterator[Genotype]:
+    """All `space.size()` genotypes of the space."""
+    stages = []
+    for choices in space.stages:
+        blocks = all_blocks(choices.block)
+        stages.append([stage for depth in choices.depth for stage in itertools.product(blocks, repeat=depth)])
+    heads = map(all_blocks, space.head)
+    parts = space.image_size, itertools.product(*stages), itertools.product(*heads)
+    for image_size, chosen, head in itertools.product(*parts):
+        yield Genotype(image_size, space.backbone_type, chosen, head)
 
 
 def make_identity(**fields) -> Identity:

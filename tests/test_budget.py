@@ -6,10 +6,11 @@ import random
 import re
 
 import pytest
+from search_records import every_genotype
 
 from lib.budget import Budget, extreme, limits_of
 from lib.config import SearchConfig
-from lib.controllers import SAMPLE_TRIES, RandomSearch, every_genotype, make_controller
+from lib.controllers import SAMPLE_TRIES, RandomSearch, make_controller
 from lib.errors import UserError
 from lib.genotype import BlockChoices, SearchSpace, StageChoices
 

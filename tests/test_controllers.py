@@ -8,6 +8,7 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from search_records import every_genotype
 
 from lib.config import SearchConfig
 from lib.controllers import (
@@ -16,7 +17,6 @@ from lib.controllers import (
     best_record,
     crowding_distances,
     dominates,
-    every_genotype,
     insert_into_fronts,
     make_controller,
     pareto_front,
@@ -86,13 +86,6 @@ def test_a_small_space_is_proposed_once_in_full_then_ends(name):
     for _ in range(2):
         with pytest.raises(SpaceExhausted):
             controller.ask()
-
-
-def test_every_genotype_lists_each_once():
-    listed = list(every_genotype(make_space(2)))
-    assert len(listed) == len(set(listed)) == make_space(2).size()
-    for genotype in listed:
-        make_space(2).check(genotype)
 
 
 @pytest.mark.parametrize("name", NAMES)

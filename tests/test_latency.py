@@ -14,12 +14,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from search_records import every_genotype
 
 import async_search
 from lib import checkpoint, latency
 from lib.budget import Coster
 from lib.config_io import to_dict
-from lib.controllers import every_genotype
 from lib.detector import Normalize, ScoresAndBoxes
 from lib.errors import UserError
 from lib.genotype import Block, Genotype
