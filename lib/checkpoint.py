@@ -7,6 +7,7 @@ Of the processes of a job, only the main one writes.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import random
@@ -20,11 +21,6 @@ import torch
 
 from lib import distributed
 from lib.errors import UserError
-
-try:
-    import fcntl
-except ImportError:  # not a POSIX system: there are no locks
-    fcntl = None
 
 FORMAT = "checkpoint/1"
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,13 +52,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
         # torch's zip writer hides the cause, such as a full disk, behind an error of its own.
-        if not isinstance(error.__context__, OSError):
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if not isinstance(cause, OSError):
             raise
-        raise UserError(f"{path}: cannot be written ({error.__context__.strerror})") from None
+        raise UserError(f"{path}: cannot be written ({cause.strerror or cause})") from None
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
@@ -71,8 +66,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 def read(path: Path, mmap: bool = False) -> dict:
     """Read a checkpoint onto the CPU. With `mmap` the file is mapped, so that processes share its memory."""
     payload = read_any(path, mmap)
-    if not isinstance(payload, dict) or payload.get("format") != FORMAT:
-        found = payload.get("format") if isinstance(payload, dict) else type(payload).__name__
+    found = payload.get("format") if isinstance(payload, dict) else type(payload).__name__
+    if found != FORMAT:
         raise UserError(f"{path}: expected a checkpoint of format '{FORMAT}', found {found!r}")
     return payload
 
@@ -149,15 +144,13 @@ def code_revision(root: Path = ROOT) -> str | None:
 
 
 def lock(file: IO, wait: bool) -> None:
-    """Lock `file` against other processes until it is closed or this process ends. Does nothing without OS support.
+    """Lock `file` against other processes until it is closed or this process ends, where the file system has locks.
 
     Raises BlockingIOError if another process holds the lock and `wait` is false.
     """
-    if fcntl is None:
-        return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        raise
-    except OSError:
-        pass  # some network file systems have no locks
+    except OSError as error:
+        # Any other error means a network file system without locks.
+        if isinstance(error, BlockingIOError):
+            raise

@@ -34,17 +34,11 @@ T = TypeVar("T")
 TIMEOUT = timedelta(minutes=15)  # for what one process does while the others wait: drawing data, computing AP
 BUCKET = 2**23  # numbers that travel together, 32 MiB in float32
 NORM_TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-_MISSING = object()
 _stores: list[dist.Store] = []  # the job's key-value store, once this process has joined
 
 
 class PeerLost(Exception):
     """Another process of the job is gone, so this one cannot continue."""
-
-    def __init__(self, reason: str):
-        super().__init__(
-            f"a process of this job died or no longer answers ({reason}); start the same command with --resume"
-        )
 
 
 @dataclass(frozen=True)
@@ -125,7 +119,9 @@ def _peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise PeerLost(re.sub(r"^\[.*?\] |\. .*", "", str(error).partition("\n")[0])) from None
+        reason = re.sub(r"^\[.*?\] |\. .*", "", str(error).partition("\n")[0])
+        problem = f"a process of this job died or no longer answers ({reason})"
+        raise PeerLost(f"{problem}; start the same command with --resume") from None
 
 
 def _all_reduce(tensor: Tensor, operation: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
@@ -169,8 +165,7 @@ def _in_buckets(tensors: Sequence[Tensor], operation: Callable[[Tensor], object]
 def normalizers(counts: Tensor) -> Tensor:
     """The divisors of a loss such that its mean over the processes is that of one process with the whole batch.
 
-    `counts` are those of this process's share; the result is the whole batch's, at least 1, over the number of
-    processes.
+    `counts` are those of this process's share; the result is the whole batch's, at least 1, per process.
     """
     return _all_reduce(counts.float()).clamp(min=1) / world().size
 
@@ -199,8 +194,8 @@ def collect(results: Sequence[T]) -> list[T]:
     parts: list | None = [None] * size if rank == 0 else None
     with _peers():
         dist.gather_object(list(results), parts)
-    rounds = itertools.zip_longest(*(parts or ()), fillvalue=_MISSING)
-    return [result for round_ in rounds for result in round_ if result is not _MISSING]
+    # Item i was dealt to process i % size.
+    return [parts[i % size][i // size] for i in range(sum(map(len, parts or ())))]
 
 
 def from_main(value: T) -> T:

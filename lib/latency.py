@@ -29,7 +29,7 @@ from lib.config import Config
 from lib.detector import SSD, ElasticSSD, ScoresAndBoxes, fuse
 from lib.elastic import ElasticInvertedResidual
 from lib.errors import UserError
-from lib.genotype import Block, BlockChoices, Genotype, SearchSpace
+from lib.genotype import Block, Genotype, SearchSpace, all_blocks, read_json
 from lib.log import progress
 from lib.runtime import device_name
 
@@ -70,10 +70,6 @@ class LatencyTable:
     nms_boxes: int
     ms: dict[str, float]
 
-    def __call__(self, counts: Mapping[str, int]) -> float:
-        """Milliseconds of a detector with these blocks (`features`)."""
-        return predict(self.ms, counts)
-
     def describe(self) -> str:
         where = f"{self.device_name}, CPU threads: {self.threads}" if self.device == "cpu" else self.device_name
         return (
@@ -89,12 +85,7 @@ class LatencyTable:
 def load_table(path: Path, detector: ElasticSSD) -> LatencyTable:
     """Read a table. Raises UserError unless it can predict every sub-network of `detector`."""
     again = "measure this supernet with --measure-latency"
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
+    data = read_json(path)
     if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
         raise UserError(f'{path}: not a latency table: expected a JSON object with "format": "{FORMAT}"')
     names = {field.name for field in fields(LatencyTable)}
@@ -130,34 +121,25 @@ def features(detector: ElasticSSD, genotype: Genotype) -> Counter[str]:
 
 def block_name(module: ElasticInvertedResidual, block: Block, side: int) -> str:
     """All that a block's time depends on, so that equal blocks of a stage share a name."""
-    parts = [
-        f"{side}x{side}",
-        f"channels {module.in_channels}-{module.hidden_channels(block.expand)}-{module.out_channels}",
-        f"kernel {block.kernel}",
-        f"stride {module.depthwise.stride}",
-        type(module.activation).__name__,
-    ]
-    return ", ".join(parts + ["SE"] * (module.squeeze_excitation is not None))
+    channels = f"{module.in_channels}-{module.hidden_channels(block.expand)}-{module.out_channels}"
+    kernel = f"kernel {block.kernel}, stride {module.depthwise.stride}"
+    squeeze = ", SE" if module.squeeze_excitation is not None else ""
+    return f"{side}x{side}, channels {channels}, {kernel}, {type(module.activation).__name__}{squeeze}"
 
 
 def all_features(detector: ElasticSSD) -> list[str]:
     """The names of all blocks of a search space, and of the shared parts at each image size."""
     space = detector.space
     choices = [*(stage.block for stage in space.stages), *space.head]
-    most = max(len(block_options(c)) for c in choices)
+    options = [all_blocks(c) for c in choices]
     names: set[str] = set()
     # Genotypes of full depth; the n-th has the n-th option of every block, so together they have all of them.
-    for size, n in itertools.product(space.image_size, range(most)):
-        blocks = [options[n % len(options)] for options in map(block_options, choices)]
+    for size, n in itertools.product(space.image_size, range(max(map(len, options)))):
+        blocks = [of_block[n % len(of_block)] for of_block in options]
         stages = tuple((block,) * max(stage.depth) for block, stage in zip(blocks, space.stages, strict=False))
         head = tuple(blocks[len(stages) :])
         names.update(features(detector, Genotype(size, space.backbone_type, stages, head)))
     return sorted(names)
-
-
-def block_options(choices: BlockChoices) -> list[Block]:
-    """Every pair of an expand ratio and a kernel."""
-    return [Block(expand, kernel) for expand, kernel in itertools.product(choices.expand, choices.kernel)]
 
 
 def shared_parts(detector: ElasticSSD) -> str:
@@ -173,19 +155,18 @@ def measure_table(detector: ElasticSSD, config: Config, device: torch.device, th
     space = detector.space
     fitted = designed_sample(space, SAMPLES_PER_BLOCK * len(all_features(detector)), rng)
     held_out = held_out_sample(space, HELD_OUT, fitted, rng)
-    genotypes = [*fitted, *held_out]
     make = FusedDetectors(detector, config, device)
     rules = config.postprocess
     # All detectors are timed in one interleaved measurement, so that both sets meet the same machine.
     with cpu_threads(threads):
-        measured = time_detectors([make(genotype) for genotype in genotypes], device, ROUNDS)
+        times = time_detectors([make(genotype) for genotype in (*fitted, *held_out)], device, ROUNDS)
         nms = time_nms(rules.top_k, detector.num_classes, rules.nms_threshold, device, ROUNDS)
-    # The first n are fitted, the others judge.
-    counts = [features(detector, genotype) for genotype in genotypes]
-    n = len(fitted)
-    ms = fit(counts[:n], measured[:n])
-    errors = relative_errors([predict(ms, row) for row in counts[n:]], measured[n:])
-    constant = [np.median(measured[:n])] * len(held_out)
+    ms = fit([features(detector, genotype) for genotype in fitted], times[: len(fitted)])
+    # Detectors that the fit has not seen judge it, and with it the simplest of all predictions, one constant.
+    measured = np.array(times[len(fitted) :])
+    predicted = np.array([predict(ms, features(detector, genotype)) for genotype in held_out])
+    errors = np.abs(predicted - measured) / measured
+    errors_of_constant = np.abs(np.median(times[: len(fitted)]) - measured) / measured
     return LatencyTable(
         device=str(device),
         device_name=device_name(device),
@@ -194,11 +175,11 @@ def measure_table(detector: ElasticSSD, config: Config, device: torch.device, th
         torch=torch.__version__,
         image_sizes=list(space.image_size),
         network=shared_parts(detector),
-        fitted=n,
+        fitted=len(fitted),
         held_out=len(held_out),
         error_median=float(np.median(errors)),
         error_95=float(np.percentile(errors, 95)),
-        error_constant=float(np.median(relative_errors(constant, measured[n:]))),
+        error_constant=float(np.median(errors_of_constant)),
         nms_ms=nms,
         nms_boxes=rules.top_k,
         ms=ms,
@@ -218,10 +199,10 @@ def designed_sample(space: SearchSpace, count: int, rng: random.Random) -> list[
 
     sizes = column(space.image_size)
     stages = [
-        (column(stage.depth), [column(block_options(stage.block)) for _ in range(max(stage.depth))])
+        (column(stage.depth), [column(all_blocks(stage.block)) for _ in range(max(stage.depth))])
         for stage in space.stages
     ]
-    heads = [column(block_options(choices)) for choices in space.head]
+    heads = [column(all_blocks(choices)) for choices in space.head]
     sample: dict[Genotype, None] = {}
     for i, size in enumerate(sizes):
         chosen = tuple(tuple(blocks[i] for blocks in positions[: depths[i]]) for depths, positions in stages)
@@ -288,11 +269,6 @@ def predict(ms: Mapping[str, float], counts: Mapping[str, int]) -> float:
     return sum(count * ms[name] for name, count in counts.items())
 
 
-def relative_errors(predicted: Sequence[float], measured: Sequence[float]) -> np.ndarray:
-    """Absolute errors divided by the measured values."""
-    return np.abs(np.asarray(predicted) - measured) / measured
-
-
 class FusedDetectors:
     """`detectors(genotype)` is a whole detector as it is deployed on `device`, with BatchNorm folded.
 
@@ -351,16 +327,16 @@ def time_parts(model: SSD, config: Config, device: torch.device) -> dict:
     x = net.normalize(picture, net.image_size)
     logits, offsets = net.predict(x)
     # Each part runs on the output of the one before, computed once.
-    runs = {
-        "whole": lambda: deployed(picture),
-        "resize": lambda: net.normalize(picture, net.image_size),
-        "network": lambda: net.predict(x),
-        "decoding": lambda: deployed.decode(logits, offsets),
-    }
+    runs = [
+        lambda: deployed(picture),
+        lambda: net.normalize(picture, net.image_size),
+        lambda: net.predict(x),
+        lambda: deployed.decode(logits, offsets),
+    ]
     with cpu_threads(threads):
-        whole, *parts = time_interleaved(list(runs.values()), device, ROUNDS)
+        whole, resize, network, decoding = time_interleaved(runs, device, ROUNDS)
         nms = time_nms(rules.top_k, model.predictors.num_classes, rules.nms_threshold, device, ROUNDS)
-    times = dict(zip(list(runs)[1:], parts, strict=True)) | {"nms": nms, "total": whole + nms}
+    times = {"resize": resize, "network": network, "decoding": decoding, "nms": nms, "total": whole + nms}
     return {
         "device": str(device),
         "device_name": device_name(device),
@@ -380,8 +356,10 @@ def describe_parts(times: dict) -> str:
 
 
 def time_detectors(models: Sequence[nn.Module], device: torch.device, rounds: int) -> list[float]:
-    """Milliseconds of each model for one camera picture that is already on `device` (see `time_interleaved`)."""
-    # On the device already: the transfer depends on the application.
+    """Milliseconds of each model for one camera picture (see `time_interleaved`).
+
+    The picture is on `device` already: what its transfer takes depends on the application.
+    """
     picture = torch.randint(0, 256, (1, 3, *PICTURE), dtype=torch.uint8, device=device)
     with torch.inference_mode():
         return time_interleaved([lambda model=model: model(picture) for model in models], device, rounds)
@@ -406,26 +384,22 @@ def time_interleaved(runs: Sequence[Run], device: torch.device, rounds: int) -> 
     """
     rng = random.Random(0)
     order = list(range(len(runs)))
-    speeds: list[float] = []
-    relative: list[list[float]] = [[] for _ in runs]
+    times = np.empty((rounds, len(runs)))
+    speeds = np.empty(rounds)
     bar = progress(None, "measure", total=rounds * len(runs))
-    for _ in range(rounds):
+    for n in range(rounds):
         rng.shuffle(order)
         reference = []
-        found = {}
-        for n, i in enumerate(order):
+        for position, i in enumerate(order):
             # Within a round the speed drifts too, so the reference is measured several times.
-            if n % REFERENCE_EVERY == 0:
+            if position % REFERENCE_EVERY == 0:
                 reference.append(visit(runs[0], device))
-            found[i] = visit(runs[i], device)
+            times[n, i] = visit(runs[i], device)
             bar.update()
-        speeds.append(statistics.median(reference))
-        for i, milliseconds in found.items():
-            relative[i].append(milliseconds / speeds[-1])
+        speeds[n] = statistics.median(reference)
     bar.close()
     # Ratios to the reference become milliseconds at the machine's usual speed.
-    usual = statistics.median(speeds)
-    return [usual * statistics.median(values) for values in relative]
+    return (np.median(speeds) * np.median(times / speeds[:, None], axis=0)).tolist()
 
 
 def visit(run: Run, device: torch.device) -> float:

@@ -6,6 +6,7 @@ Of the processes of a job, only the main one writes.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -13,21 +14,16 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO, TypeVar
 
 from tqdm import tqdm
+from tqdm.utils import ObjectWrapper
 
 from lib import distributed
 from lib.checkpoint import replacing
 from lib.errors import UserError
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
-T = TypeVar("T")
-
-
-def progress(items: Iterable[T], description: str, total: int | None = None, initial: int = 0) -> tqdm:
+def progress(items: Iterable | None, description: str, total: int | None = None, initial: int = 0) -> tqdm:
     """A progress bar with rate and remaining time on stderr; a line every 30 seconds if that is not a terminal."""
     return tqdm(
         items,
@@ -51,27 +47,19 @@ def say(message: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-class _PipeTolerant:
+class _PipeTolerant(ObjectWrapper):
     """A stream that ignores a lost reader: Ctrl-C ends the `tee` of a log too, and a checkpoint must still be saved."""
-
-    def __init__(self, stream: TextIO):
-        self._stream = stream
 
     def write(self, text: str) -> None:
         with contextlib.suppress(BrokenPipeError):
-            self._stream.write(text)
+            self._wrapped.write(text)
 
     def flush(self) -> None:
         with contextlib.suppress(BrokenPipeError):
-            self._stream.flush()
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._stream, name)
+            self._wrapped.flush()
 
     def __eq__(self, other: object) -> bool:  # tqdm.write compares streams to find the bars on its screen
-        return self._stream == getattr(other, "_stream", other)
-
-    __hash__ = None
+        return self._wrapped == getattr(other, "_wrapped", other)
 
 
 class RunLog:
@@ -79,10 +67,15 @@ class RunLog:
 
     def __init__(self, path: Path, tensorboard: bool = False):
         self.path = path
+        self._board = None
         if not distributed.world().main:
             path = Path(os.devnull)
-            tensorboard = False
-        self._board = _tensorboard(path.parent / "tensorboard") if tensorboard else None
+        elif tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError("--tensorboard: the package is missing; pip install tensorboard") from None
+            self._board = SummaryWriter(str(path.parent / "tensorboard"))
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a", encoding="utf-8")
         # A line that a crash cut short must not swallow the next one.
@@ -122,32 +115,28 @@ def plot_training(log: Path, picture: Path, metric: str, phases: Sequence[int] =
     records = read_log(log)
     # By epoch: the records of a resumed epoch replace those of its first attempt.
     losses = {r["step"]: r["losses"] for r in records if r["kind"] == "train"}
-    networks = {r["step"]: r["networks"] for r in records if r["kind"] == "eval"}
+    scores = {}
+    for record in records:
+        if record["kind"] == "eval":
+            scores[record["step"]] = {name: values.get(metric) for name, values in record["networks"].items()}
     figure = Figure(figsize=(8, 7))
     top, bottom = figure.subplots(2, 1, sharex=True)
-    for name in _names(losses):
-        top.plot(list(losses), [values.get(name) for values in losses.values()], label=name)
-    for name in _names(networks):
-        scores = [values.get(name, {}).get(metric) for values in networks.values()]
-        bottom.plot(list(networks), scores, marker=".", label=name)
-    top.set_ylabel("loss")
-    bottom.set_ylabel(metric)
-    bottom.set_xlabel("epoch")
-    for axis in (top, bottom):
+    for axis, label, marker, curves in ((top, "loss", "", losses), (bottom, metric, ".", scores)):
+        # The names of all epochs: distillation, for one, may begin later than the other losses.
+        names = dict.fromkeys(itertools.chain.from_iterable(curves.values()))
+        for name in names:
+            axis.plot(list(curves), [values.get(name) for values in curves.values()], marker=marker, label=name)
         for epoch in phases:
             axis.axvline(epoch, linestyle=":", color="grey")
-        if axis.get_legend_handles_labels()[0]:
+        axis.set_ylabel(label)
+        if names:
             axis.legend(fontsize=8)
+    bottom.set_xlabel("epoch")
     save_figure(figure, picture)
 
 
-def _names(values_by_epoch: dict[int, dict]) -> list[str]:
-    """Every key in order of appearance; distillation, for one, may begin later than the other losses."""
-    return list(dict.fromkeys(name for values in values_by_epoch.values() for name in values))
-
-
-def save_figure(figure: Figure, picture: Path) -> None:
-    """Write a matplotlib figure as a PNG file."""
+def save_figure(figure, picture: Path) -> None:
+    """Write a figure of matplotlib as a PNG file."""
     figure.tight_layout()
     with replacing(picture) as file:
         figure.savefig(file, format="png", dpi=110)
@@ -178,11 +167,3 @@ def _flatten(values: dict, prefix: str = "") -> Iterable[tuple[str, float]]:
             yield from _flatten(value, f"{prefix}{name}/")
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             yield f"{prefix}{name}", value
-
-
-def _tensorboard(folder: Path):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard: the package is missing; pip install tensorboard") from None
-    return SummaryWriter(str(folder))

@@ -24,8 +24,6 @@ from lib.errors import UserError
 
 MAX_CPU_WORKERS = 8  # by default; more have to be asked for
 ECHO_SECONDS = 1.0  # a batch system may send SIGTERM to a process and then again to its process group
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-PR_SET_PDEATHSIG = 1  # sys/prctl.h
 
 
 def pick_device(name: str, flag: str = "--device") -> torch.device:
@@ -108,8 +106,8 @@ def keep_freed_memory() -> None:
     """
     with contextlib.suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_THRESHOLD, 2**30)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD of malloc.h
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def die_with_parent() -> None:
@@ -118,7 +116,7 @@ def die_with_parent() -> None:
     A forked child inherits its parent's sockets. While it lives, the parent's peers cannot see that the parent is gone.
     """
     with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of sys/prctl.h
     # The parent may have ended before that call.
     if not multiprocessing.parent_process().is_alive():
         os._exit(1)
@@ -135,11 +133,9 @@ class StopRequest:
     def __init__(self) -> None:
         self.requested = False
         self._signalled = 0.0  # time.monotonic() of the first signal
-        self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._on_signal)
+        self._before = {n: signal.signal(n, self._on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

@@ -198,7 +198,6 @@ def test_sha256(tmp_path, size):
     assert checkpoint.sha256(tmp_path / "file") == expected
 
 
-@pytest.mark.skipif(checkpoint.fcntl is None, reason="locks are POSIX's")
 def test_one_has_the_lock_until_it_closes_the_file(tmp_path):
     """Open files count like those of two processes."""
     path = tmp_path / "file"

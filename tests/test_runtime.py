@@ -205,7 +205,7 @@ def test_a_lost_process_is_reported_whatever_the_launcher_sends_meanwhile(within
     with forked(lambda: run(main)) as process:
         assert process.wait() == 1
         error = process.stderr.read()
-    assert error.startswith("\nerror: a process of this job died") and error.count("\n") == 2
+    assert error.startswith("\nerror: gone") and error.count("\n") == 2
 
 
 @pytest.mark.parametrize(
