@@ -38,9 +38,6 @@ class PackedStrings:
         self.bytes = _shared(np.frombuffer(bytearray(b"".join(encoded)), dtype=np.uint8), np.uint8)
         self.offsets = _offsets([len(part) for part in encoded])
 
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
     def __getitem__(self, i: int) -> str:
         start, stop = self.offsets[i], self.offsets[i + 1]
         return self.bytes[start:stop].numpy().tobytes().decode()
@@ -112,27 +109,23 @@ def read_voc(root: Path, sets: Sequence[str], classes: Sequence[str] = (), on_er
     `on_error` is "skip".
     """
     images: list[Image] = []
-    flat = array("d")
-    names: list[str] = []  # class name of each object
+    found: list[tuple] = []  # OBJECTs with the class's name for its label, which is known once all files are read
     for set_name in sets:
         for stem, picture, xml in _list_voc_set(root, set_name, on_error):
             try:
-                width, height, found = _read_voc_xml(xml)
+                width, height, objects = _read_voc_xml(xml)
             except UserError as error:
                 _fault(str(error), on_error)
                 continue
-            # Labels are not known before all names are, so they are 0 for now.
-            for name, box_xyxy, difficult in found:
+            for name, box_xyxy, difficult in objects:
                 if classes and name not in classes:
                     _fault(f"{xml}: unknown class '{name}'{did_you_mean(name, classes)}", on_error)
-                    continue
-                flat.extend((len(images), 0, *box_xyxy, difficult, math.nan))
-                names.append(name)
+                else:
+                    found.append((len(images), name, box_xyxy, difficult, math.nan))
             images.append((stem, str(picture), width, height))
-    classes = tuple(classes) or tuple(sorted(set(names)))
+    classes = tuple(classes) or tuple(sorted({name for _, name, *_ in found}))
     label_of = {name: label for label, name in enumerate(classes, start=1)}
-    objects = np.array(flat).view(OBJECT)
-    objects["label"] = [label_of[name] for name in names]
+    objects = np.array([(image, label_of[name], *rest) for image, name, *rest in found], dtype=OBJECT)
     return _assemble(classes, range(1, len(classes) + 1), images, objects, root)
 
 
@@ -154,25 +147,20 @@ def _list_voc_set(root: Path, set_name: str, on_error: str) -> Iterator[tuple[st
 
 
 def _read_voc_xml(path: Path) -> tuple[int, int, list[tuple[str, tuple[float, ...], int]]]:
-    """Width, height and (name, box, difficult) of each object.
-
-    VOC's corners are 1-based and inclusive: (x1, y1, x2, y2) becomes (x1 - 1, y1 - 1, x2, y2).
-    """
+    """Width, height and (name, box, difficult) of each object."""
     try:
         tree = ElementTree.parse(path).getroot()
-        width = int(float(_text(tree, "size/width")))
-        height = int(float(_text(tree, "size/height")))
+        width, height = (int(float(_text(tree, f"size/{key}"))) for key in ("width", "height"))
         if width < 1 or height < 1:
             raise ValueError(f"the size is {width} x {height}")
         objects = []
         for element in tree.iter("object"):
             x1, y1, x2, y2 = (float(_text(element, f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax"))
-            difficult = int(element.findtext("difficult") or 0)
-            objects.append((_text(element, "name"), (x1 - 1, y1 - 1, x2, y2), difficult))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such annotation") from None
+            # VOC's corners are 1-based and inclusive.
+            box_xyxy = (x1 - 1, y1 - 1, x2, y2)
+            objects.append((_text(element, "name"), box_xyxy, int(element.findtext("difficult") or 0)))
     except (ElementTree.ParseError, ValueError, OSError) as error:
-        raise UserError(f"{path}: malformed VOC annotation: {error}") from None
+        raise UserError(f"{path}: cannot be read as a VOC annotation: {error}") from None
     return width, height, objects
 
 
@@ -187,11 +175,13 @@ def read_coco(path: Path, folder: Path, classes: Sequence[str] = (), on_error: s
     """Annotations of a COCO instances file, whose pictures are in `folder`.
 
     Empty `classes` stands for all of its categories, sorted by id. A faulty entry raises UserError, or is logged and
-    left out if `on_error` is "skip". The tests compare the result with pycocotools, whose own reader keeps a Python
-    object of every annotation and names no file in its errors.
+    left out if `on_error` is "skip". (pycocotools' own reader keeps each annotation as a dict and names no file.)
     """
     document, objects = _parse_coco(path, on_error)
-    id_of = _coco_categories(path, document["categories"], classes)
+    id_of = _coco_categories(path, document["categories"])
+    for name in classes:
+        if name not in id_of:
+            raise UserError(f"{path}: unknown class '{name}'{did_you_mean(name, id_of)}")
     classes = tuple(classes) or tuple(sorted(id_of, key=id_of.__getitem__))
     category_ids = tuple(id_of[name] for name in classes)
     images, position_of = _coco_images(path, folder, document["images"], on_error)
@@ -223,10 +213,9 @@ def _parse_coco(path: Path, on_error: str) -> tuple[dict, np.ndarray]:
     def keep_numbers_only(entry: dict) -> dict | None:
         try:
             x, y, width, height = entry["bbox"]
-            box_xyxy = (x, y, x + width, y + height)
             crowd, area = entry.get("iscrowd", 0), entry.get("area", math.nan)
             # An array of its own first: an entry with a value that is no number must add nothing to `flat`.
-            flat.extend(array("d", (entry["image_id"], entry["category_id"], *box_xyxy, crowd, area)))
+            flat.extend(array("d", (entry["image_id"], entry["category_id"], x, y, x + width, y + height, crowd, area)))
         except (KeyError, TypeError, ValueError):
             return entry
         return None
@@ -246,17 +235,14 @@ def _parse_coco(path: Path, on_error: str) -> tuple[dict, np.ndarray]:
     return document, np.array(flat).view(OBJECT)
 
 
-def _coco_categories(path: Path, categories: list, classes: Sequence[str]) -> dict[str, int]:
-    """COCO's id of each class name, among which `classes` are."""
+def _coco_categories(path: Path, categories: list) -> dict[str, int]:
+    """COCO's id of each class name."""
     try:
         id_of = {category["name"]: int(category["id"]) for category in categories}
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path}: malformed COCO annotations: a category lacks its id or its name") from None
     if len(id_of) < len(categories):
         raise UserError(f"{path}: two categories have the same name")
-    for name in classes:
-        if name not in id_of:
-            raise UserError(f"{path}: unknown class '{name}'{did_you_mean(name, id_of)}")
     return id_of
 
 
@@ -343,11 +329,9 @@ def _assemble(
 
 
 def _has_area(boxes_xyxy: np.ndarray) -> np.ndarray:
-    """Whether a box is wider and higher than one pixel, which is how VOC's inclusive corners write "no area".
-
-    False also for corners that are not numbers.
-    """
-    return (boxes_xyxy[..., 2] - boxes_xyxy[..., 0] > 1) & (boxes_xyxy[..., 3] - boxes_xyxy[..., 1] > 1)
+    """Whether boxes (..., 4) are wider and higher than one pixel, which is how VOC writes "no area"."""
+    # Corners that are not numbers compare as false.
+    return (boxes_xyxy[..., 2:] - boxes_xyxy[..., :2] > 1).all(-1)
 
 
 def _offsets(counts: Sequence[int] | np.ndarray) -> Tensor:

@@ -22,12 +22,14 @@ from lib import distributed
 from lib.annotations import Annotations, find_voc_sets, read_coco, read_voc
 from lib.checkpoint import write_text
 from lib.config import Config, DataConfig
-from lib.errors import UserError, did_you_mean
+from lib.errors import UserError
 from lib.images import UnreadableImage, is_large_jpeg, read_annotated_picture, read_reduced_jpeg
 from lib.runtime import die_with_parent
 from lib.shapes import CLASSES, write_shapes
 from lib.transforms import EvalTransform, TrainTransform, Transform, scale_view
 
+Sample = tuple[Tensor, Tensor, Tensor, int]  # image, boxes, labels, row
+Device = torch.device | str
 logger = logging.getLogger(__name__)
 SPLIT_FORMAT = "split/1"
 CACHE_BYTES = 2 * 1024**3  # of decoded pictures, per process
@@ -37,8 +39,7 @@ def load_annotations(data: DataConfig, split: Literal["train", "test"]) -> Annot
     """Annotations of the training or the test data. The built-in shapes are drawn first if they are missing.
 
     Without `data.classes`, the classes of both splits are those of the training data, so "test" reads the training
-    annotations too. A caller that has read these avoids it by setting `data.classes`. Raises UserError that names the
-    file.
+    annotations too, unless the caller sets `data.classes`. Raises UserError that names the file.
     """
     root = Path(data.root)
     classes: Sequence[str] = data.classes
@@ -49,10 +50,8 @@ def load_annotations(data: DataConfig, split: Literal["train", "test"]) -> Annot
     if split == "test" and not classes:
         classes = load_annotations(data, "train").classes
     if data.dataset_type == "coco":
-        if split == "train":
-            file, folder = data.train_annotations, data.train_images
-        else:
-            file, folder = data.test_annotations, data.test_images
+        file = data.train_annotations if split == "train" else data.test_annotations
+        folder = data.train_images if split == "train" else data.test_images
         annotations = read_coco(root / file, root / folder, classes, data.on_error)
     else:
         sets, default = (data.train_sets, "trainval") if split == "train" else (data.test_sets, "test")
@@ -69,8 +68,6 @@ def split_indices(annotations: Annotations, data_portion: Sequence[float], seed:
     Images are ranked by a hash of seed and image id, so the split depends on nothing else and the portions are exact.
     Portions that sum to less than 1 leave images out.
     """
-    if len(data_portion) != 2 or min(data_portion) < 0 or sum(data_portion) > 1 + 1e-9:
-        raise UserError(f"data.data_portion: expected two shares that sum to at most 1, found {list(data_portion)}")
     count = len(annotations)
     hashes = [hashlib.sha256(f"{seed}-{annotations.ids[i]}".encode()).digest() for i in range(count)]
     # Ranks of hashes, not a random permutation of rows: the order in which images are read does not matter.
@@ -78,7 +75,7 @@ def split_indices(annotations: Annotations, data_portion: Sequence[float], seed:
     first, second = round(data_portion[0] * count), round(sum(data_portion) * count)
     train, search = sorted(ranked[:first]), sorted(ranked[first:second])
     for portion, rows in zip(data_portion, (train, search), strict=True):
-        if portion > 0 and not rows:
+        if not rows:
             raise UserError(f"data.data_portion: {portion} of {count} images rounds to zero images")
     return train, search
 
@@ -105,8 +102,7 @@ def load_split(path: Path, annotations: Annotations) -> tuple[list[int], list[in
     row_of = {annotations.ids[i]: i for i in range(len(annotations))}
     for image_id in (*train_ids, *search_ids):
         if image_id not in row_of:
-            similar = did_you_mean(image_id, list(row_of)[:1000])
-            raise UserError(f"{path}: image '{image_id}' is not in the data{similar}")
+            raise UserError(f"{path}: image '{image_id}' is not in the data")
     common = set(train_ids) & set(search_ids)
     if common:
         raise UserError(f"{path}: image '{min(common)}' is on both sides of the split")
@@ -125,15 +121,12 @@ class Batch:
     def __len__(self) -> int:
         return len(self.images)
 
-    def to(self, device: torch.device | str) -> Batch:
+    def to(self, device: Device) -> Batch:
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
 
     def pin_memory(self) -> Batch:
         """Called by a DataLoader with `pin_memory`."""
         return Batch(*(tensor.pin_memory() for tensor in vars(self).values()))
-
-
-Sample = tuple[Tensor, Tensor, Tensor, int]  # image, boxes, labels, row
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -166,7 +159,6 @@ class DetectionDataset(Dataset):
         transform: Transform,
         *,
         seed: int = 0,
-        training: bool = True,
         on_error: str = "raise",
         cache: bool = False,
     ) -> None:
@@ -174,15 +166,12 @@ class DetectionDataset(Dataset):
         self.indices = torch.as_tensor(indices, dtype=torch.int64).share_memory_()
         self.transform = transform
         self.seed = seed
-        self.training = training
         self.on_error = on_error
-        self.reduces = not cache and isinstance(transform, TrainTransform)
+        self.training = isinstance(transform, TrainTransform)
+        self.reduces = self.training and not cache
         self.cache_room = CACHE_BYTES if cache else 0
         self.cached: dict[int, Tensor] = {}
         self.unreadable: set[int] = set()
-
-    def __len__(self) -> int:
-        return len(self.indices)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, row = key
@@ -190,10 +179,7 @@ class DetectionDataset(Dataset):
             # A file that cannot be read this way is read, and reported, in the usual way.
             with contextlib.suppress(UnreadableImage), self._random(epoch, row):
                 return *self._reduced(row), row
-        if self.on_error == "skip":
-            image, shown = self._image_or_stand_in(row)
-        else:
-            image, shown = self.read_image(row), row
+        image, shown = self._image_or_stand_in(row)
         with self._random(epoch, row):
             return *self.transform(image, *self._objects(shown)), shown
 
@@ -230,26 +216,24 @@ class DetectionDataset(Dataset):
         return self.transform.render(image, view, boxes, labels)
 
     def _image_or_stand_in(self, row: int) -> tuple[Tensor, int]:
-        """The picture of a row and the row itself, or those of its replacement."""
-        for candidate in self._candidates(row):
-            if candidate in self.unreadable:
-                continue
-            try:
-                return self.read_image(candidate), candidate
-            except UnreadableImage as error:
-                self.unreadable.add(candidate)
-                logger.warning("%s; skipped", error)
-        if self.training:
-            raise UnreadableImage(f"{self.annotations.paths[row]}: no picture of the training set can be read")
-        width, height = self.annotations.sizes[row].tolist()
-        return torch.zeros(3, height, width, dtype=torch.uint8), row
-
-    def _candidates(self, row: int) -> Iterator[int]:
-        yield row
-        # Lazy, since it is nearly always the first candidate that is taken.
-        if self.training:
-            position = int((self.indices == row).nonzero()[0])
-            yield from self.indices.roll(-position)[1:].tolist()
+        """The picture of a row and the row itself; under `on_error: skip`, if need be, those of its replacement."""
+        shown = row
+        for _ in range(len(self.indices)):
+            if shown not in self.unreadable:
+                try:
+                    return self.read_image(shown), shown
+                except UnreadableImage as error:
+                    if self.on_error != "skip":
+                        raise
+                    self.unreadable.add(shown)
+                    logger.warning("%s; skipped", error)
+            if not self.training:
+                width, height = self.annotations.sizes[row].tolist()
+                return torch.zeros(3, height, width, dtype=torch.uint8), row
+            # The next row of the training set, after the last one the first.
+            position = int((self.indices == shown).nonzero()[0])
+            shown = int(self.indices[(position + 1) % len(self.indices)])
+        raise UnreadableImage(f"{self.annotations.paths[row]}: no picture of the training set can be read")
 
 
 class EpochSampler:
@@ -262,8 +246,6 @@ class EpochSampler:
 
     def __init__(self, indices: Sequence[int], batch_size: int, seed: int, world: distributed.World) -> None:
         count = len(indices)
-        if not count:
-            raise UserError("the training set has no image (data.data_portion)")
         self.indices = torch.as_tensor(indices, dtype=torch.int64)
         self.batch_size = batch_size
         self.seed = seed
@@ -297,12 +279,7 @@ def _seed_from(*numbers: int) -> int:
 
 
 def train_loader(
-    annotations: Annotations,
-    indices: Sequence[int],
-    image_size: int,
-    batch_size: int,
-    config: Config,
-    device: torch.device | str,
+    annotations: Annotations, indices: Sequence[int], image_size: int, batch_size: int, config: Config, device: Device
 ) -> DataLoader:
     """Batches augmented as `config.data` says; call `loader.batch_sampler.set_epoch` before each epoch.
 
@@ -325,21 +302,21 @@ def eval_loader(
     *,
     workers: int = 0,
     on_error: str = "raise",
-    device: torch.device | str = "cpu",
+    device: Device = "cpu",
     shared: bool = False,
 ) -> DataLoader:
     """Resized pictures in the order of `indices`, each once; the last batch may be smaller.
 
     With `shared`, the processes of the job share the batches: every n-th one is for this process.
     """
-    dataset = DetectionDataset(annotations, indices, EvalTransform(image_size), training=False, on_error=on_error)
+    dataset = DetectionDataset(annotations, indices, EvalTransform(image_size), on_error=on_error)
     # The epoch is always 0: nothing is random here.
     keys = [(0, int(row)) for row in indices]
     batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
     return make_loader(dataset, distributed.deal(batches) if shared else batches, workers, device)
 
 
-def make_loader(dataset: Dataset, batches: Iterable, workers: int, device: torch.device | str) -> DataLoader:
+def make_loader(dataset: Dataset, batches: Iterable, workers: int, device: Device) -> DataLoader:
     """A loader of Batches; `batches` are lists of keys (epoch, row)."""
     return DataLoader(
         dataset,

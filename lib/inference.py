@@ -118,7 +118,8 @@ def draw_pictures(detector: PictureDetector, paths: Sequence[Path], out: Path, t
     A picture that cannot be read is reported and skipped.
     """
     results: list[dict] = []
-    drawn, start = 0, time.perf_counter()
+    drawn = 0
+    start = time.perf_counter()
     for path in progress(paths, "predict"):
         try:
             image = read_picture(str(path))
@@ -157,19 +158,20 @@ def draw(image: Tensor, detections: Detections, classes: Sequence[str], threshol
     keep = confident[nms(detections.boxes[confident], detections.scores[confident], SAME_PLACE)]
     height, width = image.shape[-2:]
     boxes = (detections.boxes[keep] * torch.tensor([width, height, width, height])).tolist()
+    labels = (detections.labels[keep] - 1).tolist()
+    shown = list(zip(boxes, labels, detections.scores[keep].tolist(), strict=True))
     colour_of = class_colours(len(classes))
 
     picture = to_pil_image(image)
     pen = ImageDraw.Draw(picture)
     # Class names may need letters that Pillow's own font lacks.
     text_size = max(SMALLEST_TEXT, min(height, width) // 28)
-    font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", text_size)
-    labels = (detections.labels[keep] - 1).tolist()
-    for box, label in zip(boxes, labels, strict=True):
+    pen.font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", text_size)
+    for box, label, _ in shown:
         pen.rectangle(box, outline=colour_of[label], width=max(1, min(height, width) // 150))
     # The best detection is drawn last, so that nothing covers its label.
-    for box, label, score in reversed(list(zip(boxes, labels, detections.scores[keep].tolist(), strict=True))):
-        _write_label(pen, font, f"{classes[label]} {score:.2f}", box, colour_of[label])
+    for box, label, score in reversed(shown):
+        _write_label(pen, f"{classes[label]} {score:.2f}", box, colour_of[label])
     return pil_to_tensor(picture)
 
 
@@ -179,19 +181,13 @@ def class_colours(count: int) -> list[tuple[int, int, int]]:
     return [tuple(round(255 * channel) for channel in colour) for colour in colours]
 
 
-def _write_label(
-    pen: ImageDraw.ImageDraw,
-    font: ImageFont.FreeTypeFont,
-    text: str,
-    box: Sequence[float],
-    colour: tuple[int, int, int],
-) -> None:
+def _write_label(pen: ImageDraw.ImageDraw, text: str, box: Sequence[float], colour: tuple[int, int, int]) -> None:
     """A filled label on top of the box, or inside its upper edge if there is no room above."""
-    width, height = pen.textbbox((0, 0), text, font=font)[2:]
+    width, height = pen.textbbox((0, 0), text)[2:]
     margin = max(1, height // 8)
     width, height = width + 2 * margin, height + 2 * margin
     x = max(0, min(box[0], pen.im.size[0] - width))
     y = box[1] - height if box[1] >= height else box[1]
     pen.rectangle((x, y, x + width, y + height), fill=colour)
     brightness = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
-    pen.text((x + margin, y + margin), text, fill="black" if brightness > 128 else "white", font=font)
+    pen.text((x + margin, y + margin), text, fill="black" if brightness > 128 else "white")

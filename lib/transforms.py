@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -58,7 +59,7 @@ class TrainTransform:
         self.crop = v2.RandomIoUCrop()
         self.distort = v2.RandomPhotometricDistort(p=augment.distort)
         self.flip = v2.RandomHorizontalFlip(p=augment.flip)
-        self.sanitize = v2.SanitizeBoundingBoxes(labels_getter=_labels_of)
+        self.sanitize = v2.SanitizeBoundingBoxes(labels_getter=itemgetter(2))
 
     def __call__(self, image: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         height, width = image.shape[-2:]
@@ -87,10 +88,6 @@ class TrainTransform:
         return image.as_subclass(Tensor), boxes.as_subclass(Tensor) / self.image_size, labels
 
 
-def _labels_of(inputs: tuple) -> Tensor:
-    return inputs[2]
-
-
 def random_zoom_out(width: int, height: int, settings: v2.RandomZoomOut) -> View:
     """The whole picture, or with probability `settings.p` a larger view that contains it (SSD, section 3.6)."""
     if torch.rand(()) >= settings.p:
@@ -112,13 +109,14 @@ def random_iou_crop(view: View, boxes_xyxy: Tensor, settings: v2.RandomIoUCrop) 
     if len(boxes_xyxy) == 0:
         return view, everything
     boxes = boxes_xyxy.numpy()
+    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
     while True:
         min_iou = settings.options[int(torch.randint(len(settings.options), ()))]
         if min_iou >= 1:
             return view, everything
         # All trials are evaluated at once: v2's loop over them takes longer than decoding the JPEG.
         crops = _draw_crops(view, torch.rand(settings.trials, 4).numpy(), settings)  # (T, 4)
-        inside = _centres_inside(crops, boxes)  # (T, M)
+        inside = ((crops[:, None, :2] < centres) & (centres < crops[:, None, 2:])).all(-1)  # (T, M)
         passed = np.flatnonzero((inside & (_iou(crops, boxes) >= min_iou)).any(1))
         if len(passed):
             left, top, right, bottom = crops[passed[0]].astype(int).tolist()
@@ -135,11 +133,6 @@ def _draw_crops(view: View, uniform: np.ndarray, settings: v2.RandomIoUCrop) -> 
     ratio = size[:, 0] / np.maximum(size[:, 1], 1)
     fits = (settings.min_aspect_ratio <= ratio) & (ratio <= settings.max_aspect_ratio)
     return np.concatenate((start, start + size * fits[:, None]), axis=1)
-
-
-def _centres_inside(crops: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    centres = (boxes[:, :2] + boxes[:, 2:]) / 2
-    return ((crops[:, None, :2] < centres) & (centres < crops[:, None, 2:])).all(-1)  # (T, M)
 
 
 def _iou(crops: np.ndarray, boxes: np.ndarray) -> np.ndarray:
