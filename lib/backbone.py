@@ -134,9 +134,7 @@ def _check_lengths(stages: int, strides: list[int], channels: list[int], table: 
 
 
 def _check_levels(levels: list[int], available: list[int]) -> None:
-    if levels != sorted(set(levels)) or not set(levels) <= set(available) or available[-1] not in levels:
-        choices = ", ".join(map(str, sorted(set(available))))
-        raise UserError(
-            f"backbone.feature_levels: expected ascending levels out of {choices}, ending with {available[-1]}, "
-            f"found {levels}"
-        )
+    known = sorted(set(available))
+    if levels != sorted(set(levels)) or not set(levels) <= set(known) or known[-1] not in levels:
+        expected = f"ascending levels out of {', '.join(map(str, known))}, ending with {known[-1]}"
+        raise UserError(f"backbone.feature_levels: expected {expected}, found {levels}")

