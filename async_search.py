@@ -110,7 +110,7 @@ def score_finalists(search: Search, pool: WorkerPool, stop: StopRequest, jobs: S
     with progress(None, "front on all images", total=len(jobs)) as bar:
 
         def learn(result: Result) -> None:
-            search.learn_finalist(result)
+            search.learn(result)
             bar.update()
 
         limit = TimeLimit(search.config.search.time_limit, least=3)

@@ -79,30 +79,28 @@ class Search:
         self.controller = controller
         self.ledger = ledger
         self.config = config
+        self.settings = config.search
         self.costs = costs
         self.identity = identity
         self.first_epoch = epoch
-        self.total = config.search.num_epochs * config.search.steps
+        self.total = self.settings.num_epochs * self.settings.steps
         self.asked = 0
         self.told: list[dict] = []
         self.finalists: list[dict] = []
-        self._running: dict[str, tuple[Genotype, str]] = {}  # by key: the genotype and its origin
-
-    # What to evaluate next, and what is learnt from a result
+        self._running: dict[str, dict] = {}  # by key: what the record will hold of the proposal
 
     @property
     def epoch(self) -> int:
-        return self.first_epoch + len(self.told) // self.config.search.steps
+        return self.first_epoch + len(self.told) // self.settings.steps
 
     def replay(self) -> None:
         """Tell the controller what an interrupted run of this very search had found."""
         # The proposals of random search depend on their number alone: it makes the same ones again, including those
         # whose evaluation was interrupted, and `propose` finds the others in the ledger.
-        if isinstance(self.controller, RandomSearch):
-            return
-        for record in self.ledger.records(search=self.identity.search, basis=self.identity.basis):
-            self.asked += 1
-            self._tell(record, Genotype.from_dict(record["genotype"]))
+        if not isinstance(self.controller, RandomSearch):
+            for record in self.ledger.records(search=self.identity.search, basis=self.identity.basis):
+                self.asked += 1
+                self._tell(record)
 
     def propose(self) -> Job | None:
         """The next job; None once the search has asked for all it may. Learns known evaluations on the way."""
@@ -112,82 +110,62 @@ class Search:
             except SpaceExhausted as end:
                 say(f"search: {end}")
                 self.total = self.asked
-                return None
+                break
             self.asked += 1
             key = evaluation_key(genotype, self.identity.basis)
             known = self.ledger.lookup(key)
             if known is None:
-                return self._job(key, genotype, self.controller.origin)
-            self._tell(known, genotype)
+                return self._job(key, genotype, self.controller.origin, self.identity.basis)
+            self._tell(known)
         return None
-
-    def learn(self, result: Result) -> None:
-        """Record a result and tell the controller."""
-        genotype, origin = self._running.pop(result.job_id)
-        self._tell(self._record(result, genotype, origin, self.identity.basis), genotype)
 
     def missing_finalists(self) -> list[Job]:
         """Jobs that score the front on all images of the search split, if it was scored on a part of them.
 
         Results already in the ledger are reused; evaluations that failed are tried again.
         """
-        if not self.config.search.images:
-            return []
         jobs = []
-        for member in self.front():
+        for member in self.front() if self.settings.images else ():
             genotype = Genotype.from_dict(member["genotype"])
             key = evaluation_key(genotype, self.identity.basis_all)
             known = self.ledger.lookup(key)
             if known is None or known["status"] == "failed":
-                jobs.append(self._job(key, genotype, "front"))
+                jobs.append(self._job(key, genotype, "front", self.identity.basis_all))
             else:
-                self._keep_finalist(known, genotype)
+                self.finalists.append(self._with_latency(known))
         return jobs
 
-    def learn_finalist(self, result: Result) -> None:
-        """Record a member of the front that was scored on all images."""
-        genotype, origin = self._running.pop(result.job_id)
-        self._keep_finalist(self._record(result, genotype, origin, self.identity.basis_all), genotype)
+    def _job(self, key: str, genotype: Genotype, origin: str, basis: str) -> Job:
+        job = {"genotype": genotype.to_dict()}
+        proposal = {"key": key, "basis": basis, "search": self.identity.search, "origin": origin}
+        self._running[key] = {**proposal, "budget": self.identity.budget, **job}
+        return key, job
 
-    def _job(self, key: str, genotype: Genotype, origin: str) -> Job:
-        self._running[key] = genotype, origin
-        return key, {"genotype": genotype.to_dict()}
+    def learn(self, result: Result) -> None:
+        """Record the result of a job; the controller is told, unless it is a finalist's."""
+        record = self._running.pop(result.job_id)
+        record["status"] = "failed" if result.error else "ok"
+        record |= {"metrics": {}, "error": result.error} if result.error else result.value
+        record["seconds"] = round(result.seconds, 3)
+        record |= {"worker": result.worker, "epoch": self.epoch, "time": round(time.time(), 3)}
+        self.ledger.append(record)
+        if record["origin"] != "front":
+            self._tell(record)
+        elif record["status"] == "ok":
+            self.finalists.append(self._with_latency(record))
 
-    def _tell(self, record: dict, genotype: Genotype) -> None:
+    def _tell(self, record: dict) -> None:
+        genotype = Genotype.from_dict(record["genotype"])
         if record["status"] == "ok":
-            record = self._with_latency(record, genotype)
+            record = self._with_latency(record)
             self.controller.tell(genotype, record["metrics"])
         else:
             self.controller.tell_failure(genotype)
         self.told.append(record)
 
-    def _keep_finalist(self, record: dict, genotype: Genotype) -> None:
-        if record["status"] == "ok":
-            self.finalists.append(self._with_latency(record, genotype))
-
-    def _with_latency(self, record: dict, genotype: Genotype) -> dict:
-        return {**record, "metrics": {**record["metrics"], **self.costs.latency(genotype)}}
-
-    def _record(self, result: Result, genotype: Genotype, origin: str, basis: str) -> dict:
-        outcome = {"metrics": {}, "error": result.error} if result.error else result.value
-        record = {
-            "key": result.job_id,
-            "basis": basis,
-            "search": self.identity.search,
-            "origin": origin,
-            "budget": self.identity.budget,
-            "genotype": genotype.to_dict(),
-            "status": "failed" if result.error else "ok",
-            **outcome,
-            "seconds": round(result.seconds, 3),
-            "worker": result.worker,
-            "epoch": self.epoch,
-            "time": round(time.time(), 3),
-        }
-        self.ledger.append(record)
-        return record
-
-    # What has been found so far
+    def _with_latency(self, record: dict) -> dict:
+        latency = self.costs.latency(Genotype.from_dict(record["genotype"]))
+        return {**record, "metrics": {**record["metrics"], **latency}}
 
     @property
     def scored(self) -> list[dict]:
@@ -196,45 +174,44 @@ class Search:
 
     def front(self) -> list[dict]:
         """The members of pareto.json, cheapest first."""
-        settings = self.config.search
-        return pareto_front(self.finalists or self.scored, settings.objective, settings.costs)
+        return pareto_front(self.finalists or self.scored, self.settings.objective, self.settings.costs)
 
     def best(self) -> dict:
-        settings = self.config.search
-        return best_record(self.finalists or self.scored, settings.objective, settings.costs[0])
+        return best_record(self.finalists or self.scored, self.settings.objective, self.settings.costs[0])
 
     def top(self, count: int) -> list[dict]:
         """The `count` best, best first, the cheaper first among equals."""
-        objective, cost = self.config.search.objective, self.config.search.costs[0]
+        objective = self.settings.objective
+        cost = self.settings.costs[0]
         return sorted(self.scored, key=lambda r: (-r["metrics"][objective], r["metrics"][cost]))[:count]
 
     def noise(self, record: dict) -> Noise | None:
         """None if the ledger lacks the scores on resamples of the images."""
-        scores, best = self._on_resamples(record), self._on_resamples(self.best())
-        if scores is None or best is None or scores.shape != best.shape:
+        resampled = []
+        for each in (record, self.best()):
+            # Records of another search may be about another objective, and those of resamples = 0 have none.
+            if each.get("objective") != self.settings.objective:
+                return None
+            resampled.append(unpack(each["resampled"][str(each["images"])]))
+        scores, best = resampled
+        if scores.shape != best.shape:
             return None
         behind = interval(best - scores)
         return Noise(interval(scores), behind, tie=behind.low <= 0)
 
-    def _on_resamples(self, record: dict) -> np.ndarray | None:
-        if record.get("objective") != self.config.search.objective:
-            return None
-        return unpack(record["resampled"][str(record["images"])])
-
     def history(self) -> list[float]:
         """The best objective so far, after each evaluation that did not fail."""
-        return list(itertools.accumulate((r["metrics"][self.config.search.objective] for r in self.scored), max))
+        return list(itertools.accumulate((r["metrics"][self.settings.objective] for r in self.scored), max))
 
     def random_evaluations(self) -> list[dict]:
         """Every random proposal in the ledger that this search could have made, whichever search made it."""
-        found = self.ledger.records(
-            origin="random", status="ok", budget=self.identity.budget, basis=self.identity.basis
-        )
-        return [r for r in found if r["metrics"][self.config.search.objective] is not None]
+        same = {"budget": self.identity.budget, "basis": self.identity.basis}
+        found = self.ledger.records(origin="random", status="ok", **same)
+        return [r for r in found if r["metrics"][self.settings.objective] is not None]
 
     def control(self) -> list[BestOf]:
         """What random search would have found with as many evaluations, as far as the ledger can tell."""
-        scores = [r["metrics"][self.config.search.objective] for r in self.random_evaluations()]
+        scores = [r["metrics"][self.settings.objective] for r in self.random_evaluations()]
         return best_of_random(scores, most=len(self.scored))
 
 
@@ -253,11 +230,9 @@ def best_of_random(values: Sequence[float], most: int, points: int = 200) -> lis
     Exact: of the C(m, n) equally likely draws, C(i, n) hold none but the i smallest values. Expected-best curves are
     how Dodge et al. (EMNLP 2019) compare searches of different length; theirs draw with replacement.
     """
-    ordered = np.sort(np.asarray(values, dtype=float))
-    m = len(ordered)
+    m = len(values)
     last = min(m, most)
-    if last == 0:
-        return []
+    ordered = np.sort(np.asarray(values, dtype=float))
     ranks = np.arange(m, 1, -1)  # C(i - 1, n) / C(i, n) = (i - n) / i, from i = m down
     found = []
     for n in sorted({round(n) for n in np.linspace(1, last, min(last, points))}):

@@ -132,7 +132,7 @@ def test_the_front_of_a_search_on_a_part_is_scored_on_all_images_once(tmp_path):
             before = search.front()
             jobs = search.missing_finalists()
             for key, job in jobs:
-                search.learn_finalist(Result(key, evaluate(job), None, "cpu#0", 1.0))
+                search.learn(Result(key, evaluate(job), None, "cpu#0", 1.0))
             assert len(jobs) in (len(before), 0) and len(search.finalists) == len(before) > 1
             assert {r["basis"] for r in search.front()} == {"all"} and search.best() in search.finalists
             assert len(search.told) == 80
@@ -182,7 +182,7 @@ def test_ctrl_c_while_the_front_is_scored_on_all_images_leaves_it_as_it_was(tmp_
         assert search.front() == before
         jobs = search.missing_finalists()
         assert len(jobs) == len(before) - 1 > 0
-        search.learn_finalist(Result(jobs[0][0], None, "it failed", "cpu#0", 1.0))
+        search.learn(Result(jobs[0][0], None, "it failed", "cpu#0", 1.0))
         search.finalists.clear()
         assert search.missing_finalists() == jobs  # one that failed is tried again
         stop.requested, pool = False, OneAtATime(stop)
