@@ -49,10 +49,6 @@ def make_parser(
     return parser
 
 
-def add_tensorboard(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tensorboard", action="store_true", help="also log for TensorBoard")
-
-
 # The configuration of a command.
 
 
@@ -82,11 +78,15 @@ class CommandLine:
         self.args = args
         self.stage = stage
         by_flag = {"data.root": args.data, "seed": args.seed, **(flags or {})}
-        if stage in ("supernet", "final"):
-            by_flag[f"{stage}.save_every"] = args.save_every
+        save_every = {"supernet": "supernet.save_every", "final": "final.save_every"}
+        if stage in save_every:
+            by_flag[save_every[stage]] = args.save_every
         self._file = config_io.read_yaml(Path(args.cfg)) if args.cfg else None
         self._changes = [(key, value) for key, value in by_flag.items() if value is not None]
         self._changes += [config_io.parse_override(text) for text in args.set]
+        for key in config_io.RETIRED_KEYS:
+            if self.given(key) is not None:
+                raise UserError(f"{key}: this key was removed, since it gained nothing (docs/measured.md)")
 
     def given(self, key: str) -> object | None:
         """The value that the user gave `key`; None where neither a flag nor --set nor --cfg does."""

@@ -93,6 +93,14 @@ def test_a_value_that_the_user_gave_is_known_before_the_rest():
     assert command.given("final.optimizer") is None and command.given("nothing.at.all") is None
 
 
+@pytest.mark.parametrize("text", ["search.racing=true", "final.distill.weight={boundary: [1], value: [0]}"])
+def test_a_key_that_was_removed_is_refused_but_old_files_have_it(text):
+    inherited = config_io.with_changes(tiny(), [config_io.parse_override(text)])
+    assert resolve("search", inherited=inherited).config == config_io.from_dict(tiny())
+    with pytest.raises(UserError, match=f"^{text.partition('=')[0].removesuffix('.weight')}: this key was removed"):
+        resolve("search", "--set", text)
+
+
 @pytest.mark.parametrize("name", ["../../x", "a/b", "", ".", "..", "a\\b", "x" * 300, 7, None, "a\nb"])
 def test_a_foreign_name_cannot_choose_where_to_write(name):
     inherited = tiny() | {"name": name}
