@@ -274,7 +274,7 @@ def make_parser() -> argparse.ArgumentParser:
         "run to start from: a supernet, or a detector of the same or other classes; with --eval-only, --export and "
         "--predict the detector to use",
     )
-    cli.add_tensorboard(parser)
+    parser.add_argument("--tensorboard", action="store_true", help="also log for TensorBoard")
     add = parser.add_argument
     add("--genotype", metavar="FILE", help="best.json, pareto.json with --index, or an aw_nas genotype string")
     add(

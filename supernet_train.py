@@ -152,7 +152,7 @@ class SupernetTraining(Training):
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.make_parser(__doc__, "start from the supernet of an earlier run (its folder)")
-    cli.add_tensorboard(parser)
+    parser.add_argument("--tensorboard", action="store_true", help="also log for TensorBoard")
     args = parser.parse_args(argv)
     device = pick_device(args.device)
     distributed.join(device)
