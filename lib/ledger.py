@@ -47,26 +47,19 @@ class Ledger:
         self._by_key: dict[str, dict] = {}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a+b", buffering=0)
+            with contextlib.ExitStack() as on_failure:  # closes the file, which releases its lock
+                self._file = on_failure.enter_context(self.path.open("a+b", buffering=0))
+                self._lock()
+                self._read()
+                on_failure.pop_all()
         except OSError as error:
             raise UserError(f"{self.path}: cannot open the ledger: {error.strerror}") from None
-        try:
-            self._lock()
-            self._read()
-        except BaseException as error:
-            self.close()
-            if isinstance(error, OSError):
-                raise UserError(f"{self.path}: cannot read the ledger: {error.strerror}") from None
-            raise
 
     def __enter__(self) -> Ledger:
         return self
 
     def __exit__(self, *_) -> None:
         self.close()
-
-    def __len__(self) -> int:
-        return len(self._records)
 
     def close(self) -> None:
         """Close the file, which releases its lock."""
@@ -125,8 +118,14 @@ class Ledger:
         try:
             lock(self._file, wait=False)
         except BlockingIOError:
-            pid = _lock_holder(os.fstat(self._file.fileno()).st_ino)
-            who = f"process {pid}" if pid else "another process"
+            who = "another process"
+            inode = os.fstat(self._file.fileno()).st_ino
+            # Linux lists the holder of a lock: 1: FLOCK ADVISORY WRITE 4103 fe:00:2146487 0 EOF
+            with contextlib.suppress(OSError):
+                for line in Path("/proc/locks").read_text().splitlines():
+                    _, kind, _, _, pid, file, *_ = line.split()
+                    if kind == "FLOCK" and file.endswith(f":{inode}"):
+                        who = f"process {pid}"
             raise UserError(f"{self.path}: in use by {who}; wait for it to end, or use another folder") from None
 
 
@@ -137,13 +136,3 @@ def _parse(line: bytes) -> dict | None:
     except ValueError:
         return None
     return record if isinstance(record, dict) and "key" in record else None
-
-
-def _lock_holder(inode: int) -> int | None:
-    """The process that holds the lock on this file, if the kernel lists it (Linux)."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/locks").read_text().splitlines():
-            _, kind, _, _, pid, file, *_ = line.split()  # 1: FLOCK ADVISORY WRITE 4103 fe:00:2146487 0 EOF
-            if kind == "FLOCK" and file.endswith(f":{inode}"):
-                return int(pid)
-    return None

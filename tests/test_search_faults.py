@@ -46,7 +46,7 @@ def assert_one_line(stderr: str, words: str) -> None:
 def assert_resume_finishes(cwd: Path, options: list, found: int) -> None:
     """The ledger replays, and then every evaluation is in it once."""
     with Ledger(cwd / "search" / "evals.jsonl") as ledger:
-        assert len(ledger) == found
+        assert len(ledger.records()) == found
     done = finish(search(cwd, [*options, "--resume"], "quick"))
     assert done.returncode == 0, done.stderr
     records = read_lines(cwd / "search" / "evals.jsonl")
