@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import math
 import multiprocessing
 import os
 import pickle
@@ -17,7 +18,7 @@ import signal
 import threading
 import time
 import traceback
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -35,10 +36,6 @@ _SPAWN = multiprocessing.get_context("spawn")
 
 class WorkerError(RuntimeError):
     """A worker could not be set up. The message holds the worker's traceback."""
-
-
-class WorkerDied(Exception):
-    """A worker is dead, and all that it sent has been received."""
 
 
 @dataclass(frozen=True)
@@ -63,41 +60,30 @@ class Worker:
     since: float = field(default=0.0, init=False)  # time.monotonic() at which the first of `jobs` started
 
 
-class WorkerPool(ABC):
+class WorkerPool(contextlib.AbstractContextManager):
     """One worker for each of `devices` ("cpu", "cuda:0", ...; repeats allowed). Use as a context manager.
 
     `setup(device, *args)` is called once in each worker and returns the function that turns a payload into a result.
-    `setup`, `args`, payloads and results must be picklable. A worker holds at most `max_ahead` jobs, including the
-    running one, so that it never waits for the parent. `threads_per_worker` bounds a worker's CPU threads.
+    `setup`, `args`, payloads and results must be picklable. `threads_per_worker` bounds a worker's CPU threads.
 
     A job that raises, kills its worker, or runs longer than `time_limit` seconds is tried again, `ATTEMPTS` times in
     all; then its result carries the error. A dead worker's jobs are queued again and a new worker takes its place.
     """
 
+    MAX_AHEAD = 2  # jobs that a worker holds, including the running one, so that it never waits for the parent
     SETUP_HINT = ""  # added to a UserError of `setup`
 
-    def __init__(
-        self,
-        setup: Callable[..., Callable[[Any], Any]],
-        args: tuple,
-        devices: Sequence[str],
-        max_ahead: int = 2,
-        threads_per_worker: int | None = None,
-    ):
-        self.time_limit: float | None = None  # seconds; may be changed at any time
+    def __init__(self, setup: Callable, args: tuple, devices: Sequence[str], threads_per_worker: int | None = None):
+        self.time_limit: float | None = None  # seconds; may be changed between calls
         self._setup = setup
         self._args = args
         self._devices = list(devices)
-        self._max_ahead = max_ahead
         self._threads = threads_per_worker
         self._messages: dict[Hashable, bytes] = {}  # id and payload, pickled, of every job without a result
         self._waiting: deque[Hashable] = deque()  # jobs that no worker holds
         self._failures: Counter[Hashable] = Counter()
         self._done: list[Result] = []
         self._workers = [self._start(slot, failed_starts=0) for slot in range(len(self._devices))]
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *_) -> None:
         self.close()
@@ -109,7 +95,7 @@ class WorkerPool(ABC):
 
     def free_slots(self) -> int:
         """How many jobs can be submitted until every worker holds as many as it may."""
-        return max(0, self._max_ahead * len(self._workers) - len(self._messages))
+        return max(0, self.MAX_AHEAD * len(self._workers) - len(self._messages))
 
     def submit(self, job_id: Hashable, payload: Any) -> None:
         """Queue a job. Beyond `free_slots` it waits here until a worker has room. Raises what `results` raises."""
@@ -125,21 +111,28 @@ class WorkerPool(ABC):
         Returns an empty list after the timeout, or at once if nothing is pending. If a worker cannot be set up, raises
         UserError where the user can fix the cause, else WorkerError.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        limit = self.time_limit or math.inf
         while self._messages and not self._done:
-            for worker in self._listen(self._seconds_to_wait(deadline)):
+            # Wake up at the deadline, or when the next job's time is up.
+            moment = min([deadline, *(w.since + limit for w in self._workers if w.jobs)])
+            seconds = None if moment == math.inf else max(0.0, moment - time.monotonic())
+            for worker in self._listen(seconds):
                 if not self._drain(worker):
                     self._replace(worker)
-            self._stop_overdue()
+            for worker in list(self._workers):
+                if worker.jobs and time.monotonic() - worker.since > limit:
+                    self._replace(worker, f"no result within {limit:g} s")
             self._hand_out()
-            if deadline is not None and time.monotonic() >= deadline:
+            if time.monotonic() >= deadline:
                 break
         done, self._done = self._done, []
         return done
 
     def close(self) -> None:
         """End all workers within seconds, whatever they do. Pending jobs are lost."""
-        self._end_all(self._workers)
+        for worker in self._workers:
+            self._kill(worker)
         self._workers = []
         self._messages.clear()
         self._waiting.clear()
@@ -153,8 +146,8 @@ class WorkerPool(ABC):
         """Wait at most `timeout` seconds for a message or a death; return the workers concerned."""
 
     @abstractmethod
-    def _receive(self, worker: Worker) -> Iterator[bytes]:
-        """The messages that have arrived. Raises WorkerDied after a dead worker's last one."""
+    def _receive(self, worker: Worker) -> tuple[list[bytes], bool]:
+        """The messages that have arrived, and whether more can follow: False once the worker is dead."""
 
     @abstractmethod
     def _send(self, worker: Worker, message: bytes) -> bool:
@@ -164,10 +157,6 @@ class WorkerPool(ABC):
     def _kill(self, worker: Worker) -> str:
         """End a worker unless it is dead, and return how it ended. What it has sent can still be received."""
 
-    @abstractmethod
-    def _end_all(self, workers: Sequence[Worker]) -> None:
-        """End all workers, gracefully where that is possible."""
-
     def _hand_out(self) -> None:
         """Send waiting jobs to the ready workers that hold the fewest."""
         while self._waiting:
@@ -176,7 +165,7 @@ class WorkerPool(ABC):
             # A worker that retries a failed job gets no other one: if it dies, that job is to blame.
             ready = [w for w in self._workers if w.ready and not any(self._failures[job] for job in w.jobs)]
             worker = min(ready, key=lambda w: len(w.jobs), default=None)
-            if worker is None or len(worker.jobs) >= self._max_ahead:
+            if worker is None or len(worker.jobs) >= self.MAX_AHEAD:
                 return
             # A busy worker leaves one job for each worker that is about to be ready.
             starting = sum(not w.ready for w in self._workers)
@@ -190,40 +179,31 @@ class WorkerPool(ABC):
             worker.jobs.append(self._waiting.popleft())
 
     def _drain(self, worker: Worker) -> bool:
-        """Take all messages that have arrived. False if the worker is dead."""
-        try:
-            for message in self._receive(worker):
-                self._take(worker, *pickle.loads(message))
-        except WorkerDied:
-            return False
-        return True
+        """Act on the messages of `set_up` and `run_job` that have arrived. False if the worker is dead."""
+        messages, alive = self._receive(worker)
+        for kind, *content in map(pickle.loads, messages):
+            if kind == "ready":
+                worker.ready = True
+                worker.failed_starts = 0
+            elif kind == "setup_failed":
+                user_error, text = content
+                if user_error:
+                    raise UserError(text + self.SETUP_HINT)
+                raise WorkerError(f"worker {self._name(worker)} could not be set up:\n{text}")
+            else:
+                self._end_attempt(worker, *content)
+        return alive
 
-    def _take(self, worker: Worker, kind: str, *content: Any) -> None:
-        """Take one message of `set_up` or `run_job`."""
-        if kind == "ready":
-            worker.ready = True
-            worker.failed_starts = 0
-        elif kind == "setup_failed":
-            user_error, text = content
-            if user_error:
-                raise UserError(text + self.SETUP_HINT)
-            raise WorkerError(f"worker {self._name(worker)} could not be set up:\n{text}")
-        else:
-            job_id, seconds, outcome = content
-            worker.jobs.remove(job_id)
-            worker.since = time.monotonic()
-            finish = self._finish if kind == "value" else self._failed
-            finish(worker, job_id, seconds, outcome)
-
-    def _failed(self, worker: Worker, job_id: Hashable, seconds: float, error: str) -> None:
-        self._failures[job_id] += 1
-        if self._failures[job_id] < ATTEMPTS:
-            self._waiting.appendleft(job_id)
-        else:
+    def _end_attempt(self, worker: Worker, job_id: Hashable, seconds: float, value: Any, error: str | None) -> None:
+        """Keep the result of a job, or queue the job again if it failed."""
+        worker.jobs.remove(job_id)
+        worker.since = time.monotonic()
+        if error is not None:
+            self._failures[job_id] += 1
+            if self._failures[job_id] < ATTEMPTS:
+                self._waiting.appendleft(job_id)
+                return
             error += f" (attempt {ATTEMPTS} of {ATTEMPTS})"
-            self._finish(worker, job_id, seconds, value=None, error=error)
-
-    def _finish(self, worker: Worker, job_id: Hashable, seconds: float, value: Any, error: str | None = None) -> None:
         del self._messages[job_id]
         self._failures.pop(job_id, None)
         self._done.append(Result(job_id, value, error, self._name(worker), seconds))
@@ -238,31 +218,16 @@ class WorkerPool(ABC):
         how = self._kill(worker)
         # Results that the worker sent before it died count.
         self._drain(worker)
-        unfinished = list(worker.jobs)
-        worker.jobs.clear()
-        culprit = overdue if reason else next(iter(unfinished), None)
-        self._waiting.extendleft(reversed([job_id for job_id in unfinished if job_id != culprit]))
-        if culprit in unfinished:
-            self._failed(worker, culprit, time.monotonic() - worker.since, reason or f"the worker died ({how})")
+        culprit = overdue if reason else next(iter(worker.jobs), None)
+        self._waiting.extendleft(job_id for job_id in reversed(worker.jobs) if job_id != culprit)
+        if culprit in worker.jobs:
+            error = reason or f"the worker died ({how})"
+            self._end_attempt(worker, culprit, time.monotonic() - worker.since, value=None, error=error)
         # A setup that always dies would restart for ever.
         failed_starts = 0 if worker.ready else worker.failed_starts + 1
         if failed_starts >= ATTEMPTS:
             raise UserError(f"worker {self._name(worker)} died {ATTEMPTS} times in a row before it was ready ({how})")
         self._workers[worker.slot] = self._start(worker.slot, failed_starts)
-
-    def _stop_overdue(self) -> None:
-        if self.time_limit is None:
-            return
-        for worker in list(self._workers):
-            if worker.jobs and time.monotonic() - worker.since > self.time_limit:
-                self._replace(worker, f"no result within {self.time_limit:g} s")
-
-    def _seconds_to_wait(self, deadline: float | None) -> float | None:
-        """Seconds until `deadline` or the next job's time limit; None if there is neither."""
-        moments = [] if deadline is None else [deadline]
-        if self.time_limit is not None:
-            moments += [w.since + self.time_limit for w in self._workers if w.jobs]
-        return max(0.0, min(moments) - time.monotonic()) if moments else None
 
     def _name(self, worker: Worker) -> str:
         return f"{self._devices[worker.slot]}#{worker.slot}"
@@ -285,10 +250,10 @@ def run_job(function: Callable[[Any], Any], message: bytes) -> bytes:
     start = time.perf_counter()
     try:
         value = function(payload)
-        return pickle.dumps(("value", job_id, time.perf_counter() - start, value))
+        return pickle.dumps(("ended", job_id, time.perf_counter() - start, value, None))
     except BaseException:
         error = traceback.format_exc(limit=-2).strip()
-        return pickle.dumps(("error", job_id, time.perf_counter() - start, error))
+        return pickle.dumps(("ended", job_id, time.perf_counter() - start, None, error))
 
 
 @dataclass
@@ -319,17 +284,17 @@ class Dispatcher(WorkerPool):
         ready = connection.wait(owners, timeout)
         return list({owners[channel].slot: owners[channel] for channel in ready}.values())
 
-    def _receive(self, worker: _Process) -> Iterator[bytes]:
+    def _receive(self, worker: _Process) -> tuple[list[bytes], bool]:
         # Asked before the pipe is read: if the worker is dead, all that it ever sent is in the pipe by now.
         alive = worker.process.is_alive()
+        messages = []
         try:
             while worker.conn.poll():
-                yield worker.conn.recv_bytes()
+                messages.append(worker.conn.recv_bytes())
         except (EOFError, OSError):
             worker.conn.close()
             alive = False
-        if not alive:
-            raise WorkerDied
+        return messages, alive
 
     def _send(self, worker: _Process, message: bytes) -> bool:
         with contextlib.suppress(OSError):
@@ -346,14 +311,14 @@ class Dispatcher(WorkerPool):
         hint = ", as the system does when memory runs out" if code == -signal.SIGKILL else ""
         return f"killed by {signal.Signals(-code).name}{hint}"
 
-    def _end_all(self, workers: Sequence[_Process]) -> None:
-        for worker in workers:
+    def close(self) -> None:
+        # An idle worker exits by itself, with its buffers flushed.
+        for worker in self._workers:
             self._send(worker, EXIT)
         deadline = time.monotonic() + GRACE_SECONDS
-        for worker in workers:
+        for worker in self._workers:
             worker.process.join(max(0.0, deadline - time.monotonic()))
-            self._kill(worker)
-            worker.conn.close()
+        super().close()
 
 
 @contextlib.contextmanager

@@ -124,7 +124,6 @@ def export_graph(detector: Detector, nms: bool = True) -> ModelProto:
     size = detector.model.image_size
     # A batch size of 1 would become a constant of the graph.
     example = torch.zeros(2, 3, size, size, dtype=torch.uint8)
-    free = {name: {0: "batch"} for name in ("images", *PRIORS)}
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # deprecations within the exporter
         path = f"{folder}/network.onnx"
@@ -136,7 +135,7 @@ def export_graph(detector: Detector, nms: bool = True) -> ModelProto:
             input_names=["images"],
             output_names=list(PRIORS),
             opset_version=OPSET,
-            dynamic_axes=free,
+            dynamic_axes={name: {0: "batch"} for name in ("images", *PRIORS)},
             verbose=False,
         )
         model = onnx.load(path)
@@ -147,7 +146,17 @@ def export_graph(detector: Detector, nms: bool = True) -> ModelProto:
         part.doc_string = ""
     if nms:
         model = add_nms(model, detector.config.postprocess)
-    onnx.helper.set_model_props(model, _metadata(detector))
+    metadata = {
+        "classes": detector.classes,
+        "category_ids": detector.category_ids,
+        "genotype": detector.genotype.to_dict(),
+        "image_size": size,
+        "postprocess": asdict(detector.config.postprocess),
+        "boxes": "xyxy, shares of the picture's width and height",
+        "epoch": detector.epoch,
+    }
+    entries = {key: json.dumps(value) for key, value in metadata.items()}
+    onnx.helper.set_model_props(model, {"format": FORMAT, **entries})
     return model
 
 
@@ -168,35 +177,20 @@ def add_nms(model: ModelProto, config: PostprocessConfig) -> ModelProto:
         iou=float(config.nms_threshold),
         confidence=float(config.confidence_threshold),
     )
-    connections = [(name, name) for name in PRIORS]
     joined = copy.deepcopy(model)
-    joined.graph.CopyFrom(compose.merge_graphs(model.graph, parser.parse_graph(text), connections))
+    graph = compose.merge_graphs(model.graph, parser.parse_graph(text), [(name, name) for name in PRIORS])
+    joined.graph.CopyFrom(graph)
     return joined
 
 
 def with_every_output(model: ModelProto, config: PostprocessConfig) -> ModelProto:
     """A copy of a graph, exported with or without NMS, that has all five outputs. The gate compares them."""
     helper, onnx = require("onnx.helper", "onnx")
-    if any(output.name in PRIORS for output in model.graph.output):
-        model = add_nms(model, config)
-    else:
-        model = copy.deepcopy(model)
+    has_nms = any(output.name in DETECTIONS for output in model.graph.output)
+    model = copy.deepcopy(model) if has_nms else add_nms(model, config)
     outputs = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in PRIORS]
     model.graph.output.extend(outputs)
     return model
-
-
-def _metadata(detector: Detector) -> dict[str, str]:
-    content = {
-        "classes": detector.classes,
-        "category_ids": detector.category_ids,
-        "genotype": detector.genotype.to_dict(),
-        "image_size": detector.model.image_size,
-        "postprocess": asdict(detector.config.postprocess),
-        "boxes": "xyxy, shares of the picture's width and height",
-        "epoch": detector.epoch,
-    }
-    return {"format": FORMAT, **{key: json.dumps(value) for key, value in content.items()}}
 
 
 def open_session(model: Path | bytes):
@@ -249,13 +243,17 @@ def write_verified(model: ModelProto, path: Path, detector: Detector, test: Anno
     return {**report, "bytes": path.stat().st_size}
 
 
+@torch.inference_mode()
 def write_measured(model: ModelProto, path: Path, detector: Detector, test: Annotations, exact_ap: float) -> dict:
     """Write an int8 graph, which differs from the detector. The report has its AP and the loss from `exact_ap`."""
-    report = average_precision(model, detector, test)
-    report["AP_loss"] = exact_ap - report["AP"]
+    session = open_session(with_every_output(model, detector.config.postprocess).SerializeToString())
+    found = []
+    for images in test_images(detector, test):
+        found += unpad(*run_session(session, images, DETECTIONS))
     with replacing(path) as file:
         file.write(model.SerializeToString())
-    return {**report, "bytes": path.stat().st_size}
+    report = _average_precisions(found, test)
+    return {**report, "AP_loss": exact_ap - report["AP"], "bytes": path.stat().st_size}
 
 
 def update_report(reports: dict[str, dict], folder: Path) -> None:
@@ -297,8 +295,9 @@ def compare(path: Path, detector: Detector, test: Annotations) -> dict:
     """
     (onnx,) = require("onnx")
     config = detector.config
+    rules = config.postprocess
     network = detector.model
-    session = open_session(with_every_output(onnx.load(path), config.postprocess).SerializeToString())
+    session = open_session(with_every_output(onnx.load(path), rules).SerializeToString())
     deployed = ScoresAndBoxes(network, config)
     elastic = elastic_view(detector)
     worst = dict.fromkeys(DIFFERENCES, 0.0)
@@ -317,40 +316,24 @@ def compare(path: Path, detector: Detector, test: Annotations) -> dict:
             difference = float((a - b).abs().nan_to_num(nan=math.inf).max())
             worst[name] = max(worst[name], difference)
         exported += unpad(*detections)
-        trained += postprocess(
-            logits, offsets, network.priors, config.postprocess, config.loss.type, config.head.variances
-        )
-    scores = _metrics(exported, test)
-    reference = _metrics(trained, test)
-    return {**worst, "AP": scores["AP"], "AP50": scores["AP50"], "AP_torch": reference["AP"], "images": len(test)}
-
-
-@torch.inference_mode()
-def average_precision(model: ModelProto, detector: Detector, test: Annotations) -> dict:
-    """AP and AP50 of a graph on the test images."""
-    session = open_session(with_every_output(model, detector.config.postprocess).SerializeToString())
-    found = []
-    for images in test_images(detector, test):
-        found += unpad(*run_session(session, images, DETECTIONS))
-    scores = _metrics(found, test)
-    return {"AP": scores["AP"], "AP50": scores["AP50"], "images": len(test)}
+        trained += postprocess(logits, offsets, network.priors, rules, config.loss.type, config.head.variances)
+    reference = _average_precisions(trained, test)
+    return {**worst, **_average_precisions(exported, test), "AP_torch": reference["AP"]}
 
 
 def test_images(detector: Detector, test: Annotations) -> Iterator[Tensor]:
     """Batches (B, 3, S, S) of all test images."""
-    loader = eval_loader(
-        test,
-        range(len(test)),
-        detector.model.image_size,
-        detector.config.final.batch_size,
-        workers=detector.config.data.workers,
-        on_error=detector.config.data.on_error,
-    )
+    data = detector.config.data
+    size = detector.model.image_size
+    batch_size = detector.config.final.batch_size
+    loader = eval_loader(test, range(len(test)), size, batch_size, workers=data.workers, on_error=data.on_error)
     return (batch.images for batch in progress(loader, "evaluate"))
 
 
-def _metrics(found: list[Detections], test: Annotations) -> dict:
-    return detection_metrics(found, test.ground_truth(range(len(test))), test.sizes.tolist(), test.classes)
+def _average_precisions(found: list[Detections], test: Annotations) -> dict:
+    """AP, AP50 and the number of images of a report."""
+    metrics = detection_metrics(found, test.ground_truth(range(len(test))), test.sizes.tolist(), test.classes)
+    return {"AP": metrics["AP"], "AP50": metrics["AP50"], "images": len(test)}
 
 
 def elastic_view(detector: Detector) -> ElasticSSD:
@@ -379,25 +362,22 @@ def quantize(model: ModelProto, batches: Iterable[Tensor]) -> ModelProto:
     onnx, quantization = require("onnx", "onnxruntime.quantization")
     feeds = ({"images": batch.numpy()} for batch in batches)
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "float.onnx"
-        target = Path(folder) / "int8.onnx"
         # Saved first, because quantize_static changes a model in memory.
-        onnx.save(model, source)
+        onnx.save(model, f"{folder}/float.onnx")
         # It warns that BatchNorm should be fused before, which is the case here.
-        previous = logging.root.manager.disable
         logging.disable(logging.WARNING)
         try:
             quantization.quantize_static(
-                source,
-                target,
+                f"{folder}/float.onnx",
+                f"{folder}/int8.onnx",
                 SimpleNamespace(get_next=lambda: next(feeds, None)),  # a CalibrationDataReader
                 quant_format=quantization.QuantFormat.QDQ,
                 op_types_to_quantize=["Conv"],
                 per_channel=True,
             )
         finally:
-            logging.disable(previous)
-        quantized = onnx.load(target)
+            logging.disable(logging.NOTSET)
+        quantized = onnx.load(f"{folder}/int8.onnx")
     # Quantisation drops the metadata.
     onnx.helper.set_model_props(quantized, {entry.key: entry.value for entry in model.metadata_props})
     return quantized

@@ -9,12 +9,12 @@ from __future__ import annotations
 import functools
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from lib.config import Config
-from lib.dispatcher import Dispatcher, Worker, WorkerDied, WorkerPool, run_job, set_up
+from lib.dispatcher import Dispatcher, Worker, WorkerPool, run_job, set_up
 from lib.errors import UserError
 from lib.runtime import pick_workers
 
@@ -27,13 +27,14 @@ def pick_dispatcher(
     `kind`, `address` and `gpus` are the values of --dispatcher, --ray-address and --gpus. For "ray", this joins the
     cluster, or starts one.
     """
-    if kind != "ray" and address:
-        raise UserError(f"--ray-address {address}: goes with --dispatcher ray")
     if kind == "ray":
-        # The cluster's machines decide how many workers there can be.
         connect(address)
-        devices, threads = pick_ray_workers(gpus, machines(), config)
+        # The cluster's machines decide how many workers there can be.
+        machines = [node["Resources"] for node in _ray().nodes() if node["Alive"]]
+        devices, threads = pick_ray_workers(gpus, machines, config)
         pool = RayDispatcher
+    elif address:
+        raise UserError(f"--ray-address {address}: goes with --dispatcher ray")
     else:
         devices, threads = pick_workers(gpus, config)
         pool = Dispatcher
@@ -61,16 +62,11 @@ def connect(address: str | None, cpus: int | None = None) -> None:
         ) from None
 
 
-def machines() -> list[dict[str, float]]:
-    """The resources ("CPU", "GPU", ...) of each machine of the cluster."""
-    return [node["Resources"] for node in _ray().nodes() if node["Alive"]]
-
-
 def pick_ray_workers(gpus: str | None, machines: Sequence[dict], config: Config) -> tuple[list[str], int | None]:
     """The device of each worker of a cluster, and the CPU threads of each CPU worker (None if there is none).
 
-    Ray places the workers, so a number in `gpus` means any GPU. Without `gpus`: every GPU of the cluster, else
-    `search.parallelism` CPU workers or as many as there are CPUs.
+    `machines` are the resources ("CPU", "GPU", ...) of each machine. Ray places the workers, so a number in `gpus`
+    means any GPU. Without `gpus`: every GPU of the cluster, else `search.parallelism` CPU workers or one for each CPU.
     """
     cpus = [int(machine.get("CPU", 0)) for machine in machines]
     gpu_count = sum(int(machine.get("GPU", 0)) for machine in machines)
@@ -145,16 +141,17 @@ class RayDispatcher(WorkerPool):
         ready, _ = _ray().wait([*owners], num_returns=1, timeout=timeout)
         return [owners[call] for call in ready]
 
-    def _receive(self, worker: _Actor) -> Iterator[bytes]:
+    def _receive(self, worker: _Actor) -> tuple[list[bytes], bool]:
         ray = _ray()
+        messages = []
         while worker.calls and ray.wait([worker.calls[0]], timeout=0)[0]:
             try:
-                message = ray.get(worker.calls[0])
+                messages.append(ray.get(worker.calls[0]))
             except ray.exceptions.RayError as error:
                 worker.end = _reason_of_death(error)
-                raise WorkerDied from None
+                return messages, False
             worker.calls.popleft()
-            yield message
+        return messages, True
 
     def _send(self, worker: _Actor, message: bytes) -> bool:
         worker.calls.append(worker.handle.run.remote(message))
@@ -163,10 +160,6 @@ class RayDispatcher(WorkerPool):
     def _kill(self, worker: _Actor) -> str:
         _ray().kill(worker.handle, no_restart=True)
         return worker.end
-
-    def _end_all(self, workers: Sequence[_Actor]) -> None:
-        for worker in workers:
-            self._kill(worker)
 
 
 def _reason_of_death(error: Exception) -> str:

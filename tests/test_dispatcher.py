@@ -175,8 +175,9 @@ def test_a_worker_killed_from_outside_is_replaced(make, tmp_path):
         assert take(dispatcher, 1)[0].value == 1
 
 
-def test_an_innocent_job_is_not_blamed_for_the_one_behind_it(make):
-    with make(setup, (), ["cpu"], max_ahead=3) as dispatcher:
+def test_an_innocent_job_is_not_blamed_for_the_one_behind_it(make, monkeypatch):
+    monkeypatch.setattr(make, "MAX_AHEAD", 3)
+    with make(setup, (), ["cpu"]) as dispatcher:
         dispatcher.submit("innocent", ("echo", 1))
         dispatcher.submit("poison", ("exit", 9))
         dispatcher.submit("bystander", ("echo", 2))
@@ -270,9 +271,10 @@ def test_ctrl_c_is_left_to_the_parent():
         assert take(dispatcher, 1)[0].value == "alive"
 
 
-def test_results_sent_before_death_are_taken_from_the_pipe():
+def test_results_sent_before_death_are_taken_from_the_pipe(monkeypatch):
     """The parent does not look until the worker, which finished one job, is dead: that job is not run again."""
-    with Dispatcher(setup, (), ["cpu"], max_ahead=3) as dispatcher:
+    monkeypatch.setattr(Dispatcher, "MAX_AHEAD", 3)
+    with Dispatcher(setup, (), ["cpu"]) as dispatcher:
         dispatcher.submit("pid", ("where", None))
         pid = take(dispatcher, 1)[0].value[2]
         dispatcher.submit("first", ("where", None))

@@ -316,6 +316,7 @@ def test_the_parts_of_a_detector_are_timed_by_themselves(tiny_trained, clock, mo
         monkeypatch.setattr(kind, name, slow(milliseconds, getattr(kind, name)))
     monkeypatch.setattr(ScoresAndBoxes, "decode", slow(10, ScoresAndBoxes.decode))
     monkeypatch.setattr(latency, "ROUNDS", 1)
+    monkeypatch.setattr(latency, "REPETITIONS", 1)
     before = torch.get_num_threads()
     times = latency.time_parts(detector.model, detector.config, CPU)
     assert torch.get_num_threads() == before and threads[-1] == 2 == times["threads"]

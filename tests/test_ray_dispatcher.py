@@ -18,7 +18,7 @@ from search_runs import search
 from tiny_runs import finish, read_lines
 
 from lib.errors import UserError
-from lib.ray_dispatcher import RayDispatcher, connect, machines, most_threads, pick_dispatcher, pick_ray_workers
+from lib.ray_dispatcher import RayDispatcher, connect, most_threads, pick_dispatcher, pick_ray_workers
 from tests.dispatch_workers import setup, setup_user_error
 
 ROOT = Path(__file__).parents[1]
@@ -71,7 +71,7 @@ def test_a_machine_that_is_lost_costs_nothing(tmp_path):
     lost = cluster.add_node(num_cpus=1)
     connect(cluster.address)
     try:
-        assert [machine["CPU"] for machine in machines()] == [1, 1]
+        assert [node["Resources"]["CPU"] for node in ray.nodes()] == [1, 1]
         with RayDispatcher(setup, (), ["cpu", "cpu"]) as dispatcher:
             seen = set()
             while len(seen) < 2:
