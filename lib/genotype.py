@@ -61,12 +61,12 @@ class Genotype:
             return cls(
                 image_size=_integer(data["image_size"], "image_size"),
                 backbone_type=str(backbone["type"]),
-                stages=tuple(tuple(_read_block(block) for block in stage) for stage in backbone["stages"]),
-                head=tuple(_read_block(block) for block in data["head"]),
+                stages=tuple(tuple(_block(b["expand"], b["kernel"]) for b in stage) for stage in backbone["stages"]),
+                head=tuple(_block(b["expand"], b["kernel"]) for b in data["head"]),
             )
         except KeyError as error:
             raise UserError(f"genotype: the key {error} is missing") from None
-        except TypeError as error:
+        except TypeError as error:  # a list or an object where a number should be, or the other way round
             raise UserError(f"genotype: {error}") from None
 
     def __str__(self) -> str:
@@ -96,17 +96,8 @@ def _integer(value: object, name: str) -> int:
     return value
 
 
-def _read_block(data: dict) -> Block:
-    expand = data["expand"]
-    kernel = data["kernel"]
-    try:
-        return _checked_block(expand, kernel)
-    except TypeError:  # not hashable, so not a number
-        raise UserError(f"genotype: expand and kernel must be numbers, found {expand!r} and {kernel!r}") from None
-
-
 @functools.lru_cache(maxsize=1024, typed=True)  # a ledger holds the same few blocks hundreds of thousands of times
-def _checked_block(expand: object, kernel: object) -> Block:
+def _block(expand: object, kernel: object) -> Block:
     if isinstance(expand, bool) or not isinstance(expand, (int, float)) or not expand > 0:
         raise UserError(f"genotype: expand must be a positive number, found {expand!r}")
     return Block(expand, _integer(kernel, "kernel"))
@@ -130,15 +121,6 @@ class StageChoices:
 
     depth: tuple[int, ...]
     block: BlockChoices
-
-
-class Gene(NamedTuple):
-    """One choice of a genotype that has an alternative in the search space."""
-
-    part: str  # "image_size", "depth", "stage" or "head"
-    index: int = 0  # of the stage or the head block
-    block: int = 0  # in its stage
-    field: str = ""  # of the block
 
 
 @dataclass(frozen=True)
@@ -190,34 +172,34 @@ class SearchSpace:
             child = self._change(child, gene, rng)
         return child
 
-    def _genes(self, genotype: Genotype) -> list[Gene]:
-        """Blocks come before depths, so that a block still exists when its turn comes."""
-        genes = [Gene("image_size")] if len(self.image_size) > 1 else []
+    def _genes(self, genotype: Genotype) -> list[tuple]:
+        """The choices of `genotype` that have an alternative, as `_change` takes them."""
+        genes: list[tuple] = [("image_size",)] if len(self.image_size) > 1 else []
         for i, stage in enumerate(self.stages):
             fields = [field for field in Block._fields if len(getattr(stage.block, field)) > 1]
-            genes += [Gene("stage", i, j, field) for j in range(len(genotype.stages[i])) for field in fields]
+            genes += [("stage", i, j, field) for j in range(len(genotype.stages[i])) for field in fields]
         for i, choices in enumerate(self.head):
-            genes += [Gene("head", i, field=field) for field in Block._fields if len(getattr(choices, field)) > 1]
-        genes += [Gene("depth", i) for i, stage in enumerate(self.stages) if len(stage.depth) > 1]
+            genes += [("head", i, field) for field in Block._fields if len(getattr(choices, field)) > 1]
+        # Depths come last, so that a block still exists when its turn comes.
+        genes += [("depth", i) for i, stage in enumerate(self.stages) if len(stage.depth) > 1]
         return genes
 
-    def _change(self, genotype: Genotype, gene: Gene, rng: random.Random) -> Genotype:
+    def _change(self, genotype: Genotype, gene: tuple, rng: random.Random) -> Genotype:
         """`genotype` with another value for one gene."""
-        i = gene.index
-        if gene.part == "image_size":
-            return replace(genotype, image_size=_another(self.image_size, genotype.image_size, rng))
-        if gene.part == "head":
-            block = _change_block(genotype.head[i], self.head[i], gene.field, rng)
-            return replace(genotype, head=_put(genotype.head, i, block))
-        stage = genotype.stages[i]
-        choices = self.stages[i]
-        if gene.part == "depth":
-            depth = _another(choices.depth, len(stage), rng)
-            added = [_pick_block(choices.block, rng.choice) for _ in range(depth - len(stage))]
-            stage = (*stage[:depth], *added)
-        else:
-            block = _change_block(stage[gene.block], choices.block, gene.field, rng)
-            stage = _put(stage, gene.block, block)
+        match gene:
+            case ("image_size",):
+                return replace(genotype, image_size=_another(self.image_size, genotype.image_size, rng))
+            case ("head", i, field):
+                block = _change_block(genotype.head[i], self.head[i], field, rng)
+                return replace(genotype, head=_put(genotype.head, i, block))
+            case ("stage", i, j, field):
+                block = _change_block(genotype.stages[i][j], self.stages[i].block, field, rng)
+                stage = _put(genotype.stages[i], j, block)
+            case ("depth", i):
+                stage = genotype.stages[i]
+                depth = _another(self.stages[i].depth, len(stage), rng)
+                added = [_pick_block(self.stages[i].block, rng.choice) for _ in range(depth - len(stage))]
+                stage = (*stage[:depth], *added)
         return replace(genotype, stages=_put(genotype.stages, i, stage))
 
     def crossover(self, a: Genotype, b: Genotype, rng: random.Random) -> Genotype:
