@@ -17,6 +17,7 @@ import json
 import random
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -188,7 +189,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         content = {**pretrained.to_dict(), "supernet": {"path": str(folder / "last.pt")}, "config": to_dict(config)}
         checkpoint.write_text(folder / "pretrained_genotype.json", json.dumps(content, indent=1) + "\n")
         print(f"wrote {folder / 'pretrained_genotype.json'}, the sub-network that holds the pretrained one")
-    scorer = Scorer(prepare_scoring_data(annotations, train, search, config), config, device)
+    # The panel's scores need no intervals, so the images are not resampled.
+    panel_config = replace(config, search=replace(config.search, resamples=0))
+    scorer = Scorer(prepare_scoring_data(annotations, train, search, config), panel_config, device)
     panel = Panel(make_panel(detector.space, config.supernet.panel, config.seed, pretrained), scorer, config)
     options = {"resume": args.resume, "tensorboard": args.tensorboard}
     training = SupernetTraining(config, folder, detector, loader, panel, device, **options)

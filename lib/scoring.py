@@ -111,27 +111,12 @@ def save_scoring_data(data: dict, path: Path) -> None:
 
 
 def load_scoring_data(path: Path) -> dict:
-    """The data as it was saved, mapped into memory; the ground truth of an image is made when it is asked for."""
+    """The data as it was saved, mapped into memory; the ground truth of an image is views of the whole's tensors."""
     data = checkpoint.read(path, mmap=True)
-    data["truth"] = Truth(data["truth"], data.pop("counts"))
+    counts = data.pop("counts").tolist()
+    columns = {name: column.split(counts) for name, column in data["truth"].items()}
+    data["truth"] = [dict(zip(columns, image, strict=True)) for image in zip(*columns.values(), strict=True)]
     return data
-
-
-class Truth(Sequence):
-    """The ground truth of N images, as the metrics take it: views of tensors over all objects."""
-
-    def __init__(self, columns: dict[str, Tensor], counts: Tensor):
-        self._columns = columns
-        self._offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
-
-    def __len__(self) -> int:
-        return len(self._offsets) - 1
-
-    def __getitem__(self, i: int) -> dict[str, Tensor]:
-        if not 0 <= i < len(self):
-            raise IndexError(i)
-        start, end = self._offsets[i], self._offsets[i + 1]
-        return {name: column[start:end] for name, column in self._columns.items()}
 
 
 class Scorer:
@@ -153,27 +138,22 @@ class Scorer:
 
         With `search.resamples` also {"objective": name, "resampled": {"<images>": its packed scores on resamples}}.
         """
-        model = self._prepare(detector, genotype)
-        detections = self._detect(model)
+        settings = self.config.search
+        model = detector.extract(genotype).to(self.device, memory_format=torch.channels_last)
+        # Whole batches only: a small last batch would count as much as the others.
+        images = self.data["bn_images"]
+        count = max(len(images) // settings.batch_size, 1) * settings.batch_size
+        recalibrate(model, images[:count].split(settings.batch_size), self.device)
+        detections = self._detect(fuse(model, inplace=True))
         pixels = [to_pixels(found, *size) for found, size in zip(detections, self.data["sizes"], strict=True)]
-        evaluation = Evaluation(len(self.data["classes"]), list(self.data["truth"]), pixels)
+        evaluation = Evaluation(len(self.data["classes"]), self.data["truth"], pixels)
         metrics = {**summarise(evaluation, self.data["classes"]), **detector.cost(genotype)._asdict()}
         result = {"metrics": metrics, "images": self.num_images}
         # Resampling reuses the matches of the evaluation, so it costs little beside the detection.
-        if self.config.search.resamples:
-            objective = self.config.search.objective
-            weights = image_weights(self.num_images, self.config.search.resamples)
-            scores = evaluation.resampled(objective, weights)
-            result |= {"objective": objective, "resampled": {str(self.num_images): pack(scores)}}
+        if settings.resamples:
+            scores = evaluation.resampled(settings.objective, image_weights(self.num_images, settings.resamples))
+            result |= {"objective": settings.objective, "resampled": {str(self.num_images): pack(scores)}}
         return result
-
-    def _prepare(self, detector: ElasticSSD, genotype: Genotype) -> SSD:
-        model = detector.extract(genotype).to(self.device, memory_format=torch.channels_last)
-        # Whole batches only: a small last batch would count as much as the others.
-        images, size = self.data["bn_images"], self.config.search.batch_size
-        count = max(len(images) // size, 1) * size
-        recalibrate(model, images[:count].split(size), self.device)
-        return fuse(model, inplace=True)
 
     def _detect(self, model: SSD) -> list[Detections]:
         while True:
