@@ -127,9 +127,12 @@ def coco_numbers(ranked: Ranked, num_classes: int) -> tuple[dict[str, float], np
     numbers = {}
     for size, area in AREAS.items():
         matches = _match_area(ranked, area, num_classes)
-        num_objects = _num_objects(ranked.objects, matches, once, num_classes)  # (1, C)
-        ap = _average_precision(ranked.found, matches, num_objects, once)  # (1, T, C)
-        recall = _recall(ranked.rank, matches, num_objects[0])  # (3, T, C)
+        num_objects, ap = _average_precision(ranked, matches, once, num_classes)  # (1, C), (1, T, C)
+        # The recall with each of DETECTIONS_ALLOWED, (3, T, C).
+        curve = matches.curve[matches.right]
+        rank = ranked.rank[matches.detection[matches.right]]
+        right = [np.bincount(curve[rank < most], minlength=ap.size) for most in DETECTIONS_ALLOWED]
+        recall = np.reshape(right, (-1, *ap.shape[1:])) / np.maximum(num_objects, 1)
         numbers[f"AP{size}"] = _mean(num_objects, ap)
         if size:
             numbers[f"AR{size}"] = _mean(num_objects, recall[-1:])
@@ -156,8 +159,7 @@ def resampled_ap(ranked: Ranked, num_classes: int, weight: np.ndarray, threshold
     step = max(1, POINTS_AT_ONCE // points)
     for start in range(0, len(weight), step):
         some = slice(start, start + step)
-        num_objects = _num_objects(ranked.objects, matches, weight[some], num_classes)
-        ap = _average_precision(ranked.found, matches, num_objects, weight[some])
+        num_objects, ap = _average_precision(ranked, matches, weight[some], num_classes)
         result[some] = _mean(num_objects, ap[:, thresholds])
     return result
 
@@ -214,15 +216,10 @@ def _match(pairs: Pairs, crowd: np.ndarray, num_detections: int) -> tuple[np.nda
         current = following[next_proposer[following] == proposer[current]]
 
 
-def _num_objects(objects: GroundTruth, matches: Matches, weight: np.ndarray, num_classes: int) -> np.ndarray:
-    """(R, C) objects to find."""
-    images = weight.shape[1]
-    place = objects.image[matches.wanted] * num_classes + objects.label[matches.wanted]
-    return weight @ np.bincount(place, minlength=images * num_classes).reshape(images, num_classes)
-
-
-def _average_precision(found: ScoredBoxes, matches: Matches, num_objects: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """(R, T, C) mean over the 101 `RECALLS` of the highest precision at that recall or a higher one.
+def _average_precision(
+    ranked: Ranked, matches: Matches, weight: np.ndarray, num_classes: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Objects to find (R, C), and the mean (R, T, C) over `RECALLS` of the highest precision there or further on.
 
     Step 1, `_count_along_curves`: the numbers of detections up to each right one, where the precision is highest.
     Step 2, `_sum_over_recalls`: the area under each curve.
@@ -235,14 +232,17 @@ def _average_precision(found: ScoredBoxes, matches: Matches, num_objects: np.nda
         [1, 1]    2          [1, 2], [1, 3]       [0.5, 1]    [1, 2/3]     (51 * 1 + 50 * 2/3) / 101 = 0.835
         [2, 0]    4          [2, 4], [2, 4]       [0.5, 1]    [1, 1]       (51 * 1 + 50 * 1) / 101 = 1
     """
-    num_classes = num_objects.shape[1]
+    wanted = take(ranked.objects, matches.wanted)
+    place = wanted.image * num_classes + wanted.label
+    per_image = np.bincount(place, minlength=weight.shape[1] * num_classes).reshape(-1, num_classes)
+    num_objects = weight @ per_image
     ap = np.zeros((len(weight), len(IOU_THRESHOLDS) * num_classes))
     if matches.right.any():
-        right, seen, curve = _count_along_curves(found, matches, weight)
+        right, seen, curve = _count_along_curves(ranked.found, matches, weight)
         recall = right / np.maximum(num_objects, 1)[:, curve % num_classes]
         precision = right / (seen + np.spacing(1))
         ap[:, np.unique(curve)] = _sum_over_recalls(recall, precision, curve) / len(RECALLS)
-    return ap.reshape(len(weight), len(IOU_THRESHOLDS), num_classes)
+    return num_objects, ap.reshape(len(weight), len(IOU_THRESHOLDS), num_classes)
 
 
 def _count_along_curves(
@@ -292,15 +292,6 @@ def _count_up_to(ends: np.ndarray, image: np.ndarray, inside: np.ndarray, weight
         per_sample_weights=torch.from_numpy(inside[:last].astype(float)),
     )
     return np.cumsum(bags.numpy().T, axis=1).astype(int)
-
-
-def _recall(rank: np.ndarray, matches: Matches, num_objects: np.ndarray) -> np.ndarray:
-    """(3, T, C) the recall with each of `DETECTIONS_ALLOWED`; num_objects (C,)."""
-    shape = len(IOU_THRESHOLDS), len(num_objects)
-    rank = rank[matches.detection[matches.right]]
-    curve = matches.curve[matches.right]
-    right = [np.bincount(curve[rank < most], minlength=shape[0] * shape[1]) for most in DETECTIONS_ALLOWED]
-    return np.stack(right).reshape(-1, *shape) / np.maximum(num_objects, 1)
 
 
 def _running_sum(values: np.ndarray, group: np.ndarray) -> np.ndarray:

@@ -4,8 +4,9 @@ Images come as one dict each, of numpy arrays or CPU tensors; boxes are xyxy in 
 x2 - x1 wide):
     ground truth   boxes (N, 4), labels (N,) in 1..num_classes, ignore (N,) bool, optionally area (N,) in pixels^2
     detections     boxes (K, 4), scores (K,), labels (K,)
-`ignore` marks VOC's difficult and COCO's crowd objects. A class with objects but without detections scores 0. A class
-without objects has no score: it is nan in `per_class` and left out of every mean. A mean over nothing is nan.
+`ignore` marks VOC's difficult and COCO's crowd objects. Unless every image gives `area`, an object's is its box's. A
+class with objects but without detections scores 0. A class without objects has no score: it is nan in `per_class` and
+left out of every mean. A mean over nothing is nan.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ class Evaluation:
         self.num_classes = num_classes
         self.num_images = len(ground_truth)
         self.objects = _of_classes(_ground_truth(ground_truth), num_classes)
-        self.found = _of_classes(_scored_boxes(detections), num_classes)
+        found = ScoredBoxes(*_places(detections), score=_join(detections, "scores", float))
+        self.found = _of_classes(found, num_classes)
         self.pairs = overlapping_pairs(self.objects, self.found, VOC_IOU)
         self.ranked = coco_eval.rank_detections(self.objects, self.found, self.pairs)
 
@@ -144,35 +146,23 @@ def _of_classes(rows: Rows, num_classes: int) -> Rows:
 
 
 def _ground_truth(records: Sequence[PerImage]) -> GroundTruth:
-    """The objects of all images, labels from 0."""
-    boxes = _join_xywh(records)
-    area = boxes[:, 2] * boxes[:, 3]
-    ends = np.cumsum([len(record["labels"]) for record in records], dtype=int)
-    for record, end in zip(records, ends, strict=True):
-        if "area" in record:
-            area[end - len(record["labels"]) : end] = record["area"]
-    labels = _join(records, "labels", int)
-    return GroundTruth(_images(records), labels - 1, boxes, area, crowd=_join(records, "ignore", bool))
+    image, label, boxes = _places(records)
+    has_area = all("area" in record for record in records)
+    area = _join(records, "area", float) if has_area else boxes[:, 2] * boxes[:, 3]
+    return GroundTruth(image, label, boxes, area, crowd=_join(records, "ignore", bool))
 
 
-def _scored_boxes(records: Sequence[PerImage]) -> ScoredBoxes:
-    """The detections of all images, labels from 0."""
-    labels = _join(records, "labels", int)
-    return ScoredBoxes(_images(records), labels - 1, _join_xywh(records), score=_join(records, "scores", float))
-
-
-def _images(records: Sequence[PerImage]) -> np.ndarray:
-    return np.repeat(np.arange(len(records)), [len(record["labels"]) for record in records])
-
-
-def _join(records: Sequence[PerImage], key: str, dtype: type) -> np.ndarray:
-    return np.concatenate([np.zeros(0, dtype), *(np.asarray(record[key]) for record in records)]).astype(dtype)
-
-
-def _join_xywh(records: Sequence[PerImage]) -> np.ndarray:
-    boxes = np.concatenate([np.zeros((0, 4)), *(np.asarray(record["boxes"]) for record in records)])  # float64
+def _places(records: Sequence[PerImage]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Image (N,), label from 0 (N,) and box_xywh (N, 4) of everything in all images."""
+    image = np.repeat(np.arange(len(records)), [len(record["labels"]) for record in records])
+    boxes = _join(records, "boxes", float, 4)
     boxes[:, 2:] -= boxes[:, :2]
-    return boxes
+    return image, _join(records, "labels", int) - 1, boxes
+
+
+def _join(records: Sequence[PerImage], key: str, dtype: type, *row: int) -> np.ndarray:
+    nothing = np.zeros((0, *row), dtype)  # there may be no image
+    return np.concatenate([nothing, *(np.asarray(record[key]) for record in records)]).astype(dtype)
 
 
 def _pycocotools(objects: GroundTruth, found: ScoredBoxes, num_classes: int) -> tuple[dict[str, float], np.ndarray]:
