@@ -259,7 +259,6 @@ _DECIMAL = r"(?:\d{1,9}(?:\.\d*)?|\.\d+)(?:e-?\d{1,3})?"
 _ITEM = re.compile(rf"(\w{{1,60}})\s*=\s*(?:({_DECIMAL})|\(\s*({_DECIMAL})\s*,\s*(\d{{1,9}})\s*\))(?:[\s,]+|$)")
 _WRAPPER = re.compile(r"\w{1,60}\((.*)\)", re.DOTALL)
 _NUMPY_SCALAR = re.compile(r"\b(?:np|numpy)\.\w{1,20}\(([^()]*)\)")
-_DEFAULT_KERNEL = 3  # aw_nas's, of a block that is written as its expand ratio alone
 
 
 def is_genotype_string(text: str) -> bool:
@@ -288,12 +287,12 @@ def parse_genotype_string(text: str, space: SearchSpace) -> Genotype:
         missing = [name for name in names if name not in items]
         if missing:
             raise UserError(f"genotype string: {cell}={depth}, but {missing[0]} is missing")
-        stages.append(tuple(_as_block(items.pop(name)) for name in names))
+        stages.append(tuple(items.pop(name) for name in names))
     if not stages:
         raise UserError("genotype string: no cell_0=... found")
     head = []
     while f"head_{len(head)}" in items:
-        head.append(_as_block(items.pop(f"head_{len(head)}")))
+        head.append(items.pop(f"head_{len(head)}"))
     largest = space.largest()
     image_size = _integer(items.pop("image_size", largest.image_size), "image_size")
     for name in items:
@@ -320,13 +319,11 @@ def _read_items(text: str) -> dict[str, float | Block]:
         name, number, expand, kernel = item.groups()
         if name in items:
             raise UserError(f"genotype string: {name} is given twice")
-        items[name] = _number(number) if number else Block(_number(expand), int(kernel))
+        # A block that is written as its expand ratio alone has aw_nas's kernel, 3.
+        is_block = expand or "_block_" in name or name.startswith("head_")
+        items[name] = Block(_number(expand or number), int(kernel or 3)) if is_block else _number(number)
         position = item.end()
     return items
-
-
-def _as_block(value: float | Block) -> Block:
-    return value if isinstance(value, Block) else Block(value, _DEFAULT_KERNEL)
 
 
 def read_genotype_file(path: Path, index: int | None = None) -> dict:
