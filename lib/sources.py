@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -190,42 +189,33 @@ def recognise(payload: object, origin: str) -> Source:
 
 
 def _renamed(state: Tensors, kind: Format) -> Source:
-    parts: dict[str | int, Tensors] = defaultdict(dict)
+    tensors: Tensors = {}
     left_out = []
     for key, tensor in state.items():
-        if new := _rename(kind.spelling(key), kind.modules):
-            part, name = new
-            parts[part][name] = tensor
+        if name := _rename(kind.spelling(key), kind.modules):
+            tensors[name] = tensor
         else:
             left_out.append(key)
-    blocks = [parts[number] for number in sorted(part for part in parts if isinstance(part, int))]
+    blocks = _numbered(_below(tensors, "block."))
     # The files do not say where a stage ends; in all of these networks its blocks have equally many output channels.
     stages = itertools.groupby(blocks, lambda block: block["project.weight"].shape[0])
     return Source(
         name=kind.name,
-        stem=parts["stem"],
+        stem=_below(tensors, "stem."),
         stages=[list(stage) for _, stage in stages],
-        last_conv=parts["last_conv"],
+        last_conv=_below(tensors, "last_conv."),
         settings=kind.settings,
         elastic=kind.elastic,
         left_out=left_out,
     )
 
 
-def _rename(key: str, modules: Mapping[str, str]) -> tuple[str | int, str] | None:
-    """The part that a tensor belongs to (`stem`, `last_conv` or a block's number) and its name there, if it is needed.
-
-    features.3.conv.0.0.weight with features.N.conv.0.0: block.N.expand is (3, "expand.weight").
-    """
-    for path, target in modules.items():
+def _rename(key: str, modules: Mapping[str, str]) -> str | None:
+    """Our name of a tensor, if it is needed: features.3.conv.0.0.weight becomes block.3.expand.weight."""
+    for path, ours in modules.items():
         if found := re.fullmatch(re.escape(path).replace("N", r"(\d+)") + r"\.(.+)", key):
             *number, name = found.groups()
-            part, _, inner = target.partition(".")
-            # "stem" names a whole convolution and norm, "block.N.expand" one layer of a block.
-            if part != "block":
-                return part, f"{inner}.{name}".lstrip(".")
-            written, _, inner = inner.partition(".")
-            return int(number[0] if number else written), f"{inner}.{name}"
+            return f"{ours.replace('N', number[0]) if number else ours}.{name}"
     return None
 
 
