@@ -58,9 +58,7 @@ def table_for(detector: ElasticSSD, settings: SearchConfig) -> LatencyTable | No
     if settings.latency_table:
         return load_table(Path(settings.latency_table), detector)
     if counts_latency(settings):
-        raise UserError(
-            "search: latency as a cost or in the budget needs --latency-table FILE, which --measure-latency writes"
-        )
+        raise UserError("search: a cost or limit of latency needs --latency-table FILE, which --measure-latency writes")
     return None
 
 
@@ -76,16 +74,15 @@ class Budget:
         self._limits = limits
         self._descriptions = []
         for cost, (low, high) in limits.items():
-            least, most = _achievable_range(costs, space, cost)
+            ends = [extreme(space, lambda g, cost=cost: costs(g)[cost], pick) for pick in (min, max)]
+            least, most = (costs(genotype)[cost] for genotype in ends)
+            within = f"sub-networks have {least:.4g} to {most:.4g}"
             low_key, high_key = LIMIT_KEYS[cost]
-            for key, limit, within_reach in ((low_key, low, low <= most), (high_key, high, high >= least)):
-                if not within_reach:
-                    raise UserError(
-                        f"search.{key}: {limit:.4g} is out of reach, sub-networks have {least:.4g} to {most:.4g}"
-                    )
-            self._descriptions.append(
-                f"{cost} from {low:.4g} to {high:.4g} (sub-networks have {least:.4g} to {most:.4g})"
-            )
+            if low > most:
+                raise UserError(f"search.{low_key}: {low:.4g} is out of reach, {within}")
+            if high < least:
+                raise UserError(f"search.{high_key}: {high:.4g} is out of reach, {within}")
+            self._descriptions.append(f"{cost} from {low:.4g} to {high:.4g} ({within})")
 
     def __call__(self, genotype: Genotype) -> bool:
         if not self._limits:
@@ -95,11 +92,6 @@ class Budget:
 
     def __str__(self) -> str:
         return ", ".join(self._descriptions) or "none"
-
-
-def _achievable_range(costs: Callable, space: SearchSpace, cost: str) -> tuple[float, float]:
-    least, most = (extreme(space, lambda genotype: costs(genotype)[cost], pick) for pick in (min, max))
-    return costs(least)[cost], costs(most)[cost]
 
 
 def extreme(space: SearchSpace, cost: Callable[[Genotype], float], pick: Callable) -> Genotype:
@@ -114,9 +106,8 @@ def extreme(space: SearchSpace, cost: Callable[[Genotype], float], pick: Callabl
                 options = ((*blocks[:j], block, *blocks[j + 1 :]) for block in all_blocks(stage.block))
                 genotype = pick((_with_stage(genotype, i, blocks) for blocks in options), key=cost)
         for i, choices in enumerate(space.head):
-            before, after = genotype.head[:i], genotype.head[i + 1 :]
-            options = (replace(genotype, head=(*before, block, *after)) for block in all_blocks(choices))
-            genotype = pick(options, key=cost)
+            heads = [(*genotype.head[:i], block, *genotype.head[i + 1 :]) for block in all_blocks(choices)]
+            genotype = pick((replace(genotype, head=head) for head in heads), key=cost)
         for i, stage in enumerate(space.stages):
             genotype = pick([_with_stage(genotype, i, genotype.stages[i][:d]) for d in stage.depth], key=cost)
         found.append(genotype)

@@ -6,7 +6,8 @@ import bisect
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,10 +29,11 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 def build_optimizer(model: nn.Module, config: TrainConfig, backbone_lr: float | None = None) -> torch.optim.Optimizer:
     """SGD or AdamW; `backbone_lr` gives the parameters below `backbone.` a learning rate of their own."""
+    if backbone_lr is None:
+        backbone_lr = config.backbone_learning_rate or config.learning_rate
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        in_backbone = name.startswith("backbone.")
-        lr = backbone_lr if in_backbone and backbone_lr is not None else config.learning_rate
+        lr = backbone_lr if name.startswith("backbone.") else config.learning_rate
         decay = config.weight_decay if config.decay_norm_and_bias or parameter.ndim > 1 else 0.0
         groups.setdefault((lr, decay), []).append(parameter)
     params = [{"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()]
@@ -44,50 +46,32 @@ def build_scheduler(
     optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int, restarts: Sequence[int]
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """A schedule that changes with every step; `restarts` are the epochs (from 1) at which `T_0: auto` restarts."""
-    schedule = config.lr_schedule
-    decay = _decay(config, restarts)
 
-    def factor(base: float) -> Callable[[int], float]:
-        # eta_min is a learning rate, LambdaLR multiplies: each group needs its own floor
-        floor = schedule.eta_min / base if base else 0.0
+    def factor(step: int, floor: float) -> float:
+        warm_up = min(1.0, (step + 1) / (config.lr_schedule.warmup_steps + 1))
+        return warm_up * _decay(config, restarts, step / steps_per_epoch, floor)
 
-        def at(step: int) -> float:
-            decayed = decay(step / steps_per_epoch)
-            if schedule.type.startswith("cosine"):
-                decayed = floor + (1 - floor) * decayed
-            return decayed * min(1.0, (step + 1) / (schedule.warmup_steps + 1))
-
-        return at
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, [factor(group["lr"]) for group in optimizer.param_groups])
+    # eta_min is a learning rate and LambdaLR multiplies, so each group needs its own floor.
+    floors = [config.lr_schedule.eta_min / group["lr"] if group["lr"] else 0.0 for group in optimizer.param_groups]
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, [partial(factor, floor=floor) for floor in floors])
 
 
-def _decay(config: TrainConfig, restarts: Sequence[int]) -> Callable[[float], float]:
-    """The factor on the learning rate after a number of epochs, which may be fractional.
+def _decay(config: TrainConfig, restarts: Sequence[int], epoch: float, floor: float) -> float:
+    """The factor on the learning rate after `epoch` epochs, which may be fractional; a cosine falls from 1 to `floor`.
 
     Restarting cosines are SGDR (Loshchilov and Hutter, ICLR 2017, eq. 5), with equal periods or one per phase.
     """
     schedule = config.lr_schedule
     if schedule.type == "constant":
-        return lambda epoch: 1.0
+        return 1.0
     if schedule.type == "multistep":
-        milestones = sorted(schedule.milestones)
-        return lambda epoch: schedule.gamma ** bisect.bisect_right(milestones, epoch)
-    if schedule.type == "cosine":
-        starts = [0]
-        ends = [config.epochs]
-    elif schedule.T_0 == "auto":
-        starts = [epoch - 1 for epoch in restarts]
-        ends = [*starts[1:], config.epochs]
-    else:
-        starts = list(range(0, config.epochs, schedule.T_0))
-        ends = [start + schedule.T_0 for start in starts]
-
-    def cosine(epoch: float) -> float:
-        i = bisect.bisect_right(starts, epoch) - 1
-        return 0.5 * (1 + math.cos(math.pi * min((epoch - starts[i]) / (ends[i] - starts[i]), 1)))
-
-    return cosine
+        return schedule.gamma ** sum(milestone <= epoch for milestone in schedule.milestones)
+    period = config.epochs if schedule.type == "cosine" else schedule.T_0
+    starts = [first - 1 for first in restarts] if period == "auto" else range(0, config.epochs, period)
+    i = bisect.bisect_right(starts, epoch) - 1
+    if period == "auto":
+        period = (*starts, config.epochs)[i + 1] - starts[i]
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min((epoch - starts[i]) / period, 1)))
 
 
 def build_ema(model: nn.Module, decay: float) -> AveragedModel:
@@ -99,8 +83,7 @@ def build_ema(model: nn.Module, decay: float) -> AveragedModel:
         if torch.is_floating_point(averages[0]):
             torch._foreach_lerp_(list(averages), list(values), 1 - keep)
         else:
-            for average, value in zip(averages, values, strict=True):
-                average.copy_(value)
+            torch._foreach_copy_(list(averages), list(values))
 
     return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
 
@@ -134,19 +117,13 @@ class Trainer:
         self.config = config
         self.device = device
         self.batches_per_epoch = batches_per_epoch
-        if backbone_lr is None and config.backbone_learning_rate:
-            backbone_lr = config.backbone_learning_rate
         self.optimizer = build_optimizer(model, config, backbone_lr)
         steps_per_epoch = math.ceil(batches_per_epoch / config.accumulate)
         self.scheduler = build_scheduler(self.optimizer, config, steps_per_epoch, restarts)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.ema = build_ema(model, config.ema_decay) if config.ema_decay else None
+        self.averaged = self.ema.module if self.ema else self.model  # the weights to evaluate and ship
         self.epoch, self.batch, self.step = 1, 0, 0
-
-    @property
-    def averaged(self) -> nn.Module:
-        """The weights to evaluate and ship: the moving average, or the model itself if there is none."""
-        return self.ema.module if self.ema is not None else self.model
 
     @property
     def between_steps(self) -> bool:
@@ -198,14 +175,14 @@ class Trainer:
         with warnings.catch_warnings():  # fp16 skips a step that overflowed, the schedule counts it all the same
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
             self.scheduler.step()
-        if self.ema is not None:
+        if self.ema:
             self.ema.update_parameters(self.model)
         self.step += 1
 
     def state_dict(self) -> dict:
         return {
             "model": self.model.state_dict(),
-            "ema": self.ema.state_dict() if self.ema is not None else None,
+            "ema": self.ema.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": {"last_epoch": self.scheduler.last_epoch},
             "scaler": self.scaler.state_dict(),
@@ -217,14 +194,16 @@ class Trainer:
 
     def load_state_dict(self, state: dict) -> None:
         self.model.load_state_dict(state["model"])
-        if self.ema is not None:
+        if self.ema:
             self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
         self.scheduler.last_epoch = state["scheduler"]["last_epoch"]
-        for group, factor in zip(self.optimizer.param_groups, self.scheduler.lr_lambdas, strict=True):
-            group["lr"] = group["initial_lr"] * factor(self.scheduler.last_epoch)
+        # The optimizer's state holds the rates of the earlier run, which may have been changed since.
+        schedule = zip(self.optimizer.param_groups, self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)
+        for group, base, factor in schedule:
+            group["lr"] = base * factor(self.scheduler.last_epoch)
         checkpoint.restore_random_states(state["random"])
 
 
@@ -274,11 +253,10 @@ class Training:
     def run(self) -> bool:
         """Train until the last epoch ends or a signal asks to stop; whether the last epoch ended."""
         trainer = self.trainer
-        config = trainer.config
+        every = trainer.config.save_every
         with StopRequest() as stop:
-            if trainer.batch == 0:
-                self._score_if_due(trainer.epoch - 1)  # an earlier run may have been killed while it scored
-            while trainer.epoch <= config.epochs and not stop.requested:
+            self._score_if_due(trainer.epoch - 1)  # an earlier run may have been killed while it scored
+            while trainer.epoch <= trainer.config.epochs and not stop.requested:
                 epoch = trainer.epoch
                 self.begin_epoch(epoch)
                 self.loader.batch_sampler.set_epoch(epoch, trainer.batch)
@@ -287,11 +265,11 @@ class Training:
                 if trainer.batch:  # stopped within the epoch
                     break
                 self.log.write("train", epoch, losses=losses, lr=trainer.scheduler.get_last_lr()[0])
-                if config.save_every and epoch % config.save_every == 0:
+                if every and epoch % every == 0:
                     self.save(f"epoch_{epoch:04d}.pt")
                 self._score_if_due(epoch)
         self.log.close()
-        return trainer.epoch > config.epochs
+        return trainer.epoch > trainer.config.epochs
 
     def _train_epoch(self, stop: StopRequest) -> dict[str, float]:
         """Train on the batches that are left of this epoch, or until `stop` is requested; the mean of each loss."""
@@ -309,8 +287,8 @@ class Training:
         return means
 
     def _score_if_due(self, epoch: int) -> None:
-        """Score after `epoch` if it is due and the log has no score of it."""
-        if epoch in self.due:
+        """Score after `epoch` if it has just ended, is due and has no score in the log."""
+        if self.trainer.batch == 0 and epoch in self.due:
             scored = any(r["kind"] == "eval" and r["step"] == epoch for r in read_log(self.log.path))
             if not distributed.from_main(scored):
                 self.score(epoch)

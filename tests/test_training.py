@@ -350,6 +350,13 @@ def test_a_restored_trainer_goes_on_bit_by_bit(options):
     assert states_equal(a, b)
 
 
+def test_a_learning_rate_changed_on_resume_holds_from_the_first_step():
+    state = trainer(network()).state_dict()
+    resumed = trainer(network(), learning_rate=0.02)
+    resumed.load_state_dict(state)
+    assert resumed.optimizer.param_groups[0]["lr"] == 0.02
+
+
 # The epoch loop
 
 
