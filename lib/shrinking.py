@@ -5,6 +5,7 @@ A phase opens smaller kernels, narrower blocks or shallower stages; the panel sh
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
@@ -44,8 +45,7 @@ def choices_at(schedule: ScheduleConfig, epoch: int) -> Choices:
 
 def boundaries(schedule: ScheduleConfig, epochs: int) -> list[int]:
     """The epochs, up to `epochs`, at which a phase begins. Epoch 1 is always the first."""
-    schedules = (schedule.kernel_choice, schedule.width_choice, schedule.depth_choice)
-    return sorted({1, *(b for s in schedules for b in s.boundary if b <= epochs)})
+    return sorted({1, *(b for choice in vars(schedule).values() for b in choice.boundary if b <= epochs)})
 
 
 def first_narrower_epoch(schedule: ScheduleConfig) -> int | None:
@@ -80,8 +80,8 @@ def _space(config: Config, choices: Choices) -> SearchSpace:
     kernels = config.backbone.kernels or [3 if e == 1 else max(choices.kernel) for e in c.expansions]
     stages = []
     for blocks, expansion, kernel in zip(c.num_cell_groups, c.expansions, kernels, strict=True):
-        block = BlockChoices(expand=_capped(choices.width, expansion), kernel=_capped(choices.kernel, kernel))
-        stages.append(StageChoices(depth=_capped(choices.depth, blocks), block=block))
+        block = BlockChoices(expand=_ascending(choices.width, expansion), kernel=_ascending(choices.kernel, kernel))
+        stages.append(StageChoices(depth=_ascending(choices.depth, blocks), block=block))
     head = BlockChoices(expand=_ascending(c.head_width_choice), kernel=_ascending(c.head_kernel_choice))
     return SearchSpace(
         backbone_type=config.backbone.backbone_type,
@@ -91,12 +91,8 @@ def _space(config: Config, choices: Choices) -> SearchSpace:
     )
 
 
-def _ascending(values: Sequence) -> tuple:
-    return tuple(sorted(set(values)))
-
-
-def _capped(values: Sequence, maximum: float) -> tuple:
-    return _ascending([min(value, maximum) for value in values])
+def _ascending(values: Sequence[float], maximum: float = math.inf) -> tuple:
+    return tuple(sorted({min(value, maximum) for value in values}))
 
 
 def describe_openings(config: Config, epochs: int) -> list[str]:
@@ -114,12 +110,9 @@ def describe_openings(config: Config, epochs: int) -> list[str]:
 def make_panel(space: SearchSpace, size: int, seed: int, pretrained: Genotype | None = None) -> dict[str, Genotype]:
     """The sub-networks to follow, the same at every epoch: both ends, `size` random ones and the pretrained one."""
     rng = random.Random(seed)
-    panel = {"smallest": space.smallest()}
-    for i in range(size):
-        panel[f"random {i + 1}"] = space.sample(rng)
-    if pretrained:
-        panel["pretrained"] = pretrained
-    return {**panel, LARGEST: space.largest()}
+    sampled = {f"random {i + 1}": space.sample(rng) for i in range(size)}
+    given = {"pretrained": pretrained} if pretrained else {}
+    return {"smallest": space.smallest(), **sampled, **given, LARGEST: space.largest()}
 
 
 def due_epochs(config: Config) -> set[int]:
@@ -141,6 +134,7 @@ class Panel:
         self.networks = networks
         self._scorer = scorer
         self._config = config
+        self._metric = config.search.objective
 
     def score(self, detector: nn.Module, epoch: int, log: RunLog) -> None:
         """Score every network and log the metrics. The processes of a job share the work; the main one logs."""
@@ -150,17 +144,15 @@ class Panel:
             return
         networks = dict(zip(self.networks, scores, strict=True))
         log.write("eval", epoch, networks=networks)
-        metric = self._config.search.objective
-        words = ", ".join(f"{name} {metrics[metric]:.3f}" for name, metrics in networks.items())
-        say(f"epoch {epoch}: {metric} on the search split: {words}")
+        words = ", ".join(f"{name} {metrics[self._metric]:.3f}" for name, metrics in networks.items())
+        say(f"epoch {epoch}: {self._metric} on the search split: {words}")
         self._warn(epoch, log)
 
     def _warn(self, epoch: int, log: RunLog) -> None:
         """Warn, once a phase, if the largest sub-network lost more than the tolerance since the phase opened."""
         schedule = self._config.search_space.schedule_cfg
-        metric = self._config.search.objective
         records = read_log(log.path)
-        largest = {r["step"]: r["networks"][LARGEST][metric] for r in records if r["kind"] == "eval"}
+        largest = {r["step"]: r["networks"][LARGEST][self._metric] for r in records if r["kind"] == "eval"}
         warned = {r["phase"] for r in records if r["kind"] == "interference"}
         opened = boundaries(schedule, epoch)[-1]
         if opened in warned or opened - 1 not in largest:
@@ -168,17 +160,11 @@ class Panel:
         before, now = largest[opened - 1], largest[epoch]
         if before - now > self._config.supernet.interference_tolerance:
             log.write("interference", epoch, phase=opened, before=before, now=now)
+            # What the phase opened, in the configuration's words: width_choice [6, 4].
+            choices = [(name, choice) for name, choice in vars(schedule).items() if opened in choice.boundary]
+            opening = ", ".join(f"{name} {value_at(choice, opened)}" for name, choice in choices)
             say(
-                f"warning: the largest sub-network fell from {metric} {before:.3f} to {now:.3f} since the phase "
-                f"of epoch {opened} opened ({_describe_opening(schedule, opened)}); a longer phase before it, or "
+                f"warning: the largest sub-network fell from {self._metric} {before:.3f} to {now:.3f} since the phase "
+                f"of epoch {opened} opened ({opening}); a longer phase before it, or "
                 "distillation (supernet.distill.weight), may help"
             )
-
-
-def _describe_opening(schedule: ScheduleConfig, epoch: int) -> str:
-    """What opens at an epoch, in the configuration's words: `width_choice [6, 4]`."""
-    parts = []
-    for name, choice in vars(schedule).items():
-        if epoch in choice.boundary:
-            parts.append(f"{name} {choice.value[choice.boundary.index(epoch)]}")
-    return ", ".join(parts)
