@@ -28,12 +28,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lib.elastic import ElasticBatchNorm
+from lib.elastic import NORM_TENSORS, ElasticBatchNorm
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=15)  # for what one process does while the others wait: drawing data, computing AP
 BUCKET = 2**23  # numbers that travel together, 32 MiB in float32
-NORM_TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+NORM_STATE = (*NORM_TENSORS, "num_batches_tracked")
 _stores: list[dist.Store] = []  # the job's key-value store, once this process has joined
 
 
@@ -119,6 +119,7 @@ def _peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        # Of the backend's message, its first sentence without the place in torch's source.
         reason = re.sub(r"^\[.*?\] |\. .*", "", str(error).partition("\n")[0])
         problem = f"a process of this job died or no longer answers ({reason})"
         raise PeerLost(f"{problem}; start the same command with --resume") from None
@@ -247,13 +248,13 @@ class SyncBatchNorm(ElasticBatchNorm):
         super().__init__(replaced.num_features, replaced.eps, replaced.momentum)
         self.kind = type(replaced)
         self.train(replaced.training)
-        for name in NORM_TENSORS:
+        for name in NORM_STATE:
             setattr(self, name, getattr(replaced, name))
 
     def __deepcopy__(self, memo: dict) -> nn.BatchNorm2d:
         """The layer it replaced. A copy, such as an extracted sub-network or a moving average, runs in one process."""
         norm = self.kind(self.num_features, self.eps, self.momentum).train(self.training)
-        for name in NORM_TENSORS:
+        for name in NORM_STATE:
             setattr(norm, name, copy.deepcopy(getattr(self, name), memo))
         return norm
 
@@ -278,8 +279,7 @@ class SyncBatchNorm(ElasticBatchNorm):
 
 def synchronise_norms(module: nn.Module) -> None:
     """Replace every BatchNorm2d below `module` by a SyncBatchNorm with the same parameters and statistics."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            setattr(module, name, SyncBatchNorm(child))
-        else:
-            synchronise_norms(child)
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(parent, name, SyncBatchNorm(child))

@@ -110,10 +110,8 @@ def features(detector: ElasticSSD, genotype: Genotype) -> Counter[str]:
     counts = Counter([f"shared at {side}"])
     for segment in detector.segments(genotype):
         for module, block in segment:
-            if block is None:
-                stride = module[0].stride[0]
-            else:
-                stride = module.depthwise.stride
+            stride = module[0].stride[0] if block is None else module.depthwise.stride
+            if block is not None:
                 counts[block_name(module, block, side)] += 1
             side = -(-side // stride)  # rounded up
     return counts
@@ -137,8 +135,8 @@ def all_features(detector: ElasticSSD) -> list[str]:
     for size, n in itertools.product(space.image_size, range(max(map(len, options)))):
         blocks = [of_block[n % len(of_block)] for of_block in options]
         stages = tuple((block,) * max(stage.depth) for block, stage in zip(blocks, space.stages, strict=False))
-        head = tuple(blocks[len(stages) :])
-        names.update(features(detector, Genotype(size, space.backbone_type, stages, head)))
+        genotype = Genotype(size, space.backbone_type, stages, tuple(blocks[len(stages) :]))
+        names.update(features(detector, genotype))
     return sorted(names)
 
 
@@ -221,15 +219,14 @@ def held_out_sample(space: SearchSpace, count: int, known: Sequence[Genotype], r
         if len(sample) == count:
             break
     if len(sample) < MIN_HELD_OUT:
-        size = f"{space.size():.4g} sub-networks"
-        raise UserError(f"--measure-latency: a search space of {size} is too small for a table")
+        raise UserError(f"--measure-latency: a space of {space.size():.4g} sub-networks is too small for a table")
     return list(sample)
 
 
 def fit(samples: Sequence[Mapping[str, int]], milliseconds: Sequence[float]) -> dict[str, float]:
     """Non-negative milliseconds of each name, whose sums have the least squared relative error."""
     names = sorted({name for counts in samples for name in counts})
-    y = np.asarray(milliseconds, dtype=float)
+    y = np.array(milliseconds)
     x = np.array([[counts.get(name, 0) for name in names] for counts in samples], dtype=float)
     # In units of a typical block's time the unknowns are near 1, so one ridge fits fast and slow devices.
     typical = np.median(y) / np.median(x.sum(1))
