@@ -159,7 +159,6 @@ def test_a_comparison_trains_each_contestant_from_both_starts_and_resumes(flow, 
         scores = [row[start] for start in ("inherited", "fine_tuned", "scratch")]
         assert len({json.dumps(metrics["per_class"]) for metrics in scores}) > 1 and row["latency_ms"] > 0
         assert f"| {name} | {row['flops'] / 1e6:.1f} |" in table
-    assert decode_image(read_file(str(tmp_path / "compare/compare.png"))).float().std() > 1
     before = (tmp_path / "compare/random_1/scratch/best.pt").stat().st_mtime_ns
     shutil.rmtree(tmp_path / "compare/smallest/scratch")  # what is lost is done again, to the same end, and no more
     (tmp_path / "compare/smallest/result.json").unlink()
@@ -171,7 +170,7 @@ def test_a_comparison_trains_each_contestant_from_both_starts_and_resumes(flow, 
         row["latency_ms"] = None
     assert repeated == rows
     done = finish(start(tmp_path, FINAL, *options, "--resume", "--compare-epochs", "2"))
-    assert done.returncode == 2 and "compare: that comparison has another 'config'" in done.stderr
+    assert done.returncode == 2 and "compare: holds a comparison with another 'config'" in done.stderr
 
 
 def test_a_pretrained_network_goes_through_all_stages(flow, arguments, tmp_path):

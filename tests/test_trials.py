@@ -7,11 +7,10 @@ import random
 from types import SimpleNamespace
 
 import pytest
-from torchvision.io import decode_image, read_file
 
 from lib import trials
 from lib.errors import UserError
-from lib.trials import Recipe, Trials, as_markdown, contestants, plot_comparison, shortened
+from lib.trials import Recipe, Trials, as_markdown, contestants, shortened
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +23,7 @@ def supernet(tiny_detector):
 def recipe(supernet, tiny_config, tmp_path):
     (tmp_path / "supernet.pt").write_text("weights")
     data = SimpleNamespace(fingerprint=lambda: "pictures")
-    return Recipe(tiny_config(), supernet, tmp_path / "supernet.pt", data, data, "cpu", starts=("inherited", "scratch"))
+    return Recipe(tiny_config(), supernet, tmp_path / "supernet.pt", data, data, "cpu")
 
 
 @pytest.fixture
@@ -40,17 +39,17 @@ def test_trials_that_are_done_are_never_done_again(recipe, networks, tmp_path, m
         done.append((start, genotype))
         (folder / "last.pt").parent.mkdir(parents=True, exist_ok=True)
         (folder / "last.pt").touch()
-        return {"AP": 0.1 * len(done)} if len(done) != 4 else None
+        return {"AP": 0.1 * len(done)} if len(done) != 5 else None
 
     monkeypatch.setattr(Trials, "_try", train)
     assert not Trials(recipe, tmp_path / "trials", networks).run()
-    assert (tmp_path / "trials" / "random_1" / "scratch" / "last.pt").exists()  # to resume from
+    assert (tmp_path / "trials" / "random_1" / "fine_tuned" / "last.pt").exists()  # to resume from
     again = Trials(recipe, tmp_path / "trials", networks)
     assert again.run() and again.run()
-    assert [genotype for _, genotype in done] == [networks["found"]] * 2 + [networks["random 1"]] * 4
+    assert [genotype for _, genotype in done] == [networks["found"]] * 3 + [networks["random 1"]] * 5
     assert not list((tmp_path / "trials").rglob("last.pt"))
-    first, second = again.results()
-    assert (first["name"], first["inherited"]["AP"], first["scratch"]["AP"]) == ("found", 0.1, 0.2)
+    first, second = again.results
+    assert (first["name"], first["inherited"]["AP"], first["fine_tuned"]["AP"]) == ("found", 0.1, 0.2)
     assert (second["name"], second["genotype"]) == ("random 1", networks["random 1"].to_dict())
     assert second["flops"] == recipe.supernet.detector.cost(networks["random 1"]).flops
 
@@ -120,10 +119,3 @@ def test_the_table_and_what_the_search_gave():
     assert "- fine-tuned: found 0.400, random 0.325 on average (0.300 to 0.350): +0.075" in lines
     assert len([line for line in lines if line.startswith("- ")]) == 3
     assert not [line for line in as_markdown(ROWS[:1], 6).splitlines() if line.startswith("- ")]
-
-
-def test_the_comparison_is_drawn(tmp_path):
-    for name, rows in (("all.png", ROWS), ("one.png", ROWS[:1])):
-        plot_comparison(rows, tmp_path / name)
-    first, second = (decode_image(read_file(str(tmp_path / name))) for name in ("all.png", "one.png"))
-    assert first.float().std() > 1 and not first.equal(second)
