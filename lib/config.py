@@ -157,7 +157,6 @@ class DistillConfig:
     beta: PositiveOrZero = 1.5
     gamma: PositiveOrZero = 1.0
     temperature: Positive = 2.0
-    priors: Literal["positive", "all"] = "positive"
 
 
 @dataclass

@@ -23,7 +23,7 @@ from lib.config import ChoiceSchedule, Config, SearchConfig, TrainConfig, ValueS
 from lib.errors import UserError, did_you_mean
 
 # Keys of earlier versions that changed nothing about a network. Checkpoints and genotype files still hold them.
-RETIRED_KEYS = ("search.racing", "final.distill", "supernet.distill.teacher")
+RETIRED_KEYS = ("search.racing", "final.distill", "supernet.distill.teacher", "supernet.distill.priors")
 MOST_SHOWN = 80  # characters of a wrong value in an error message
 
 

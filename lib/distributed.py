@@ -163,7 +163,7 @@ def _in_buckets(tensors: Sequence[Tensor], operation: Callable[[Tensor], object]
             tensor.copy_(part.view_as(tensor))
 
 
-def normalizers(counts: Tensor) -> Tensor:
+def normalizer(counts: Tensor) -> Tensor:
     """The divisors of a loss such that its mean over the processes is that of one process with the whole batch.
 
     `counts` are those of this process's share; the result is the whole batch's, at least 1, per process.

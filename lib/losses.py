@@ -32,8 +32,7 @@ class Targets(NamedTuple):
 
     prior_labels: Tensor  # (B, P)
     offsets: Tensor  # (N, 4) of the positive priors, image by image
-    positive_normalizer: Tensor  # scalar, divides sums over the positive priors
-    counted_normalizer: Tensor  # scalar, divides sums over all priors that are not ignored
+    normalizer: Tensor  # scalar, divides sums over the positive priors
 
     @property
     def positive(self) -> Tensor:
@@ -45,19 +44,19 @@ class DetectionLoss:
     """The detector's loss. Call `targets = loss.match(boxes, labels, priors)` once a batch, then for each network
     `loss(logits, offsets, targets)`.
 
-    `normalizers` maps the numbers of positive and of counted priors (2,) to the divisors of the losses (2,). Processes
-    that share a batch take theirs from the numbers of the whole batch.
+    `normalizer` maps the number of positive priors to the divisor of the losses. Processes that share a batch take
+    theirs from the number of the whole batch.
     """
 
     def __init__(
         self,
         config: LossConfig,
         variances: tuple[float, float] = VARIANCES,
-        normalizers: Callable[[Tensor], Tensor] = at_least_one,
+        normalizer: Callable[[Tensor], Tensor] = at_least_one,
     ) -> None:
         self.config = config
         self.variances = variances
-        self.normalizers = normalizers
+        self.normalizer = normalizer
 
     @torch.no_grad()
     def match(self, boxes: Tensor, labels: Tensor, priors_cxcywh: Tensor) -> Targets:
@@ -67,9 +66,7 @@ class DetectionLoss:
         )
         image, prior = (prior_labels > 0).nonzero(as_tuple=True)
         offsets = encode(boxes[image, object_index[image, prior]], priors_cxcywh[prior], self.variances)
-        counts = torch.stack([(prior_labels > 0).sum(), (prior_labels >= 0).sum()])
-        positive_normalizer, counted_normalizer = self.normalizers(counts)
-        return Targets(prior_labels, offsets, positive_normalizer, counted_normalizer)
+        return Targets(prior_labels, offsets, self.normalizer((prior_labels > 0).sum()))
 
     def __call__(self, logits: Tensor, offsets: Tensor, targets: Targets) -> dict[str, Tensor]:
         """The scalars `cls` and `loc`, to be added; logits (B, P, C + 1), offsets (B, P, 4).
@@ -77,7 +74,7 @@ class DetectionLoss:
         `loc` is the smooth L1 distance of the positive priors' offsets, summed over all four, divided by the number of
         positive priors, times `loc_coef`.
         """
-        normalizer = targets.positive_normalizer
+        normalizer = targets.normalizer
         if self.config.type == "focal":
             cls = focal_loss(logits, targets.prior_labels, self.config.alpha, self.config.gamma, normalizer)
         else:
@@ -89,11 +86,8 @@ class DetectionLoss:
     def distillation(
         self, student_logits: Tensor, teacher_logits: Tensor, targets: Targets, config: DistillConfig
     ) -> Tensor:
-        """`adaptive_distillation` on the positive priors, or on all that are not ignored (`config.priors`)."""
-        if config.priors == "all":
-            mask, normalizer = targets.prior_labels >= 0, targets.counted_normalizer
-        else:
-            mask, normalizer = targets.positive, targets.positive_normalizer
+        """`adaptive_distillation` on the positive priors. On all priors it is reported to hurt."""
+        mask, normalizer = targets.positive, targets.normalizer
         return adaptive_distillation(student_logits, teacher_logits, mask, config, self.config.type, normalizer)
 
 

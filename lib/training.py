@@ -90,7 +90,7 @@ def build_ema(model: nn.Module, decay: float) -> AveragedModel:
 
 def detection_loss(config: Config) -> DetectionLoss:
     """The configured loss; when several processes share a batch, normalised by the whole batch."""
-    return DetectionLoss(config.loss, variances=tuple(config.head.variances), normalizers=distributed.normalizers)
+    return DetectionLoss(config.loss, variances=tuple(config.head.variances), normalizer=distributed.normalizer)
 
 
 class Trainer:

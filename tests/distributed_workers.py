@@ -33,7 +33,7 @@ from lib.training import Trainer
 CPU = torch.device("cpu")
 PROCESSES = 2
 STEPS = 3
-MULTIBOX = {"loss__type": "multibox", "supernet__distill__priors": "all"}
+MULTIBOX = {"loss__type": "multibox"}
 CASES = {  # what is trained: the script, whether BatchNorm is fixed, and changes of the configuration
     "supernet fixed": ("supernet", True, {}),
     "supernet synchronised": ("supernet", False, MULTIBOX),
@@ -141,7 +141,7 @@ def train(folder: Path, case: str) -> dict:
     training = getattr(c, stage)
     loader = train_loader(annotations, range(len(annotations)), 64, training.batch_size, c, CPU)
     trainer = Trainer(model, training, CPU, loader.batch_sampler.batches_per_epoch)
-    loss = DetectionLoss(c.loss, normalizers=distributed.normalizers)
+    loss = DetectionLoss(c.loss, normalizer=distributed.normalizer)
     start = flat(model)
     model.train()
     if fixed:
@@ -208,7 +208,7 @@ def messages() -> dict:
         "told": distributed.from_main({"rank": rank}),
         "mean": distributed.mean_of({"a": 1.0 + rank, "b": 4.0 * rank}),
         "any": [distributed.any_of(flag) for flag in (False, rank == 1, True)],
-        "normalizers": distributed.normalizers(torch.tensor([3 * rank, 0])).tolist(),
+        "normalizers": distributed.normalizer(torch.tensor([3 * rank, 0])).tolist(),
         "left": left,
     }
 

@@ -336,7 +336,7 @@ def test_the_defaults_train_and_search_as_the_reference_recipe():
     assert (supernet.learning_rate, supernet.momentum, supernet.weight_decay) == (0.005, 0.9, 1e-4)
     assert (supernet.sampling, supernet.samples) == ("uniform", 1)
     distill = supernet.distill
-    assert (distill.beta, distill.gamma, distill.temperature, distill.priors) == (1.5, 1, 2, "positive")
+    assert (distill.beta, distill.gamma, distill.temperature) == (1.5, 1, 2)
     assert (search.controller, search.population_size, search.tournament_size, search.steps) == ("evo", 100, 10, 16)
     assert (final.epochs, final.batch_size, final.learning_rate) == (200, 32, 0.001)
     assert (final.momentum, final.weight_decay, final.clip_grad_norm) == (0.9, 1e-4, 5)

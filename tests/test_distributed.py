@@ -49,7 +49,7 @@ def test_one_process_gets_back_what_it_gave():
     assert distributed.mean_of({"a": 1.5}) == {"a": 1.5} and distributed.from_main("x") == "x"
     assert distributed.collect(distributed.deal([1, 2, 3])) == [1, 2, 3]
     assert [distributed.any_of(flag) for flag in (False, True)] == [False, True]
-    assert distributed.normalizers(torch.tensor([5, 0])).tolist() == [5, 1]
+    assert distributed.normalizer(torch.tensor([5, 0])).tolist() == [5, 1]
     assert distributed.stack(torch.ones(2)).tolist() == [[1, 1]] and distributed.first_to_report()
 
 
