@@ -44,7 +44,10 @@ MISTAKES = {
         [SUPERNET, "--set", "backbone.pretrained_path=efficientnet_lite", "--train-dir", "new"],
         r"backbone\.pretrained_path: efficientnet_lite: expected a file.*did you mean 'efficientnet_lite0'",
     ),
-    "nothing that is pretrained": ([FINAL, "--from-pretrained"], r"--from-pretrained: backbone\.pretrained_path is empty"),
+    "nothing that is pretrained": (
+        [FINAL, "--from-pretrained"],
+        r"--from-pretrained: backbone\.pretrained_path is empty",
+    ),
     "a comparison of no file": (
         [FINAL, "--compare", "--genotype", "cell_0=1"],
         "--compare: takes a genotype from a file",
