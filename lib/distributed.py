@@ -72,6 +72,7 @@ def join(device: torch.device) -> None:
         store = _store_of_this_start(shared)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    # Kept for `first_to_report`: it works while the process group no longer does.
     _stores.append(store)
     if not world().main:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
@@ -264,11 +265,13 @@ class SyncBatchNorm(ElasticBatchNorm):
             return super().forward(x)
         c = x.shape[1]
         count = x.numel() // c * world().size
+        # In half precision the squares of large activations would overflow.
         full = x.to(torch.promote_types(x.dtype, torch.float32))
         own = torch.stack(torch.var_mean(full, (0, 2, 3), correction=0))  # (2, c)
         variances, means = stack(own).unbind(1)  # (size, c) each
         mean = means.mean(0)
-        var = variances.mean(0) + (means - mean).square().mean(0)  # law of total variance
+        # Law of total variance.
+        var = variances.mean(0) + (means - mean).square().mean(0)
         with torch.no_grad():
             self.running_mean[:c].lerp_(mean, self.momentum)
             self.running_var[:c].lerp_(var * (count / (count - 1)), self.momentum)
