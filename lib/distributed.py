@@ -265,7 +265,7 @@ class SyncBatchNorm(ElasticBatchNorm):
             return super().forward(x)
         c = x.shape[1]
         count = x.numel() // c * world().size
-        # In half precision the squares of large activations would overflow.
+        # In half precision the variance of large activations would overflow.
         full = x.to(torch.promote_types(x.dtype, torch.float32))
         own = torch.stack(torch.var_mean(full, (0, 2, 3), correction=0))  # (2, c)
         variances, means = stack(own).unbind(1)  # (size, c) each
