@@ -5,6 +5,7 @@ ratios of several rounds; a table shows it with its 10% and 90% quantiles.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import multiprocessing
@@ -15,8 +16,8 @@ import sys
 import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from unittest import mock
 
@@ -289,33 +290,35 @@ PEER_SIZE = 320
 BACKGROUND = 9.0  # logit that makes every prior box sure of the background, so that nothing enters NMS
 
 
-class Peer(ProcessPoolExecutor):
+class Peer:
     """`peer.call(name, *arguments)` calls a method of `PeerProcess`; `peer.timed` makes a `TimedRun` of it.
 
     It is a process of its own, because the C allocator's settings (lib/runtime.py) hold for a whole process, and the
-    peer is timed without them.
+    peer is timed without them. An error in it ends it, and the call that waits for it with EOFError.
     """
 
     def __init__(self, num_classes: int, args: argparse.Namespace):
         context = multiprocessing.get_context("spawn")
-        arguments = num_classes, args.threads, str(args.device)
-        super().__init__(max_workers=1, mp_context=context, initializer=_start_peer, initargs=arguments)
+        self._pipe, theirs = context.Pipe()
+        arguments = theirs, num_classes, args.threads, str(args.device)
+        context.Process(target=_serve, args=arguments, daemon=True).start()
+        theirs.close()
 
     def call(self, name: str, *arguments: object) -> object:
-        return self.submit(_call_peer, name, *arguments).result()
+        self._pipe.send((name, arguments))
+        return self._pipe.recv()
 
     def timed(self, name: str, *arguments: object) -> TimedRun:
         return partial(self.call, name, *arguments)
 
 
-def _start_peer(num_classes: int, threads: int, device: str) -> None:
-    global _peer
+def _serve(pipe: Connection, num_classes: int, threads: int, device: str) -> None:
     torch.set_num_threads(threads)
-    _peer = PeerProcess(num_classes, torch.device(device))
-
-
-def _call_peer(name: str, *arguments: object) -> object:
-    return getattr(_peer, name)(*arguments)
+    peer = PeerProcess(num_classes, torch.device(device))
+    with contextlib.suppress(EOFError):  # the parent has gone
+        while True:
+            name, arguments = pipe.recv()
+            pipe.send(getattr(peer, name)(*arguments))
 
 
 class PeerProcess:

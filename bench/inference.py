@@ -39,21 +39,21 @@ def main() -> None:
     flops = {name: detector.cost(genotype).flops for name, genotype in genotypes.items()}
 
     rows = []
-    with common.Peer(CLASSES, args) as peer:
-        peer.call("load", common.random_batch(max(args.batch), common.PEER_SIZE, 1, CLASSES))
-        peer.call("silence")
-        flops[PEER] = peer.call("cost").flops
-        for batch in args.batch:
-            images = pictures[:batch].to(args.device)
-            runs = {(PEER, what): peer.timed(what, batch) for what in ("detect", "network")}
-            for name, model in models.items():
-                runs[name, "detect"] = common.timed(partial(detect, model, [images], config, args.device), clock)
-                runs[name, "network"] = common.timed(partial(network, model, images), clock)
-            seconds = common.take_turns(runs, args.rounds, warm_up=3)
-            for (name, what), took in seconds.items():
-                faster = (seconds[PEER, what] / flops[PEER]) / (took / flops[name])
-                row = {"batch": batch, "what": what, "network": name, "M multiply-adds": flops[name] / 1e6}
-                rows.append({**row, "ms": common.spread(1e3 * took), "faster": common.spread(faster)})
+    peer = common.Peer(CLASSES, args)
+    peer.call("load", common.random_batch(max(args.batch), common.PEER_SIZE, 1, CLASSES))
+    peer.call("silence")
+    flops[PEER] = peer.call("cost").flops
+    for batch in args.batch:
+        images = pictures[:batch].to(args.device)
+        runs = {(PEER, what): peer.timed(what, batch) for what in ("detect", "network")}
+        for name, model in models.items():
+            runs[name, "detect"] = common.timed(partial(detect, model, [images], config, args.device), clock)
+            runs[name, "network"] = common.timed(partial(network, model, images), clock)
+        seconds = common.take_turns(runs, args.rounds, warm_up=3)
+        for (name, what), took in seconds.items():
+            faster = (seconds[PEER, what] / flops[PEER]) / (took / flops[name])
+            row = {"batch": batch, "what": what, "network": name, "M multiply-adds": flops[name] / 1e6}
+            rows.append({**row, "ms": common.spread(1e3 * took), "faster": common.spread(faster)})
     common.report(args, rows)
 
 

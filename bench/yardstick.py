@@ -47,16 +47,16 @@ def main() -> None:
     genotypes = itertools.cycle(common.random_genotypes(detector, args.rounds))
     distilled = itertools.cycle(common.random_genotypes(detector, args.rounds))
     batch = batch.to(args.device)
-    with common.Peer(CLASSES, args) as peer:
-        peer.call("load", common.random_batch(args.batch, common.PEER_SIZE, OBJECTS, CLASSES))
-        runs = {
-            YARDSTICK: peer.timed("train"),
-            "supernet step, random genotypes": common.timed(lambda: steps(batch, next(genotypes)), clock),
-            "supernet step with distillation": common.timed(lambda: distilling(batch, next(distilled)), clock),
-            "final step of the largest": common.timed(lambda: final(batch), clock),
-            f"score on {IMAGES} pictures": lambda: score(candidate),
-        }
-        seconds = common.take_turns(runs, args.rounds)
+    peer = common.Peer(CLASSES, args)
+    peer.call("load", common.random_batch(args.batch, common.PEER_SIZE, OBJECTS, CLASSES))
+    runs = {
+        YARDSTICK: peer.timed("train"),
+        "supernet step, random genotypes": common.timed(lambda: steps(batch, next(genotypes)), clock),
+        "supernet step with distillation": common.timed(lambda: distilling(batch, next(distilled)), clock),
+        "final step of the largest": common.timed(lambda: final(batch), clock),
+        f"score on {IMAGES} pictures": lambda: score(candidate),
+    }
+    seconds = common.take_turns(runs, args.rounds)
 
     rows = [
         {"": name, "ms": common.spread(1e3 * took), "yardsticks": common.ratio(took, seconds[YARDSTICK])}
