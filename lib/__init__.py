@@ -1,1 +1,1 @@
-"""The parts the three scripts are made of; each file imports only files of the floors below its own (see README)."""
+"""What the three scripts are made of. The README lists the files by family."""

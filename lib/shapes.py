@@ -1,4 +1,4 @@
-"""The built-in data set: drawn pictures of shapes on textured backgrounds, written as VOC and as COCO files."""
+"""The built-in data set: drawn pictures of shapes on textured backgrounds, written as a VOC folder."""
 
 from __future__ import annotations
 
@@ -148,8 +148,8 @@ def _paint(canvas: np.ndarray, alpha: np.ndarray, colour: np.ndarray) -> None:
 def write_shapes(root: Path, train: int, test: int, seed: int = 0) -> None:
     """Write `train` + `test` pictures to `root`, unless these very pictures are there already.
 
-    The folder is both a VOC year (JPEGImages, Annotations, ImageSets/Main/{trainval,test}.txt) and a COCO set
-    (annotations/instances_{trainval,test}.json). If several processes start at once, one draws and the others wait.
+    The folder is a VOC year (JPEGImages, Annotations, ImageSets/Main/{trainval,test}.txt). If several processes start at
+    once, one draws and the others wait.
     Raises UserError for a folder that holds other files, and for one that cannot be written to.
     """
     complete = {"format": "shapes/1", "train": train, "test": test, "seed": seed, "complete": True}
@@ -170,7 +170,7 @@ def write_shapes(root: Path, train: int, test: int, seed: int = 0) -> None:
                 return
             # If the drawing is interrupted, the marker shows that the folder is ours and has to be drawn again.
             (root / MARKER).write_text(json.dumps(complete | {"complete": False}))
-            for folder in ("JPEGImages", "Annotations", "ImageSets/Main", "annotations"):
+            for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
                 shutil.rmtree(root / folder, ignore_errors=True)
                 (root / folder).mkdir(parents=True)
             _write_set(root, "trainval", train, seed=(seed, 0))
@@ -190,7 +190,7 @@ def _read_marker(root: Path) -> object:
 
 def _write_set(root: Path, name: str, count: int, seed: tuple[int, int]) -> None:
     """One image set. Each picture has its own seed, so a larger set starts with the pictures of a smaller one."""
-    images, annotations, stems = [], [], []
+    stems = []
     for number in range(1, count + 1):
         pixels, objects = draw_picture(np.random.default_rng([*seed, number]))
         height, width = pixels.shape[:2]
@@ -198,14 +198,6 @@ def _write_set(root: Path, name: str, count: int, seed: tuple[int, int]) -> None
         stems.append(stem)
         write_picture(torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), root / "JPEGImages" / f"{stem}.jpg")
         (root / "Annotations" / f"{stem}.xml").write_text(_voc_xml(stem, width, height, objects))
-        images.append({"id": number, "file_name": f"{stem}.jpg", "width": width, "height": height})
-        for class_name, (x1, y1, x2, y2) in objects:
-            w, h = x2 - x1, y2 - y1
-            ids = {"id": len(annotations) + 1, "image_id": number, "category_id": CLASSES.index(class_name) + 1}
-            annotations.append({**ids, "bbox": [x1, y1, w, h], "area": w * h, "iscrowd": 0})
-    categories = [{"id": i, "name": class_name} for i, class_name in enumerate(CLASSES, start=1)]
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    (root / "annotations" / f"instances_{name}.json").write_text(json.dumps(content))
     (root / "ImageSets" / "Main" / f"{name}.txt").write_text("".join(f"{stem}\n" for stem in stems))
 
 

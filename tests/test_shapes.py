@@ -8,7 +8,7 @@ import torch
 from torchvision.ops import masks_to_boxes
 
 from lib import shapes
-from lib.annotations import read_coco, read_voc
+from lib.annotations import read_voc
 from lib.errors import UserError
 from lib.shapes import CLASSES, SHAPES, draw_picture, place, write_shapes
 
@@ -39,13 +39,13 @@ def test_more_pictures_leave_the_first_ones_as_they_were(tmp_path):
     assert all(more[name] == few[name] for name in few if name.endswith((".jpg", ".xml")))
 
 
-def test_it_is_read_the_same_as_voc_and_as_coco(tmp_path):
+def test_its_annotations_are_read_without_a_fault(tmp_path):
+    """Its two folders must not be one where the file system ignores case."""
     write_shapes(tmp_path, 8, 1, seed=0)
     voc = read_voc(tmp_path, ["trainval"], CLASSES)
-    coco = read_coco(tmp_path / "annotations" / "instances_trainval.json", tmp_path / "JPEGImages")
-    assert voc.fingerprint() == coco.fingerprint()
-    assert voc.classes == coco.classes == CLASSES
-    assert not voc.dropped and len(voc) == 8 and len(voc.boxes) > 8
+    assert voc.classes == CLASSES and not voc.dropped and len(voc) == 8 and len(voc.boxes) > 8
+    names = [path.name.lower() for path in tmp_path.iterdir()]
+    assert len(names) == len(set(names))
 
 
 def test_an_interrupted_writing_is_done_again(tmp_path, monkeypatch):
