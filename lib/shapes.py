@@ -148,9 +148,8 @@ def _paint(canvas: np.ndarray, alpha: np.ndarray, colour: np.ndarray) -> None:
 def write_shapes(root: Path, train: int, test: int, seed: int = 0) -> None:
     """Write `train` + `test` pictures to `root`, unless these very pictures are there already.
 
-    The folder is a VOC year (JPEGImages, Annotations, ImageSets/Main/{trainval,test}.txt). If several processes start at
-    once, one draws and the others wait.
-    Raises UserError for a folder that holds other files, and for one that cannot be written to.
+    The folder is a VOC year (JPEGImages, Annotations, ImageSets/Main). If several processes start at once, one draws
+    and the others wait. Raises UserError for a folder that holds other files, and for one that cannot be written to.
     """
     complete = {"format": "shapes/1", "train": train, "test": test, "seed": seed, "complete": True}
     if _read_marker(root) == complete:
