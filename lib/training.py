@@ -255,7 +255,12 @@ class Training:
         trainer = self.trainer
         every = trainer.config.save_every
         with StopRequest() as stop:
-            self._score_if_due(trainer.epoch - 1)  # an earlier run may have been killed while it scored
+            # An earlier run may have been killed while it scored the epoch that it had just trained.
+            ended = trainer.epoch - 1
+            if trainer.batch == 0 and ended in self.due:
+                scored = any(r["kind"] == "eval" and r["step"] == ended for r in read_log(self.log.path))
+                if not distributed.from_main(scored):
+                    self.score(ended)
             while trainer.epoch <= trainer.config.epochs and not stop.requested:
                 epoch = trainer.epoch
                 self.begin_epoch(epoch)
@@ -267,7 +272,8 @@ class Training:
                 self.log.write("train", epoch, losses=losses, lr=trainer.scheduler.get_last_lr()[0])
                 if every and epoch % every == 0:
                     self.save(f"epoch_{epoch:04d}.pt")
-                self._score_if_due(epoch)
+                if epoch in self.due:
+                    self.score(epoch)
         self.log.close()
         return trainer.epoch > trainer.config.epochs
 
@@ -285,10 +291,3 @@ class Training:
                 if stop.requested and trainer.between_steps:
                     break
         return means
-
-    def _score_if_due(self, epoch: int) -> None:
-        """Score after `epoch` if it has just ended, is due and has no score in the log."""
-        if self.trainer.batch == 0 and epoch in self.due:
-            scored = any(r["kind"] == "eval" and r["step"] == epoch for r in read_log(self.log.path))
-            if not distributed.from_main(scored):
-                self.score(epoch)

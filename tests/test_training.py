@@ -455,3 +455,11 @@ def test_a_training_that_was_killed_while_it_scored_scores_again_and_once(tmp_pa
     assert run.run() and run.scored == [2] and run.loader.epochs == [(3, 0)]
     again = Counting(tmp_path, due=[2, 3], resume=True)  # 3 was not due before
     assert again.run() and again.scored == [3] and again.loader.epochs == []
+
+
+def test_a_training_that_starts_over_is_scored_anew(tmp_path, stop):
+    """Its folder may hold the log of an earlier one whose last.pt is gone."""
+    assert Counting(tmp_path, due=[2]).run()
+    (tmp_path / "last.pt").unlink()
+    run = Counting(tmp_path, due=[2], resume=True)
+    assert run.run() and run.scored == [2]
