@@ -204,10 +204,8 @@ def read_coco(path: Path, folder: Path, classes: Sequence[str] = (), on_error: s
 
 
 def _parse_coco(path: Path, on_error: str) -> tuple[dict, np.ndarray]:
-    """The document, and its annotations as OBJECTs whose "image" and "label" are still COCO's ids.
-
-    An annotation becomes eight numbers as soon as it is parsed: as Python objects, those of COCO take gigabytes.
-    """
+    """The document, and its annotations as OBJECTs whose "image" and "label" are still COCO's ids."""
+    # An annotation becomes eight numbers as soon as it is parsed: as Python objects, those of COCO take gigabytes.
     flat = array("d")
 
     def keep_numbers_only(entry: dict) -> dict | None:

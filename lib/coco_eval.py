@@ -193,10 +193,8 @@ def _match_area(ranked: Ranked, area: tuple[float, float], num_classes: int) -> 
 
 
 def _match(pairs: Pairs, crowd: np.ndarray, num_detections: int) -> tuple[np.ndarray, np.ndarray]:
-    """The threshold (M,) and the index (M,) into `pairs` of all matches, ordered by threshold, then by detection.
-
-    The detections are ordered by score within a class, the pairs of each detection by its preference.
-    """
+    """The threshold (M,) and the index (M,) into `pairs` of all matches, ordered by threshold, then by detection."""
+    # The detections are ordered by score within a class, the pairs of each detection by its preference.
     threshold, pair = np.nonzero(pairs.iou >= IOU_THRESHOLDS[:, None])
     # Every threshold has detections and objects of its own.
     proposer = threshold * num_detections + pairs.detection[pair]
@@ -278,11 +276,9 @@ def _sum_over_recalls(recall: np.ndarray, precision: np.ndarray, curve: np.ndarr
 
 
 def _count_up_to(ends: np.ndarray, image: np.ndarray, inside: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """(R, E) of the first `ends` (E,) detections, how many lie inside, each as often as its image occurs; `ends` rise.
-
-    The weights of images are summed from one end to the next, as bags of rows of a table: far fewer sums than
-    detections. In float64, exact.
-    """
+    """(R, E) of the first `ends` (E,), rising, detections: how many lie inside, each as often as its image occurs."""
+    # The weights of images are summed from one end to the next, as bags of rows of a table: far fewer sums than
+    # detections. In float64, exact.
     last = ends[-1]
     bags = F.embedding_bag(
         torch.from_numpy(image[:last]),

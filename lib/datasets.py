@@ -332,10 +332,8 @@ def make_loader(dataset: Dataset, batches: Iterable, workers: int, device: Devic
 
 
 def _start_worker(worker: int) -> None:
-    """Use one thread: the main process uses the others. Leave signals to the main process.
-
-    Ctrl-C, and the SIGTERM of torchrun, reach the whole group of processes, so the worker leaves the group.
-    """
+    """Use one thread: the main process uses the others. Leave signals to the main process."""
+    # Ctrl-C, and the SIGTERM of torchrun, reach the whole group of processes, so the worker leaves the group.
     die_with_parent()
     torch.set_num_threads(1)
     os.setpgid(0, 0)

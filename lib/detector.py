@@ -169,11 +169,9 @@ class ElasticSSD(nn.Module):
 
 
 def _initialise(model: ElasticSSD) -> None:
-    """He initialisation; the predictors' last layers start near zero, so that the first logits are near their bias.
-
-    Depthwise filters use the fan-in, k * k inputs. torch counts all channels in their fan-out, which would make the
-    weights hundreds of times too small.
-    """
+    """He initialisation; the predictors' last layers start near zero, so that the first logits are near their bias."""
+    # Depthwise filters use the fan-in, k * k inputs. torch counts all channels in their fan-out, which would make the
+    # weights hundreds of times too small.
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             mode = "fan_out" if module.groups == 1 else "fan_in"

@@ -209,10 +209,8 @@ class WorkerPool(contextlib.AbstractContextManager):
         self._done.append(Result(job_id, value, error, self._name(worker), seconds))
 
     def _replace(self, worker: Worker, reason: str = "") -> None:
-        """Queue the jobs of a dead worker, or of an overdue one, again and start its successor.
-
-        The job that was running counts as failed; `reason` says why a living worker has to go.
-        """
+        """Queue the jobs of a dead worker, or of an overdue one, again and start its successor."""
+        # The job that was running counts as failed; `reason` says why a living worker has to go.
         # Noted before the kill: an overdue job may end at the last moment, and then no other job is to blame.
         overdue = worker.jobs[0] if reason else None
         how = self._kill(worker)

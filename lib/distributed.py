@@ -79,11 +79,9 @@ def join(device: torch.device) -> None:
 
 
 def _store_of_this_start(store: dist.Store) -> dist.Store:
-    """A part of torchrun's store for this start of the job alone, under a random name chosen by the main process.
-
-    The store outlives restarts, so it still has the addresses of processes that are gone. Each process announces itself
-    under a random name of its own; the main one answers to that name, again and again until the answer is confirmed.
-    """
+    """A part of torchrun's store for this start of the job alone, under a random name chosen by the main process."""
+    # The store outlives restarts, so it still has the addresses of processes that are gone. Each process announces a
+    # random name of its own. The main one answers to that name, again and again until the answer is confirmed.
     me = uuid.uuid4().hex
     rank = world().rank
     if rank > 0:

@@ -384,10 +384,8 @@ def _weight_gradient(gradient: Tensor, x: Tensor, size: int, stride: int, paddin
 
 
 def _copy_into(out: Tensor, x: Tensor, first: int) -> None:
-    """Copy x (B, C, H, W) into a tensor of at least its size, from row and column `first` on, with zeros around it.
-
-    F.pad would first fill all of it with zeros, in the time of the copy.
-    """
+    """Copy x (B, C, H, W) into a tensor of at least its size, from row and column `first` on, with zeros around it."""
+    # F.pad would first fill all of it with zeros, in the time of the copy.
     bottom, right = first + x.shape[2], first + x.shape[3]
     out[:, :, first:bottom, first:right].copy_(x)
     for border in (out[:, :, :first], out[:, :, bottom:], out[:, :, :, :first], out[:, :, :, right:]):

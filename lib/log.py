@@ -132,11 +132,6 @@ def plot_training(log: Path, picture: Path, metric: str, phases: Sequence[int] =
         if names:
             axis.legend(fontsize=8)
     bottom.set_xlabel("epoch")
-    save_figure(figure, picture)
-
-
-def save_figure(figure, picture: Path) -> None:
-    """Write a figure of matplotlib as a PNG file."""
     figure.tight_layout()
     with replacing(picture) as file:
         figure.savefig(file, format="png", dpi=110)

@@ -101,11 +101,9 @@ def _detect(candidates: Candidates, size: torch.Size, config: PostprocessConfig)
 def _nms_by_class(
     candidates: Candidates, above: Tensor, num_classes: int, config: PostprocessConfig
 ) -> tuple[Tensor, Tensor]:
-    """Which of the candidates that are `above` (B, K) the threshold survive (B, K), and how many entered (B, C).
-
-    Images and classes with few boxes share a call, in which each group is shifted to a place of its own: boxes lie in
-    [0, 1], places are 2 apart. The shift is in float64 to lose no digit; torchvision's batched_nms uses float32.
-    """
+    """Which of the candidates that are `above` (B, K) the threshold survive (B, K), and how many entered (B, C)."""
+    # Images and classes with few boxes share a call, in which each group is shifted to a place of its own: boxes lie in
+    # [0, 1], places are 2 apart. The shift is in float64 to lose no digit; torchvision's batched_nms uses float32.
     images = torch.arange(len(above), device=above.device)[:, None]
     index = above.flatten().nonzero().flatten()
     group = (num_classes * images + candidates.labels).flatten()[index]  # the classes of an image are neighbours

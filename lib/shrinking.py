@@ -72,10 +72,8 @@ def space_at(config: Config, epoch: int) -> SearchSpace:
 
 
 def _space(config: Config, choices: Choices) -> SearchSpace:
-    """The search space of some open choices, each capped at the stage's own maximum.
-
-    So a stage of expansion 1 and one block stays fixed, and one of 3 blocks reads depths 4, 3, 2 as 3, 2.
-    """
+    """The search space of some open choices, each capped at the stage's own maximum."""
+    # So a stage of expansion 1 and one block stays fixed, and one of 3 blocks reads depths 4, 3, 2 as 3, 2.
     c = config.search_space
     kernels = config.backbone.kernels or [3 if e == 1 else max(choices.kernel) for e in c.expansions]
     stages = []

@@ -57,10 +57,8 @@ def build_scheduler(
 
 
 def _decay(config: TrainConfig, restarts: Sequence[int], epoch: float, floor: float) -> float:
-    """The factor on the learning rate after `epoch` epochs, which may be fractional; a cosine falls from 1 to `floor`.
-
-    Restarting cosines are SGDR (Loshchilov and Hutter, ICLR 2017, eq. 5), with equal periods or one per phase.
-    """
+    """The factor on the learning rate after `epoch` (fractional) epochs; a cosine falls from 1 to `floor`."""
+    # Restarting cosines are SGDR (Loshchilov and Hutter, ICLR 2017, eq. 5), with equal periods or one per phase.
     schedule = config.lr_schedule
     if schedule.type == "constant":
         return 1.0
