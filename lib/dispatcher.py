@@ -31,7 +31,7 @@ ATTEMPTS = 3  # of a job before it is given up, and of a worker to start
 GRACE_SECONDS = 2.0  # how long `close` lets workers exit by themselves
 PARENT_POLL_SECONDS = 1.0  # how often a worker checks that its parent is alive
 EXIT = b""  # the message that ends a worker
-_SPAWN = multiprocessing.get_context("spawn")
+CONTEXT = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
 
 
 class WorkerError(RuntimeError):
@@ -268,9 +268,9 @@ class Dispatcher(WorkerPool):
     """
 
     def _start(self, slot: int, failed_starts: int) -> _Process:
-        conn, worker_conn = _SPAWN.Pipe()
+        conn, worker_conn = CONTEXT.Pipe()
         args = (worker_conn, os.getpid(), self._setup, self._devices[slot], self._args)
-        process = _SPAWN.Process(target=_worker_main, args=args, daemon=True)
+        process = CONTEXT.Process(target=_worker_main, args=args, daemon=True)
         with _settings_for_children(self._threads):
             process.start()
         # With this end closed here, the worker's death closes the pipe.

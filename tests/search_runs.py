@@ -28,7 +28,12 @@ def search(cwd: Path, options: list, worker: str = "") -> Script:
 
 def search_command(options: list, worker: str) -> str:
     """The same for a shell."""
-    code = f"import sys, async_search as script, lib.runtime\n{prelude_of(worker)}\nlib.runtime.run(script.main)"
+    code = f"""
+import multiprocessing, async_search as script, lib.dispatcher, lib.runtime
+lib.dispatcher.CONTEXT = multiprocessing.get_context("fork")
+{prelude_of(worker)}
+lib.runtime.run(script.main)
+"""
     return shlex.join(map(str, [sys.executable, "-c", code, *options]))
 
 

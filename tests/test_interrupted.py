@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import time
 
 import torch
 from dispatch_helpers import wait_for
@@ -103,6 +104,7 @@ def test_a_killed_search_has_every_evaluation_once(flow, tmp_path):
     process = search(tmp_path, options, "gated")
     wait_for(lambda: evaluations.exists() and evaluations.read_bytes().endswith(b"\n"))
     process.kill()
+    time.sleep(2)  # its forked worker, which shares the ledger's lock, ends within a second
     assert finish(process).returncode == -signal.SIGKILL and len(read_lines(evaluations)) == 1
     printed = run(tmp_path, SEARCH, *options, "--resume")
     assert "1 evaluations of this search" in printed

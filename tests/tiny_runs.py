@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 
-from lib import config_io, runtime
+from lib import config_io, dispatcher, runtime
 
 REPOSITORY = Path(__file__).parent.parent
 SUPERNET, SEARCH, FINAL = "supernet_train.py", "async_search.py", "final_train.py"
@@ -116,6 +116,10 @@ def _be_script(cwd: str, script: str, arguments: list[str], prelude: str, out: s
     for path, number in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     torch.set_num_threads(1)
+    # Children start as they do for a user, by fork (else by a server of their own); a search's workers do too, since
+    # they then have torch already.
+    multiprocessing.set_start_method("fork", force=True)
+    dispatcher.CONTEXT = multiprocessing.get_context("fork")
     module = import_module(script.removesuffix(".py"))
     exec(prelude, {"script": module})
     sys.argv = [script, *arguments]
