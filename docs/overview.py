@@ -26,7 +26,7 @@ def main(run: Path) -> None:
     axis.set_xlabel("M multiply-adds")
     axis.set_ylabel(f"{objective} with inherited weights")
     axis.set_title(f"{len(scored)} evaluated sub-networks and the front")
-    for place, picture in zip(places, sorted((run / "drawn").glob("*.jpg"))[1:], strict=False):
+    for place, picture in zip(places, sorted((run / "drawn").glob("*.jpg"))[::2], strict=False):
         place.imshow(Image.open(picture))
         place.set_axis_off()
     figure.tight_layout()
