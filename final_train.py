@@ -141,11 +141,12 @@ def train_from(this_run: cli.Run, choice: Choice, origin: str, args: argparse.Na
         print(f"time on {device}: about {duration(training + scoring)}, of which {duration(scoring)} to evaluate")
         return
     # The training.
-    this_run.save_config()
-    cli.remember("final", folder)
     training = FinalTraining(
         config, folder, student, loader, test, device, resume=args.resume, tensorboard=args.tensorboard
     )
+    # Only now, since a folder with another training has been refused and is to stay as it was.
+    this_run.save_config()
+    cli.remember("final", folder)
     if not training.run():
         print(f"stopped; everything is in {folder / 'last.pt'}, the same command with --resume goes on")
         return
