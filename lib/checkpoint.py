@@ -10,8 +10,10 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import platform
 import random
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, BinaryIO
@@ -23,6 +25,8 @@ from lib import distributed
 from lib.errors import UserError
 
 FORMAT = "checkpoint/1"
+LOCK = ".lock"  # in the folder of a run, while a process writes there
+LOCK_PATIENCE = 3.0  # seconds; the children of a process that was killed hold its lock for a moment
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -143,8 +147,8 @@ def code_revision(root: Path = ROOT) -> str | None:
     return done.stdout.strip() or None
 
 
-def lock(file: IO, wait: bool) -> None:
-    """Lock `file` against other processes until it is closed or this process ends, where the file system has locks.
+def lock(file: IO, wait: bool) -> bool:
+    """Lock `file` against other processes until it is closed or this process ends; whether the file system has locks.
 
     Raises BlockingIOError if another process holds the lock and `wait` is false.
     """
@@ -154,3 +158,75 @@ def lock(file: IO, wait: bool) -> None:
         # Any other error means a network file system without locks.
         if isinstance(error, BlockingIOError):
             raise
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Make this process the only writer of `folder` until the block or the process ends. The main process has the lock.
+
+    Raises UserError if another process writes there. A folder that did not exist and stays empty is removed again.
+    """
+    if not distributed.world().main:
+        yield
+        return
+    path = folder / LOCK
+    is_new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = _open_locked(path)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from None
+    with file:
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()
+                if is_new:
+                    folder.rmdir()
+
+
+def _open_locked(path: Path) -> IO:
+    """The lock file `path`, locked, with the name of this process in it."""
+    give_up = time.monotonic() + LOCK_PATIENCE
+    while True:
+        file = path.open("a+")
+        try:
+            if not lock(file, wait=False):
+                print(f"note: {path.parent}: this file system has no locks; start no second process on this folder")
+                return file
+            # The previous holder may have removed the file between this process's open and lock.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    file.truncate(0)
+                    file.write(f"process {os.getpid()} on {platform.node()}")
+                    file.flush()
+                    return file
+        except BlockingIOError:
+            if time.monotonic() > give_up:
+                file.seek(0)
+                holder = file.read() or "another process"
+                file.close()
+                raise UserError(
+                    f"{path.parent}: in use by {holder}; wait for it to end, or use another folder (--train-dir)"
+                ) from None
+            time.sleep(0.1)
+        file.close()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of processes that were killed while they wrote to `folder`."""
+    for path in folder.glob(".*.part") if distributed.world().main else ():
+        pid = path.name.split(".")[-2]
+        if pid.isdigit() and int(pid) != os.getpid() and not _is_running(int(pid)):
+            path.unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return isinstance(error, PermissionError)
+    return True

@@ -11,6 +11,7 @@ import random
 import re
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 from lib import distributed
 from lib.config import Config
 from lib.errors import UserError
+from lib.log import say
 
 MAX_CPU_WORKERS = 8  # by default; more have to be asked for
 ECHO_SECONDS = 1.0  # a batch system may send SIGTERM to a process and then again to its process group
@@ -111,31 +113,53 @@ def keep_freed_memory() -> None:
 
 
 def die_with_parent() -> None:
-    """Make Linux kill this process when the process that forked it ends, for whatever reason.
+    """Make this process end when the process that started it ends, for whatever reason and however it was started.
 
     A forked child inherits its parent's sockets. While it lives, the parent's peers cannot see that the parent is gone.
     """
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of sys/prctl.h
-    # The parent may have ended before that call.
-    if not multiprocessing.parent_process().is_alive():
+    parent = multiprocessing.parent_process()
+    if os.getppid() == parent.pid:  # not so under forkserver, whose server is the parent to Linux
+        with contextlib.suppress(AttributeError, OSError):
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of sys/prctl.h
+
+    def watch() -> None:
+        parent.join()
         os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+class Stopped(Exception):
+    """A signal ended the work, and everything is saved; `number` is the signal's, the message says how to go on."""
+
+    def __init__(self, message: str, number: int):
+        super().__init__(message)
+        self.number = number
 
 
 class StopRequest:
-    """Turns the first SIGINT or SIGTERM into `requested`, so that a loop can save and leave. The second exits at once.
+    """Turns the first signal of SIGNALS into `requested`, so that a loop can save and leave.
 
+    A second Ctrl-C or SIGTERM exits at once. SIGHUP (a closed terminal) and SIGUSR1 (Slurm's warning) only ask.
     A context manager that restores the previous handlers. In a distributed job, `requested` changes only in `agree`,
     so that all processes stop after the same step. If another process of the job is lost (`PeerLost`), SIGTERM stays
     ignored on leaving: this process still has to report the loss, and then ends by itself.
     """
 
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
     def __init__(self) -> None:
         self.requested = False
-        self._signalled = 0.0  # time.monotonic() of the first signal
+        self.number = signal.SIGTERM  # of the request; in a job, the signal may have reached another process
+        self._signalled = False
+        self._insisted = 0.0  # time.monotonic() of the first Ctrl-C or SIGTERM
 
     def __enter__(self) -> StopRequest:
-        self._before = {n: signal.signal(n, self._on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {}
+        for number in self.SIGNALS:
+            # nohup has SIGHUP ignored.
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -147,15 +171,19 @@ class StopRequest:
 
     def agree(self) -> None:
         """Share the request among all processes of the job. Each of them calls this after every step."""
-        self.requested = distributed.any_of(bool(self._signalled))
+        self.requested = distributed.any_of(self._signalled)
 
     def _on_signal(self, number: int, _frame: object) -> None:
-        if self._signalled:
+        if number in (signal.SIGINT, signal.SIGTERM):
             # An echo of the first SIGTERM is not a second request.
-            if number == signal.SIGINT or time.monotonic() - self._signalled > ECHO_SECONDS:
+            echo = number == signal.SIGTERM and time.monotonic() - self._insisted < ECHO_SECONDS
+            if self._insisted and not echo:
                 os._exit(128 + number)
+            self._insisted = self._insisted or time.monotonic()
+        if self._signalled:
             return
-        self._signalled = time.monotonic()
+        self._signalled = True
+        self.number = number
         self.requested = self.requested or distributed.world().size == 1
         if distributed.world().main:
             # The reader of stderr may have received the same signal and be gone.
@@ -172,7 +200,8 @@ def _ignore_launcher() -> None:
 def run(main: Callable[[], None]) -> None:
     """Run a script's main function and exit with its status: 2 for a user's mistake, 1 for a lost process of the job.
 
-    Both print one line to stderr, from one process of the job. Ctrl-C exits with 130.
+    Both print one line to stderr, from one process of the job. Stopped by a signal, it exits with 130 after Ctrl-C and
+    with 143 otherwise, as if SIGTERM had ended it: what a shell runs after `&&` is not to start.
     """
     keep_freed_memory()
     try:
@@ -187,5 +216,9 @@ def run(main: Callable[[], None]) -> None:
         # The report is out, so the launcher may end this process now.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         sys.exit(1 if lost else 2)
+    except Stopped as stopped:
+        say(f"stopped; {stopped}")
+        distributed.leave()
+        sys.exit(130 if stopped.number == signal.SIGINT else 143)
     except KeyboardInterrupt:
         sys.exit(130)
