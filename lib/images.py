@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import re
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +19,8 @@ from torchvision.io import ImageReadMode, decode_image, read_file, write_jpeg
 from lib.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp")  # what torchvision's decode_image reads
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+ORIENTATION = 0x112  # EXIF tag
 LARGE_PICTURE = 1_000_000  # pixels; for a smaller JPEG, PIL's overhead costs as much as the reduced decoding saves
 
 
@@ -45,6 +50,82 @@ def find_pictures(patterns: Sequence[str]) -> list[Path]:
             raise UserError(f"{pattern}: no picture found (supported: {', '.join(SUFFIXES)})")
         found.update(matches)
     return sorted(found)
+
+
+class Header(NamedTuple):
+    """What a picture file says about itself before its pixels are decoded."""
+
+    width: int  # as shown, that is after EXIF orientation, as annotation tools count
+    height: int
+    stored_width: int  # of the stored rows, before EXIF orientation
+    stored_height: int
+    orientation: int  # EXIF, 1 to 8; 1 where the file has none, or nonsense
+    format: str  # one of FORMATS
+    frames: int  # 1, or the number of pictures in an animation or a TIFF
+
+
+def read_header(path: str) -> Header:
+    """Size and orientation of a picture file without decoding it, in a fraction of a millisecond.
+
+    Raises UnreadableImage, in one line that names the file, where it is not a picture. Its pixels may still be broken.
+    """
+    with _opened(path) as picture:
+        return _header(picture)
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[Image.Image]:
+    """The picture in a file, not decoded yet. Whatever the file makes Pillow raise becomes UnreadableImage."""
+    try:
+        with Image.open(path, formats=FORMATS) as picture:
+            yield picture
+    except UnreadableImage:
+        raise
+    except Image.UnidentifiedImageError:
+        reason = "is none of " + ", ".join(FORMATS) if Path(path).stat().st_size else "is empty"
+        raise UnreadableImage(f"{path}: cannot be read: {reason}") from None
+    except (
+        Exception
+    ) as error:  # a broken file raises nearly anything: OSError, SyntaxError, struct.error, KeyError, ...
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise UnreadableImage(f"{path}: cannot be read: {reason}") from None
+
+
+def _header(picture: Image.Image) -> Header:
+    """The header of a picture that has just been opened."""
+    orientation = _orientation(picture)
+    stored = picture.size
+    if picture.format == "TIFF":  # its `size` is the one shown already
+        stored = picture.tag_v2[256], picture.tag_v2[257]
+    shown = stored[::-1] if orientation >= 5 else stored
+    # Another picture in a JPEG (MPO) is a preview, a depth or a gain map, not an animation.
+    jpeg = picture.format in ("JPEG", "MPO")
+    frames = 1 if jpeg else getattr(picture, "n_frames", 1)
+    return Header(*shown, *stored, orientation, "JPEG" if jpeg else picture.format, frames)
+
+
+def _orientation(picture: Image.Image) -> int:
+    """EXIF orientation; 1 where it is missing or no number from 1 to 8, or the EXIF data is damaged."""
+    if picture.format == "PNG" and "exif" not in picture.info:
+        # Pillow would decode the pixels to see whether the chunk stands behind them.
+        picture.info |= _late_png_exif(picture)
+    try:
+        value = Image.Image.getexif(picture).get(ORIENTATION, 1)
+    except Exception:  # foreign data again, which viewers ignore when it is broken
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def _late_png_exif(picture: Image.Image) -> dict[str, bytes]:
+    """{"exif": content} of a PNG whose eXIf chunk stands behind its pixels, else {}."""
+    with Path(picture.filename).open("rb") as file:
+        file.seek(8)  # the signature
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            if kind == b"eXIf":
+                return {"exif": file.read(length)}
+            file.seek(length + 4, 1)  # content and checksum
+    return {}
 
 
 def read_picture(path: str) -> Tensor:
