@@ -8,15 +8,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
-
-class Bounds(NamedTuple):
-    """The numbers that a key accepts, both ends included. NaN and infinity are never accepted."""
-
-    low: float
-    high: float = math.inf
-
+from lib.plain import Bounds
 
 TINY = 1e-12  # stands for "above 0"
 BELOW_ONE = math.nextafter(1.0, 0.0)

@@ -5,9 +5,21 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+MOST_SHOWN = 1500  # characters of a message
+
 
 class UserError(Exception):
     """A mistake that the user can mend. Scripts print its message without a traceback and exit with status 2."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
+
+
+def one_line(text: str) -> str:
+    """`text` as one line of bounded length. It may quote a stranger's file: what is not printable is escaped."""
+    if len(text) > MOST_SHOWN:  # the remedy stands at the end
+        text = f"{text[: MOST_SHOWN - 500]} ... {text[-500:]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def did_you_mean(word: object, options: Iterable[object]) -> str:

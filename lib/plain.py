@@ -1,0 +1,219 @@
+"""Plain data that anybody may have written: JSON read strictly, and values checked against annotated types.
+
+A type is int, float, str, bool, any other class, list[...], dict[str, ...], Literal, Annotated with Bounds, a union, or
+a dataclass or NamedTuple, which stands for an object that has at least these keys. Each error names the file or the
+key, what was expected and what was found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import reprlib
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn
+
+from lib.errors import UserError
+
+MOST_SHOWN = 80  # characters of a wrong value in an error message
+MOST_BYTES = 256 * 1024**2  # of a JSON file
+MOST_VALUES, DEEPEST = 1_000_000, 50  # of plain data that is copied
+
+
+class Bounds(NamedTuple):
+    """The numbers that a key accepts, both ends included. NaN and infinity are never accepted."""
+
+    low: float
+    high: float = math.inf
+
+
+class WrongKey(UserError):
+    """A value of the wrong type or out of bounds; `key` is its dotted path."""
+
+    def __init__(self, key: str, message: str):
+        super().__init__(f"{key}: {message}" if key else message)
+        self.key = key
+
+
+def fail(key: str, expected: str, found: object) -> NoReturn:
+    raise WrongKey(key, f"expected {expected}, found {found}")
+
+
+# Files.
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """The content of a file. Raises UserError if it cannot be read, or is larger than `most` bytes."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(most + 1)
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    if len(content) > most:
+        raise UserError(f"{path}: larger than {most / 1024**2:g} MiB, which no file of this kind is")
+    return content
+
+
+def read_json(path: Path, form: str = "", hint: str = "") -> Any:
+    """The content of a JSON file. With `form`, an object whose "format" is that one; `hint` ends the message.
+
+    Raises UserError, in one line that names the file.
+    """
+    data = parse_json(read_bytes(path, MOST_BYTES), str(path))
+    found = data.get("format") if isinstance(data, dict) else data
+    if form and found != form:
+        raise UserError(f'{path}: expected a JSON object with "format": "{form}", found {shown(found)}{hint}')
+    return data
+
+
+def parse_json(text: str | bytes, source: str) -> Any:
+    """JSON in which no key is given twice and every number is finite. The error begins with `source`."""
+    try:
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_finite, parse_float=_finite)
+    except (ValueError, RecursionError) as error:  # of the encoding, the JSON, or of a number with 5,000 digits
+        raise UserError(f"{source}: cannot be read as JSON ({error})") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {shown(max(keys, key=keys.count))} stands there twice")
+    return found
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"expected finite numbers, found {text[:MOST_SHOWN]}")
+    return value
+
+
+def refuse_bomb(data: object, source: str) -> None:
+    """Raise UserError if plain data is nested very deeply, or grows when it is copied (YAML aliases, pickled loops)."""
+    waiting = [(data, 0)]
+    for _ in range(MOST_VALUES):
+        if not waiting:
+            return
+        value, depth = waiting.pop()
+        items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple, set)) else ()
+        waiting.extend((item, depth + 1) for item in items)
+        if depth > DEEPEST or len(waiting) > MOST_VALUES:
+            break
+    raise UserError(f"{source}: nested too deeply, or too large")
+
+
+# Values.
+
+
+def check(value: Any, kind: Any, key: str = "") -> Any:
+    """`value` as the annotated type `kind`. Raises WrongKey, a UserError, that begins with `key`."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        number, bounds = check(value, arguments[0], key), arguments[1]
+        if not bounds.low <= number <= bounds.high:
+            fail(key, describe(kind), shown(number))
+        return number
+    if origin is list:
+        if not isinstance(value, list):
+            fail(key, "a list", shown(value))
+        return [check(item, arguments[0], f"{key}[{i}]") for i, item in enumerate(value)]
+    if origin is dict:
+        items = _section(value, key)
+        return {name: check(item, arguments[1], f"{key}[{shown(name)}]") for name, item in items.items()}
+    if origin is Literal:
+        # Not `in`: True equals 1 and 3.0 equals 3, and neither is what the key means.
+        if not any(value == option and type(value) is type(option) for option in arguments):
+            fail(key, f"one of {', '.join(map(str, arguments))}", shown(value))
+        return value
+    if origin in (typing.Union, types.UnionType):
+        for option in arguments:
+            with contextlib.suppress(UserError):
+                return check(value, option, key)
+        fail(key, describe(kind), shown(value))
+    if is_dataclass(kind) or hasattr(kind, "_fields"):
+        return _record(value, kind, key)
+    return _scalar(value, kind, key)
+
+
+def _section(value: Any, key: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        fail(key, "a section with keys", shown(value))
+    for name in value:
+        if not isinstance(name, str):
+            fail(key, "keys that are text", shown(name))
+    return value
+
+
+def _record(value: Any, kind: Callable, key: str) -> Any:
+    """`value`, an object, as a dataclass or NamedTuple. Keys that this has not are left out."""
+    items = _section(value, key)
+    fields = {}
+    for name, expected in typing.get_type_hints(kind, include_extras=True).items():
+        where = f"{key}: {name}" if key else name
+        if name not in items:
+            raise WrongKey(where, "is missing")
+        fields[name] = check(items[name], expected, where)
+    return kind(**fields)
+
+
+def _scalar(value: Any, kind: type, key: str) -> Any:
+    if kind is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    accepted = (int, float) if kind is float else kind  # a whole number stays one: expand ratio 6 is not 6.0
+    fits = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
+    if not fits or (isinstance(value, float) and not math.isfinite(value)):
+        fail(key, describe(kind) + (", in quotes" if kind is str else ""), shown(value))
+    if kind is str and "\0" in value:  # no file name and no YAML file can hold it
+        fail(key, "text without NUL", shown(value))
+    if isinstance(value, int) and value.bit_length() > 63:  # more than a float or a tensor can hold
+        fail(key, "a number below 2**63", shown(value))
+    return value
+
+
+def describe(kind: Any) -> str:
+    """A type in words: `an integer of at least 1`, `a number from 0 to 1`."""
+    if typing.get_origin(kind) is Annotated:
+        base, bounds = typing.get_args(kind)
+        if 0 < bounds.low < 1e-9:
+            return f"{describe(base)} above 0"
+        if bounds.high == math.inf:
+            return f"{describe(base)} of at least {bounds.low:g}"
+        below = "below " if 0 < 1 - bounds.high < 1e-9 else ""
+        low, high = (str(end) if isinstance(end, int) else f"{end:g}" for end in bounds)
+        return f"{describe(base)} from {low} to {below}{high}"
+    names = {int: "an integer", float: "a number", str: "text", bool: "true or false", dict: "a section with keys"}
+    if kind in names:
+        return names[kind]
+    if typing.get_origin(kind) is Literal:
+        return " or ".join(repr(option) for option in typing.get_args(kind))
+    return " or ".join(describe(option) for option in typing.get_args(kind)) or kind.__name__
+
+
+def shown(value: object) -> str:
+    """A wrong value for an error message: cut where it is long, nested or an integer of very many digits."""
+    if isinstance(value, int) and value.bit_length() > 1000:  # Python refuses to print one of 15,000 bits
+        return f"an integer of {value.bit_length()} bits"
+    text = _short.repr(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
+
+
+class _Short(reprlib.Repr):
+    """repr() of bounded length and depth."""
+
+    def __init__(self):
+        super().__init__()
+        self.maxlevel = 4
+        self.maxstring = self.maxother = 4 * MOST_SHOWN
+        self.maxlist = self.maxdict = self.maxtuple = MOST_SHOWN
+
+    def repr_int(self, value: int, _level: int) -> str:
+        return repr(value) if value.bit_length() <= 1000 else f"an integer of {value.bit_length()} bits"
+
+
+_short = _Short()
