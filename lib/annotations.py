@@ -23,7 +23,7 @@ from lib.errors import UserError, did_you_mean
 from lib.images import SUFFIXES
 
 logger = logging.getLogger(__name__)
-Image = tuple[str, str, int, int]  # id, path, width, height
+Image = tuple[str, str, int, int, int | str]  # id, path, width, height, the data set's own id
 
 # One object while a file is read, eight float64: the image as its position in a list, a label from 1, a box in pixels,
 # whether the object is ignored, and its area, NaN if the file gives none.
@@ -58,6 +58,11 @@ class Annotations:
     ids: PackedStrings  # the files' names under the image folder, without suffix
     paths: PackedStrings  # of the pictures
     dropped: list[str]  # one line for each box that was left out: where and why
+    own_ids: PackedStrings  # the data set's own image ids as JSON: see `image_id`
+
+    def image_id(self, i: int) -> int | str:
+        """The data set's own id of image `i`: COCO's, else the file's name under the image folder, without suffix."""
+        return json.loads(self.own_ids[i])
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -122,7 +127,7 @@ def read_voc(root: Path, sets: Sequence[str], classes: Sequence[str] = (), on_er
                     _fault(f"{xml}: unknown class '{name}'{did_you_mean(name, classes)}", on_error)
                 else:
                     found.append((len(images), name, box_xyxy, difficult, math.nan))
-            images.append((stem, str(picture), width, height))
+            images.append((stem, str(picture), width, height, stem))
     classes = tuple(classes) or tuple(sorted({name for _, name, *_ in found}))
     label_of = {name: label for label, name in enumerate(classes, start=1)}
     objects = np.array([(image, label_of[name], *rest) for image, name, *rest in found], dtype=OBJECT)
@@ -262,7 +267,7 @@ def _coco_images(path: Path, folder: Path, entries: list, on_error: str) -> tupl
             _fault(f"{folder / name}: no such image, but {path} lists it", on_error)
             continue
         position_of[entry["id"]] = len(images)
-        images.append((str(PurePosixPath(name).with_suffix("")), str(folder / name), width, height))
+        images.append((str(PurePosixPath(name).with_suffix("")), str(folder / name), width, height, entry["id"]))
     return images, position_of
 
 
@@ -292,7 +297,7 @@ def _assemble(
     for one, other in itertools.pairwise(images):
         if one[0] == other[0]:
             raise UserError(f"{source}: image '{one[0]}' is there twice ({one[1]}, {other[1]})")
-    sizes = np.array([image[2:] for image in images], dtype=np.int32)
+    sizes = np.array([image[2:4] for image in images], dtype=np.int32)
 
     # Objects follow the order of the images; those of one image keep theirs.
     owner = np.argsort(order)[objects["image"].astype(np.int64)]
@@ -323,6 +328,7 @@ def _assemble(
         ids=PackedStrings([image[0] for image in images]),
         paths=PackedStrings([image[1] for image in images]),
         dropped=dropped,
+        own_ids=PackedStrings([json.dumps(image[4]) for image in images]),
     )
 
 
