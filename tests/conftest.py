@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 import random
 import time
 
@@ -105,9 +107,22 @@ def tiny_graph(tiny_trained):
 
 
 @pytest.fixture(scope="session")
-def flow(tmp_path_factory):
+def flow(tmp_path_factory, worker_id):
     """A folder in which the three stages ran one after the other, with no flag that a newcomer would not use."""
-    folder = tmp_path_factory.mktemp("flow")
+    # The test processes share one: whoever comes first runs the stages, the others wait for its lock.
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "flow"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        printed = folder / "printed.json"
+        if not printed.exists():
+            printed.write_text(json.dumps(run_stages(folder)))
+        return folder, json.loads(printed.read_text())
+
+
+def run_stages(folder):
+    """What each of the three scripts prints."""
     settings = tiny_settings(data__root=folder / "shapes")
     (folder / "tiny.yaml").write_text(yaml.safe_dump(settings))
     commands = {SUPERNET: ["--cfg", "tiny.yaml"], SEARCH: ["--gpus", "cpu"], FINAL: ["--genotype", "best.json"]}
@@ -116,7 +131,7 @@ def flow(tmp_path_factory):
         done = run_as_user(folder, script, *arguments)
         assert done.returncode == 0, done.stderr
         printed[script] = done.stdout
-    return folder, printed
+    return printed
 
 
 @pytest.fixture

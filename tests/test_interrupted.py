@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 import time
 
 import torch
 from dispatch_helpers import wait_for
-from search_runs import launch, search
+from search_runs import search
 from tiny_runs import FINAL, SEARCH, SUPERNET, finish, read_lines, run, start
 
 from lib import checkpoint
@@ -17,19 +16,15 @@ from lib.genotype import Genotype
 
 BATCH = 7  # of epoch 2, after which the signal comes
 SIGNALLED = f"""
-import os, sys
-from importlib import import_module
+import os
 from lib.training import Trainer
-from lib.runtime import run
-script, signal = sys.argv.pop(1), int(sys.argv.pop(1))
 update = Trainer.update
 def update_and_signal(trainer, losses):
     found = update(trainer, losses)
     if (trainer.epoch, trainer.batch) == (2, {BATCH}):
-        os.kill(os.getpid(), signal)
+        os.kill(os.getpid(), NUMBER)
     return found
 Trainer.update = update_and_signal
-run(import_module(script.removesuffix(".py")).main)
 """
 
 
@@ -50,8 +45,8 @@ def assert_equal_state(a, b, path="payload"):
 def interrupted(folder, script, arguments, number):
     """The checkpoints of a run and of one that sends itself a signal within its second epoch and is then resumed."""
     whole = start(folder, script, *arguments, "--train-dir", "whole")
-    command = [sys.executable, "-c", SIGNALLED, script, int(number), *arguments, "--train-dir", "broken"]
-    done = finish(launch(folder, *command))
+    signalled = SIGNALLED.replace("NUMBER", str(int(number)))
+    done = finish(start(folder, script, *arguments, "--train-dir", "broken", prelude=signalled))
     if number == signal.SIGINT:
         assert done.returncode == 0 and "--resume goes on" in done.stdout, done.stderr
     else:
