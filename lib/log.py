@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 from tqdm.utils import ObjectWrapper
@@ -21,6 +22,7 @@ from tqdm.utils import ObjectWrapper
 from lib import distributed
 from lib.checkpoint import replacing
 from lib.errors import UserError
+from lib.plain import check
 
 
 def progress(items: Iterable | None, description: str, total: int | None = None, initial: int = 0) -> tqdm:
@@ -30,7 +32,7 @@ def progress(items: Iterable | None, description: str, total: int | None = None,
         description,
         total=total,
         initial=initial,
-        file=_PipeTolerant(sys.stderr),
+        file=sys.stderr,
         mininterval=0.2 if sys.stderr.isatty() else 30.0,
         leave=False,
         dynamic_ncols=True,
@@ -40,23 +42,39 @@ def progress(items: Iterable | None, description: str, total: int | None = None,
 
 def say(message: str) -> None:
     """Print a line to stdout without tearing a progress bar."""
-    try:
-        tqdm.write(message, file=sys.stdout)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader is gone: discard this and all later output
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    tqdm.write(message, file=sys.stdout)
+    sys.stdout.flush()
 
 
-class _PipeTolerant(ObjectWrapper):
-    """A stream that ignores a lost reader: Ctrl-C ends the `tee` of a log too, and a checkpoint must still be saved."""
+def keep_streams_open() -> None:
+    """Make stdout and stderr accept every line: no message is a reason to end a training or to print a traceback.
+
+    One that is closed (`>&-`) or whose reader is gone (`| head`, the `tee` of a log that Ctrl-C ended too) discards
+    its lines; one that is ASCII only gets the rest escaped.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name) or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")  # None: closed
+        stream.reconfigure(errors="backslashreplace")
+        setattr(sys, name, _Tolerant(stream))
+
+
+class _Tolerant(ObjectWrapper):
+    """A stream that discards what it cannot write, and everything after it."""
 
     def write(self, text: str) -> None:
-        with contextlib.suppress(BrokenPipeError):
+        try:
             self._wrapped.write(text)
+        except OSError:
+            self._discard()
 
     def flush(self) -> None:
-        with contextlib.suppress(BrokenPipeError):
+        try:
             self._wrapped.flush()
+        except OSError:
+            self._discard()
+
+    def _discard(self) -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self._wrapped.fileno())
 
     def __eq__(self, other: object) -> bool:  # tqdm.write compares streams to find the bars on its screen
         return self._wrapped == getattr(other, "_wrapped", other)
@@ -96,13 +114,24 @@ class RunLog:
             self._board.close()
 
 
+class _Line(NamedTuple):
+    """What every record of a log has, and what those of a training and of its scores have."""
+
+    kind: str
+    step: int
+    losses: dict[str, float | None]
+    networks: dict[str, dict]
+
+
 def read_log(path: Path) -> list[dict]:
     """The records of a log, without lines that a crash cut short. No file is no records."""
     records = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                records.append(json.loads(line))
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, RecursionError, UserError):
+                record = json.loads(line)
+                check({"losses": {}, "networks": {}, **check(record, dict)}, _Line)
+                records.append(record)
     return records
 
 

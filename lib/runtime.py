@@ -22,7 +22,7 @@ import torch
 from lib import distributed
 from lib.config import Config
 from lib.errors import UserError
-from lib.log import say
+from lib.log import keep_streams_open, say
 
 MAX_CPU_WORKERS = 8  # by default; more have to be asked for
 ECHO_SECONDS = 1.0  # a batch system may send SIGTERM to a process and then again to its process group
@@ -197,6 +197,16 @@ def _ignore_launcher() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+def _name_the_file(main: Callable[[], None]) -> None:
+    """Run `main`. What the machine refuses (a full disk, no permission, a name too long) is a UserError."""
+    try:
+        main()
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise UserError(f"{error.filename}: {error.strerror}") from None
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a script's main function and exit with its status: 2 for a user's mistake, 1 for a lost process of the job.
 
@@ -204,8 +214,9 @@ def run(main: Callable[[], None]) -> None:
     with 143 otherwise, as if SIGTERM had ended it: what a shell runs after `&&` is not to start.
     """
     keep_freed_memory()
+    keep_streams_open()
     try:
-        main()
+        _name_the_file(main)
         distributed.leave()
     except (UserError, distributed.PeerLost) as error:
         _ignore_launcher()

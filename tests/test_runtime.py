@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -176,7 +178,7 @@ def test_a_log_whose_reader_is_gone_does_not_keep_the_loop_from_saving(tmp_path)
                     break
         (tmp_path / "saved").touch()
 
-    with forked(main) as process:
+    with forked(lambda: run(main)) as process:
         process.stdout.readline()
         process.stdout.close()
         process.stderr.close()
@@ -224,3 +226,33 @@ def test_a_script_ends_with_a_status_and_a_line(capsys, error, status, message):
 def test_a_bug_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         run(lambda: 1 / 0)
+
+
+def test_what_the_machine_refuses_is_one_line_that_names_the_file():
+    with forked(lambda: run(lambda: Path("x" * 300).exists())) as process:
+        assert process.wait() == 2
+        assert re.fullmatch("error: x{300}: File name too long\n", process.stderr.read())
+
+
+def test_what_a_terminal_cannot_show_is_escaped():
+    def main() -> None:
+        sys.stdout.reconfigure(encoding="ascii")  # as with PYTHONIOENCODING=ascii
+        run(lambda: print("класс \udcff"))
+
+    with forked(main) as process:
+        assert process.wait() == 0
+        assert process.stdout.read() == "\\u043a\\u043b\\u0430\\u0441\\u0441 \\udcff\n"
+
+
+def test_closed_streams_and_a_full_disk_are_no_reason_to_stop():
+    def main() -> None:
+        sys.stdout = None  # as with >&-
+        run(lambda: say("a line"))
+
+    def full() -> None:
+        sys.stdout = Path("/dev/full").open("w", buffering=1)  # noqa: SIM115
+        run(lambda: say("a line"))
+
+    for target in (main, full):
+        with forked(target) as process:
+            assert process.wait() == 0 and not process.stderr.read()
