@@ -75,10 +75,11 @@ def run_as_user(cwd: Path, script: str, *arguments: object) -> subprocess.Comple
     return subprocess.run(words, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=240)
 
 
-# Most tests start their scripts from a server that has imported torch already: a process of its own as well, which
-# can be killed and signalled like any other, and starts in a tenth of a second.
+# Most tests start their scripts from a server that has imported torch and matplotlib already: a process of its own as
+# well, which can be killed and signalled like any other, and starts in a tenth of a second.
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["supernet_train", "async_search", "final_train", "tiny_runs"])
+_DRAWING = [f"matplotlib.{name}" for name in ("figure", "backends.backend_agg", "backends.backend_svg")]
+_SERVER.set_forkserver_preload(["supernet_train", "async_search", "final_train", "tiny_runs", *_DRAWING])
 
 
 class Script:
