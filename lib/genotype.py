@@ -7,7 +7,6 @@ exactly when their sub-networks are. A `SearchSpace` is the set of genotypes tha
 from __future__ import annotations
 
 import functools
-import json
 import math
 import random
 import re
@@ -17,8 +16,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lib.errors import UserError, did_you_mean
+from lib.plain import check, read_json, shown
 
 FORMAT = "genotype/1"
+FRONT = "pareto/1"
+LARGEST_EXPAND = 64
 
 
 class Block(NamedTuple):
@@ -54,20 +56,20 @@ class Genotype:
     def from_dict(cls, data: object) -> Genotype:
         """Read the JSON form. Other top-level keys of a genotype file (metrics, supernet, config) are ignored."""
         if not isinstance(data, dict) or data.get("format") != FORMAT:
-            found = data.get("format") if isinstance(data, dict) else type(data).__name__
-            raise UserError(f'not a genotype: expected a JSON object with "format": "{FORMAT}", found {found!r}')
+            found = shown(data.get("format") if isinstance(data, dict) else data)
+            raise UserError(f'not a genotype: expected a JSON object with "format": "{FORMAT}", found {found}')
         try:
             backbone = data["backbone"]
             return cls(
                 image_size=_integer(data["image_size"], "image_size"),
-                backbone_type=str(backbone["type"]),
+                backbone_type=check(backbone["type"], str, "genotype: backbone.type"),
                 stages=tuple(tuple(_block(b["expand"], b["kernel"]) for b in stage) for stage in backbone["stages"]),
                 head=tuple(_block(b["expand"], b["kernel"]) for b in data["head"]),
             )
         except KeyError as error:
             raise UserError(f"genotype: the key {error} is missing") from None
         except TypeError as error:  # a list or an object where a number should be, or the other way round
-            raise UserError(f"genotype: {error}") from None
+            raise UserError(f"genotype: {error}; best.json shows its form") from None
 
     def __str__(self) -> str:
         """The aw_nas spelling, one line; `parse_genotype_string` reads it back."""
@@ -92,14 +94,16 @@ def _number(value: str | float) -> float:
 
 def _integer(value: object, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise UserError(f"genotype: {name} must be an integer, found {value!r}")
+        raise UserError(f"genotype: {name} must be an integer, found {shown(value)}")
     return value
 
 
 @functools.lru_cache(maxsize=1024, typed=True)  # a ledger holds the same few blocks hundreds of thousands of times
 def _block(expand: object, kernel: object) -> Block:
-    if isinstance(expand, bool) or not isinstance(expand, (int, float)) or not expand > 0:
-        raise UserError(f"genotype: expand must be a positive number, found {expand!r}")
+    if isinstance(expand, bool) or not isinstance(expand, (int, float)) or not 0 < expand <= LARGEST_EXPAND:
+        raise UserError(
+            f"genotype: expand must be a number above 0 and at most {LARGEST_EXPAND}, found {shown(expand)}"
+        )
     return Block(expand, _integer(kernel, "kernel"))
 
 
@@ -231,7 +235,7 @@ class SearchSpace:
 
 def _expect(what: str, value: object, options: Sequence) -> None:
     if value not in options:
-        raise UserError(f"genotype: {what} is {value}, the search space has {', '.join(map(str, options))}")
+        raise UserError(f"genotype: {what} is {shown(value)}, the search space has {', '.join(map(str, options))}")
 
 
 def _pick_block(choices: BlockChoices, pick: Callable) -> Block:
@@ -328,30 +332,37 @@ def _read_items(text: str) -> dict[str, float | Block]:
 
 def read_genotype_file(path: Path, index: int | None = None) -> dict:
     """The content of a genotype file (best.json), or member `index` of a front (pareto.json), cheapest first."""
-    data = read_json(path)
-    if _is_front(data):
-        count = len(data["front"])
-        if index is None or not 0 <= index < count:
-            raise UserError(f"{path}: a front of {count} genotypes; pick one with --index 0 to {count - 1}")
-        return data["front"][index]
-    if index is not None:
+    members, is_front = _read_members(path)
+    if is_front and (index is None or not 0 <= index < len(members)):
+        raise UserError(f"{path}: a front of {len(members)} genotypes; pick one with --index 0 to {len(members) - 1}")
+    if not is_front and index is not None:
         raise UserError(f"{path}: --index is for a front (pareto.json), and this is a single genotype")
-    return data
+    return members[index or 0]
 
 
 def read_genotype_files(path: Path) -> list[dict]:
     """The genotype of a file, or every member of its front."""
+    return _read_members(path)[0]
+
+
+def _read_members(path: Path) -> tuple[list[dict], bool]:
+    """The checked content of each genotype of a file, and whether they are a front."""
     data = read_json(path)
-    return data["front"] if _is_front(data) else [data]
+    is_front = isinstance(data, dict) and data.get("format") == FRONT
+    members = check(data.get("front"), list[dict], f"{path}: front") if is_front else [data]
+    if not members:
+        raise UserError(f"{path}: a front without a genotype")
+    for i, member in enumerate(members):
+        where = f"{path}: front[{i}]" if is_front else str(path)
+        genotype_of(member, where)
+        check(member.get("supernet", {}), dict[str, str], f"{where}: supernet")
+        check(member.get("config", {}), dict, f"{where}: config")
+    return members, is_front
 
 
-def read_json(path: Path) -> object:
-    """The content of a JSON file. Raises UserError that names the file."""
+def genotype_of(data: object, source: str | Path) -> Genotype:
+    """`Genotype.from_dict` of data from `source`, with which an error begins."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # of the file, its text or its JSON
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from None
-
-
-def _is_front(data: object) -> bool:
-    return isinstance(data, dict) and data.get("format") == "pareto/1"
+        return Genotype.from_dict(data)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None

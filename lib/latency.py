@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -29,8 +30,9 @@ from lib.config import Config
 from lib.detector import SSD, ElasticSSD, ScoresAndBoxes, fuse
 from lib.elastic import ElasticInvertedResidual
 from lib.errors import UserError
-from lib.genotype import Block, Genotype, SearchSpace, all_blocks, read_json
+from lib.genotype import Block, Genotype, SearchSpace, all_blocks
 from lib.log import progress
+from lib.plain import Bounds, check, read_json
 from lib.runtime import device_name
 
 FORMAT = "latency/1"
@@ -43,6 +45,7 @@ REPETITIONS = 3  # timed calls of a visit, after one that warms up
 ROUNDS = 10  # visits of each run
 REFERENCE_EVERY = 4  # visits from one of the reference to the next
 Run = Callable[[], object]
+Milliseconds = Annotated[float, Bounds(0, 1e9)]
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,9 @@ class LatencyTable:
     error_median: float
     error_95: float
     error_constant: float
-    nms_ms: float
+    nms_ms: Milliseconds
     nms_boxes: int
-    ms: dict[str, float]
+    ms: dict[str, Milliseconds]
 
     def describe(self) -> str:
         where = f"{self.device_name}, CPU threads: {self.threads}" if self.device == "cpu" else self.device_name
@@ -85,19 +88,15 @@ class LatencyTable:
 def load_table(path: Path, detector: ElasticSSD) -> LatencyTable:
     """Read a table. Raises UserError unless it can predict every sub-network of `detector`."""
     again = "measure this supernet with --measure-latency"
-    data = read_json(path)
-    if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
-        raise UserError(f'{path}: not a latency table: expected a JSON object with "format": "{FORMAT}"')
+    data = read_json(path, FORMAT, f"; {again}")
+    del data["format"]
     names = {field.name for field in fields(LatencyTable)}
     if data.keys() != names:
         wrong = ", ".join(sorted(names ^ data.keys()))
         raise UserError(f"{path}: latency table with missing or unknown keys: {wrong}; {again}")
-    table = LatencyTable(**data)
+    table = check(data, LatencyTable, str(path))
     if table.network != shared_parts(detector):
         raise UserError(f"{path}: measured on a detector with another stem, head or number of classes; {again}")
-    for name, ms in table.ms.items():
-        if not isinstance(ms, (int, float)) or not ms >= 0:
-            raise UserError(f"{path}: '{name}': expected milliseconds, found {ms!r}")
     for name in all_features(detector):
         if name not in table.ms:
             raise UserError(f"{path}: measured on another search space, without '{name}'; {again}")

@@ -264,7 +264,7 @@ def test_a_path_is_no_genotype_string(tmp_path, monkeypatch):
         (lambda d: d["backbone"].pop("stages"), "'stages' is missing"),
         (lambda d: d["head"][0].pop("kernel"), "'kernel' is missing"),
         (lambda d: d.update(image_size="300"), "image_size must be an integer, found '300'"),
-        (lambda d: d["head"][0].update(expand=-1), "expand must be a positive number, found -1"),
+        (lambda d: d["head"][0].update(expand=-1), "expand must be a number above 0 and at most 64, found -1"),
         (lambda d: d["head"][0].update(kernel=3.5), "kernel must be an integer, found 3.5"),
         (lambda d: d.update(head=None), "genotype: "),
         (lambda d: d.update(backbone=[]), "genotype: "),
@@ -279,14 +279,14 @@ def test_unreadable_json_says_why(change, message):
 
 
 def test_json_that_is_no_object():
-    with pytest.raises(UserError, match="found 'list'"):
+    with pytest.raises(UserError, match=r"found \[\]"):
         Genotype.from_dict([])
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"backbone_type": "mbv2_backbone"}, "backbone type is mbv2_backbone, the search space has mbv3_backbone"),
+        ({"backbone_type": "mbv2_backbone"}, "backbone type is 'mbv2_backbone', the search space has mbv3_backbone"),
         ({"image_size": 80}, "image_size is 80, the search space has 64, 96"),
         ({"stages": ((Block(1, 3),),)}, "number of stages is 1, the search space has 2"),
         ({"stages": ((Block(1, 3),), (Block(3, 3),))}, "depth of stage 1 is 1, the search space has 2, 3"),
