@@ -231,7 +231,7 @@ def test_a_table_of_another_network_is_refused(measured, tiny_detector, tmp_path
         (lambda d: d.pop("ms"), "missing or unknown keys: ms"),
         (
             lambda d: d["ms"].update({"shared at 64": "fast"}),
-            r"ms\['shared at 64'\]: expected a number from 0 to 1e\+09, found 'fast'",
+            r"ms\['shared at 64'\]: expected a number, found 'fast'",
         ),
         (
             lambda d: d["ms"].update({"shared at 64": -1}),
