@@ -161,7 +161,6 @@ def plot_training(log: Path, picture: Path, metric: str, phases: Sequence[int] =
         if names:
             axis.legend(fontsize=8)
     bottom.set_xlabel("epoch")
-    figure.tight_layout()
     with replacing(picture) as file:
         figure.savefig(file, format="png", dpi=110)
 

@@ -132,7 +132,7 @@ def _figure(draw: Callable, format: str) -> bytes:
     from matplotlib import rc_context
     from matplotlib.figure import Figure  # not pyplot, which looks for a display and keeps every figure
 
-    figure, file = Figure(figsize=(8, 5), layout="tight"), io.BytesIO()
+    figure, file = Figure(figsize=(8, 5)), io.BytesIO()
     draw(figure.subplots())
     metadata = dict.fromkeys(("Creator", "Date", "Format", "Type")) if format == "svg" else {}
     with rc_context({"svg.fonttype": "none"}):  # text stays text

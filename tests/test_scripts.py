@@ -221,6 +221,7 @@ def test_a_search_knows_latency_by_its_table(flow, tmp_path, monkeypatch, capsys
     folder, _ = flow
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(latency, "ROUNDS", 1)
+    monkeypatch.setattr(latency, "REPETITIONS", 1)
     options = ["--load", str(folder / "runs/tiny/supernet"), "--train-dir", "search"]
     async_search.main([*options, "--measure-latency", "cpu"])
     table = json.loads((tmp_path / "search/latency_cpu.json").read_text())
