@@ -23,6 +23,7 @@ import torch
 
 from lib import distributed
 from lib.errors import UserError
+from lib.plain import check
 
 FORMAT = "checkpoint/1"
 LOCK = ".lock"  # in the folder of a run, while a process writes there
@@ -91,13 +92,18 @@ def read_any(path: Path, mmap: bool = False) -> object:
         ) from None
 
 
-def weights(payload: dict) -> dict:
+def weights(payload: dict, source: Path | str) -> dict[str, torch.Tensor]:
     """The weights of a checkpoint: the moving average if there is one, else those that were trained."""
-    average = payload.get("ema")
-    if not average:
-        return payload["model"]
+    part = "ema" if payload.get("ema") else "model"
+    tensors = check(payload.get(part), dict[str, torch.Tensor], f"{source}: {part}")
+    for name, tensor in tensors.items():
+        plain = tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_meta
+        if not plain and not name.endswith(("num_batches_tracked", "n_averaged")):
+            raise UserError(f"{source}: {part}: {name}: expected plain real numbers, found {tensor.dtype}")
+    if part == "model":
+        return tensors
     prefix = "module."
-    return {name.removeprefix(prefix): tensor for name, tensor in average.items() if name.startswith(prefix)}
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def random_states() -> dict:

@@ -333,7 +333,7 @@ def detector_checkpoint(path: Path) -> Path | None:
 def load_weights(model: nn.Module, payload: dict, path: Path) -> None:
     """Load the weights of a checkpoint into `model`, or their moving average if the checkpoint has one."""
     try:
-        model.load_state_dict(checkpoint.weights(payload))
+        model.load_state_dict(checkpoint.weights(payload, path))
     except RuntimeError as error:
         reason = " ".join(str(error).split())  # in one line
         raise UserError(f"{path}: does not fit the configured network: {reason[:300]}") from None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 MOST_SHOWN = 1500  # characters of a message
 
@@ -20,6 +21,16 @@ def one_line(text: str) -> str:
     if len(text) > MOST_SHOWN:  # the remedy stands at the end
         text = f"{text[: MOST_SHOWN - 500]} ... {text[-500:]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+@contextlib.contextmanager
+def naming(source: object) -> Iterator[None]:
+    """A context whose UserErrors begin with `source`, the file that is read."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        raise UserError(text if text.startswith(str(source)) else f"{source}: {text}") from None
 
 
 def did_you_mean(word: object, options: Iterable[object]) -> str:

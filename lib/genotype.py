@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from lib.errors import UserError, did_you_mean
+from lib.errors import UserError, did_you_mean, naming
 from lib.plain import check, read_json, shown
 
 FORMAT = "genotype/1"
@@ -354,15 +354,8 @@ def _read_members(path: Path) -> tuple[list[dict], bool]:
         raise UserError(f"{path}: a front without a genotype")
     for i, member in enumerate(members):
         where = f"{path}: front[{i}]" if is_front else str(path)
-        genotype_of(member, where)
+        with naming(where):
+            Genotype.from_dict(member)
         check(member.get("supernet", {}), dict[str, str], f"{where}: supernet")
         check(member.get("config", {}), dict, f"{where}: config")
     return members, is_front
-
-
-def genotype_of(data: object, source: str | Path) -> Genotype:
-    """`Genotype.from_dict` of data from `source`, with which an error begins."""
-    try:
-        return Genotype.from_dict(data)
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from None

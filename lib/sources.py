@@ -173,7 +173,7 @@ def read_source(name: str) -> Source:
 def recognise(payload: object, origin: str) -> Source:
     """The network in the content of a file. Raises UserError if its keys are those of no known network."""
     if isinstance(payload, dict) and payload.get("format") == checkpoint.FORMAT:
-        return _own(payload)
+        return _own(payload, origin)
     # A state dict may be nested under a usual name.
     for key in ("state_dict", "model_state_dict", "model", "net"):
         if isinstance(payload, dict) and isinstance(payload.get(key), dict):
@@ -219,10 +219,10 @@ def _rename(key: str, modules: Mapping[str, str]) -> str | None:
     return None
 
 
-def _own(payload: dict) -> Source:
+def _own(payload: dict, origin: str) -> Source:
     """A supernet or a final detector of this project; its moving average if it has one."""
     backbone = config_io.from_dict(payload["config"]).backbone
-    tensors = checkpoint.weights(payload)
+    tensors = checkpoint.weights(payload, origin)
     final = "genotype" in payload
     if final:
         parts = _detector_parts(tensors, Genotype.from_dict(payload["genotype"]))
