@@ -1,340 +1,376 @@
-"""VOC and COCO annotations, read into flat tensors that loader processes share without a copy."""
+"""The annotations of a data set in flat tensors that loader processes share without a copy."""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-import logging
-import math
 import os
-import xml.etree.ElementTree as ElementTree
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lib import distributed
 from lib.errors import UserError, did_you_mean
-from lib.images import SUFFIXES
-
-logger = logging.getLogger(__name__)
-Image = tuple[str, str, int, int, int | str]  # id, path, width, height, the data set's own id
-
-# One object while a file is read, eight float64: the image as its position in a list, a label from 1, a box in pixels,
-# whether the object is ignored, and its area, NaN if the file gives none.
-OBJECT = np.dtype([("image", "f8"), ("label", "f8"), ("box_xyxy", "f8", 4), ("ignore", "f8"), ("area", "f8")])
+from lib.images import read_header
+from lib.labels import OBJECT, Faults, coco_image, read_coco_json, read_voc_xml, read_yolo_txt
+from lib.layouts import Pair, picture_folder, stem, voc_pairs
+from lib.plain import shown
 
 
 class PackedStrings:
     """Strings in two shared tensors: a forked process that reads a list of Python strings ends up copying it."""
 
     def __init__(self, strings: Sequence[str]) -> None:
-        encoded = [string.encode() for string in strings]
+        # A file name need not be valid UTF-8: what is not stands in it as lone surrogates.
+        encoded = [string.encode(errors="surrogatepass") for string in strings]
         self.bytes = _shared(np.frombuffer(bytearray(b"".join(encoded)), dtype=np.uint8), np.uint8)
         self.offsets = _offsets([len(part) for part in encoded])
 
     def __getitem__(self, i: int) -> str:
         start, stop = self.offsets[i], self.offsets[i + 1]
-        return self.bytes[start:stop].numpy().tobytes().decode()
+        return self.bytes[start:stop].numpy().tobytes().decode(errors="surrogatepass")
 
 
-@dataclass(frozen=True)
-class Annotations:
-    """N images, sorted by id, and their M objects, in the order of the files. All tensors are in shared memory."""
+class Objects(NamedTuple):
+    """M objects of N images, image by image, in the order of the files. All tensors are in shared memory."""
 
-    classes: tuple[str, ...]
-    category_ids: tuple[int, ...]  # COCO's own, else 1..C
-    boxes: Tensor  # (M, 4) float32 xyxy, continuous pixels from 0, inside the image
+    boxes: Tensor  # (M, 4) float32 xyxy, continuous pixels from 0
     labels: Tensor  # (M,) int64, from 1
     ignore: Tensor  # (M,) bool: "difficult" in VOC, "iscrowd" in COCO
     area: Tensor  # (M,) float32: COCO's own, else width x height
     offsets: Tensor  # (N + 1,) int64: the objects of image i are offsets[i] to offsets[i + 1]
+
+    def of(self, i: int) -> dict[str, Tensor]:
+        """Views of boxes (K, 4), labels (K,), ignore (K,) and area (K,) of image `i`."""
+        rows = slice(int(self.offsets[i]), int(self.offsets[i + 1]))
+        return {name: getattr(self, name)[rows] for name in ("boxes", "labels", "ignore", "area")}
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """N images, sorted by id, with the objects that training sees and those that detections are compared with."""
+
+    classes: tuple[str, ...]
+    category_ids: tuple[int | None, ...]  # COCO's own (None: its file lacks the class), else 1..C
+    objects: Objects  # for training: inside the image, wider and higher than a pixel
+    truth: Objects  # for scoring: all, exactly as the files have them
     sizes: Tensor  # (N, 2) int32: width, height
     ids: PackedStrings  # the files' names under the image folder, without suffix
+    own_ids: PackedStrings  # see `image_id`; as JSON
     paths: PackedStrings  # of the pictures
-    dropped: list[str]  # one line for each box that was left out: where and why
-    own_ids: PackedStrings  # the data set's own image ids as JSON: see `image_id`
+    dropped: list[str]  # one line for each box that training does not see: where and why
+    notes: list[str]  # what else was done to the data, a line each
+    held_out: tuple[str, ...] = ()  # the ids that were kept for the test, where the data has no test split of its own
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    boxes = property(lambda self: self.objects.boxes)
+    labels = property(lambda self: self.objects.labels)
+    ignore = property(lambda self: self.objects.ignore)
+    area = property(lambda self: self.objects.area)
+    offsets = property(lambda self: self.objects.offsets)
 
     def image_id(self, i: int) -> int | str:
         """The data set's own id of image `i`: COCO's, else the file's name under the image folder, without suffix."""
         return json.loads(self.own_ids[i])
 
-    def __len__(self) -> int:
-        return len(self.sizes)
-
     def target(self, i: int) -> dict[str, Tensor]:
-        """Views of boxes (K, 4), labels (K,), ignore (K,) and area (K,) of image `i`."""
-        rows = slice(int(self.offsets[i]), int(self.offsets[i + 1]))
-        return {name: getattr(self, name)[rows] for name in ("boxes", "labels", "ignore", "area")}
+        """What training sees of image `i`: see `Objects.of`."""
+        return self.objects.of(i)
 
     def ground_truth(self, indices: Iterable[int]) -> list[dict[str, Tensor]]:
-        """The targets of some images, as `lib.metrics` takes them."""
-        return [self.target(i) for i in indices]
+        """What the detections in some images are compared with, as `lib.metrics` takes it."""
+        return [self.truth.of(i) for i in indices]
 
     def fingerprint(self) -> str:
         """SHA-256 of classes, ids, sizes and objects; it does not depend on where the folder is."""
         digest = hashlib.sha256(json.dumps(self.classes).encode())
-        objects = (self.boxes, self.labels, self.ignore, self.area, self.offsets)
-        for tensor in (*objects, self.sizes, self.ids.bytes, self.ids.offsets):
+        for tensor in (*self.truth, self.sizes, self.ids.bytes, self.ids.offsets):
             digest.update(tensor.numpy().tobytes())
         return digest.hexdigest()
 
+    def take(self, rows: Sequence[int]) -> Annotations:
+        """Those of some images only."""
 
-def find_voc_sets(root: Path, sets: Sequence[str], default: str) -> list[str]:
-    """Image sets under `root`, which is a VOCdevkit ("VOC2007/trainval") or a bare folder ("trainval").
+        def of_rows(objects: Objects) -> Objects:
+            counts = objects.offsets.diff()[rows]
+            chosen = torch.cat([torch.arange(*objects.offsets[i : i + 2].tolist()) for i in rows])
+            columns = (_shared(column[chosen].numpy(), column.numpy().dtype) for column in objects[:-1])
+            return Objects(*columns, offsets=_offsets(counts.numpy()))
 
-    An empty `sets` selects every set named `default`. Raises UserError that lists the sets that exist.
-    """
-    if not root.is_dir():
-        raise UserError(f"{root}: no such folder (data.root)")
-    files = sorted(file for parent in ("", "*/", "VOCdevkit/*/") for file in root.glob(f"{parent}ImageSets/Main/*.txt"))
-    existing = [(file.parents[2].relative_to(root) / file.stem).as_posix() for file in files]
-    if not existing:
-        raise UserError(f"{root}: expected ImageSets/Main/*.txt in it or in the folders of a VOCdevkit, found none")
-    for name in sets:
-        if name not in existing:
-            raise UserError(f"{root}: no image set '{name}'{did_you_mean(name, existing)}")
-    found = list(sets) or [name for name in existing if PurePosixPath(name).name == default]
-    if not found:
-        # A VOC year has two sets for each class, such as cat_train.txt.
-        of_all_classes = [name for name in existing if "_" not in PurePosixPath(name).name]
-        raise UserError(f"{root}: no image set is called '{default}', found {', '.join(of_all_classes)}: name one")
-    return found
+        objects = of_rows(self.objects)
+        strings = {name: [getattr(self, name)[i] for i in rows] for name in ("ids", "own_ids", "paths")}
+        shown_paths = set(strings["paths"])
+        return replace(
+            self,
+            objects=objects,
+            truth=objects if self.truth is self.objects else of_rows(self.truth),
+            sizes=_shared(self.sizes[rows].numpy(), np.int32),
+            dropped=[line for line in self.dropped if line.partition(": box ")[0] in shown_paths],
+            **{name: PackedStrings(values) for name, values in strings.items()},
+        )
 
 
-def read_voc(root: Path, sets: Sequence[str], classes: Sequence[str] = (), on_error: str = "raise") -> Annotations:
-    """Annotations of some VOC image sets, named as by `find_voc_sets`.
+class Picture(NamedTuple):
+    """One image while the files are read."""
+
+    id: str
+    own_id: int | str | None  # COCO's; else it is `id`
+    path: str
+    size: tuple[int, int]
+    source: str  # the label file
+
+
+def read_voc(
+    root: Path, sets: Sequence[str], classes: Sequence[str] = (), on_error: str = "raise", max_skipped: float = 1.0
+) -> Annotations:
+    """Annotations of some VOC image sets, named as by `layouts.voc_sets`.
 
     Empty `classes` stands for all names found, sorted. A faulty entry raises UserError, or is logged and left out if
     `on_error` is "skip".
     """
-    images: list[Image] = []
+    faults = Faults(on_error, max_skipped)
+    pairs = [pair for name in sets for pair in voc_pairs(root, name, faults)]
+    return read_pairs(root, pairs, classes, faults)
+
+
+def read_pairs(
+    root: Path,
+    pairs: Sequence[Pair],
+    classes: Sequence[str],
+    faults: Faults,
+    yolo_names: Mapping[int, str] | None = None,
+    notes: Sequence[str] = (),
+) -> Annotations:
+    """Annotations of pictures that have a label file each: VOC's, or with `yolo_names`, the classes, YOLO's."""
+    pictures: list[Picture] = []
     found: list[tuple] = []  # OBJECTs with the class's name for its label, which is known once all files are read
-    for set_name in sets:
-        for stem, picture, xml in _list_voc_set(root, set_name, on_error):
-            try:
-                width, height, objects = _read_voc_xml(xml)
-            except UserError as error:
-                _fault(str(error), on_error)
-                continue
-            for name, box_xyxy, difficult in objects:
-                if classes and name not in classes:
-                    _fault(f"{xml}: unknown class '{name}'{did_you_mean(name, classes)}", on_error)
-                else:
-                    found.append((len(images), name, box_xyxy, difficult, math.nan))
-            images.append((stem, str(picture), width, height, stem))
-    classes = tuple(classes) or tuple(sorted({name for _, name, *_ in found}))
-    label_of = {name: label for label, name in enumerate(classes, start=1)}
-    objects = np.array([(image, label_of[name], *rest) for image, name, *rest in found], dtype=OBJECT)
-    return _assemble(classes, range(1, len(classes) + 1), images, objects, root)
-
-
-def _list_voc_set(root: Path, set_name: str, on_error: str) -> Iterator[tuple[str, Path, Path]]:
-    """(stem, picture, annotation) of each image of the set whose picture exists."""
-    folder = root / PurePosixPath(set_name).parent
-    pictures = folder / "JPEGImages"
-    file_of = {Path(name).stem: name for name in sorted(_listing(pictures)) if name.lower().endswith(SUFFIXES)}
-    list_file = folder / "ImageSets" / "Main" / f"{PurePosixPath(set_name).name}.txt"
-    # The image sets of one class have a second column, which is not read.
-    stems = [line.split()[0] for line in list_file.read_text().splitlines() if line.strip()]
-    if not stems:
-        _fault(f"{list_file}: the image set is empty", on_error)
-    for stem in stems:
-        if stem in file_of:
-            yield stem, pictures / file_of[stem], folder / "Annotations" / f"{stem}.xml"
-        else:
-            _fault(f"{pictures / stem}.jpg: no such image, but {set_name} lists it", on_error)
-
-
-def _read_voc_xml(path: Path) -> tuple[int, int, list[tuple[str, tuple[float, ...], int]]]:
-    """Width, height and (name, box, difficult) of each object."""
-    try:
-        tree = ElementTree.parse(path).getroot()
-        width, height = (int(float(_text(tree, f"size/{key}"))) for key in ("width", "height"))
-        if width < 1 or height < 1:
-            raise ValueError(f"the size is {width} x {height}")
-        objects = []
-        for element in tree.iter("object"):
-            x1, y1, x2, y2 = (float(_text(element, f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax"))
-            # VOC's corners are 1-based and inclusive.
-            box_xyxy = (x1 - 1, y1 - 1, x2, y2)
-            objects.append((_text(element, "name"), box_xyxy, int(element.findtext("difficult") or 0)))
-    except (ElementTree.ParseError, ValueError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as a VOC annotation: {error}") from None
-    return width, height, objects
-
-
-def _text(element: ElementTree.Element, path: str) -> str:
-    text = (element.findtext(path) or "").strip()
-    if not text:
-        raise ValueError(f"<{path.replace('/', '><')}> is missing")
-    return text
-
-
-def read_coco(path: Path, folder: Path, classes: Sequence[str] = (), on_error: str = "raise") -> Annotations:
-    """Annotations of a COCO instances file, whose pictures are in `folder`.
-
-    Empty `classes` stands for all of its categories, sorted by id. A faulty entry raises UserError, or is logged and
-    left out if `on_error` is "skip". (pycocotools' own reader keeps each annotation as a dict and names no file.)
-    """
-    document, objects = _parse_coco(path, on_error)
-    id_of = _coco_categories(path, document["categories"])
-    for name in classes:
-        if name not in id_of:
-            raise UserError(f"{path}: unknown class '{name}'{did_you_mean(name, id_of)}")
-    classes = tuple(classes) or tuple(sorted(id_of, key=id_of.__getitem__))
-    category_ids = tuple(id_of[name] for name in classes)
-    images, position_of = _coco_images(path, folder, document["images"], on_error)
-
-    # What the annotations refer to must be known.
-    label_of = {category_id: label for label, category_id in enumerate(category_ids, start=1)}
-    name_of = {category_id: name for name, category_id in id_of.items()}
-    for category_id in sorted(set(objects["label"].tolist()) - label_of.keys()):
-        name = name_of.get(category_id, f"{category_id:.0f}")
-        _fault(f"{path}: unknown class '{name}'{did_you_mean(name, classes)}", on_error)
-    unlisted = set(objects["image"].tolist()) - position_of.keys()
-    if unlisted:
-        _fault(f"{path}: annotations of image {min(unlisted):.0f}, which is not among its images", on_error)
-
-    # COCO's ids become positions and labels. Objects of skipped images and unselected classes are left out.
-    objects["image"] = [position_of.get(image_id, -1) for image_id in objects["image"].tolist()]
-    objects["label"] = [label_of.get(category_id, 0) for category_id in objects["label"].tolist()]
-    known = (objects["image"] >= 0) & (objects["label"] > 0)
-    return _assemble(classes, category_ids, images, objects[known], path)
-
-
-def _parse_coco(path: Path, on_error: str) -> tuple[dict, np.ndarray]:
-    """The document, and its annotations as OBJECTs whose "image" and "label" are still COCO's ids."""
-    # An annotation becomes eight numbers as soon as it is parsed: as Python objects, those of COCO take gigabytes.
-    flat = array("d")
-
-    def keep_numbers_only(entry: dict) -> dict | None:
+    swapped = 0
+    for name, path, label_file in {pair.picture: pair for pair in pairs}.values():
         try:
-            x, y, width, height = entry["bbox"]
-            crowd, area = entry.get("iscrowd", 0), entry.get("area", math.nan)
-            # An array of its own first: an entry with a value that is no number must add nothing to `flat`.
-            flat.extend(array("d", (entry["image_id"], entry["category_id"], x, y, x + width, y + height, crowd, area)))
-        except (KeyError, TypeError, ValueError):
-            return entry
-        return None
-
-    try:
-        document = json.loads(path.read_bytes(), object_hook=keep_numbers_only)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such annotation file") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: malformed JSON: {error}") from None
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(document, dict) or not isinstance(document.get(key), list):
-            raise UserError(f"{path}: malformed COCO annotations: no list '{key}'")
-    for entry in document["annotations"]:
-        if entry is not None:
-            _fault(f"{path}: malformed annotation {str(entry)[:120]}", on_error)
-    return document, np.array(flat).view(OBJECT)
-
-
-def _coco_categories(path: Path, categories: list) -> dict[str, int]:
-    """COCO's id of each class name."""
-    try:
-        id_of = {category["name"]: int(category["id"]) for category in categories}
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{path}: malformed COCO annotations: a category lacks its id or its name") from None
-    if len(id_of) < len(categories):
-        raise UserError(f"{path}: two categories have the same name")
-    return id_of
+            if yolo_names is None:
+                voc = read_voc_xml(label_file, faults)
+                width, height = size = voc.size or _size_of(path)
+                objects = voc.objects
+                swapped += voc.swapped
+            else:
+                width, height = size = _size_of(path)
+                boxes = read_yolo_txt(label_file, faults) if label_file else []
+                objects = [(yolo_names.get(number, f"class {number}"), box, False) for number, box in boxes]
+        except UserError as error:
+            faults.add("picture", "unreadable", str(error))
+            continue
+        for label, box, ignore in objects:
+            scale = (1, 1, 1, 1) if yolo_names is None else (width, height, width, height)
+            box_xyxy = tuple(corner * side for corner, side in zip(box, scale, strict=True))
+            found.append((len(pictures), label, box_xyxy, ignore, float("nan")))
+        pictures.append(Picture(name, None, path, size, str(label_file or path)))
+    if swapped:
+        notes = [*notes, f"{root}: {swapped} boxes had their corners in the wrong order, which was put right"]
+    names = sorted({name for _, name, *_ in found} | ({*yolo_names.values()} if yolo_names else set()))
+    number_of = {name: number for number, name in enumerate(names)}
+    objects = np.array([(image, number_of[name], *rest) for image, name, *rest in found], dtype=OBJECT)
+    if yolo_names is not None:
+        names_in_order = list(dict.fromkeys(yolo_names.values()))
+        classes = classes or names_in_order
+    classes = tuple(classes) or tuple(names)
+    return _assemble(classes, range(1, len(classes) + 1), pictures, objects, names, root, faults, notes)
 
 
-def _coco_images(path: Path, folder: Path, entries: list, on_error: str) -> tuple[list[Image], dict[int, int]]:
-    """The images whose pictures exist, and the position of each COCO image id in them, -1 if it was skipped."""
-    pictures = _listing(folder)
-    images: list[Image] = []
-    position_of: dict[int, int] = {}
+def read_coco(
+    path: Path, folder: Path, classes: Sequence[str] = (), on_error: str = "raise", max_skipped: float = 1.0
+) -> Annotations:
+    """Annotations of a COCO instances file, whose pictures are in `folder`: see `read_coco_files`."""
+    return read_coco_files(path, [(path, folder)], classes, Faults(on_error, max_skipped))
+
+
+def read_coco_files(
+    root: Path,
+    files: Sequence[tuple[Path, Path | None]],
+    classes: Sequence[str],
+    faults: Faults,
+    notes: Sequence[str] = (),
+    all_classes: bool = True,
+) -> Annotations:
+    """Annotations of COCO instances files, each with the folder of its pictures (None: found below `root`).
+
+    Empty `classes` stands for all categories, sorted by id. With `all_classes`, each of `classes` must be one of them.
+    """
+    pictures: list[Picture] = []
+    parts: list[np.ndarray] = []
+    names: list[str] = []  # of the classes that the objects' numbers stand for
+    id_of: dict[str, int] = {}
+    for path, folder in files:
+        coco = read_coco_json(path, faults)
+        notes = [*notes, *coco.notes]
+        for category_id, name in coco.categories.items():
+            id_of.setdefault(name, category_id)
+        position_of = _coco_pictures(path, folder, root, coco.images, pictures, faults)
+        # The numbers of images and categories become positions in the list of pictures and in that of the names.
+        unlisted = f"{path}: annotations of image {{}}, which is not among its images"
+        owner = _renumbered(coco.objects["image"], coco.image_ids, position_of, "of no image", unlisted, faults)
+        number_of = {category_id: len(names) + i for i, category_id in enumerate(coco.categories)}
+        names += coco.categories.values()
+        unknown = f"{path}: unknown class {{}}: no category has this id"
+        label = _renumbered(coco.objects["label"], coco.category_ids, number_of, "of no class", unknown, faults)
+        coco.objects["image"], coco.objects["label"] = owner, label
+        parts.append(coco.objects[(owner >= 0) & (label >= 0)])
+    for name in classes if all_classes else ():
+        if name not in id_of:
+            raise UserError(f"{files[0][0]}: unknown class '{name}'{did_you_mean(name, id_of)}")
+    classes = tuple(classes) or tuple(sorted(id_of, key=id_of.__getitem__))
+    category_ids = [id_of.get(name) for name in classes]
+    return _assemble(classes, category_ids, pictures, np.concatenate(parts), names, root, faults, notes)
+
+
+def _renumbered(
+    numbers: np.ndarray, ids: Sequence[int | str], number_of: Mapping, kind: str, message: str, faults: Faults
+) -> np.ndarray:
+    """What `number_of` gives for the id that each of `numbers` stands for; -1 and a fault for an id that is unknown."""
+    numbers = numbers.astype(np.int64)
+    for number, other in enumerate(ids):
+        if other not in number_of:
+            faults.add("object", kind, message.format(shown(other)), int((numbers == number).sum()))
+    return np.array([number_of.get(other, -1) for other in ids], dtype=np.int64)[numbers]
+
+
+def _coco_pictures(
+    path: Path, folder: Path | None, root: Path, entries: list, pictures: list[Picture], faults: Faults
+) -> dict[int | str, int]:
+    """Append the images whose pictures exist. The place of each COCO image id in `pictures`, -1 if it was left out."""
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"{folder}: no such folder (data.train_images, data.test_images)")
+    checked: list[tuple[int | str, str, tuple[int, int] | None]] = []
+    position_of: dict[int | str, int] = {}
     for entry in entries:
         try:
-            name, width, height = entry["file_name"], int(entry["width"]), int(entry["height"])
-            if position_of.setdefault(entry["id"], -1) >= 0:
+            image = coco_image(entry)
+            if image[0] in position_of:
                 raise ValueError("its id is there twice")
-        except (KeyError, TypeError, ValueError) as error:
-            _fault(f"{path}: malformed image entry {str(entry)[:120]}: {error}", on_error)
+            position_of[image[0]] = -1
+            checked.append(image)
+        except (TypeError, ValueError) as error:
+            faults.add("picture", "malformed entry", f"{path}: malformed image entry {shown(entry)}: {error}")
+    folder, dropped, existing = picture_folder(folder or root, [name for _, name, _ in checked], path)
+    listed: set[str] = set()
+    for own_id, name, size in checked:
+        end = name.split("/", dropped)[-1]
+        try:
+            if end not in existing:
+                raise UserError(f"{folder / end}: no such image, but {path} lists it")
+            if end in listed:
+                raise UserError(f"{path}: image '{name}' is there twice")
+            size = size or _size_of(str(folder / end))
+        except UserError as error:
+            faults.add("picture", "missing or unreadable", str(error))
             continue
-        # `pictures` lists the folder itself; only a name in a subfolder has to be looked up on disk.
-        if not (name in pictures or ("/" in name and (folder / name).is_file())):
-            _fault(f"{folder / name}: no such image, but {path} lists it", on_error)
-            continue
-        position_of[entry["id"]] = len(images)
-        images.append((str(PurePosixPath(name).with_suffix("")), str(folder / name), width, height, entry["id"]))
-    return images, position_of
+        listed.add(end)
+        position_of[own_id] = len(pictures)
+        pictures.append(Picture(stem(name), own_id, str(folder / end), size, str(path)))
+    return position_of
 
 
-def _fault(message: str, on_error: str) -> None:
-    """Report a fault of a file: raise UserError, or only log it if `on_error` is "skip"."""
-    if on_error != "skip":
-        raise UserError(message)
-    if distributed.world().main:
-        logger.warning("%s; skipped", message)
+def _size_of(path: str) -> tuple[int, int]:
+    """Width and height of a picture as it is shown. Raises UserError that names the file."""
+    header = read_header(path)
+    return header.width, header.height
 
 
-def _listing(folder: Path) -> set[str]:
-    """Names in `folder`, read at once: asking for 118,000 files one by one takes long on a network disk."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
-    return {entry.name for entry in os.scandir(folder)}
+def _unique_ids(pictures: Sequence[Picture], root: Path) -> list[str]:
+    """The pictures' ids. Those that several have become the paths below `root`, with suffix."""
+    counts = Counter(picture.id for picture in pictures)
+    return [
+        picture.id if counts[picture.id] == 1 else os.path.relpath(picture.path, root).replace(os.sep, "/")
+        for picture in pictures
+    ]
 
 
 def _assemble(
-    classes: tuple[str, ...], category_ids: Iterable[int], images: list[Image], objects: np.ndarray, source: Path
+    classes: tuple[str, ...],
+    category_ids: Iterable[int | None],
+    pictures: list[Picture],
+    objects: np.ndarray,
+    names: Sequence[str],
+    root: Path,
+    faults: Faults,
+    notes: Sequence[str],
 ) -> Annotations:
-    """Annotations from `images` and their OBJECTs: sorted by image id, clipped to the image, without empty boxes."""
-    if not images:
-        raise UserError(f"{source}: no readable image is left in this set")
-    order = sorted(range(len(images)), key=lambda i: images[i][0])
-    images = [images[i] for i in order]
-    for one, other in itertools.pairwise(images):
-        if one[0] == other[0]:
-            raise UserError(f"{source}: image '{one[0]}' is there twice ({one[1]}, {other[1]})")
-    sizes = np.array([image[2:4] for image in images], dtype=np.int32)
+    """Annotations from `pictures` and their OBJECTs, whose labels are numbers in `names`: sorted by image id."""
+    label_of = {name: label for label, name in enumerate(classes, start=1)}
+    labels = np.array([label_of.get(name, 0) for name in names], dtype=np.int64)[objects["label"].astype(np.int64)]
+    for name, first in _firsts(names, objects["label"], labels):
+        source = pictures[int(objects["image"][first])].source
+        count = int((objects["label"] == objects["label"][first]).sum())
+        text = f"{source}: unknown class '{name}'{did_you_mean(name, classes)}"
+        faults.add("object", "of an unknown class", f"{text} ({count} objects)" if count > 1 else text, count)
+    objects, labels = objects[labels > 0], labels[labels > 0]
+    notes = [*notes, *faults.close(root, len(pictures), len(objects))]
+    if not pictures:
+        raise UserError(f"{root}: no readable image is left in this set")
+    ids = _unique_ids(pictures, root)
+    order = sorted(range(len(pictures)), key=ids.__getitem__)
+    pictures, ids = [pictures[i] for i in order], [ids[i] for i in order]
+    sizes = np.array([picture.size for picture in pictures], dtype=np.int32)
 
     # Objects follow the order of the images; those of one image keep theirs.
     owner = np.argsort(order)[objects["image"].astype(np.int64)]
     by_image = np.argsort(owner, kind="stable")
-    owner, objects = owner[by_image], objects[by_image]
+    owner, objects, labels = owner[by_image], objects[by_image], labels[by_image]
+    truth = _objects(objects["box_xyxy"], objects, labels, owner, len(pictures))
 
-    # Annotators draw beyond the edge of an image; what is left of such a box is kept.
+    # Annotators draw beyond the edge of an image, and click twice. Training has no use for that; scoring counts it.
     boxes = np.clip(objects["box_xyxy"], 0, np.tile(sizes[owner], 2))
     keep = _has_area(boxes)
     dropped = []
     for i in np.flatnonzero(~keep):
-        box_xyxy, name = objects["box_xyxy"][i], classes[int(objects["label"][i]) - 1]
+        box_xyxy, name = objects["box_xyxy"][i], classes[labels[i] - 1]
         outside = f"lies outside of the image ({sizes[owner[i]].tolist()})"
         reason = outside if _has_area(box_xyxy) else "has no area"
-        dropped.append(f"{images[owner[i]][1]}: box {box_xyxy.tolist()} of '{name}' {reason}")
-    owner, objects, boxes = owner[keep], objects[keep], boxes[keep]
-
-    width_times_height = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+        dropped.append(f"{pictures[owner[i]].path}: box {box_xyxy.tolist()} of '{name}' {reason}")
+    overhanging = int((boxes != objects["box_xyxy"]).any(1)[keep].sum())
+    if overhanging:
+        notes.append(f"{root}: {overhanging} boxes reach beyond the edge of their image: cut off for training only")
+    same = keep.all() and not overhanging
     return Annotations(
         classes=classes,
         category_ids=tuple(category_ids),
+        objects=truth if same else _objects(boxes[keep], objects[keep], labels[keep], owner[keep], len(pictures)),
+        truth=truth,
+        sizes=_shared(sizes, np.int32),
+        ids=PackedStrings(ids),
+        own_ids=PackedStrings([json.dumps(ids[i] if own is None else own) for i, (_, own, *_) in enumerate(pictures)]),
+        paths=PackedStrings([picture.path for picture in pictures]),
+        dropped=dropped,
+        notes=notes,
+    )
+
+
+def _firsts(names: Sequence[str], numbers: np.ndarray, labels: np.ndarray) -> list[tuple[str, int]]:
+    """The names without a label, each with the row of its first object."""
+    unknown, first = np.unique(numbers[labels == 0], return_index=True)
+    rows = np.flatnonzero(labels == 0)
+    return [(names[int(number)], int(rows[i])) for number, i in zip(unknown, first, strict=True)]
+
+
+def _objects(boxes: np.ndarray, objects: np.ndarray, labels: np.ndarray, owner: np.ndarray, num_images: int) -> Objects:
+    width_times_height = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    return Objects(
         boxes=_shared(boxes, np.float32),
-        labels=_shared(objects["label"], np.int64),
+        labels=_shared(labels, np.int64),
         ignore=_shared(objects["ignore"], np.bool_),
         area=_shared(np.where(np.isnan(objects["area"]), width_times_height, objects["area"]), np.float32),
-        offsets=_offsets(np.bincount(owner, minlength=len(images))),
-        sizes=_shared(sizes, np.int32),
-        ids=PackedStrings([image[0] for image in images]),
-        paths=PackedStrings([image[1] for image in images]),
-        dropped=dropped,
-        own_ids=PackedStrings([json.dumps(image[4]) for image in images]),
+        offsets=_offsets(np.bincount(owner, minlength=num_images)),
     )
 
 
 def _has_area(boxes_xyxy: np.ndarray) -> np.ndarray:
     """Whether boxes (..., 4) are wider and higher than one pixel, which is how VOC writes "no area"."""
-    # Corners that are not numbers compare as false.
     return (boxes_xyxy[..., 2:] - boxes_xyxy[..., :2] > 1).all(-1)
 
 

@@ -37,20 +37,26 @@ class AugmentConfig:
 
 @dataclass
 class DataConfig:
-    """Where the pictures are. `root` is a VOCdevkit, a bare VOC folder, or the folder that COCO's paths start from."""
+    """Where the pictures are, and what trains and what tests (lib/layouts.py): as named here, else as found in `root`.
 
-    dataset_type: Literal["shapes", "voc", "coco"] = "shapes"
+    `root` is a VOCdevkit, a bare VOC folder, pictures with an XML file each, or a COCO or YOLO folder.
+    """
+
+    dataset_type: Literal["auto", "shapes", "voc", "coco", "yolo"] = "auto"
     root: str = "data/shapes"
-    train_sets: list[str] = field(default_factory=list)  # VOC image sets, e.g. VOC2007/trainval; [] = those found
+    train_sets: list[str] = field(default_factory=list)  # VOC image sets, e.g. VOC2007/trainval
     test_sets: list[str] = field(default_factory=list)
-    train_annotations: str = "annotations/instances_train2017.json"
-    train_images: str = "train2017"
-    test_annotations: str = "annotations/instances_val2017.json"
-    test_images: str = "val2017"
+    train_annotations: str = ""  # COCO's JSON file, e.g. annotations/instances_train2017.json
+    train_images: str = ""  # the folder that its file names start from
+    test_annotations: str = ""
+    test_images: str = ""
+    test_portion: Annotated[float, Bounds(0, BELOW_ONE)] = 0.2  # of the pictures, where there is no test data
     classes: list[str] = field(default_factory=list)  # [] = as found in the training data
     num_classes: CountOrZero = 0  # without the background; 0 = as found, else checked against the data
     data_portion: list[Share] = field(default_factory=lambda: [0.9, 0.1])  # trains the supernet, scores candidates
     on_error: Literal["raise", "skip"] = "raise"  # a missing image, a broken JPEG, a malformed annotation
+    max_skipped: Share = 0.1  # `skip` gives up where more of the pictures or the objects would be left out
+    max_pixels: Count = 100_000_000  # a larger picture is not decoded; one takes up to 20 bytes of memory a pixel
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     workers: Annotated[int, Bounds(0, 512)] = 2  # loader processes
     cache: bool = False  # keep decoded images in memory (small data sets)
@@ -126,6 +132,7 @@ class HeadConfig:
     predictor: Literal["ssdlite", "plain"] = "ssdlite"  # depthwise separable, or 3x3 convolutions
     aspect_ratios: list[list[Positive]] = field(default_factory=lambda: [[2], [2, 3], [2, 3], [2, 3], [2], [2]])
     scales: list[Positive] = field(default_factory=lambda: [0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.05])
+    squares: bool = True  # also ratio 1, at s_k and at sqrt(s_k s_{k+1}); --fit-priors gives their place to ratios
     clip: bool = True
     variances: list[Positive] = field(default_factory=lambda: [0.1, 0.2])
 
@@ -195,6 +202,7 @@ class TrainConfig:
     sync_batch_norm: bool = False  # with several processes: statistics of the whole batch, not of each one's share
     eval_every: Count = 10  # epochs between evaluations
     save_every: CountOrZero = 0  # epochs between checkpoints that stay; 0 = only the last one stays
+    save_minutes: PositiveOrZero = 10.0  # last.pt is also written this often within an epoch; 0 = after epochs only
 
 
 @dataclass

@@ -6,24 +6,28 @@ import contextlib
 import hashlib
 import json
 import logging
+import multiprocessing.queues
 import os
 import signal
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from lib import distributed
-from lib.annotations import Annotations, find_voc_sets, read_coco, read_voc
+from lib.annotations import Annotations, read_coco_files, read_pairs
 from lib.checkpoint import write_text
 from lib.config import Config, DataConfig
 from lib.errors import UserError
-from lib.images import UnreadableImage, is_large_jpeg, read_annotated_picture, read_reduced_jpeg
+from lib.images import MAX_PIXELS, UnreadableImage, is_large_jpeg, read_picture
+from lib.labels import Faults
+from lib.layouts import find_layout
 from lib.runtime import die_with_parent
 from lib.shapes import CLASSES, write_shapes
 from lib.transforms import EvalTransform, TrainTransform, Transform, scale_view
@@ -33,33 +37,77 @@ Device = torch.device | str
 logger = logging.getLogger(__name__)
 SPLIT_FORMAT = "split/1"
 CACHE_BYTES = 2 * 1024**3  # of decoded pictures, per process
+GRACE_SECONDS = 10  # that a loader process goes on after SIGTERM
 
 
 def load_annotations(data: DataConfig, split: Literal["train", "test"]) -> Annotations:
     """Annotations of the training or the test data. The built-in shapes are drawn first if they are missing.
 
     Without `data.classes`, the classes of both splits are those of the training data, so "test" reads the training
-    annotations too, unless the caller sets `data.classes`. Raises UserError that names the file.
+    annotations too, unless the caller sets `data.classes`. Data without a test split gives `data.test_portion` of its
+    pictures. Raises UserError that names the file.
     """
     root = Path(data.root)
-    classes: Sequence[str] = data.classes
     if data.dataset_type == "shapes":
         with distributed.in_turns():
             write_shapes(root, data.shapes_train, data.shapes_test)
-        classes = classes or CLASSES  # a small set may not show them all
-    if split == "test" and not classes:
+        # A small set may not show all classes.
+        return load_annotations(replace(data, dataset_type="voc", classes=data.classes or list(CLASSES)), split)
+    faults = Faults(data.on_error, data.max_skipped)
+    layout = find_layout(data, split, faults)
+    classes: Sequence[str] = data.classes
+    if split == "test" and not classes and not layout.cut:
         classes = load_annotations(data, "train").classes
-    if data.dataset_type == "coco":
-        file = data.train_annotations if split == "train" else data.test_annotations
-        folder = data.train_images if split == "train" else data.test_images
-        annotations = read_coco(root / file, root / folder, classes, data.on_error)
+    if layout.kind == "coco":
+        strict = split == "train" or layout.cut
+        annotations = read_coco_files(root, layout.parts, classes, faults, layout.notes, all_classes=strict)
+        annotations = _complete_category_ids(annotations, data)
     else:
-        sets, default = (data.train_sets, "trainval") if split == "train" else (data.test_sets, "test")
-        annotations = read_voc(root, find_voc_sets(root, sets, default), classes, data.on_error)
+        names = layout.names if layout.kind == "yolo" else None
+        annotations = read_pairs(root, layout.parts, classes, faults, names, layout.notes)
     found = f"{len(annotations.classes)} classes ({', '.join(annotations.classes)})"
     if data.num_classes not in (0, len(annotations.classes)):
         raise UserError(f"data.num_classes: {data.num_classes}, but {root} has {found}")
-    return annotations
+    return _cut(annotations, data, split) if layout.cut else annotations
+
+
+def _cut(annotations: Annotations, data: DataConfig, split: str) -> Annotations:
+    """The part of data without test data that trains, or that is kept for the test.
+
+    Which pictures that are depends on their ids alone: with another seed, in another stage or for another network, it
+    is the same test set, so no score rests on pictures that something has been trained on.
+    """
+    count = len(annotations)
+    hashes = [hashlib.sha256(f"test-{annotations.ids[i]}".encode()).digest() for i in range(count)]
+    ranked = sorted(range(count), key=hashes.__getitem__)
+    kept = round(data.test_portion * count)
+    if kept == count or (split == "test" and kept == 0):
+        raise UserError(
+            f"{data.root}: no test data here, and data.test_portion={data.test_portion:g} of {count} images is {kept}"
+        )
+    test, train = sorted(ranked[:kept]), sorted(ranked[kept:])
+    note = f"{data.root}: {kept} of {count} images are kept for the test (data.test_portion), whatever the seed"
+    held_out = tuple(annotations.ids[i] for i in test)
+    part = annotations.take(test if split == "test" else train)
+    return replace(part, held_out=held_out, notes=[*annotations.notes, note])
+
+
+def _complete_category_ids(annotations: Annotations, data: DataConfig) -> Annotations:
+    """Ids for the classes that a COCO file does not list: those of the training data, where they are free."""
+    if None not in annotations.category_ids:
+        return annotations
+    ids = list(annotations.category_ids)
+    theirs: dict[str, int] = {}
+    with contextlib.suppress(UserError):  # an evaluation may have the test data alone
+        train = load_annotations(replace(data, classes=[]), "train")
+        theirs = dict(zip(train.classes, train.category_ids, strict=True))
+    for i, name in enumerate(annotations.classes):
+        if ids[i] is None:
+            free = theirs.get(name)
+            ids[i] = (
+                free if free is not None and free not in ids else max((n for n in ids if n is not None), default=0) + 1
+            )
+    return replace(annotations, category_ids=tuple(ids))
 
 
 def split_indices(annotations: Annotations, data_portion: Sequence[float], seed: int) -> tuple[list[int], list[int]]:
@@ -83,6 +131,8 @@ def split_indices(annotations: Annotations, data_portion: Sequence[float], seed:
 def save_split(path: Path, annotations: Annotations, train: Sequence[int], search: Sequence[int]) -> None:
     """Write the split as JSON of image ids, which stay valid if the order of the rows changes."""
     ids = {"train": [annotations.ids[i] for i in train], "search": [annotations.ids[i] for i in search]}
+    if annotations.held_out:
+        ids["test"] = list(annotations.held_out)
     write_text(path, json.dumps({"format": SPLIT_FORMAT, **ids}))
 
 
@@ -133,7 +183,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
     """A batch from samples with different numbers of objects, possibly none."""
     images, boxes, labels, rows = zip(*samples, strict=True)
     return Batch(
-        images=torch.stack(images),
+        images=default_collate(images),  # in a loader process straight into shared memory
         boxes=pad_sequence(boxes, batch_first=True),
         labels=pad_sequence(labels, batch_first=True),
         index=torch.tensor(rows),
@@ -145,8 +195,8 @@ class DetectionDataset(Dataset):
 
     A key is (epoch, row). The sample depends on (seed, epoch, row) alone, whichever process computes it.
 
-    Under `on_error: skip`, a picture that cannot be read is logged once per process. In training, the next readable row
-    takes its place. In evaluation, it is black, so its objects count as missed.
+    Under `on_error: skip`, a picture that cannot be read is logged once. In training, the next readable row takes its
+    place. In evaluation, it is black, so its objects count as missed.
 
     With `cache`, decoded pictures stay in this process's memory. Without it, training decodes a large JPEG at 1/2, 1/4
     or 1/8 of its size if the view that it shows has enough pixels left.
@@ -161,17 +211,22 @@ class DetectionDataset(Dataset):
         seed: int = 0,
         on_error: str = "raise",
         cache: bool = False,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.annotations = annotations
         self.indices = torch.as_tensor(indices, dtype=torch.int64).share_memory_()
         self.transform = transform
         self.seed = seed
         self.on_error = on_error
+        self.max_pixels = max_pixels
         self.training = isinstance(transform, TrainTransform)
         self.reduces = self.training and not cache
         self.cache_room = CACHE_BYTES if cache else 0
         self.cached: dict[int, Tensor] = {}
         self.unreadable: set[int] = set()
+        # Whether (N, 2) a note and a fault of each picture have been logged: by any process, in any dataset of these.
+        nothing = torch.zeros(len(annotations), 2, dtype=torch.bool)
+        self.logged = vars(annotations).setdefault("logged", nothing.share_memory_())
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, row = key
@@ -187,12 +242,26 @@ class DetectionDataset(Dataset):
         """The picture (3, H, W) uint8 of a row, from the cache if it is there. Raises UnreadableImage."""
         if row in self.cached:
             return self.cached[row]
-        image = read_annotated_picture(self.annotations.paths[row], *self.annotations.sizes[row].tolist())
+        image = self._read(row)
         # What was read first stays. Evicting would help little, as each epoch reads every picture once.
         if image.numel() <= self.cache_room:
             self.cache_room -= image.numel()
             self.cached[row] = image
         return image
+
+    def _read(self, row: int, reduction: int = 1) -> Tensor:
+        return read_picture(
+            self.annotations.paths[row],
+            tuple(self.annotations.sizes[row].tolist()),
+            reduction=reduction,
+            max_pixels=self.max_pixels,
+            note=partial(self._log_once, row, 0),
+        )
+
+    def _log_once(self, row: int, kind: int, message: str) -> None:
+        if not self.logged[row, kind]:
+            self.logged[row, kind] = True
+            logger.warning("%s", message)
 
     @contextlib.contextmanager
     def _random(self, epoch: int, row: int) -> Iterator[None]:
@@ -211,7 +280,7 @@ class DetectionDataset(Dataset):
         """The transformed sample of a JPEG that is decoded no larger than its random view needs."""
         width, height = self.annotations.sizes[row].tolist()
         view, boxes, labels = self.transform.choose(width, height, *self._objects(row))
-        image = read_reduced_jpeg(self.annotations.paths[row], width, height, self.transform.reduction(view))
+        image = self._read(row, self.transform.reduction(view))
         view, boxes = scale_view(view, boxes, image.shape[2] / width, image.shape[1] / height)
         return self.transform.render(image, view, boxes, labels)
 
@@ -226,7 +295,7 @@ class DetectionDataset(Dataset):
                     if self.on_error != "skip":
                         raise
                     self.unreadable.add(shown)
-                    logger.warning("%s; skipped", error)
+                    self._log_once(row=shown, kind=1, message=f"{error}; skipped")
             if not self.training:
                 width, height = self.annotations.sizes[row].tolist()
                 return torch.zeros(3, height, width, dtype=torch.uint8), row
@@ -251,7 +320,8 @@ class EpochSampler:
         self.seed = seed
         self.world = world
         self.batches_per_epoch = max(1, count // (batch_size * world.size))
-        self.per_rank = min(self.batches_per_epoch * batch_size, -(-count // world.size))
+        # BatchNorm needs two images, so that a single picture counts twice.
+        self.per_rank = min(self.batches_per_epoch * batch_size, max(2, -(-count // world.size)))
         self.set_epoch(1)
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
@@ -288,10 +358,20 @@ def train_loader(
     data, world = config.data, distributed.world()
     transform = TrainTransform(image_size, data.augment)
     dataset = DetectionDataset(
-        annotations, indices, transform, seed=config.seed, on_error=data.on_error, cache=data.cache
+        annotations,
+        indices,
+        transform,
+        seed=config.seed,
+        cache=data.cache,
+        **reading(data),
     )
     sampler = EpochSampler(indices, batch_size // world.size, config.seed, world)
     return make_loader(dataset, sampler, data.workers, device)
+
+
+def reading(data: DataConfig) -> dict:
+    """How the loaders treat picture files."""
+    return {"on_error": data.on_error, "max_pixels": data.max_pixels}
 
 
 def eval_loader(
@@ -302,6 +382,7 @@ def eval_loader(
     *,
     workers: int = 0,
     on_error: str = "raise",
+    max_pixels: int = MAX_PIXELS,
     device: Device = "cpu",
     shared: bool = False,
 ) -> DataLoader:
@@ -309,7 +390,9 @@ def eval_loader(
 
     With `shared`, the processes of the job share the batches: every n-th one is for this process.
     """
-    dataset = DetectionDataset(annotations, indices, EvalTransform(image_size), on_error=on_error)
+    dataset = DetectionDataset(
+        annotations, indices, EvalTransform(image_size), on_error=on_error, max_pixels=max_pixels
+    )
     # The epoch is always 0: nothing is random here.
     keys = [(0, int(row)) for row in indices]
     batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
@@ -333,8 +416,20 @@ def make_loader(dataset: Dataset, batches: Iterable, workers: int, device: Devic
 
 def _start_worker(worker: int) -> None:
     """Use one thread: the main process uses the others. Leave signals to the main process."""
-    # Ctrl-C, and the SIGTERM of torchrun, reach the whole group of processes, so the worker leaves the group.
     die_with_parent()
     torch.set_num_threads(1)
+    # Ctrl-C, and the SIGTERM of torchrun, reach the whole group of processes, so the worker leaves the group. A batch
+    # system may signal each process.
     os.setpgid(0, 0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    # The main process may still need batches to end its step, and it ends its children by SIGTERM too.
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))
+    # By default, a batch that does not fit into shared memory is dropped, and the main process waits for it forever.
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_give_up)
+
+
+def _give_up(error: Exception, _batch: object) -> None:
+    """End this loader process, which cannot hand its batches over. The main process notices within seconds."""
+    os.write(2, f"loader process: {' '.join(str(error).split())}\n".encode())
+    os._exit(1)

@@ -45,7 +45,7 @@ def voc_config(tmp_path, **options):
 
 
 def test_shapes_are_drawn_and_then_read(tmp_path):
-    data = DataConfig(root=str(tmp_path / "shapes"), shapes_train=4, shapes_test=2)
+    data = DataConfig(dataset_type="shapes", root=str(tmp_path / "shapes"), shapes_train=4, shapes_test=2)
     train, test = load_annotations(data, "train"), load_annotations(data, "test")
     assert (len(train), len(test)) == (4, 2) and train.classes == test.classes == CLASSES
 
@@ -70,13 +70,13 @@ def test_coco_is_read_from_the_paths_of_the_configuration(tmp_path):
     data = replace(data, test_annotations="a/test.json", test_images="JPEGImages")
     train, test = load_annotations(data, "train"), load_annotations(data, "test")
     assert (len(train), len(test)) == (10, 1) and train.classes == test.classes == ("cat", "dog")
-    voc = load_annotations(voc_config(tmp_path), "train")
+    voc = load_annotations(voc_config(tmp_path, test_portion=0), "train")
     assert voc.fingerprint() == train.fingerprint()
 
 
 def test_num_classes_is_checked_against_the_data(tmp_path):
     write_voc(tmp_path, OBJECTS)
-    assert len(load_annotations(voc_config(tmp_path, num_classes=2), "train")) == 10
+    assert len(load_annotations(voc_config(tmp_path, num_classes=2, test_portion=0), "train")) == 10
     with pytest.raises(UserError, match=r"data\.num_classes: 3, but .* has 2 classes \(cat, dog\)"):
         load_annotations(voc_config(tmp_path, num_classes=3), "train")
 

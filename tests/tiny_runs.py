@@ -23,7 +23,13 @@ SUPERNET, SEARCH, FINAL = "supernet_train.py", "async_search.py", "final_train.p
 
 TINY = {
     "name": "tiny",
-    "data": {"shapes_train": 48, "shapes_test": 8, "workers": 1, "data_portion": [0.75, 0.25]},
+    "data": {
+        "dataset_type": "shapes",
+        "shapes_train": 48,
+        "shapes_test": 8,
+        "workers": 1,
+        "data_portion": [0.75, 0.25],
+    },
     "search_space": {
         "num_cell_groups": [1, 2, 2, 2, 2, 2],
         "image_size_choice": [64],
