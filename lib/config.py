@@ -16,13 +16,24 @@ TINY = 1e-12  # stands for "above 0"
 BELOW_ONE = math.nextafter(1.0, 0.0)
 
 Count = Annotated[int, Bounds(1)]
+Epochs = Annotated[int, Bounds(1, 1_000_000)]
+EpochsOrZero = Annotated[int, Bounds(0, 1_000_000)]
+Channels = Annotated[int, Bounds(1, 65536)]
 CountOrZero = Annotated[int, Bounds(0)]
 Positive = Annotated[float, Bounds(TINY)]
 PositiveOrZero = Annotated[float, Bounds(0)]
+Factor = Annotated[float, Bounds(0, 1e6)]
+LearningRate = Annotated[float, Bounds(TINY, 1000)]
+LearningRateOrZero = Annotated[float, Bounds(0, 1000)]
 Share = Annotated[float, Bounds(0, 1)]
 Momentum = Annotated[float, Bounds(0, BELOW_ONE)]
 Ratio = Annotated[float, Bounds(0.125, 16)]  # of channels to channels
 Kernel = Literal[3, 5, 7]
+Level = Annotated[int, Bounds(1, 13)]  # of feature maps: the log2 of a stride
+Mean = Annotated[float, Bounds(-1000, 1000)]
+Deviation = Annotated[float, Bounds(0.001, 1000)]
+AspectRatio = Annotated[float, Bounds(0.001, 1000)]
+Scale = Annotated[float, Bounds(0.0001, 10)]  # of a prior box, in sides of the image
 
 
 @dataclass
@@ -68,7 +79,7 @@ class DataConfig:
 class ChoiceSchedule:
     """The choices that are open from each epoch on: `value[i]` from epoch `boundary[i]`."""
 
-    boundary: list[Count] = field(default_factory=lambda: [1])
+    boundary: list[Epochs] = field(default_factory=lambda: [1])
     value: list[list[Positive]] = field(default_factory=list)
 
 
@@ -76,8 +87,8 @@ class ChoiceSchedule:
 class ValueSchedule:
     """A number by epoch: `value[i]` from epoch `boundary[i]`."""
 
-    boundary: list[Count] = field(default_factory=lambda: [1])
-    value: list[PositiveOrZero] = field(default_factory=lambda: [0.0])
+    boundary: list[Epochs] = field(default_factory=lambda: [1])
+    value: list[Factor] = field(default_factory=lambda: [0.0])
 
 
 @dataclass
@@ -112,29 +123,29 @@ class BackboneConfig:
 
     backbone_type: Literal["mbv2_backbone", "mbv3_backbone"] = "mbv3_backbone"
     strides: list[Literal[1, 2]] = field(default_factory=list)
-    layer_channels: list[Count] = field(default_factory=list)  # stem, stages, and mbv3's last 1x1 convolution
+    layer_channels: list[Channels] = field(default_factory=list)  # stem, stages, and mbv3's last 1x1 convolution
     kernels: list[Kernel] = field(default_factory=list)  # largest per stage; [] = 3 where the expansion is 1, else 7
     mult_ratio: Annotated[float, Bounds(0.01, 16)] = 1.0
-    feature_levels: list[Count] = field(default_factory=lambda: [4, 5])  # log2 of the strides that feed the head
+    feature_levels: list[Level] = field(default_factory=lambda: [4, 5])  # log2 of the strides that feed the head
     padding: Literal["symmetric", "tf_same"] = "symmetric"  # tf_same: as TensorFlow pads at stride 2
-    norm_eps: Positive = 1e-5  # of BatchNorm in the backbone
+    norm_eps: Annotated[float, Bounds(TINY, 1)] = 1e-5  # of BatchNorm in the backbone
     pretrained_path: str = ""  # where the weights start: a file, a run's folder, or a name (lib/sources.py)
     pretrained_head: bool = True  # also extra blocks and predictors, where that file has them and they fit
-    pixel_mean: list[float] = field(default_factory=lambda: [128.0, 128.0, 128.0])  # input is (x - mean) / std
-    pixel_std: list[Positive] = field(default_factory=lambda: [128.0, 128.0, 128.0])
+    pixel_mean: list[Mean] = field(default_factory=lambda: [128.0, 128.0, 128.0])  # input is (x - mean) / std
+    pixel_std: list[Deviation] = field(default_factory=lambda: [128.0, 128.0, 128.0])
 
 
 @dataclass
 class HeadConfig:
     """SSD head: channels of the extra feature blocks, predictors, prior boxes (one list per feature map)."""
 
-    channels: list[Count] = field(default_factory=lambda: [512, 256, 256, 128])
+    channels: list[Channels] = field(default_factory=lambda: [512, 256, 256, 128])
     predictor: Literal["ssdlite", "plain"] = "ssdlite"  # depthwise separable, or 3x3 convolutions
-    aspect_ratios: list[list[Positive]] = field(default_factory=lambda: [[2], [2, 3], [2, 3], [2, 3], [2], [2]])
-    scales: list[Positive] = field(default_factory=lambda: [0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.05])
+    aspect_ratios: list[list[AspectRatio]] = field(default_factory=lambda: [[2], [2, 3], [2, 3], [2, 3], [2], [2]])
+    scales: list[Scale] = field(default_factory=lambda: [0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.05])
     squares: bool = True  # also ratio 1, at s_k and at sqrt(s_k s_{k+1}); --fit-priors gives their place to ratios
     clip: bool = True
-    variances: list[Positive] = field(default_factory=lambda: [0.1, 0.2])
+    variances: list[Annotated[float, Bounds(0.0001, 100)]] = field(default_factory=lambda: [0.1, 0.2])
 
 
 @dataclass
@@ -143,11 +154,11 @@ class LossConfig:
 
     type: Literal["focal", "multibox"] = "focal"
     alpha: Share = 0.25
-    gamma: PositiveOrZero = 2.0
-    neg_pos_ratio: PositiveOrZero = 3.0
+    gamma: Annotated[float, Bounds(0, 20)] = 2.0
+    neg_pos_ratio: Factor = 3.0
     matched_threshold: Share = 0.5
     unmatched_threshold: Share = 0.4
-    loc_coef: PositiveOrZero = 1.0
+    loc_coef: Factor = 1.0
 
 
 @dataclass
@@ -155,9 +166,9 @@ class DistillConfig:
     """Adaptive distillation (Tang et al., 2019) of the class scores from the largest sub-network as it is at a step."""
 
     weight: ValueSchedule = field(default_factory=ValueSchedule)  # by epoch; 0 = off
-    beta: PositiveOrZero = 1.5
-    gamma: PositiveOrZero = 1.0
-    temperature: Positive = 2.0
+    beta: Annotated[float, Bounds(0, 100)] = 1.5
+    gamma: Annotated[float, Bounds(0, 100)] = 1.0
+    temperature: Annotated[float, Bounds(0.01, 1000)] = 2.0
 
 
 @dataclass
@@ -166,8 +177,8 @@ class PostprocessConfig:
 
     confidence_threshold: Share = 0.01
     nms_threshold: Share = 0.5
-    pre_nms_top_k: Count = 400
-    top_k: Count = 200
+    pre_nms_top_k: Annotated[int, Bounds(1, 100_000)] = 400
+    top_k: Annotated[int, Bounds(1, 100_000)] = 200
 
 
 @dataclass
@@ -176,46 +187,46 @@ class LRScheduleConfig:
 
     type: Literal["constant", "cosine", "cosine_restarts", "multistep"] = "cosine"
     T_0: Count | Literal["auto"] = field(default="auto", metadata={"alias": "T_max"})
-    eta_min: PositiveOrZero = 0.0
-    milestones: list[Count] = field(default_factory=list)
-    gamma: Positive = 0.1
-    warmup_steps: CountOrZero = 0
+    eta_min: LearningRateOrZero = 0.0
+    milestones: list[Epochs] = field(default_factory=list)
+    gamma: Annotated[float, Bounds(TINY, 1)] = 0.1
+    warmup_steps: Annotated[int, Bounds(0, 1_000_000_000)] = 0
 
 
 @dataclass
 class TrainConfig:
     """What both trainings have in common, that of the supernet and that of one detector."""
 
-    epochs: Count = 200
-    batch_size: Annotated[int, Bounds(2)] = 32  # over all processes
+    epochs: Epochs = 200
+    batch_size: Annotated[int, Bounds(2, 65536)] = 32  # over all processes
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    accumulate: Count = 1  # batches per optimizer step
-    learning_rate: Positive = 0.005
-    backbone_learning_rate: PositiveOrZero = 0.0  # 0 = learning_rate
+    accumulate: Annotated[int, Bounds(1, 65536)] = 1  # batches per optimizer step
+    learning_rate: LearningRate = 0.005
+    backbone_learning_rate: LearningRateOrZero = 0.0  # 0 = learning_rate
     momentum: Momentum = 0.9
-    weight_decay: PositiveOrZero = 1e-4
+    weight_decay: Annotated[float, Bounds(0, 100)] = 1e-4
     decay_norm_and_bias: bool = True
     lr_schedule: LRScheduleConfig = field(default_factory=LRScheduleConfig)
-    clip_grad_norm: PositiveOrZero = 0.0  # 0 = no clipping
+    clip_grad_norm: Annotated[float, Bounds(0, 1e9)] = 0.0  # 0 = no clipping
     ema_decay: Momentum = 0.0  # 0 = no moving average of the weights
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     sync_batch_norm: bool = False  # with several processes: statistics of the whole batch, not of each one's share
-    eval_every: Count = 10  # epochs between evaluations
-    save_every: CountOrZero = 0  # epochs between checkpoints that stay; 0 = only the last one stays
-    save_minutes: PositiveOrZero = 10.0  # last.pt is also written this often within an epoch; 0 = after epochs only
+    eval_every: Epochs = 10  # epochs between evaluations
+    save_every: EpochsOrZero = 0  # epochs between checkpoints that stay; 0 = only the last one stays
+    save_minutes: Factor = 10.0  # last.pt is also written this often within an epoch; 0 = after epochs only
 
 
 @dataclass
 class SupernetConfig(TrainConfig):
     """Stage 1. A step trains `samples` random sub-networks; `sandwich` adds the largest and the smallest one."""
 
-    epochs: Count = 500
+    epochs: Epochs = 500
     sampling: Literal["uniform", "sandwich"] = "uniform"
-    samples: Count = 1
+    samples: Annotated[int, Bounds(1, 1000)] = 1
     sort_channels: bool = True  # by importance, once, before narrower widths open
-    panel: CountOrZero = 3  # random sub-networks scored beside the smallest, the largest and the pretrained one
+    panel: EpochsOrZero = 3  # random sub-networks scored beside the smallest, the largest and the pretrained one
     # A warning is printed if the largest sub-network loses more than this, in search.objective, since a phase opened.
-    interference_tolerance: PositiveOrZero = 0.05
+    interference_tolerance: Share = 0.05
     distill: DistillConfig = field(default_factory=DistillConfig)
 
 
@@ -224,10 +235,10 @@ class SearchConfig:
     """Stage 2: `num_epochs` epochs of `steps` evaluations. A budget of 0 means no limit."""
 
     controller: Literal["random", "evo", "pareto-evo"] = "evo"
-    num_epochs: Count = 60
-    steps: Count = 16
-    population_size: Count = 100
-    tournament_size: Count = 10
+    num_epochs: Epochs = 60
+    steps: Epochs = 16
+    population_size: Epochs = 100
+    tournament_size: Epochs = 10
     mutation_probability: Share = 0.1
     crossover_probability: Share = 0.5
     objective: Literal["AP", "AP50", "mAP"] = "AP"  # COCO AP, COCO AP at IoU 0.5, VOC mAP
@@ -239,25 +250,25 @@ class SearchConfig:
     min_latency_ms: PositiveOrZero = 0.0
     max_latency_ms: PositiveOrZero = 0.0
     latency_table: str = ""  # what --measure-latency wrote; latency as a cost or in a budget needs it
-    latency_threads: Count = 1  # CPU threads of a detector that --measure-latency times
+    latency_threads: Annotated[int, Bounds(1, 1024)] = 1  # CPU threads of a detector that --measure-latency times
     bn_images: Count = 256  # training images that re-estimate BatchNorm
     images: CountOrZero = 0  # of the search split that score a candidate; 0 = all of them
-    resamples: CountOrZero = 200  # bootstrap resamples of the images, which tell ties; 0 = no intervals
-    batch_size: Count = 32
+    resamples: EpochsOrZero = 200  # bootstrap resamples of the images, which tell ties; 0 = no intervals
+    batch_size: Annotated[int, Bounds(1, 65536)] = 32
     # Worker processes; more than there are GPUs share them. 0 = one for each GPU, without a GPU one a core, at most 8.
     parallelism: Annotated[int, Bounds(0, 4096)] = 0
-    gpu_ids: list[CountOrZero] = field(default_factory=list)  # [] = every GPU, else the CPU
-    time_limit: PositiveOrZero = 10.0  # an evaluation is stopped after this many median times; 0 = never
+    gpu_ids: list[Annotated[int, Bounds(0, 4096)]] = field(default_factory=list)  # [] = every GPU, else the CPU
+    time_limit: Factor = 10.0  # an evaluation is stopped after this many median times; 0 = never
 
 
 @dataclass
 class FinalConfig(TrainConfig):
     """Stage 3. The flags --genotype and --load override `genotypes` and `supernet_state_dict`."""
 
-    learning_rate: Positive = 0.001
-    clip_grad_norm: PositiveOrZero = 5.0
+    learning_rate: LearningRate = 0.001
+    clip_grad_norm: Annotated[float, Bounds(0, 1e9)] = 5.0
     freeze_base_net: bool = False  # train the backbone at `base_net_lr` instead of `learning_rate`, BatchNorm frozen
-    base_net_lr: PositiveOrZero = 5e-4
+    base_net_lr: LearningRateOrZero = 5e-4
     genotypes: str = ""  # a genotype file or an aw_nas genotype string; "" = best.json of the last search
     supernet_state_dict: str = ""  # a supernet's run or checkpoint; "" = the one that the genotype file names
 

@@ -205,6 +205,21 @@ def _section(value: Any, default: Any, path: str) -> Any:
 
 def validate(config: Config) -> None:
     """Raise UserError for the first contradiction between keys, naming the key and what was expected."""
+    validate_structure(config)
+    _check_search(config.search)
+    for key, training in (("supernet", config.supernet), ("final", config.final)):
+        _check_rate(f"{key}.lr_schedule", training)
+    portion = config.data.data_portion
+    if len(portion) != 2 or not min(portion) > 0 or sum(portion) > 1 + 1e-9:
+        fail("data.data_portion", "two shares above 0 that sum to at most 1, for training and for scoring", portion)
+    if len(set(config.data.classes)) < len(config.data.classes) or "" in config.data.classes:
+        fail("data.classes", "names, each once", shown(config.data.classes))
+    if config.loss.unmatched_threshold > config.loss.matched_threshold:
+        fail("loss.unmatched_threshold", "at most loss.matched_threshold", config.loss.unmatched_threshold)
+
+
+def validate_structure(config: Config) -> None:
+    """The part of `validate` that a network can be built by."""
     schedule = config.search_space.schedule_cfg
     _check_schedule("search_space.schedule_cfg.kernel_choice", schedule.kernel_choice)
     _check_schedule("search_space.schedule_cfg.width_choice", schedule.width_choice)
@@ -212,12 +227,6 @@ def validate(config: Config) -> None:
     _check_schedule("supernet.distill.weight", config.supernet.distill.weight)
     _check_space(config)
     _check_feature_maps(config)
-    _check_search(config.search)
-    portion = config.data.data_portion
-    if len(portion) != 2 or not min(portion) > 0 or sum(portion) > 1 + 1e-9:
-        fail("data.data_portion", "two shares above 0 that sum to at most 1, for training and for scoring", portion)
-    if config.loss.unmatched_threshold > config.loss.matched_threshold:
-        fail("loss.unmatched_threshold", "at most loss.matched_threshold", config.loss.unmatched_threshold)
 
 
 def _check_schedule(key: str, schedule: ChoiceSchedule | ValueSchedule) -> None:
@@ -258,14 +267,17 @@ def _check_space(config: Config) -> None:
             expected = f"integers from 1 to {deepest} (blocks of the deepest stage)"
             fail(f"{key}.depth_choice.value", expected, depth)
     for name in ("image_size_choice", "head_width_choice", "head_kernel_choice"):
-        if not getattr(space, name):
-            fail(f"search_space.{name}", "at least one choice", "none")
+        choices = getattr(space, name)
+        if not choices or len(set(choices)) < len(choices):
+            fail(f"search_space.{name}", "at least one choice, each once", choices or "none")
 
 
 def _check_feature_maps(config: Config) -> None:
     """As many extra blocks, lists of aspect ratios and scales as there are feature maps."""
     extras = config.search_space.num_head
     maps = len(config.backbone.feature_levels) + extras
+    if not config.backbone.feature_levels:
+        fail("backbone.feature_levels", "at least one level", "none")
     _check_length("head.channels", config.head.channels, extras, "one per extra block (search_space.num_head)")
     _check_length("head.aspect_ratios", config.head.aspect_ratios, maps, "one per feature map")
     _check_length("head.scales", config.head.scales, maps + 1, "one per feature map and one more")
@@ -279,6 +291,14 @@ def _check_length(key: str, values: Sequence, expected: int, why: str) -> None:
         fail(key, f"{expected} values, {why}", f"{len(values)}")
 
 
+def _check_rate(key: str, config: TrainConfig) -> None:
+    schedule = config.lr_schedule
+    if schedule.type == "multistep" and schedule.milestones != sorted(set(schedule.milestones)):
+        fail(f"{key}.milestones", "ascending epochs", schedule.milestones)
+    if schedule.type.startswith("cosine") and schedule.eta_min > config.learning_rate:
+        fail(f"{key}.eta_min", f"at most the learning rate, {config.learning_rate:g}", schedule.eta_min)
+
+
 def _check_search(config: SearchConfig) -> None:
     for low_key, low, high_key, high in (
         ("search.min_flops", config.min_flops, "search.max_flops", config.max_flops),
@@ -287,8 +307,11 @@ def _check_search(config: SearchConfig) -> None:
     ):
         if 0 < high < low:
             fail(low_key, f"at most {high_key}, which is {high:g}", low)
-    if not config.costs:
-        fail("search.costs", "at least one cost", "none")
+    if not config.costs or len(set(config.costs)) < len(config.costs):
+        fail("search.costs", "at least one cost, each once", config.costs or "none")
+    if config.controller == "evo" and config.tournament_size > config.population_size:
+        expected = f"at most search.population_size, which is {config.population_size}"
+        fail("search.tournament_size", expected, config.tournament_size)
     if 0 < config.resamples < 40:
         fail("search.resamples", "0 or at least 40, since intervals leave out 1 in 40", config.resamples)
     if 0 < config.time_limit < 2:

@@ -10,7 +10,7 @@ import copy
 import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +19,20 @@ from torch.nn.utils import fuse_conv_bn_weights
 from torch.optim.swa_utils import update_bn
 
 from lib import checkpoint, config_io
-from lib.backbone import ElasticBackbone
+from lib.backbone import TABLES, ElasticBackbone
 from lib.config import Config
 from lib.elastic import ElasticDepthwiseConv, Segment, copy_module, extract_segment, make_divisible, run_segment
-from lib.errors import UserError
+from lib.errors import UserError, naming
 from lib.genotype import Block, Genotype, SearchSpace
 from lib.head import ElasticExtras, Predictors
 from lib.losses import focal_prior_bias
+from lib.plain import Bounds, check, shown
 from lib.postprocess import Detections, class_scores, postprocess
 from lib.priors import decode, prior_boxes, priors_per_cell
 from lib.shrinking import full_space, space_at
+
+MOST_WEIGHTS = 1e9
+MOST_PRIORS = 400_000  # of an image
 
 
 class Normalize(nn.Module):
@@ -89,6 +93,7 @@ class ElasticSSD(nn.Module):
     def __init__(self, config: Config, num_classes: int):
         super().__init__()
         self.space: SearchSpace = full_space(config)
+        _refuse_giant(config, self.space, num_classes)
         self.num_classes = num_classes
         head = config.head
         self.normalize = Normalize(config.backbone.pixel_mean, config.backbone.pixel_std)
@@ -166,6 +171,36 @@ class ElasticSSD(nn.Module):
             cost, output = module_cost(module if block is None else module.extract(block), shape)
             self._costs[key] = cost, output.shape
         return self._costs[key]
+
+
+def _refuse_giant(config: Config, space: SearchSpace, num_classes: int) -> None:
+    """Raise UserError before gigabytes are allocated for weights or prior boxes that nobody can train."""
+    ratio = config.backbone.mult_ratio
+    widths = [c * ratio for c in config.backbone.layer_channels or TABLES[space.backbone_type].layer_channels]
+    blocks = [
+        (*io, stage.block, max(stage.depth))
+        for io, stage in zip(itertools.pairwise(widths), space.stages, strict=False)
+    ]
+    extras = [max(widths[: len(blocks) + 2]), *(c * ratio for c in config.head.channels)]
+    blocks += [(*io, choices, 1) for io, choices in zip(itertools.pairwise(extras), space.head, strict=False)]
+    weights = 0.0
+    for inputs, outputs, choices, depth in blocks:
+        widest = max(inputs, outputs)
+        weights += depth * max(choices.expand) * widest * (inputs + outputs + max(choices.expand) * widest / 2)
+    per_cell = priors_per_cell(config.head.aspect_ratios)
+    weights += sum(per_cell) * max(extras) * (num_classes + 5) * (9 if config.head.predictor == "plain" else 1)
+    if weights > MOST_WEIGHTS:
+        raise UserError(
+            f"search_space: its largest sub-network has about {weights:.1e} weights, at most {MOST_WEIGHTS:.0e} are "
+            "supported; backbone.mult_ratio, layer_channels, num_cell_groups, expansions and head.channels decide"
+        )
+    cells = (max(space.image_size) / 2 ** config.backbone.feature_levels[0]) ** 2
+    if cells * per_cell[0] > MOST_PRIORS:
+        raise UserError(
+            f"search_space.image_size_choice: {max(space.image_size)} px with backbone.feature_levels "
+            f"{config.backbone.feature_levels} gives {cells * per_cell[0]:.1e} prior boxes, at most {MOST_PRIORS:.0e} "
+            "are supported"
+        )
 
 
 def _initialise(model: ElasticSSD) -> None:
@@ -270,6 +305,25 @@ def detect(model: SSD, images: Iterable[Tensor], config: Config, device: torch.d
     return found
 
 
+class SupernetFile(NamedTuple):
+    """What a checkpoint of supernet_train.py needs besides its weights; its types are checked."""
+
+    config: dict
+    classes: list[str]
+    epoch: Annotated[int, Bounds(1)]
+    batch: Annotated[int, Bounds(0)]
+
+
+class DetectorFile(NamedTuple):
+    """What a checkpoint of final_train.py needs besides its weights; its types are checked."""
+
+    config: dict
+    genotype: dict
+    classes: list[str]
+    category_ids: list[int]
+    epoch: Annotated[int, Bounds(0)]
+
+
 class Supernet(NamedTuple):
     """A trained supernet of supernet_train.py."""
 
@@ -296,12 +350,22 @@ def load_supernet(path: Path, mmap: bool = False) -> Supernet:
     payload = checkpoint.read(path, mmap)
     if "genotype" in payload or "config" not in payload:
         raise UserError(f"{path}: not a supernet's checkpoint; expected last.pt of supernet_train.py")
-    config = config_io.from_dict(payload["config"], str(path))
-    detector = ElasticSSD(config, len(payload["classes"]))
+    found = check(payload, SupernetFile, str(path))
+    with naming(path):
+        config = config_io.from_dict(found.config)
+        detector = network(config, found.classes)
     load_weights(detector, payload, path)
     # At batch 0 of an epoch, nothing of that epoch has been trained yet.
-    epoch = max(payload["epoch"] - (payload["batch"] == 0), 1)
-    return Supernet(detector, config, tuple(payload["classes"]), epoch, space_at(config, epoch))
+    epoch = max(found.epoch - (found.batch == 0), 1)
+    return Supernet(detector, config, tuple(found.classes), epoch, space_at(config, epoch))
+
+
+def network(config: Config, classes: Sequence[str]) -> ElasticSSD:
+    """The untrained network of a configuration and classes that were read from a file."""
+    config_io.validate_structure(config)
+    if not classes or len(set(classes)) < len(classes):
+        raise UserError(f"classes: expected names without repeats, found {shown(classes)}")
+    return ElasticSSD(config, len(classes))
 
 
 def load_detector(path: Path) -> Detector:
@@ -312,15 +376,27 @@ def load_detector(path: Path) -> Detector:
     payload = checkpoint.read(path)
     if "genotype" not in payload:
         raise UserError(f"{path}: not a detector's checkpoint; expected best.pt of final_train.py")
-    config = config_io.from_dict(payload["config"], str(path))
-    genotype = Genotype.from_dict(payload["genotype"])
-    classes = tuple(payload["classes"])
-    model = ElasticSSD(config, len(classes)).extract(genotype)
+    found = check(payload, DetectorFile, str(path))
+    with naming(path):
+        config = config_io.from_dict(found.config)
+        genotype = Genotype.from_dict(found.genotype)
+        model = network(config, found.classes).extract(genotype)
+        check_ids(found.category_ids, found.classes)
     load_weights(model, payload, path)
-    ids = tuple(payload["category_ids"])
     return Detector(
-        model=model.eval(), config=config, genotype=genotype, classes=classes, category_ids=ids, epoch=payload["epoch"]
+        model=model.eval(),
+        config=config,
+        genotype=genotype,
+        classes=tuple(found.classes),
+        category_ids=tuple(found.category_ids),
+        epoch=found.epoch,
     )
+
+
+def check_ids(category_ids: Sequence[int], classes: Sequence[str]) -> None:
+    """Raise UserError unless each class has a category id of its own."""
+    if len(category_ids) != len(classes) or len(set(category_ids)) < len(classes):
+        raise UserError(f"category_ids: expected {len(classes)} different ones, found {shown(list(category_ids))}")
 
 
 def detector_checkpoint(path: Path) -> Path | None:

@@ -150,7 +150,7 @@ def test_recalibration_makes_a_training_pass_and_an_evaluation_agree(tiny_detect
 
 def test_extract_refuses_a_genotype_of_another_space(tiny_detector):
     other = tiny_detector(**MBV2).space.largest()
-    with pytest.raises(UserError, match="backbone type is mbv2_backbone"):
+    with pytest.raises(UserError, match="backbone type is 'mbv2_backbone'"):
         tiny_detector().extract(other)
 
 
