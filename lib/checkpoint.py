@@ -46,16 +46,19 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A temporary file in the same folder, renamed to `path` on success and deleted on failure."""
+def replacing(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
+    """A temporary file in the same folder, renamed to `path` on success and deleted on failure.
+
+    Without `sync`, which takes milliseconds, a power cut may leave an empty file.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
             yield file
-            # The bytes must be on the disk before the name is, or a power cut could leave an empty file.
             file.flush()
-            os.fsync(file.fileno())
+            if sync:  # the bytes are on the disk before the name is
+                os.fsync(file.fileno())
         partial.replace(path)
     except (OSError, RuntimeError) as error:
         # torch's zip writer hides the cause, such as a full disk, behind an error of its own.

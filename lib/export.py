@@ -35,7 +35,7 @@ from lib.annotations import Annotations
 from lib.checkpoint import replacing, write_text
 from lib.config import PostprocessConfig
 from lib.config_io import to_dict
-from lib.datasets import eval_loader
+from lib.datasets import eval_loader, reading
 from lib.detector import Detector, ElasticSSD, ScoresAndBoxes, fuse
 from lib.errors import UserError
 from lib.log import finite, progress
@@ -326,7 +326,7 @@ def test_images(detector: Detector, test: Annotations) -> Iterator[Tensor]:
     data = detector.config.data
     size = detector.model.image_size
     batch_size = detector.config.final.batch_size
-    loader = eval_loader(test, range(len(test)), size, batch_size, workers=data.workers, on_error=data.on_error)
+    loader = eval_loader(test, range(len(test)), size, batch_size, workers=data.workers, **reading(data))
     return (batch.images for batch in progress(loader, "evaluate"))
 
 

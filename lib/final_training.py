@@ -16,7 +16,7 @@ from lib.annotations import Annotations
 from lib.cli import supernet_checkpoint
 from lib.config import Config
 from lib.config_io import to_dict, validate_network
-from lib.datasets import Batch, eval_loader, train_loader
+from lib.datasets import Batch, eval_loader, reading, train_loader
 from lib.detector import SSD, Cost, ElasticSSD, Supernet, detect, load_supernet, recalibrate
 from lib.errors import UserError
 from lib.genotype import Genotype
@@ -102,7 +102,7 @@ def final_loader(annotations: Annotations, image_size: int, config: Config, devi
 def some_images(annotations: Annotations, image_size: int, config: Config) -> Iterator[torch.Tensor]:
     """Batches of unaugmented training images, to re-estimate BatchNorm or to calibrate quantisation."""
     chosen = range(min(config.search.bn_images, len(annotations)))
-    loader = eval_loader(annotations, chosen, image_size, config.search.batch_size, on_error=config.data.on_error)
+    loader = eval_loader(annotations, chosen, image_size, config.search.batch_size, **reading(config.data))
     for batch in loader:
         # a smaller last batch would count as much as the others in a cumulative average
         if len(batch) in (config.search.batch_size, len(chosen)):
@@ -126,7 +126,7 @@ def evaluate(
         model.image_size,
         config.final.batch_size,
         workers=config.data.workers,
-        on_error=config.data.on_error,
+        **reading(config.data),
         device=device,
         shared=True,
     )

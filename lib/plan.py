@@ -20,7 +20,7 @@ from torchvision.ops import box_convert, box_iou
 from lib import distributed
 from lib.annotations import Annotations
 from lib.config import Config, TrainConfig
-from lib.datasets import Batch, collate, eval_loader
+from lib.datasets import Batch, collate, eval_loader, reading
 from lib.detector import SSD, ElasticSSD, detect
 from lib.final_training import detection_losses
 from lib.genotype import Genotype, SearchSpace
@@ -205,7 +205,7 @@ def final_seconds(model: SSD, config: Config, device: torch.device, loader: Data
 def detecting_seconds(model: SSD, test: Annotations, config: Config, device: torch.device) -> float:
     """Seconds of one evaluation on all of `test`, from at most `SCORED_SAMPLE` of its pictures."""
     sample = range(min(SCORED_SAMPLE, len(test)))
-    loader = eval_loader(test, sample, model.image_size, config.final.batch_size, on_error=config.data.on_error)
+    loader = eval_loader(test, sample, model.image_size, config.final.batch_size, **reading(config.data))
     budget = SCORING_SHARE * SECONDS
     seconds = typical_seconds(lambda: detect(model, (batch.images for batch in loader), config, device), budget)
     return seconds * len(test) / len(sample)
