@@ -5,28 +5,30 @@ The configuration is put together once, in `CommandLine.resolve`. A higher layer
     --set key=value
     flags that stand for a key (--data, --seed, --max-flops, ...)
     --cfg FILE; without it what the run in the folder began with (--resume), else what the command inherits (the
-        configuration of the supernet, the genotype or the detector that it starts from), else configs/shapes.yaml
+        configuration of the supernet, the genotype or the detector that it starts from), else configs/shapes.yaml, or
+        configs/mine.yaml with --data
     the defaults of lib/config.py
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib import checkpoint, config_io, distributed
+from lib import checkpoint, config_io, distributed, shapes
 from lib.config import Config
 from lib.errors import UserError
 
 RUNS = Path("runs")
 POINTER = RUNS / "last.json"  # the last run of each stage, for commands that name none
 RESUMABLE = ("last.pt", "evals.jsonl", "plan.json")  # what a training, a search and a comparison resume from
-DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "shapes.yaml"
+CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 def make_parser(
@@ -38,7 +40,7 @@ def make_parser(
     add = parser.add_argument
     add("--cfg", metavar="FILE", help="YAML file of the experiment, read by all three stages (see configs/)")
     add("--set", metavar="KEY=VALUE", action="append", default=[], help="override one key, e.g. supernet.epochs=10")
-    add("--data", metavar="DIR", help="folder of the data set (data.root)")
+    add("--data", metavar="DIR", help="folder of the data set, VOC, COCO or YOLO (data.root)")
     add("--train-dir", metavar="DIR", type=Path, help="folder that this run writes to (default: runs/NAME/STAGE)")
     add("--load", metavar="DIR", type=Path, help=load_help)
     add("--resume", action="store_true", help="continue the run in --train-dir; start it where there is none")
@@ -59,10 +61,12 @@ class Run:
     folder: Path
     config: Config
     source: str
+    notes: Sequence[str] = ()
 
     def describe(self) -> list[str]:
         """The first lines of a plan."""
-        return [f"configuration: {self.source}", f"data: {self.config.data.root}", f"writes to: {self.folder}"]
+        head = [f"configuration: {self.source}", f"data: {self.config.data.root}", f"writes to: {self.folder}"]
+        return [*head, *self.notes]
 
     def save_config(self) -> None:
         checkpoint.write_text(self.folder / "config.yaml", config_io.dump(self.config))
@@ -103,31 +107,65 @@ class CommandLine:
         elif inherited is not None:
             layer, source = inherited, inherited_from
         else:
-            layer, source = config_io.read_yaml(DEFAULT_CONFIG), f"configs/{DEFAULT_CONFIG.name}"
+            layer, source = _default_config(args.data)
         # The folder comes before the rest: with --resume it may hold the configuration.
         name = _plain_name(self.given("name") or layer.get("name"))
         folder = args.train_dir or RUNS / name / (folder_name or self.stage)
-        if args.resume and self._file is None and (saved := _saved_config(folder)):
+        goes_on = args.resume and self._file is None and (saved := _saved_config(folder))
+        if goes_on:
             layer, source = saved, f"{folder / 'config.yaml'}, with which this run began"
         # Flags and --set override whichever layer was chosen.
         changed = config_io.with_changes(layer, self._changes)
-        config = config_io.from_dict(changed, source, [key for key, _ in self._changes])
+        if args.data and not any(key == "data.dataset_type" for key, _ in self._changes):
+            changed = _with_own_pictures(changed, Path(args.data))
+        typed = [key for key, _ in self._changes]
+        config = config_io.from_dict(changed, source, typed)
         config_io.validate(config)
+        notes = []
         if self.stage in ("supernet", "final"):
             config_io.validate_shares(self.stage, getattr(config, self.stage), distributed.world().size)
-        if args.data and config.data.dataset_type == "shapes" and not Path(args.data).is_dir():
-            raise UserError(
-                f"--data {args.data}: no such folder; the built-in pictures need no --data, pictures of your own need "
-                "a --cfg that says how they are laid out"
-            )
-        return Run(folder, config, source)
+            if not goes_on:
+                planned = config_io.get_key(layer, f"{self.stage}.epochs") or getattr(Config(), self.stage).epochs
+                notes = config_io.fit_schedules(config, self.stage, planned, typed)
+            fits_priors = getattr(args, "fit_priors", False)
+            if args.resume and (notes or fits_priors) and (saved := _saved_config(folder)):
+                # What was derived when the run began stays as it is.
+                began = config_io.from_dict(saved, str(folder / "config.yaml"))
+                if notes:
+                    config.search_space.schedule_cfg = began.search_space.schedule_cfg
+                    config.supernet.distill.weight = began.supernet.distill.weight
+                    notes = []
+                config.head = began.head if fits_priors else config.head
+        return Run(folder, config, source, notes)
+
+
+def _default_config(data: str | None) -> tuple[dict, str]:
+    """The configuration where nothing names one, and its file: of the built-in pictures, or of those in `data`."""
+    path = CONFIGS / ("mine.yaml" if data else "shapes.yaml")
+    layer = config_io.read_yaml(path)
+    if data and (name := Path(data).resolve().name):
+        layer["name"] = name  # every data set has a folder of its own below runs/
+    return layer, f"configs/{path.name}"
+
+
+def _with_own_pictures(layer: dict, folder: Path) -> dict:
+    """`layer`, for the built-in pictures or for others, with the pictures in the folder that --data names."""
+    if config_io.get_key(layer, "data.dataset_type") != "shapes" or (folder / shapes.MARKER).exists():
+        return layer
+    if not folder.is_dir():
+        raise UserError(f"--data {folder}: no such folder; the built-in pictures need no --data")
+    changes = {"data.dataset_type": "auto", "data.num_classes": 0, "data.classes": []}
+    return config_io.with_changes(layer, changes.items())
 
 
 def _saved_config(folder: Path) -> dict | None:
     """The configuration of the run in `folder`, if there is something to go on from. The main process reads it."""
     path = folder / "config.yaml"
     goes_on = path.is_file() and any((folder / product).exists() for product in RESUMABLE)
-    return distributed.from_main(config_io.read_yaml(path) if distributed.world().main and goes_on else None)
+    saved = distributed.from_main(config_io.read_yaml(path) if distributed.world().main and goes_on else None)
+    if saved is not None and not saved.keys() - {"name"}:
+        raise UserError(f"{path}: holds no settings any more; --cfg names a file with those that this run began with")
+    return saved
 
 
 def _plain_name(name: object) -> str:
@@ -151,6 +189,18 @@ def refuse_to_overwrite(product: Path, args: argparse.Namespace) -> None:
     if not args.dry_run:
         raise UserError(text)
     print(f"note: {text}")
+
+
+@contextlib.contextmanager
+def claim(product: Path, args: argparse.Namespace) -> Iterator[None]:
+    """Be the only process that writes to a run's folder, which holds no other run's `product` unless it is resumed."""
+    refuse_to_overwrite(product, args)
+    if args.dry_run:
+        yield
+        return
+    with checkpoint.lock_folder(product.parent):
+        refuse_to_overwrite(product, args)  # another process may have written it in between
+        yield
 
 
 # Where runs live.

@@ -11,7 +11,7 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from lib.config import DataConfig
@@ -71,7 +71,8 @@ def stem(name: str) -> str:
 
 
 def suffix_of(name: str) -> str:
-    return PurePosixPath(name).suffix.lower()
+    base, dot, suffix = name.rpartition("/")[2].rpartition(".")
+    return dot + suffix.lower() if base else ""
 
 
 def is_there(path: Path) -> bool:
