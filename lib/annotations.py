@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor
 
 from lib.errors import UserError, did_you_mean
+from lib.folders import Tree, split_of, stem
 from lib.images import read_header
 from lib.labels import OBJECT, Faults, coco_image, read_coco_json, read_voc_xml, read_yolo_txt
-from lib.layouts import Pair, picture_folder, stem, voc_pairs
+from lib.layouts import Pair, voc_pairs
 from lib.plain import shown
 
 
@@ -257,7 +259,7 @@ def _coco_pictures(
             checked.append(image)
         except (TypeError, ValueError) as error:
             faults.add("picture", "malformed entry", f"{path}: malformed image entry {shown(entry)}: {error}")
-    folder, dropped, existing = picture_folder(folder or root, [name for _, name, _ in checked], path)
+    folder, dropped, existing = _picture_folder(folder or root, [name for _, name, _ in checked], path)
     listed: set[str] = set()
     for own_id, name, size in checked:
         end = name.split("/", dropped)[-1]
@@ -274,6 +276,37 @@ def _coco_pictures(
         position_of[own_id] = len(pictures)
         pictures.append(Picture(stem(name), own_id, str(folder / end), size, str(path)))
     return position_of
+
+
+def _picture_folder(root: Path, names: Sequence[str], beside: Path) -> tuple[Path, int, set[str]]:
+    """Where the pictures of a COCO file are below `root`: a folder, the number of leading folders of each name that
+    are not there, and all pictures in it. Of several, the one most like the path of the file, `beside`."""
+    tree = Tree(root)
+    pictures = set(tree.pictures)
+    folders = {"": None} | {parent: None for name in pictures for parent in _parents(name)}
+    sample = names[:: max(1, len(names) // 50)]
+    words = set(re.findall(r"[a-z]+|\d+", os.path.relpath(beside, root).lower()))
+
+    def likeness(folder: str) -> tuple[int, int, int]:
+        shared = words & set(re.findall(r"[a-z]+|\d+", folder.lower()))
+        return split_of(folder) == split_of(beside.as_posix()), len(shared), -len(folder)
+
+    best = ((0,), "", 0)
+    for dropped in range(max((name.count("/") for name in sample), default=0) + 1):
+        ends = [name.split("/", dropped)[-1] for name in sample]
+        for folder in folders:
+            hits = sum((f"{folder}/{end}" if folder else end) in pictures for end in ends)
+            best = max(best, ((hits, *likeness(folder)), folder, dropped)) if hits else best
+        if best[0][0]:
+            break
+    prefix = f"{best[1]}/" if best[1] else ""
+    found = {name[len(prefix) :] for name in pictures if name.startswith(prefix)}
+    return root / best[1], best[2], found
+
+
+def _parents(path: str) -> list[str]:
+    parts = path.split("/")[:-1]
+    return ["/".join(parts[: end + 1]) for end in range(len(parts))]
 
 
 def _size_of(path: str) -> tuple[int, int]:

@@ -88,10 +88,10 @@ class Faults:
 # Text.
 
 
-def is_file(path: Path) -> bool:
-    """Whether there is a file. A name from a stranger's file may be too long, or hold a NUL."""
+def is_there(path: Path) -> bool:
+    """Whether a file or folder exists. A name from a stranger's file may be too long, or hold a NUL."""
     try:
-        return path.is_file()
+        return path.exists()
     except (OSError, ValueError):
         return False
 
@@ -241,7 +241,7 @@ def read_coco_json(path: Path, faults: Faults) -> CocoFile:
         flat.extend(numbers)
         return _Taken
 
-    if not is_file(path):
+    if not is_there(path):
         raise UserError(f"{path}: no such annotation file (data.train_annotations, data.test_annotations)")
     try:
         document = json.loads(read_bytes(path, path.stat().st_size), object_hook=take_numbers)

@@ -16,21 +16,11 @@ from typing import Any, NamedTuple
 
 from lib.config import DataConfig
 from lib.errors import UserError, did_you_mean
-from lib.images import SUFFIXES
-from lib.labels import Faults, picture_name, read_lines, read_text, read_yolo_yaml, slashes
+from lib.folders import MASKS, SPLIT_OF, Tree, folder_of, split_of, stem
+from lib.labels import Faults, class_name, is_there, picture_name, read_lines, read_text, read_yolo_yaml, slashes
 
-DEEPEST = 8  # folders below the data set's
-SPLIT_WORDS = {
-    "train": "train training default",
-    "trainval": "trainval",
-    "val": "val valid validation dev",
-    "test": "test testing",
-}
-SPLIT_OF = {word: split for split, words in SPLIT_WORDS.items() for word in words.split()}
+ONE_OF_MANY = "other"  # VOC has two sets for each class, such as cat_train
 LABEL_COLUMN = re.compile(r"(.*\S)\s+(?:-1|0|1)")  # of the image sets of one class
-# Pictures in these folders are the masks of others.
-USUAL = {"JPEGImages", "Annotations"}
-MASKS = {"segmentationclass", "segmentationobject", "mask", "masks", "trimaps"}
 NOT_INSTANCES = re.compile(r"captions|keypoints|panoptic|image_info|stuff|results|detections|predictions", re.I)
 SNIFFED = 64 * 1024  # bytes at each end of a JSON file
 
@@ -64,111 +54,6 @@ class Found(NamedTuple):
     notes: Sequence[str] = ()
 
 
-def stem(name: str) -> str:
-    """`name` without the suffix of a picture."""
-    suffix = suffix_of(name)
-    return name[: -len(suffix)] if suffix in SUFFIXES else name
-
-
-def suffix_of(name: str) -> str:
-    base, dot, suffix = name.rpartition("/")[2].rpartition(".")
-    return dot + suffix.lower() if base else ""
-
-
-def is_there(path: Path) -> bool:
-    """Whether a file or folder exists. A name from a stranger's file may be too long, or hold a NUL."""
-    try:
-        return path.exists()
-    except (OSError, ValueError):
-        return False
-
-
-def split_of(*paths: str) -> str:
-    """ "train", "val" or "test", by the last word in the paths that tells; "" where none does."""
-    for path in paths:
-        for part in reversed(path.split("/")):
-            for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", stem(part)):
-                if word.lower() in SPLIT_OF:
-                    return SPLIT_OF[word.lower()]
-    return ""
-
-
-class Tree:
-    """The files below a folder by suffix, as paths relative to it, sorted."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.files: dict[str, list[str]] = defaultdict(list)
-        seen = set()
-        for folder, folders, names in os.walk(root, followlinks=True):
-            below = os.path.relpath(folder, root).replace(os.sep, "/")
-            place = Path(folder).stat()
-            if (place.st_dev, place.st_ino) in seen or below.count("/") >= DEEPEST:
-                folders.clear()  # a link back, or too deep
-                continue
-            seen.add((place.st_dev, place.st_ino))
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            for name in sorted(names):
-                suffix = suffix_of(name)
-                kind = "picture" if suffix in SUFFIXES else suffix
-                if not name.startswith("."):
-                    self.files[kind].append(name if below == "." else f"{below}/{name}")
-        self.pictures = self.files["picture"]
-
-    @functools.cached_property
-    def by_stem(self) -> dict[str, list[str]]:
-        """Pictures and XML files, each by its name without folder and suffix."""
-        found = defaultdict(list)
-        for path in (*self.pictures, *self.files[".xml"]):
-            found[stem(path.rpartition("/")[2].removesuffix(".xml"))].append(path)
-        return found
-
-    def find(self, name: str, xml: bool = False, beside: str = "") -> str | None:
-        """The picture (or the XML file) of this name, with or without folders and suffix; None if there is none.
-
-        Of several pictures, the one that the annotation `beside` names, then the one whose folders have most in common
-        with it, then no mask, then a JPEG. None if that does not tell.
-        """
-        wanted = stem(name)
-        candidates = [
-            path
-            for path in self.by_stem.get(wanted.rpartition("/")[2], ())
-            if path.endswith(".xml") == xml and f"/{stem(path.removesuffix('.xml'))}".endswith(f"/{wanted}")
-        ]
-        if len(candidates) < 2:
-            return candidates[0] if candidates else None
-        filename = picture_name(self.root / beside) if beside.endswith(".xml") else ""
-
-        def unlike(path: str) -> tuple:
-            folders, suffix = path.split("/")[:-1], suffix_of(path)
-            shared = Counter(folders) & Counter(beside.split("/")[:-1])
-            return (
-                not f"/{path}".endswith(f"/{name}"),
-                path.rpartition("/")[2] != filename,
-                -sum(shared.values()),
-                USUAL.isdisjoint(folders),
-                not MASKS.isdisjoint(folder.lower() for folder in folders),
-                len(folders),
-                SUFFIXES.index(suffix) if suffix in SUFFIXES else 0,
-            )
-
-        best, second = sorted(candidates, key=unlike)[:2]
-        return best if unlike(best) < unlike(second) else None
-
-    def tail(self, name: str) -> str:
-        """Of a path on another machine, the longest end that is a picture here; `name` if none is."""
-        parts = name.split("/")
-        # Without its folders, only a path that certainly comes from elsewhere is looked for.
-        foreign = re.match(r"/|[A-Za-z]:", name) is not None
-        ends = ("/".join(parts[start:]) for start in range(len(parts) - (not foreign)))
-        return next((end for end in ends if self.find(end)), name)
-
-    def describe(self) -> str:
-        counts = {kind or "no suffix": len(names) for kind, names in self.files.items() if names}
-        few = sorted(counts.items(), key=lambda item: -item[1])[:6]
-        return ", ".join(f"{count} of {kind}" if kind[0] == "." else f"{count} {kind}s" for kind, count in few)
-
-
 def find_layout(data: DataConfig, split: str, faults: Faults) -> Layout:
     """The files of a split ("train" or "test") of the data set in `data.root`.
 
@@ -176,9 +61,12 @@ def find_layout(data: DataConfig, split: str, faults: Faults) -> Layout:
     """
     root = Path(data.root)
     found = _recognise(root, data, faults)
-    named = {"train": data.train_sets, "test": data.test_sets} if found.kind == "voc" else {"train": [], "test": []}
-    if found.kind == "coco":
-        named = {"train": _named(data.train_annotations), "test": _named(data.test_annotations)}
+    keys = {
+        "voc": (data.train_sets, data.test_sets),
+        "coco": ([data.train_annotations], [data.test_annotations]),
+        "yolo": ([], []),
+    }
+    named = {split: [n for n in names if n] for split, names in zip(("train", "test"), keys[found.kind], strict=True)}
     train, test, left_out = _divide(found, named)
     if not train:
         everything = _few(sorted(item for items in found.groups.values() for item in items))
@@ -198,7 +86,7 @@ def _few(names: Sequence[str]) -> str:
 
 def _recognise(root: Path, data: DataConfig, faults: Faults) -> Found:
     kind = data.dataset_type
-    if not root.is_dir():
+    if not (is_there(root) and root.is_dir()):
         raise UserError(f"{root}: no such folder (data.root)")
     if kind in ("auto", "voc") and (found := _voc_lists(root, faults)):
         return found
@@ -218,7 +106,7 @@ def _recognise(root: Path, data: DataConfig, faults: Faults) -> Found:
         "yolo": "YOLO (data.yaml, or classes.txt and a text file for each picture)",
     }
     wanted = expected.get(kind, ", ".join(expected.values()))
-    raise UserError(f"{root}: expected {wanted}; found {tree.describe() or 'no files'} (data.root, data.dataset_type)")
+    raise UserError(f"{root}: expected {wanted}; found {tree.describe() or 'nothing'} (data.root, data.dataset_type)")
 
 
 def _divide(found: Found, named: dict[str, list[str]]) -> tuple[list[str], list[str], list[str]]:
@@ -252,7 +140,7 @@ def _divide(found: Found, named: dict[str, list[str]]) -> tuple[list[str], list[
         chosen, tests = (train, val) if train and val else (both or train or val, [])
     # VOC's trainval is train and val.
     covered = {*chosen, *tests, *(train + val if set(chosen) & set(both) else [])}
-    left_out = [item for item in everything if item not in covered and group_of[item] in SPLIT_WORDS]
+    left_out = [item for item in everything if item not in covered and group_of[item] != ONE_OF_MANY]
     return chosen, tests, left_out
 
 
@@ -265,7 +153,7 @@ def _voc_lists(root: Path, faults: Faults) -> Found | None:
         return None
     groups = defaultdict(list)
     for name in names:
-        groups[SPLIT_OF.get(name.rpartition("/")[2].lower(), "one of many")].append(name)
+        groups[SPLIT_OF.get(name.rpartition("/")[2].lower(), ONE_OF_MANY)].append(name)
     if len(names) == 1:  # whatever it is called
         groups = {"train": names}
 
@@ -320,7 +208,7 @@ def _voc_files(tree: Tree, faults: Faults) -> Found | None:
         return None
     groups = defaultdict(list)
     for xml, picture in picture_of.items():
-        groups[split_of(xml, picture or "")].append(xml)
+        groups[split_of(folder_of(xml), folder_of(picture or ""))].append(xml)
 
     def pairs(chosen: list[str], _: str) -> list[Pair]:
         found = []
@@ -338,10 +226,6 @@ def _voc_files(tree: Tree, faults: Faults) -> Found | None:
 
 
 # COCO.
-
-
-def _named(path: str) -> list[str]:
-    return [path] if path else []
 
 
 def _coco(tree: Tree, data: DataConfig) -> Found | None:
@@ -383,37 +267,6 @@ def _is_coco(path: Path) -> bool:
     return sum(key in ends for key in (b'"images"', b'"annotations"', b'"categories"')) >= 2
 
 
-def picture_folder(root: Path, names: Sequence[str], beside: Path) -> tuple[Path, int, set[str]]:
-    """Where the pictures of a COCO file are below `root`: a folder, the number of leading folders of each name that
-    are not there, and all pictures in it. Of several, the one most like the path of the file, `beside`."""
-    tree = Tree(root)
-    pictures = set(tree.pictures)
-    folders = {"": None} | {parent: None for name in pictures for parent in _parents(name)}
-    sample = names[:: max(1, len(names) // 50)]
-    words = set(re.findall(r"[a-z]+|\d+", os.path.relpath(beside, root).lower()))
-
-    def likeness(folder: str) -> tuple[int, int, int]:
-        shared = words & set(re.findall(r"[a-z]+|\d+", folder.lower()))
-        return split_of(folder) == split_of(beside.as_posix()), len(shared), -len(folder)
-
-    best = ((0,), "", 0)
-    for dropped in range(max((name.count("/") for name in sample), default=0) + 1):
-        ends = [name.split("/", dropped)[-1] for name in sample]
-        for folder in folders:
-            hits = sum((f"{folder}/{end}" if folder else end) in pictures for end in ends)
-            best = max(best, ((hits, *likeness(folder)), folder, dropped)) if hits else best
-        if best[0][0]:
-            break
-    prefix = f"{best[1]}/" if best[1] else ""
-    found = {name[len(prefix) :] for name in pictures if name.startswith(prefix)}
-    return root / best[1], best[2], found
-
-
-def _parents(path: str) -> list[str]:
-    parts = path.split("/")[:-1]
-    return ["/".join(parts[: end + 1]) for end in range(len(parts))]
-
-
 # YOLO.
 
 
@@ -429,31 +282,42 @@ def _yolo(tree: Tree, data: DataConfig, with_yaml: bool) -> Found | None:
             if groups["train"] or groups["val"]:
                 return _yolo_lists(tree, path, names, base, groups)
         return None
-    labels = [picture for picture in tree.pictures if yolo_label(str(tree.root / picture))]
     files = [name for name in tree.files[".txt"] if name.rpartition("/")[2] == "classes.txt"]
     files += tree.files[".names"] + tree.files[".labels"]
-    if not labels or not (files or data.classes or any("labels" in name.split("/") for name in tree.files[".txt"])):
+    in_labels = any("labels" in name.split("/") for name in tree.files[".txt"])
+    labelled = (tree.files[".txt"] or None) and any(yolo_label(str(tree.root / name)) for name in tree.pictures)
+    if not labelled or not (files or data.classes or in_labels):
         return None
     if not files and not data.classes:
         raise UserError(f"{tree.root}: YOLO labels without class names: add data.yaml or classes.txt, or data.classes")
-    lines = read_text(tree.root / files[0]).rstrip().splitlines() if files else data.classes
-    names = dict(enumerate(lines))
-    lists = {SPLIT_OF[name[:-4]]: [name] for name in tree.files[".txt"] if SPLIT_OF.get(name[:-4]) in SPLIT_WORDS}
+    names = dict(enumerate(read_text(tree.root / files[0]).rstrip().splitlines() if files else data.classes))
+    lists = {SPLIT_OF[name[:-4]]: [name] for name in tree.files[".txt"] if name[:-4] in SPLIT_OF}
     if lists.get("train"):
         return _yolo_lists(tree, files[0] if files else "", names, "", lists)
     groups = defaultdict(list)
-    for picture in tree.pictures:
-        groups[split_of(picture)].append(picture)
-    places = {split: sorted({name.rpartition("/")[0] or "." for name in found}) for split, found in groups.items()}
+    for folder in dict.fromkeys(map(folder_of, tree.pictures)):
+        groups[split_of(folder)].append(folder or ".")
+
+    def pairs(chosen: list[str], _: str) -> list[Pair]:
+        pictures = [str(tree.root / name) for name in tree.pictures if (folder_of(name) or ".") in chosen]
+        return _yolo_pairs(tree.root, pictures)
+
     return Found(
         "yolo",
-        "YOLO",
-        places,
-        lambda chosen, _: _yolo_pairs(
-            tree.root, [str(tree.root / name) for name in tree.pictures if (name.rpartition("/")[0] or ".") in chosen]
-        ),
-        names,
+        "YOLO, a text file for each picture",
+        groups,
+        pairs,
+        _plain_names(tree.root / files[0] if files else tree.root, names),
     )
+
+
+def _plain_names(file: Path, names: dict[int, str]) -> dict[int, str]:
+    """Class names in one printable line; where one is missing, the class goes by its number."""
+    plain = {number: class_name(name) or f"class {number}" for number, name in sorted(names.items())}
+    twice = [name for name, count in Counter(plain.values()).items() if count > 1]
+    if twice:
+        raise UserError(f"{file}: two classes are called '{twice[0]}'")
+    return plain
 
 
 def _yolo_lists(tree: Tree, source: str, names: dict[int, str], base: str, groups: dict[str, list[str]]) -> Found:
@@ -480,7 +344,7 @@ def _yolo_lists(tree: Tree, source: str, names: dict[int, str], base: str, group
                 pictures[str(picture or place.parent / line)] = None
         return _yolo_pairs(tree.root, list(pictures))
 
-    return Found("yolo", f"YOLO, {source or 'lists'}", groups, pairs, names, notes)
+    return Found("yolo", f"YOLO, {source or 'lists'}", groups, pairs, _plain_names(file, names), notes)
 
 
 def _locate(bases: Sequence[Path], value: str) -> Path | None:
