@@ -144,9 +144,10 @@ def measure_latency(args: argparse.Namespace, supernet: Supernet, config: Config
     high = costs(supernet.space.largest())["latency_ms"]
     print(table.describe())
     print(f"predicted: {low:.2f} ms for the smallest sub-network, {high:.2f} ms for the largest")
-    load = f" --load {args.load}" if args.load else ""
+    load = {"load": args.load} if args.load else {}
     print(f"wrote {path}")
-    print(f"next: python async_search.py{load} --latency-table {path} --max-latency {(low + high) / 2:.3g}")
+    following = cli.command("async_search.py", **load, latency_table=path, max_latency=f"{(low + high) / 2:.3g}")
+    print(f"next: {following}")
 
 
 def start_genotypes(
@@ -354,13 +355,14 @@ def report_end(search: Search, folder: Path, top: int) -> None:
     ties = [k for k, record in enumerate(front) if (noise := search.noise(record)) and noise.tie]
     if len(ties) > 1:
         cheapest = cost_text(front[ties[0]]["metrics"], search.config.search.costs[0])
+        train_it = cli.command("final_train.py", genotype=folder / "pareto.json", index=ties[0])
         print(
             f"{len(ties)} of the front's {len(front)} cannot be told from the best on {front[0]['images']} images; "
-            f"the cheapest of them, {cheapest}: --genotype {folder / 'pareto.json'} --index {ties[0]}"
+            f"the cheapest of them, {cheapest}: {train_it}"
         )
     files = ["best.json", "pareto.json", *(["top.json"] if top else []), "report.html"]
     print(f"wrote {', '.join(str(folder / name) for name in files)}")
-    print(f"next: python final_train.py --genotype {folder / 'best.json'}")
+    print(f"next: {cli.command('final_train.py', genotype=folder / 'best.json')}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -31,7 +31,7 @@ from lib.config import Config
 from lib.config_io import to_dict
 from lib.datasets import load_annotations
 from lib.detector import SSD, detector_checkpoint, load_detector
-from lib.errors import UserError
+from lib.errors import UserError, naming
 from lib.final_training import (
     FinalTraining,
     evaluate,
@@ -57,8 +57,9 @@ class Choice(NamedTuple):
 
     def genotype(self, space) -> Genotype:
         """The genotype itself, which `space` must hold."""
-        found = Genotype.from_dict(self.content) if self.content else parse_genotype_string(self.name, space)
-        space.check(found)
+        with naming(self.name[:60]):
+            found = Genotype.from_dict(self.content) if self.content else parse_genotype_string(self.name, space)
+            space.check(found)
         return found
 
 
@@ -154,7 +155,7 @@ def train_from(this_run: cli.Run, choice: Choice, origin: str, args: argparse.Na
         print(describe_parts(training.measure_latency()))
     print(f"best: epoch {training.best['epoch']}, AP {training.best['AP']:.4f}, AP50 {training.best['AP50']:.4f}")
     print(f"wrote {folder / 'best.pt'}, {folder / 'metrics.json'}, {folder / 'curves.png'}")
-    print(f"next: python final_train.py --predict PICTURES --load {folder} --out drawn")
+    print(f"next: {cli.command('final_train.py', load=folder, predict='PICTURES', out='drawn')}")
 
 
 def estimate_seconds(
@@ -205,7 +206,7 @@ def compare(args: argparse.Namespace, device: torch.device) -> None:
         return
     print(write_comparison(trials))
     print(f"wrote {folder / 'compare.json'} and {folder / 'compare.md'}")
-    print(f"next: python final_train.py --genotype {choice.name}")
+    print(f"next: {cli.command('final_train.py', genotype=choice.name)}")
 
 
 def trained_detector(args: argparse.Namespace) -> Path:

@@ -197,7 +197,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     training = SupernetTraining(config, folder, detector, loader, panel, device, **options)
     remember("supernet", folder)
     if training.run():
-        print(f"wrote {folder / 'last.pt'}, {folder / 'curves.png'}\nnext: python async_search.py --load {folder}")
+        print(f"wrote {folder / 'last.pt'}, {folder / 'curves.png'}")
+        print(f"next: {cli.command('async_search.py', load=folder)}")
     else:
         print(f"stopped; everything is in {folder / 'last.pt'}, the same command with --resume goes on")
 

@@ -17,6 +17,7 @@ import contextlib
 import functools
 import json
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,11 @@ from pathlib import Path
 from lib import checkpoint, config_io, distributed, shapes
 from lib.config import Config
 from lib.errors import UserError
+from lib.plain import check, read_json, shown
 
 RUNS = Path("runs")
 POINTER = RUNS / "last.json"  # the last run of each stage, for commands that name none
+RESERVED = (".", "..", POINTER.name)
 RESUMABLE = ("last.pt", "evals.jsonl", "plan.json")  # what a training, a search and a comparison resume from
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -170,9 +173,19 @@ def _saved_config(folder: Path) -> dict | None:
 
 def _plain_name(name: object) -> str:
     """`name`, which becomes a folder below runs/. A configuration may come from a stranger's file."""
-    if not isinstance(name, str) or not re.fullmatch(r"[^/\\\x00-\x1f]{1,100}", name) or name in (".", ".."):
-        raise UserError(f"name: expected a plain name, which becomes a folder, found {str(name)[:60]!r}")
+    if not isinstance(name, str) or not re.fullmatch(r"[^/\\\x00-\x1f]{1,100}", name) or name in RESERVED:
+        raise UserError(f"name: expected a plain name, which becomes a folder, found {shown(name)}")
     return name
+
+
+def command(script: str, **flags: object) -> str:
+    """A command to be copied into a shell, quoted for it: `python script` and its flags."""
+    words = ["python", script]
+    for name, value in flags.items():
+        flag = f"--{name.replace('_', '-')}"
+        # A value that begins with a dash would be taken for a flag.
+        words += [f"{flag}={value}"] if str(value).startswith("-") else [flag, str(value)]
+    return shlex.join(words)
 
 
 def refuse_torchrun(command: str) -> None:
@@ -215,7 +228,9 @@ def remember(stage: str, folder: Path) -> None:
 
 def last_run(stage: str) -> Path | None:
     path = _pointers().get(stage)
-    return Path(path) if isinstance(path, str) and Path(path).is_dir() else None
+    with contextlib.suppress(OSError, ValueError):  # a name that is too long, or has a NUL
+        return Path(path) if isinstance(path, str) and Path(path).is_dir() else None
+    return None
 
 
 def supernet_checkpoint(folder: Path) -> Path:
@@ -242,8 +257,6 @@ def find_genotype(name: str) -> Path:
 
 def _pointers() -> dict[str, object]:
     """The folder of each stage's last run. A damaged file counts as none."""
-    try:
-        pointers = json.loads(POINTER.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        pointers = None
-    return pointers if isinstance(pointers, dict) else {}
+    with contextlib.suppress(UserError):
+        return check(read_json(POINTER), dict)
+    return {}

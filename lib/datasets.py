@@ -28,6 +28,7 @@ from lib.errors import UserError
 from lib.images import MAX_PIXELS, UnreadableImage, is_large_jpeg, read_picture
 from lib.labels import Faults
 from lib.layouts import find_layout
+from lib.plain import check, read_json
 from lib.runtime import die_with_parent
 from lib.shapes import CLASSES, write_shapes
 from lib.transforms import EvalTransform, TrainTransform, Transform, scale_view
@@ -141,13 +142,10 @@ def load_split(path: Path, annotations: Annotations) -> tuple[list[int], list[in
 
     Raises UserError if it cannot be read, names an image that `annotations` lack, or has one on both sides.
     """
-    try:
-        content = json.loads(path.read_text())
-        if content["format"] != SPLIT_FORMAT:
-            raise ValueError(f"its format is {content['format']}, expected {SPLIT_FORMAT}")
-        train_ids, search_ids = content["train"], content["search"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a saved split: {' '.join(str(error).split())}") from None
+    content = read_json(path, SPLIT_FORMAT)
+    train_ids, search_ids = (check(content.get(side), list[str], f"{path}: {side}") for side in ("train", "search"))
+    if not train_ids or not search_ids or len(set(train_ids)) + len(set(search_ids)) < len(train_ids) + len(search_ids):
+        raise UserError(f"{path}: expected images on both sides of the split, each once")
     # The data may have changed since the split was saved.
     row_of = {annotations.ids[i]: i for i in range(len(annotations))}
     for image_id in (*train_ids, *search_ids):

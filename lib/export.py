@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,10 +36,12 @@ from lib.checkpoint import replacing, write_text
 from lib.config import PostprocessConfig
 from lib.config_io import to_dict
 from lib.datasets import eval_loader, reading
-from lib.detector import Detector, ElasticSSD, ScoresAndBoxes, fuse
-from lib.errors import UserError
+from lib.detector import Detector, ElasticSSD, ScoresAndBoxes, check_ids, fuse
+from lib.errors import UserError, naming
+from lib.genotype import Genotype
 from lib.log import finite, progress
 from lib.metrics import detection_metrics
+from lib.plain import Bounds, check, parse_json, read_json
 from lib.postprocess import Detections, postprocess
 from lib.pretrained import embed
 from lib.sources import recognise
@@ -217,12 +219,28 @@ def run_session(session, images: Tensor, outputs: Sequence[str]) -> list[Tensor]
     return [torch.from_numpy(array) for array in arrays]
 
 
-def read_metadata(session, path: Path) -> dict:
+class Metadata(NamedTuple):
+    """What an exported file says about itself, as JSON; its types are checked."""
+
+    classes: list[str]
+    category_ids: list[int]
+    genotype: dict
+    image_size: Annotated[int, Bounds(32, 8192)]
+    postprocess: dict
+    epoch: Annotated[int, Bounds(0)]
+
+
+def read_metadata(session, path: Path) -> Metadata:
     """The metadata that `final_train.py --export` wrote: classes, category_ids, genotype, image_size, postprocess."""
     stored = session.get_modelmeta().custom_metadata_map
     if stored.get("format") != FORMAT:
         raise UserError(f"{path}: not a detector of final_train.py --export (its metadata lacks format {FORMAT})")
-    return {key: value if key == "format" else json.loads(value) for key, value in stored.items()}
+    parts = {key: parse_json(stored[key], f"{path}: metadata {key}") for key in Metadata._fields if key in stored}
+    found = check(parts, Metadata, f"{path}: metadata")
+    with naming(path):
+        check_ids(found.category_ids, found.classes)
+        Genotype.from_dict(found.genotype)
+    return found
 
 
 def unpad(boxes: Tensor, scores: Tensor, labels: Tensor) -> list[Detections]:
@@ -259,7 +277,7 @@ def write_measured(model: ModelProto, path: Path, detector: Detector, test: Anno
 def update_report(reports: dict[str, dict], folder: Path) -> None:
     """Put reports, by file name, into the folder's export.json. Reports of other files stay."""
     path = folder / "export.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known = check(read_json(path), dict, str(path)) if path.is_file() else {}
     write_text(path, json.dumps(finite({**known, **reports}), indent=1) + "\n")
 
 

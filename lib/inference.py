@@ -95,10 +95,17 @@ class OnnxDetector(PictureDetector):
         metadata = read_metadata(self.session, path)
         if [output.name for output in self.session.get_outputs()] != list(DETECTIONS):
             raise UserError(f"{path}: was exported with --no-nms, so it has no detections as its output")
-        super().__init__(metadata["classes"], metadata["category_ids"], metadata["image_size"])
+        super().__init__(metadata.classes, metadata.category_ids, metadata.image_size)
+        self._path = path
 
     def detect(self, images: Tensor) -> list[Detections]:
-        return unpad(*run_session(self.session, images, DETECTIONS))
+        try:
+            found = unpad(*run_session(self.session, images, DETECTIONS))
+        except Exception as error:  # the graph may be a stranger's, and onnxruntime's exceptions have no common base
+            raise UserError(f"{self._path}: does not run on its pictures: {error}") from None
+        if any(len(image.labels) and image.labels.max() > len(self.classes) for image in found):
+            raise UserError(f"{self._path}: finds labels above {len(self.classes)}, the number of its classes")
+        return found
 
 
 def load(path: str | Path, device: str = "auto") -> PictureDetector:

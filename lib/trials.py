@@ -24,6 +24,7 @@ from lib.final_training import FinalTraining, StartingNetwork, evaluate, final_l
 from lib.genotype import Genotype
 from lib.latency import ROUNDS, FusedDetectors, cpu_threads, time_detectors
 from lib.log import finite, say
+from lib.plain import check, read_json, shown
 from lib.runtime import device_name, seed_everything
 
 SIMILAR = 0.1  # random sub-networks have multiply-adds within this share of the found one's
@@ -63,6 +64,32 @@ class Recipe(NamedTuple):
     device: torch.device
 
 
+class _Scores(NamedTuple):
+    """What the table needs of one trial's metrics."""
+
+    AP: float
+    AP50: float
+
+
+class _Result(NamedTuple):
+    """What the table needs of a result.json."""
+
+    name: str
+    flops: float
+    params: float
+    inherited: _Scores
+    fine_tuned: _Scores
+    scratch: _Scores
+
+
+def _read_result(path: Path, name: str) -> dict:
+    """The content of the result.json of a network's trials."""
+    content = read_json(path)
+    if check(content, _Result, str(path)).name != name:
+        raise UserError(f"{path}: expected the trials of '{name}', found those of {shown(content['name'])}")
+    return content
+
+
 class Trials:
     """Train each of the named `networks` from each of STARTS by the recipe and evaluate it on the test set.
 
@@ -83,7 +110,7 @@ class Trials:
         }
         self.plan = json.loads(json.dumps(plan))  # tuples become lists, as in the file
         path = folder / "plan.json"
-        known = json.loads(path.read_text()) if path.exists() else self.plan
+        known = check(read_json(path), dict, str(path)) if path.exists() else self.plan
         for key, value in self.plan.items():
             if known.get(key) != value:
                 raise UserError(
@@ -109,7 +136,7 @@ class Trials:
                 # best.pt stays for use; last.pt is large and was only needed to resume
                 for last in folder.glob("*/last.pt"):
                     last.unlink()
-            self.results.append(json.loads(result.read_text()))
+            self.results.append(_read_result(result, name))
         return True
 
     def _try(self, start: str, genotype: Genotype, folder: Path) -> dict | None:

@@ -135,8 +135,11 @@ def test_a_saved_split_comes_back_by_image_id(tmp_path, annotations):
         ('{"format": "split/1", "train": ["000"], "search": ["00x"]}', "image '00x' is not in the data"),
         ('{"format": "split/1", "train": ["000"], "search": ["000"]}', "both sides"),
         ('{"format": "split/2", "train": [], "search": []}', "split/2"),
-        ('{"format": "split/1"', "not a saved split"),
-        ("[]", "not a saved split"),
+        ('{"format": "split/1"', "cannot be read as JSON"),
+        ("[]", 'expected a JSON object with "format": "split/1"'),
+        ('{"format": "split/1", "train": ["000", "000"], "search": ["001"]}', "each once"),
+        ('{"format": "split/1", "train": [["000"]], "search": ["001"]}', r"train\[0\]: expected text"),
+        ('{"format": "split/1", "train": ["000"], "train": ["001"], "search": []}', "'train' stands there twice"),
     ],
 )
 def test_a_wrong_split_file_is_refused(tmp_path, annotations, content, message):
