@@ -9,7 +9,7 @@ genotype, and every sub-network that contains it, computes the source's feature 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ from lib.sources import Source, Tensors, read_source
 
 HEAD_EPS = 1e-5  # of BatchNorm in the head, in every detector: `backbone.norm_eps` is the backbone's alone
 FRESH = "starts fresh"
+MATRICES = {5: "depthwise.7to5_matrix", 3: "depthwise.5to3_matrix"}  # by the side of the kernel that they make
 Row = tuple[str, str]  # a part of the supernet, and where its weights come from
 
 
@@ -135,8 +136,7 @@ def _embed_block(
     ours: ElasticInvertedResidual, theirs: Tensors, choices: BlockChoices, source: Source, where: str
 ) -> Block:
     """Copy one inverted residual block. Returns the smallest choice that holds it."""
-    theirs_out, hidden = theirs["project.weight"].shape[:2]
-    theirs_in = theirs["expand.weight"].shape[1] if "expand.weight" in theirs else hidden
+    theirs_in, hidden, theirs_out = _check_block(theirs, where)
     room = ours.project.in_channels
     # Only hidden channels can be added without changing the function; all else must agree.
     for what, found, expected in (
@@ -165,6 +165,53 @@ def _embed_block(
     _load_norm(ours.project_norm, theirs, "project_norm", eps, theirs_out)
     expand = min(e for e in choices.expand if ours.hidden_channels(e) >= hidden)
     return Block(expand, min(k for k in choices.kernel if k >= kernel))
+
+
+def _check_block(theirs: Tensors, where: str) -> tuple[int, int, int]:
+    """Input, hidden and output channels of a block. Raises Misfit unless its tensors are all there and fit together."""
+    outputs, hidden, *_ = _shape(theirs, "project.weight", 4, where)
+    kernel = _shape(theirs, "depthwise.weight", 4, where)[-1]
+    if kernel not in (3, 5, 7):
+        raise Misfit(f"{where}: depthwise.weight: a kernel of {kernel}, expected 3, 5 or 7")
+    inputs = hidden
+    shapes = {"project.weight": (outputs, hidden, 1, 1), "depthwise.weight": (hidden, 1, kernel, kernel)}
+    shapes |= _norm_shapes("depthwise_norm", hidden) | _norm_shapes("project_norm", outputs)
+    shapes |= {name: (k * k, k * k) for k, name in MATRICES.items() if name in theirs}
+    if "expand.weight" in theirs:
+        inputs = _shape(theirs, "expand.weight", 4, where)[1]
+        shapes |= {"expand.weight": (hidden, inputs, 1, 1), **_norm_shapes("expand_norm", hidden)}
+    if "squeeze_excitation.fc1.weight" in theirs:
+        squeezed = _shape(theirs, "squeeze_excitation.fc1.weight", 4, where)[0]
+        for name, rows, columns in (("fc1", squeezed, hidden), ("fc2", hidden, squeezed)):
+            shapes[f"squeeze_excitation.{name}.weight"] = (rows, columns, 1, 1)
+            shapes[f"squeeze_excitation.{name}.bias"] = (rows,)
+    _check_tensors(theirs, shapes, where)
+    return inputs, hidden, outputs
+
+
+def _shape(theirs: Tensors, name: str, dimensions: int, where: str) -> tuple[int, ...]:
+    if name not in theirs or theirs[name].ndim != dimensions:
+        raise Misfit(f"{where}: {name}: expected {dimensions} dimensions, found {_found(theirs, name)}")
+    return tuple(theirs[name].shape)
+
+
+def _norm_shapes(name: str, channels: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.{part}": (channels,) for part in ("weight", "bias", "running_mean", "running_var")}
+
+
+def _check_tensors(theirs: Tensors, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Raise Misfit unless these tensors have these shapes and finite real numbers, of variances none below 0."""
+    for name, shape in shapes.items():
+        if name not in theirs or tuple(theirs[name].shape) != shape:
+            raise Misfit(f"{where}: {name}: weights of {_found(theirs, name)}, expected {shape}")
+        tensor = theirs[name]
+        real = tensor.is_floating_point() and bool(tensor.isfinite().all())
+        if not real or (name.endswith("running_var") and bool((tensor < 0).any())):
+            raise Misfit(f"{where}: {name}: expected finite real numbers, of variances none below 0")
+
+
+def _found(theirs: Tensors, name: str) -> str:
+    return str(tuple(theirs[name].shape)) if name in theirs else "nothing"
 
 
 def _load_depthwise(ours: ElasticDepthwiseConv, theirs: Tensors, hidden: int, where: str) -> int:
@@ -205,13 +252,10 @@ def _load_norm(ours: nn.BatchNorm2d, theirs: Tensors, name: str, eps: float, cha
 
 def _load_conv_norm(ours: nn.Sequential, theirs: Tensors, eps: float, where: str) -> None:
     """Copy a convolution and its BatchNorm, which must have the same shape."""
-    if "0.weight" not in theirs:
-        raise Misfit(f"{where}: missing")
-    found, expected = tuple(theirs["0.weight"].shape), tuple(ours[0].weight.shape)
-    if found != expected:
-        raise Misfit(f"{where}: weights of {found}, the backbone has {expected}")
+    expected = tuple(ours[0].weight.shape)
+    _check_tensors(theirs, {"0.weight": expected, **_norm_shapes("1", expected[0])}, where)
     ours[0].weight.copy_(theirs["0.weight"])
-    _load_norm(ours[1], theirs, "1", eps, found[0])
+    _load_norm(ours[1], theirs, "1", eps, expected[0])
 
 
 def _embed_extras(detector: ElasticSSD, source: Source) -> tuple[list[Block], list[Row]]:
@@ -238,6 +282,8 @@ def _load_predictors(detector: ElasticSSD, theirs: Tensors) -> str:
     """Copy the tensors of the same name and shape: all but the class logits if the number of classes differs."""
     ours: dict[str, Tensor] = detector.predictors.state_dict()
     fitting = {name: t for name, t in theirs.items() if name in ours and t.shape == ours[name].shape}
+    floating = {name: tuple(t.shape) for name, t in ours.items() if name in fitting and t.is_floating_point()}
+    _check_tensors(fitting, floating, "predictors")
     detector.predictors.load_state_dict(fitting, strict=False)
     if not fitting:
         return FRESH
@@ -253,6 +299,8 @@ def _with_classes(detector: ElasticSSD, theirs: Tensors, known: Sequence[str], w
         for part in ("weight", "bias"):
             name = f"classes.{level}.{len(net) - 1}.{part}"
             if name not in theirs or theirs[name].shape[1:] != ours[name].shape[1:]:
+                continue
+            if not theirs[name].ndim or len(theirs[name]) % (len(known) + 1):
                 continue
             merged = ours[name].unflatten(0, (-1, len(wanted) + 1)).clone()  # (priors of a cell, classes + 1, ...)
             given = theirs[name].unflatten(0, (-1, len(known) + 1))

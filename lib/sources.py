@@ -18,8 +18,9 @@ from torchvision.models import get_model_weights
 
 from lib import checkpoint, config_io
 from lib.cli import supernet_checkpoint
-from lib.errors import UserError, did_you_mean
+from lib.errors import UserError, did_you_mean, naming
 from lib.genotype import Genotype
+from lib.plain import check
 
 Tensors = dict[str, Tensor]
 TORCHVISION = ("torchvision:mobilenet_v2", "torchvision:mobilenet_v3_large")
@@ -198,7 +199,9 @@ def _renamed(state: Tensors, kind: Format) -> Source:
             left_out.append(key)
     blocks = _numbered(_below(tensors, "block."))
     # The files do not say where a stage ends; in all of these networks its blocks have equally many output channels.
-    stages = itertools.groupby(blocks, lambda block: block["project.weight"].shape[0])
+    stages = itertools.groupby(
+        blocks, lambda block: block["project.weight"].shape[:1] if "project.weight" in block else ()
+    )
     return Source(
         name=kind.name,
         stem=_below(tensors, "stem."),
@@ -221,11 +224,12 @@ def _rename(key: str, modules: Mapping[str, str]) -> str | None:
 
 def _own(payload: dict, origin: str) -> Source:
     """A supernet or a final detector of this project; its moving average if it has one."""
-    backbone = config_io.from_dict(payload["config"]).backbone
+    backbone = config_io.from_dict(check(payload.get("config"), dict, f"{origin}: config"), origin).backbone
     tensors = checkpoint.weights(payload, origin)
     final = "genotype" in payload
     if final:
-        parts = _detector_parts(tensors, Genotype.from_dict(payload["genotype"]))
+        with naming(origin):
+            parts = _detector_parts(tensors, Genotype.from_dict(payload["genotype"]))
     else:
         parts = {
             "stem": _below(tensors, "backbone.stem."),
@@ -239,14 +243,14 @@ def _own(payload: dict, origin: str) -> Source:
         settings=Settings(backbone.pixel_mean, backbone.pixel_std, backbone.padding, backbone.norm_eps),
         elastic=not final,
         predictors=_below(tensors, "predictors."),
-        classes=tuple(payload.get("classes", ())),
+        classes=tuple(check(payload.get("classes", []), list[str], f"{origin}: classes")),
     )
 
 
 def _detector_parts(tensors: Tensors, genotype: Genotype) -> dict:
     """The parts of a final detector, whose modules are numbered as they run, in one list for each feature map."""
     maps = _numbered(_below(tensors, "backbone."))
-    stem, *modules = itertools.chain.from_iterable(_numbered(feature_map) for feature_map in maps)
+    stem, *modules = [module for feature_map in maps for module in _numbered(feature_map)] or [{}]
     stages = []
     # A feature map comes from several stages, so blocks are counted off by the genotype's depths.
     for depth in genotype.depths:
@@ -263,7 +267,8 @@ def _below(tensors: Tensors, prefix: str) -> Tensors:
 
 def _numbered(tensors: Tensors) -> list[Tensors]:
     """The tensors of modules 0, 1, ... of a list."""
-    numbers = sorted({int(name.partition(".")[0]) for name in tensors})
+    heads = {name.partition(".")[0] for name in tensors}
+    numbers = sorted(int(head) for head in heads if re.fullmatch(r"[0-9]{1,4}", head))
     return [_below(tensors, f"{i}.") for i in numbers]
 
 

@@ -312,7 +312,7 @@ def test_surplus_channels_and_blocks_learn():
     ("changes", "message"),
     [
         ({"search_space__num_cell_groups": [1, 4, 4, 3, 4, 4, 1]}, "stage 3 has 4 blocks, the search space at most 3"),
-        ({"backbone__mult_ratio": 0.5}, r"stem: weights of \(32, 3, 3, 3\), the backbone has \(16, 3, 3, 3\)"),
+        ({"backbone__mult_ratio": 0.5}, r"stem: 0.weight: weights of \(32, 3, 3, 3\), expected \(16, 3, 3, 3\)"),
         ({"search_space__expansions": [1, 4, 6, 6, 6, 6, 6]}, "stage 1, block 0: 96 hidden channels, .* has 64"),
         (
             {"backbone__layer_channels": [32, 16, 24, 40, 64, 96, 160, 320]},
