@@ -50,8 +50,14 @@ def from_dict(data: dict, source: str = "", overridden: Collection[str] = ()) ->
     try:
         return _section(data, Config(), "")
     except WrongKey as error:
-        typed = any(error.key == key or error.key.startswith((f"{key}.", f"{key}[")) for key in overridden)
+        typed = any(_is_part_of(error.key, key) for key in overridden)
         raise UserError(f"{source}: {error}" if source and not typed else str(error)) from None
+
+
+def _is_part_of(key: str, other: str) -> bool:
+    """Whether one of two dotted paths leads to the other."""
+    shorter, longer = sorted((key, other), key=len)
+    return longer.startswith(shorter) and longer[len(shorter) : len(shorter) + 1] in ("", ".", "[")
 
 
 def to_dict(config: Config) -> dict:
@@ -239,6 +245,36 @@ def _check_schedule(key: str, schedule: ChoiceSchedule | ValueSchedule) -> None:
         fail(f"{key}.value", "at least one choice at every boundary", value)
 
 
+def fit_schedules(config: Config, stage: str, planned: int, typed: Collection[str]) -> list[str]:
+    """Bring what begins after the last epoch of `stage` ("supernet" or "final") before it, and say so.
+
+    A schedule for `planned` epochs keeps its proportions; of boundaries that coincide, the last one counts. Raises
+    UserError if it does not fit these either, or is among the keys that the user gave, `typed`.
+    """
+    settings = getattr(config, stage)
+    choices = vars(config.search_space.schedule_cfg) if stage == "supernet" else {}
+    schedules = {f"search_space.schedule_cfg.{name}": choice for name, choice in choices.items()}
+    if stage == "supernet":
+        schedules["supernet.distill.weight"] = settings.distill.weight
+    rate, rate_key = settings.lr_schedule, f"{stage}.lr_schedule.milestones"
+    begins = {f"{key}.boundary": schedule.boundary for key, schedule in schedules.items()}
+    begins |= {rate_key: rate.milestones} if rate.type == "multistep" else {}
+    late = next((key for key, epochs in begins.items() if max(epochs, default=0) > settings.epochs), None)
+    if late is None:
+        return []
+    given = any(_is_part_of(key, other) for key in typed for other in begins)
+    if given or planned <= settings.epochs or max(itertools.chain(*begins.values())) > planned:
+        fail(late, f"epochs up to {stage}.epochs, which is {settings.epochs}", begins[late])
+    factor = settings.epochs / planned
+    for schedule in schedules.values():
+        moved = {1 + int((b - 1) * factor): v for b, v in zip(schedule.boundary, schedule.value, strict=True)}
+        schedule.boundary, schedule.value = list(moved), list(moved.values())
+    rate.milestones = sorted({max(1, int(milestone * factor)) for milestone in rate.milestones})
+    if isinstance(rate.T_0, int):
+        rate.T_0 = max(1, round(rate.T_0 * factor))
+    return [f"note: {late} is for {planned} epochs; this and all other schedules are scaled to {settings.epochs}"]
+
+
 def _check_space(config: Config) -> None:
     """Settings for each stage of the backbone, and choices that some of its blocks can serve."""
     space = config.search_space
@@ -280,6 +316,10 @@ def _check_feature_maps(config: Config) -> None:
         fail("backbone.feature_levels", "at least one level", "none")
     _check_length("head.channels", config.head.channels, extras, "one per extra block (search_space.num_head)")
     _check_length("head.aspect_ratios", config.head.aspect_ratios, maps, "one per feature map")
+    if not config.head.squares and not all(config.head.aspect_ratios):
+        fail(
+            "head.aspect_ratios", "a ratio for each feature map, since head.squares is false", config.head.aspect_ratios
+        )
     _check_length("head.scales", config.head.scales, maps + 1, "one per feature map and one more")
     _check_length("head.variances", config.head.variances, 2, "for centres and sizes")
     _check_length("backbone.pixel_mean", config.backbone.pixel_mean, 3, "one per colour")

@@ -101,9 +101,11 @@ class ElasticSSD(nn.Module):
         extra_channels = [make_divisible(c * config.backbone.mult_ratio) for c in head.channels]
         self.extras = ElasticExtras(self.backbone.feature_channels[-1], extra_channels, self.space.head)
         channels = [*self.backbone.feature_channels, *extra_channels]
-        self.predictors = Predictors(channels, priors_per_cell(head.aspect_ratios), num_classes, head.predictor)
+        self.predictors = Predictors(
+            channels, priors_per_cell(head.aspect_ratios, head.squares), num_classes, head.predictor
+        )
         for size in self.space.image_size:
-            priors = prior_boxes(self.feature_sizes(size), head.scales, head.aspect_ratios, head.clip)
+            priors = prior_boxes(self.feature_sizes(size), head.scales, head.aspect_ratios, head.clip, head.squares)
             self.register_buffer(f"priors_{size}", priors, persistent=False)  # (P, 4) cxcywh
         _initialise(self)
         # Otherwise the many background priors dominate the first losses.
@@ -408,8 +410,12 @@ def detector_checkpoint(path: Path) -> Path | None:
 
 def load_weights(model: nn.Module, payload: dict, path: Path) -> None:
     """Load the weights of a checkpoint into `model`, or their moving average if the checkpoint has one."""
+    weights = checkpoint.weights(payload, path)
+    for key, tensor in weights.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise UserError(f"{path}: {key} is not finite: its training diverged; name an earlier checkpoint")
     try:
-        model.load_state_dict(checkpoint.weights(payload, path))
+        model.load_state_dict(weights)
     except RuntimeError as error:
         reason = " ".join(str(error).split())  # in one line
         raise UserError(f"{path}: does not fit the configured network: {reason[:300]}") from None

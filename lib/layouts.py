@@ -5,7 +5,6 @@ Nothing is opened but lists of pictures, YAML files and the ends of JSON files.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import os
 import re
@@ -202,7 +201,7 @@ def voc_pairs(root: Path, set_name: str, faults: Faults) -> list[Pair]:
 def _voc_files(tree: Tree, faults: Faults) -> Found | None:
     picture_of = {}
     for xml in tree.files[".xml"]:
-        name = xml.removesuffix(".xml").rpartition("/")[2]
+        name = xml[: -len(".xml")].rpartition("/")[2]
         picture_of[xml] = tree.find(name, beside=xml) or tree.find(picture_name(tree.root / xml) or name, beside=xml)
     if not any(picture_of.values()):
         return None
@@ -323,7 +322,7 @@ def _plain_names(file: Path, names: dict[int, str]) -> dict[int, str]:
 def _yolo_lists(tree: Tree, source: str, names: dict[int, str], base: str, groups: dict[str, list[str]]) -> Found:
     """What data.yaml names: folders, or text files that list pictures."""
     file = tree.root / source
-    bases = [file.parent / base, file.parent, *([tree.root / base, tree.root.parent / base] if base else [])]
+    bases = [file.parent / base, file.parent, tree.root / base, tree.root.parent / base]
     notes = []
     for split, values in groups.items():
         for value in [value for value in values if _locate(bases, value) is None]:
@@ -378,13 +377,17 @@ def yolo_label(picture: str) -> Path | None:
 
 
 def same_pictures(paths: Sequence[str], others: Sequence[str]) -> list[tuple[str, str]]:
-    """Pairs of files, one of `paths` and one of `others`, with the same bytes."""
-    by_size = defaultdict(list)
-    for path in others:
-        by_size[_size(path)].append(path)
-    digest = functools.cache(_digest)
-    pairs = ((path, other) for path in paths for other in by_size.get(_size(path), ()) if _size(path) > 0)
-    return [(path, other) for path, other in pairs if path == other or digest(path) == digest(other)]
+    """Each of `paths` that has the same bytes as one of `others`, with the first of these."""
+    known = set(others)
+    same = [(path, path) for path in paths if path in known]
+    # Only files of a size that both sides have are read.
+    rest = [path for path in paths if path not in known]
+    sizes = ({_size(path) for path in rest} & {_size(path) for path in others}) - {-1, 0} if rest else set()
+    by_digest = {_digest(path): path for path in reversed(others) if _size(path) in sizes}
+    for path in rest:
+        if _size(path) in sizes and (other := by_digest.get(_digest(path))):
+            same.append((path, other))
+    return same
 
 
 def _size(path: str) -> int:

@@ -1,4 +1,4 @@
-"""Prior boxes of the feature maps (SSD, Liu et al., ECCV 2016, section 2.2), box offsets from them, and IoU.
+"""Prior boxes of the feature maps (SSD, Liu et al., ECCV 2016, section 2.2), their fit to data, box offsets, and IoU.
 
 Boxes are normalised to [0, 1], x times the width, y times the height; a name says cxcywh or xyxy. IoU and offsets do
 not depend on the unit.
@@ -6,21 +6,25 @@ not depend on the unit.
 
 from __future__ import annotations
 
+import functools
 import math
+import random
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_convert
+from torchvision.ops import box_convert, box_iou
 
 VARIANCES = (0.1, 0.2)
 SMALLEST_SIZE = 1e-6  # the size of an empty box must have a logarithm
 LARGEST_LOG_SCALE = math.log(1000 / 16)  # torchvision's bound: keeps exp() of any prediction finite
+CHUNK = 1024  # objects whose IoU with every prior is in memory at a time
+FIT_OBJECTS, FIT_STARTS = 2000, 100  # objects that priors are fitted to, and starts of the search
 
 
-def priors_per_cell(aspect_ratios: Sequence[Sequence[float]]) -> list[int]:
+def priors_per_cell(aspect_ratios: Sequence[Sequence[float]], squares: bool = True) -> list[int]:
     """The number of priors per cell of each level: two squares, and a wide and a tall one for each ratio."""
-    return [2 + 2 * len(ratios) for ratios in aspect_ratios]
+    return [2 * squares + 2 * len(ratios) for ratios in aspect_ratios]
 
 
 def prior_boxes(
@@ -28,15 +32,17 @@ def prior_boxes(
     scales: Sequence[float],
     aspect_ratios: Sequence[Sequence[float]],
     clip: bool = True,
+    squares: bool = True,
 ) -> Tensor:
     """All priors (P, 4), cxcywh, normalised; ordered by level, row, column, then shape as in `_shapes`.
 
     `feature_sizes` are (height, width) of the levels, `scales` fractions of the image side, one more than levels:
-    the last one closes the last level's sqrt(s_k s_{k+1}). `clip` moves corners into the image.
+    the last one closes the last level's sqrt(s_k s_{k+1}). `clip` moves corners into the image. Without `squares`,
+    a cell has the shapes of its ratios alone.
     """
     per_level = []
     for k, (height, width) in enumerate(feature_sizes):
-        shapes = _shapes(scales[k], scales[k + 1], aspect_ratios[k])
+        shapes = _shapes(scales[k], scales[k + 1], aspect_ratios[k])[0 if squares else 2 :]
         per_level.append(_level(height, width, shapes))
     priors = torch.cat(per_level)
     if clip:
@@ -65,6 +71,133 @@ def _level(height: int, width: int, shapes: list[tuple[float, float]]) -> Tensor
     sizes = torch.tensor(shapes)  # (K, 2)
     cells = [centres.expand(-1, len(sizes), -1), sizes.expand(len(centres), -1, -1)]
     return torch.cat(cells, dim=-1).reshape(-1, 4)
+
+
+def best_iou(boxes_xyxy: Tensor, priors_cxcywh: Tensor) -> Tensor:
+    """The IoU of each box (N, 4) with its best prior (N,)."""
+    priors_xyxy = box_convert(priors_cxcywh.cpu(), "cxcywh", "xyxy")
+    best = [box_iou(chunk, priors_xyxy).amax(1) for chunk in boxes_xyxy.split(CHUNK)]
+    return torch.cat(best) if best else boxes_xyxy.new_zeros(0)
+
+
+def coverage(iou: Tensor, labels: Tensor, num_classes: int, threshold: float) -> Tensor:
+    """The share (C,) of each class's objects whose `iou` (N,) reaches `threshold`; NaN for a class without objects."""
+    counts = torch.bincount(labels, minlength=num_classes + 1)[1:]
+    return torch.bincount(labels[iou >= threshold], minlength=num_classes + 1)[1:] / counts
+
+
+def fit_priors(
+    boxes_xyxy: Tensor,
+    labels: Tensor,
+    feature_sizes: Sequence[tuple[int, int]],
+    pairs_per_level: Sequence[int],
+    threshold: float,
+    clip: bool = True,
+) -> tuple[list[float], list[list[float]]]:
+    """Scales and aspect ratios whose priors, without squares, cover the boxes (N, 4) of every class best.
+
+    A cell of level k gets `pairs_per_level[k]` ratios. Scales and ratios are powers of 2 ** 0.25. The mean square of
+    the classes' uncovered shares decides, so the classes that are covered least count most. Iterated local search: one
+    level at a time is fitted to what the others leave uncovered.
+    """
+    rng = random.Random(0)
+    chosen = _sample_of_classes(labels, rng)
+    boxes = boxes_xyxy[chosen]
+    kinds, labels = labels[chosen].unique(return_inverse=True)
+    shares = torch.zeros(len(labels), len(kinds))  # (N, C): each object's share of its class
+    shares[torch.arange(len(labels)), labels] = 1 / torch.bincount(labels)[labels]
+    scales, ratios = _lattice(boxes)
+    tables = [_coverage_table(boxes, size, scales, ratios, threshold, clip) for size in feature_sizes]
+    best: list[tuple[int, list[int]]] = [(0, [0] * pairs) for pairs in pairs_per_level]  # a scale, ratios
+    highest = -math.inf
+    for start in range(FIT_STARTS):
+        # From levels at random, then from the best ones with two at random.
+        found, reached, before = list(best), -math.inf, None
+        for k in rng.sample(range(len(tables)), min(len(tables), 2) if start > FIT_STARTS / 3 else len(tables)):
+            found[k] = rng.randrange(len(scales)), rng.choices(range(len(ratios)), k=pairs_per_level[k])
+        while found != before:
+            before = list(found)
+            for k in range(len(tables)):
+                others = [tables[j][s, r].amax(0) for j, (s, r) in enumerate(found) if j != k]
+                rest = functools.reduce(torch.maximum, others, torch.zeros(len(boxes)))
+                candidate, score = _fit_level(tables[k], found[k][1], rest, shares)
+                if score > reached:
+                    found[k], reached = candidate, score
+        if reached > highest:
+            best, highest = found, reached
+    fitted = [round(2 ** (scales[s].item() / 4), 3) for s, _ in best]
+    return [*fitted, fitted[-1]], [sorted(round(2 ** (ratios[r].item() / 4), 2) for r in picks) for _, picks in best]
+
+
+def _fit_level(table: Tensor, picks: list[int], rest: Tensor, shares: Tensor) -> tuple[tuple[int, list[int]], float]:
+    """The best scale of a level with its best ratios, and how good all levels are then.
+
+    `table` (S, R, N) and `rest` (N,) have 1 for an object that this level, or another one, covers.
+    """
+    table, shares = table[..., rest == 0], shares[rest == 0]
+    everything, nothing = torch.arange(len(table)), torch.zeros(len(table), len(shares))
+    chosen = [torch.full_like(everything, pick) for pick in picks]  # (S,) each
+    for i in (*range(len(picks)), *range(len(picks) - 1)):  # the first ones again, in view of the last
+        kept = [table[everything, pick] for j, pick in enumerate(chosen) if j != i]
+        covered = functools.reduce(torch.maximum, kept, nothing)  # (S, N)
+        uncovered = shares.sum(0) - torch.maximum(table, covered[:, None]) @ shares  # (S, R, C)
+        scores, chosen[i] = uncovered.square().mean(-1).neg().max(1)  # (S,)
+    scale = int(scores.argmax())
+    return (scale, [int(pick[scale]) for pick in chosen]), float(scores[scale])
+
+
+def _sample_of_classes(labels: Tensor, rng: random.Random) -> Tensor:
+    """Rows of about FIT_OBJECTS objects at most: equally many of each class, or all where a class has fewer."""
+    rows = [(labels == kind).nonzero().flatten().tolist() for kind in labels.unique()]
+    most = FIT_OBJECTS // max(len(rows), 1) + 1
+    return torch.tensor([row for of in rows for row in rng.sample(of, min(most, len(of)))])
+
+
+def _lattice(boxes_xyxy: Tensor) -> tuple[Tensor, Tensor]:
+    """The scales (S,) and the ratios (R,) to choose from for boxes (N, 4), as exponents of 2 ** 0.25."""
+    width, height = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).clamp(0.005, 1).log2().mul(4).unbind(1)
+    low, high = ((width + height) / 2).quantile(torch.tensor([0.01, 0.99])).tolist()
+    longest = (width - height).abs().quantile(0.99).item()
+    # Slightly above 1 too, since priors are cut off at the edge of the image. A ratio is at most 64.
+    return torch.arange(math.floor(low), min(math.ceil(high) + 2, 2)), torch.arange(min(math.ceil(longest) + 2, 25))
+
+
+def _coverage_table(
+    boxes: Tensor, feature_size: tuple[int, int], scales: Tensor, ratios: Tensor, threshold: float, clip: bool
+) -> Tensor:
+    """(S, R, N): 1 for each box (N, 4) that a ratio's wide or tall prior of a scale covers somewhere on a level.
+
+    The cell is chosen along x and y apart, which is exact where nothing is clipped, and otherwise slightly too strict.
+    """
+    # The long and the short side of each shape, as exponents of 2 ** 0.125.
+    long, short = 2 * scales[:, None] + ratios, 2 * scales[:, None] - ratios  # (S, R)
+    smallest = int(short.min())
+    sides = 2 ** (torch.arange(smallest, int(long.max()) + 1) / 8)  # (U,)
+    in_x, wide = _best_overlaps(boxes[:, 0::2], feature_size[1], sides, clip)
+    in_y, tall = _best_overlaps(boxes[:, 1::2], feature_size[0], sides, clip)
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    covered = torch.zeros(*long.shape, len(boxes), dtype=torch.bool)
+    for width, height in ((long - smallest, short - smallest), (short - smallest, long - smallest)):
+        shared = in_x[width] * in_y[height]  # (S, R, N)
+        covered |= shared >= threshold * (wide[width] * tall[height] + area - shared)
+    return covered.float()
+
+
+def _best_overlaps(spans: Tensor, cells: int, sides: Tensor, clip: bool) -> tuple[Tensor, Tensor]:
+    """Along one axis: the overlap (U, N) of each span (N, 2) with its best prior of each side (U,), and the prior's
+    length (U, N)."""
+    begin, end = spans[:, :1], spans[:, 1:]
+    centres = (torch.arange(cells) + 0.5) / cells
+    overlaps, lengths = [], []
+    for side in sides:
+        low, high = centres - side / 2, centres + side / 2
+        if clip:
+            low, high = low.clamp(min=0), high.clamp(max=1)
+        shared = (torch.minimum(end, high) - torch.maximum(begin, low)).clamp(min=0)  # (N, cells)
+        best = (shared / (high - low + end - begin)).argmax(1)
+        overlaps.append(shared[torch.arange(len(spans)), best])
+        lengths.append((high - low)[best])
+    return torch.stack(overlaps), torch.stack(lengths)
 
 
 def encode(boxes_xyxy: Tensor, priors_cxcywh: Tensor, variances: tuple[float, float] = VARIANCES) -> Tensor:

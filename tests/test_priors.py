@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_convert, box_iou
 
-from lib.priors import decode, encode, pairwise_iou, prior_boxes, priors_per_cell
+from lib.priors import best_iou, coverage, decode, encode, fit_priors, pairwise_iou, prior_boxes, priors_per_cell
 
 SIZES = [(19, 19), (10, 10), (5, 5), (3, 3), (2, 2), (1, 1)]
 SCALES = [0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.05]
@@ -66,6 +67,21 @@ def test_clip_cuts_corners_off():
     corners = box_convert(prior_boxes(SIZES, SCALES, RATIOS), "cxcywh", "xyxy")
     assert corners.min() >= -1e-6
     assert corners.max() <= 1 + 1e-6
+
+
+def test_without_squares_a_cell_has_the_shapes_of_its_ratios():
+    ratios = [[1, 4], [2]]
+    assert priors_per_cell(ratios, squares=False) == [4, 2]
+    priors = prior_boxes([(1, 1), (1, 1)], [0.2, 0.5, 0.9], ratios, clip=False, squares=False)
+    expected = [
+        (0.2, 0.2),
+        (0.2, 0.2),
+        (0.4, 0.1),
+        (0.1, 0.4),
+        (0.5 * 2**0.5, 0.5 / 2**0.5),
+        (0.5 / 2**0.5, 0.5 * 2**0.5),
+    ]
+    torch.testing.assert_close(priors[:, 2:], torch.tensor(expected))
 
 
 def random_boxes(*shape: int, seed: int = 0, smallest: float = 0.01) -> torch.Tensor:
@@ -127,3 +143,46 @@ def test_extreme_values_stay_finite():
     priors = box_convert(random_boxes(2), "xyxy", "cxcywh")
     assert encode(torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.4, 0.4, 0.4, 0.9]]), priors).isfinite().all()
     assert decode(torch.tensor([[1e4] * 4, [-1e4] * 4]), priors).isfinite().all()
+
+
+# Priors fitted to a data set
+
+
+def test_coverage_is_a_share_of_each_class():
+    iou, labels = torch.tensor([0.5, 0.4, 0.9, 0.1]), torch.tensor([1, 1, 3, 3])
+    torch.testing.assert_close(coverage(iou, labels, 3, 0.5), torch.tensor([0.5, math.nan, 0.5]), equal_nan=True)
+
+
+def test_fitted_priors_cover_what_they_can():
+    """Upright bars of one shape beside squares of another: two levels have a prior for each."""
+    corner = 0.5 * torch.rand(80, 2, generator=torch.Generator().manual_seed(0))
+    size = torch.tensor([0.1, 0.5]).repeat(80, 1)
+    size[40:] = 0.35
+    boxes, labels = torch.cat([corner, corner + size], 1), torch.arange(80) // 40 + 1
+    sizes = [(12, 12), (6, 6)]
+    scales, ratios = fit_priors(boxes, labels, sizes, [1, 1], 0.5)
+    priors = prior_boxes(sizes, scales, ratios, squares=False)
+    assert coverage(best_iou(boxes, priors), labels, 2, 0.5).tolist() == [1, 1]
+    assert (scales, ratios) == fit_priors(boxes, labels, sizes, [1, 1], 0.5)[:2]
+
+
+@settings(max_examples=10)
+@given(
+    count=st.integers(1, 60),
+    seed=st.integers(0, 2**31),
+    pairs=st.lists(st.integers(1, 2), min_size=1, max_size=3),
+    threshold=st.floats(0.3, 0.7),
+    clip=st.booleans(),
+)
+def test_fitted_priors_are_valid_for_any_boxes(count, seed, pairs, threshold, clip):
+    """As many as were asked for, at scales and ratios that the configuration accepts."""
+    boxes = random_boxes(count, seed=seed, smallest=0.0)
+    labels = torch.randint(1, 4, (count,), generator=torch.Generator().manual_seed(seed))
+    sizes = [(8 >> k, 8 >> k) for k in range(len(pairs))]
+    with mock.patch("lib.priors.FIT_STARTS", 3):
+        scales, ratios = fit_priors(boxes, labels, sizes, pairs, threshold, clip)
+    assert len(scales) == len(pairs) + 1 and [len(r) for r in ratios] == pairs
+    assert min(scales) > 0 and max(scales) < 1.3 and min(min(r) for r in ratios) >= 1
+    priors = prior_boxes(sizes, scales, ratios, clip, squares=False)
+    assert len(priors) == sum(2 * n * h * w for n, (h, w) in zip(pairs, sizes, strict=True))
+    assert best_iou(boxes, priors).isfinite().all()
