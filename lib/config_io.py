@@ -55,8 +55,8 @@ def from_dict(data: dict, source: str = "", overridden: Collection[str] = ()) ->
 
 
 def _is_part_of(key: str, other: str) -> bool:
-    """Whether one of two dotted paths leads to the other."""
-    shorter, longer = sorted((key, other), key=len)
+    """Whether one of two dotted paths leads to the other; a very long one may have been cut."""
+    shorter, longer = sorted((key, other[:MOST_SHOWN]), key=len)
     return longer.startswith(shorter) and longer[len(shorter) : len(shorter) + 1] in ("", ".", "[")
 
 

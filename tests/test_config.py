@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lib import config_io
+from lib import cli, config_io
 from lib.config import Config
 from lib.config_io import validate
 from lib.errors import UserError
 from lib.plain import Bounds
+from lib.shrinking import boundaries, full_space, space_at
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+LITE0 = next(path for path in CONFIGS if path.stem == "lite0")
 SCHEDULE = "search_space.schedule_cfg"
 
 
@@ -396,3 +398,82 @@ def test_a_mistake_of_the_command_line_is_not_blamed_on_the_file(tmp_path):
     assert mistake("supernet.epochs=0", path=path).startswith("supernet.epochs: ")
     path = write(tmp_path, "supernet: {epochs: 0}\n")
     assert mistake("supernet.samples=3", path=path).startswith(f"{path}: supernet.epochs: ")
+
+
+# Schedules and the number of epochs
+
+
+def resolved(path, *overrides, stage="supernet"):
+    """Configuration and notes of a command with --cfg PATH and these --set."""
+    args = cli.make_parser("", "").parse_args(["--cfg", str(path), *(x for o in overrides for x in ("--set", o))])
+    this_run = cli.CommandLine(args, stage).resolve()
+    return this_run.config, this_run.notes
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("epochs", [0, 1, 2, 5, 8])
+def test_every_choice_opens_within_any_number_of_epochs(path, epochs):
+    """As configured (0) nothing changes; in a shorter training the phases keep their order and all choices open."""
+    whole, notes = resolved(path)
+    assert not notes
+    if not epochs:
+        return
+    config, notes = resolved(path, f"supernet.epochs={epochs}")
+    assert len(notes) == 1 and f"are scaled to {epochs}" in notes[0]
+    assert space_at(config, epochs) == full_space(whole)
+    assert max(boundaries(config.search_space.schedule_cfg, 10_000)) <= epochs
+    config_io.validate(config)
+
+
+def test_a_schedule_is_scaled_in_proportion():
+    config, notes = resolved(LITE0, "supernet.epochs=8")
+    schedule = config.search_space.schedule_cfg
+    assert (schedule.kernel_choice.boundary, schedule.kernel_choice.value) == ([1, 2], [[5], [5, 3]])
+    # 9 and 12 of 30 fall on one epoch of 8: the later one counts.
+    assert (schedule.width_choice.boundary, schedule.width_choice.value) == ([1, 3], [[6], [6, 4, 3]])
+    assert schedule.depth_choice.boundary == [1, 4, 5]
+    key = "search_space.schedule_cfg.width_choice.boundary"
+    assert notes == [f"note: {key} is for 30 epochs; this and all other schedules are scaled to 8"]
+
+
+def test_rates_and_weights_are_scaled_as_well(tmp_path):
+    rate = {"type": "multistep", "milestones": [30, 60, 90], "T_0": 40}
+    weight = {"boundary": [1, 51], "value": [0, 0.1]}
+    open_at_once = {
+        name: {"boundary": [1], "value": [[3]]} for name in ("kernel_choice", "width_choice", "depth_choice")
+    }
+    stage = {"epochs": 100, "lr_schedule": rate, "distill": {"weight": weight}}
+    data = {
+        "supernet": stage,
+        "search_space": {"schedule_cfg": open_at_once},
+        "final": {"epochs": 100, "lr_schedule": rate},
+    }
+    path = tmp_path / "long.yaml"
+    path.write_text(yaml.safe_dump(data))
+    assert not resolved(path)[1] and not resolved(path, "supernet.epochs=90")[1]
+    config, notes = resolved(path, "supernet.epochs=10")
+    assert notes and config.supernet.distill.weight.boundary == [1, 6]
+    assert (config.supernet.lr_schedule.milestones, config.supernet.lr_schedule.T_0) == ([3, 6, 9], 4)
+    assert config.final.lr_schedule.milestones == [30, 60, 90]
+    config, notes = resolved(path, "final.epochs=10", stage="final")
+    assert "final.lr_schedule.milestones is for 100 epochs" in notes[0]
+    assert config.final.lr_schedule.milestones == [3, 6, 9] and config.supernet.distill.weight.boundary == [1, 51]
+
+
+@pytest.mark.parametrize("given", ["search_space.schedule_cfg.width_choice.boundary=[1, 9, 12]", None])
+def test_a_schedule_that_was_given_for_fewer_epochs_is_refused(tmp_path, given):
+    """On the command line, or in a file that contradicts itself."""
+    overrides, path = ["supernet.epochs=8", given], LITE0
+    if given is None:
+        text = path.read_text().replace("epochs: 30", "epochs: 8")
+        overrides, path = [], tmp_path / "short.yaml"
+        path.write_text(text)
+    with pytest.raises(UserError, match=r"width_choice\.boundary: expected epochs up to supernet\.epochs, which is 8"):
+        resolved(path, *overrides)
+
+
+@pytest.mark.parametrize("override", ["data.foo.bar=3", "search.max_flop.x=1", f"supernet.{'x' * 99}.y=1"])
+def test_an_unknown_section_on_the_command_line_is_not_blamed_on_the_file(override):
+    with pytest.raises(UserError) as caught:
+        config_io.read_config(LITE0, [override])
+    assert "lite0.yaml" not in str(caught.value) and override[:8] in str(caught.value)
