@@ -18,6 +18,7 @@ a detector to runs/NAME/finetuned.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import DataLoader
 
-from lib import cli, distributed, export, inference, plan
+from lib import checkpoint, cli, distributed, export, inference, plan
 from lib.annotations import Annotations
 from lib.config import Config
 from lib.config_io import to_dict
@@ -34,10 +35,11 @@ from lib.detector import SSD, detector_checkpoint, load_detector
 from lib.errors import UserError, naming
 from lib.final_training import (
     FinalTraining,
-    evaluate,
+    detect_all,
     final_loader,
     find_start,
     load_supernet_of,
+    measure,
     some_images,
     supernet_path,
 )
@@ -45,7 +47,9 @@ from lib.genotype import Genotype, is_genotype_string, parse_genotype_string, re
 from lib.images import find_pictures
 from lib.latency import describe_parts
 from lib.log import duration
+from lib.metrics import to_pixels
 from lib.runtime import pick_device, run, seed_everything
+from lib.training_run import read_previous
 from lib.trials import Recipe, Trials, contestants, shortened, write_comparison
 
 
@@ -76,7 +80,7 @@ def load_data(config: Config) -> tuple[Annotations, Annotations]:
     annotations = load_annotations(config.data, "train")
     config.data.classes = list(annotations.classes)
     test = load_annotations(config.data, "test")
-    if bool(test.ignore.all()):
+    if bool(test.truth.ignore.all()):
         raise UserError(f"{config.data.root}: none of the {len(test)} test images has an object to find")
     return annotations, test
 
@@ -114,6 +118,7 @@ def fine_tune(args: argparse.Namespace, detector_path: Path, device: torch.devic
 def train_from(this_run: cli.Run, choice: Choice, origin: str, args: argparse.Namespace, device: torch.device) -> None:
     """The whole of stage 3, from a genotype and the `origin` of its weights to a detector."""
     folder, config = this_run.folder, this_run.config
+    previous = read_previous(folder, config, "final") if args.resume else None
     seed_everything(config.seed)
     annotations, test = load_data(config)
     start = find_start(origin, config, choice.content, annotations.classes, args.load)
@@ -123,49 +128,47 @@ def train_from(this_run: cli.Run, choice: Choice, origin: str, args: argparse.Na
     # The plan: everything that can be wrong has been checked by now.
     for line in (
         *this_run.describe(),
-        *plan.preflight(
-            annotations,
-            range(len(annotations)),
+        *plan.describe_data(
+            {"train": plan.Split(annotations, range(len(annotations))), "test": plan.Split(test, range(len(test)))},
             start.network.priors(genotype.image_size),
             config.loss.matched_threshold,
         ),
-        f"test set: {len(test)} images",
         f"genotype: {genotype}",
         f"  {student.cost.flops / 1e6:.1f} M multiply-adds, {student.cost.params / 1e6:.3f} M parameters",
         *plan.describe_priors(start.network, config),
         plan.describe_training("final", config.final, len(annotations), loader.batch_sampler.batches_per_epoch),
     ):
         print(line)
-    cli.refuse_to_overwrite(folder / "last.pt", args)
-    if args.dry_run:
-        training, scoring = estimate_seconds(config, student.model, loader, test, device)
-        print(f"time on {device}: about {duration(training + scoring)}, of which {duration(scoring)} to evaluate")
-        return
-    # The training.
-    training = FinalTraining(
-        config, folder, student, loader, test, device, resume=args.resume, tensorboard=args.tensorboard
-    )
-    # Only now, since a folder with another training has been refused and is to stay as it was.
-    this_run.save_config()
-    cli.remember("final", folder)
-    if not training.run():
-        print(f"stopped; everything is in {folder / 'last.pt'}, the same command with --resume goes on")
-        return
-    if distributed.world().main:
-        print(describe_parts(training.measure_latency()))
-    print(f"best: epoch {training.best['epoch']}, AP {training.best['AP']:.4f}, AP50 {training.best['AP50']:.4f}")
+    with cli.claim(folder / "last.pt", args):
+        if args.dry_run:
+            watch = plan.Stopwatch()
+            training, scoring = estimate_seconds(config, student.model, loader, test, device, watch)
+            total, scoring = duration(training + scoring), duration(scoring)
+            print(f"time on {device}, {watch}: about {total}, of which {scoring} to evaluate")
+            return
+        # The training.
+        options = {"previous": previous, "tensorboard": args.tensorboard}
+        training = FinalTraining(config, folder, student, loader, test, device, **options)
+        # Only now, since a folder with another training has been refused and is to stay as it was.
+        this_run.save_config()
+        cli.remember("final", folder)
+        training.run()
+        if distributed.world().main:
+            print(describe_parts(training.measure_latency()))
+    best, objective = training.best, config.search.objective
+    print(f"best {objective}: epoch {best['epoch']}, AP {best['AP']:.4f}, AP50 {best['AP50']:.4f}")
     print(f"wrote {folder / 'best.pt'}, {folder / 'metrics.json'}, {folder / 'curves.png'}")
     print(f"next: {cli.command('final_train.py', load=folder, predict='PICTURES', out='drawn')}")
 
 
 def estimate_seconds(
-    config: Config, model: SSD, loader: DataLoader, test: Annotations, device: torch.device
+    config: Config, model: SSD, loader: DataLoader, test: Annotations, device: torch.device, watch: plan.Stopwatch
 ) -> tuple[float, float]:
     """Seconds of a training on this device, and of its evaluations, measured on a few seconds of each."""
     settings = config.final
-    training = plan.final_seconds(model, config, device, loader)
+    training = plan.final_seconds(model, config, device, loader, watch)
     evaluations = -(-settings.epochs // settings.eval_every)
-    return training, evaluations * plan.detecting_seconds(model, test, config, device)
+    return training, evaluations * plan.detecting_seconds(model, test, config, device, watch)
 
 
 def compare(args: argparse.Namespace, device: torch.device) -> None:
@@ -191,20 +194,20 @@ def compare(args: argparse.Namespace, device: torch.device) -> None:
     cli.refuse_to_overwrite(folder / "plan.json", args)
     if args.dry_run:
         loader = final_loader(annotations, found.image_size, config, device)
-        seconds = sum(estimate_seconds(config, supernet.detector.extract(found), loader, test, device))
+        watch = plan.Stopwatch()
+        seconds = sum(estimate_seconds(config, supernet.detector.extract(found), loader, test, device, watch))
         trainings = 2 * len(networks)
         print(
-            f"time on {device}: about {duration(trainings * seconds)}, {trainings} trainings of about "
+            f"time on {device}, {watch}: about {duration(trainings * seconds)}, {trainings} trainings of about "
             f"{duration(seconds)} (the found network's)"
         )
         return
     recipe = Recipe(config, supernet, path, annotations, test, device)
-    trials = Trials(recipe, folder, networks)
-    this_run.save_config()
-    if not trials.run():
-        print(f"stopped; everything is in {folder}, the same command with --resume goes on")
-        return
-    print(write_comparison(trials))
+    with cli.claim(folder / "plan.json", args):
+        trials = Trials(recipe, folder, networks)
+        this_run.save_config()
+        trials.run()
+        print(write_comparison(trials))
     print(f"wrote {folder / 'compare.json'} and {folder / 'compare.md'}")
     print(f"next: {cli.command('final_train.py', genotype=choice.name)}")
 
@@ -223,19 +226,35 @@ def configured_again(args: argparse.Namespace, config: Config, path: Path) -> Co
 
 
 def evaluate_again(args: argparse.Namespace, device: torch.device) -> None:
-    """--eval-only: the detector on the test set, as metrics.json has it."""
+    """--eval-only: the detector on the test set, as metrics.json has it, and its detections as COCO's results."""
     path = trained_detector(args)
     detector = load_detector(path)
     config = configured_again(args, detector.config, path)
+    config.data.classes = list(detector.classes)  # other data may have them in another order
     test = load_annotations(config.data, "test")
     model = detector.model.to(device, memory_format=torch.channels_last)
-    metrics = evaluate(model, test, config, device, args.pycocotools)
+    found = detect_all(model, test, config, device)
+    metrics = measure(found, test, args.pycocotools)
     for name, value in metrics.items():
         if name != "per_class":
             print(f"{name:11} {value:.6f}")
     for name, values in metrics["per_class"].items():
         print(f"  {name}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in values.items()))
     print(f"detector: {path}, epoch {detector.epoch}, {len(test)} test images")
+    if distributed.world().main:
+        results = [
+            record
+            for i, detections in enumerate(found)
+            for record in inference.coco_results(
+                test.image_id(i), to_pixels(detections, *test.sizes[i].tolist()), test.category_ids
+            )
+        ]
+        written = path.with_name("detections_test.json")
+        try:
+            checkpoint.write_text(written, json.dumps(results) + "\n")
+            print(f"wrote {written}")
+        except UserError as error:  # the detector may lie in a folder of somebody else
+            print(f"note: {error}")
 
 
 def export_detector(args: argparse.Namespace) -> None:
@@ -243,6 +262,7 @@ def export_detector(args: argparse.Namespace) -> None:
     path = trained_detector(args)
     loaded = load_detector(path)
     config = configured_again(args, loaded.config, path)
+    config.data.classes = list(loaded.classes)
     detector = loaded._replace(config=config)
     test = load_annotations(config.data, "test")
     graph = export.export_graph(detector, nms=not args.no_nms)
@@ -261,13 +281,16 @@ def export_detector(args: argparse.Namespace) -> None:
 
 def predict(args: argparse.Namespace) -> None:
     """--predict: pictures with what the detector finds in them, and detections.json."""
+    if not 0 <= args.threshold <= 1:
+        raise UserError(f"--threshold {args.threshold}: expected a score from 0 to 1")
     path, pictures = trained_detector(args), find_pictures(args.predict)
-    detector = inference.load(path, args.device)
+    detector, own_ids = inference.load(path, args.device), {}
     if isinstance(detector, inference.TorchDetector):
         detector.config = configured_again(args, detector.config, path)
-    elif args.cfg or args.set:
-        raise UserError(f"{path}: an exported file has its settings inside; --cfg and --set work with best.pt")
-    inference.draw_pictures(detector, pictures, args.out, args.threshold)
+        own_ids = inference.find_own_ids(pictures, detector.config.data)
+    elif args.cfg or args.set or args.data:
+        raise UserError(f"{path}: an exported file has its settings inside; --cfg, --set and --data work with best.pt")
+    inference.draw_pictures(detector, pictures, args.out, args.threshold, own_ids)
 
 
 def make_parser() -> argparse.ArgumentParser:

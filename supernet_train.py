@@ -15,12 +15,12 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lib import checkpoint, cli, distributed, plan
@@ -28,13 +28,13 @@ from lib.annotations import Annotations
 from lib.cli import remember, supernet_checkpoint
 from lib.config import Config, DistillConfig, SupernetConfig
 from lib.config_io import to_dict
-from lib.datasets import Batch, load_annotations, save_split, split_indices, train_loader
+from lib.datasets import Batch, load_annotations, load_split, save_split, split_indices, train_loader
 from lib.detector import ElasticSSD, load_weights
 from lib.elastic import sort_hidden_channels
+from lib.errors import UserError
 from lib.genotype import Genotype, SearchSpace, read_genotype_file
 from lib.log import duration, plot_training, say
-from lib.losses import DetectionLoss
-from lib.plan import preflight
+from lib.losses import DetectionLoss, Targets
 from lib.pretrained import as_table, load_pretrained
 from lib.runtime import pick_device, run, seed_everything
 from lib.scoring import Scorer, prepare_scoring_data
@@ -48,7 +48,8 @@ from lib.shrinking import (
     space_at,
     value_at,
 )
-from lib.training import Losses, Trainer, Training, detection_loss
+from lib.training import Losses, Trainer, detection_loss
+from lib.training_run import Training, read_previous
 
 
 def step_genotypes(space: SearchSpace, config: SupernetConfig, seed: int, step: int) -> list[Genotype]:
@@ -76,14 +77,15 @@ def supernet_losses(
     genotypes: Sequence[Genotype],
     distill: DistillConfig,
     weight: float,
+    targets: Targets | None = None,
 ) -> Iterator[Losses]:
     """The losses of each sub-network in turn, averaged over them; the caller back-propagates one before the next runs.
 
     With a distillation `weight` the largest sub-network teaches the others. It is run for that only if it is not the
     first of `genotypes` already.
     """
-    priors = detector.priors(genotypes[0].image_size)
-    targets = loss.match(batch.boxes, batch.labels, priors)
+    if targets is None:
+        targets = loss.match(batch.boxes, batch.labels, detector.priors(genotypes[0].image_size))
     largest = _at_size(detector.space.largest(), genotypes[0].image_size)
     teacher_logits = None
     for genotype in genotypes:
@@ -103,6 +105,8 @@ def supernet_losses(
 class SupernetTraining(Training):
     """The epochs of stage 1: train sub-networks of what is open at the time, and follow the panel's scores."""
 
+    stage = "supernet"
+
     def __init__(
         self,
         config: Config,
@@ -112,20 +116,22 @@ class SupernetTraining(Training):
         panel: Panel,
         device: torch.device,
         *,
-        resume: bool = False,
+        previous: dict | None = None,
         tensorboard: bool = False,
     ):
         self.config = config
         self.settings = config.supernet
         self.panel = panel
-        self.classes = list(loader.dataset.annotations.classes)
+        annotations = loader.dataset.annotations
+        self.classes = annotations.classes
+        self.data = {"training": annotations.fingerprint()}
         self.loss = detection_loss(config)
         schedule = config.search_space.schedule_cfg
         self.phases = boundaries(schedule, self.settings.epochs)
         self.sort_epoch = first_narrower_epoch(schedule) if self.settings.sort_channels else None
         steps = loader.batch_sampler.batches_per_epoch
         trainer = Trainer(detector, self.settings, device, steps, restarts=self.phases)
-        super().__init__(trainer, loader, folder, due_epochs(config), resume=resume, tensorboard=tensorboard)
+        super().__init__(trainer, loader, folder, due_epochs(config), previous, tensorboard)
 
     def begin_epoch(self, epoch: int) -> None:
         super().begin_epoch(epoch)
@@ -138,69 +144,101 @@ class SupernetTraining(Training):
             blocks = sort_hidden_channels(trainer.model, trainer.optimizer, trainer.ema and trainer.ema.module)
             say(f"epoch {epoch}: hidden channels of {blocks} blocks sorted by importance")
 
-    def losses(self, batch: Batch) -> Iterator[Losses]:
-        genotypes = step_genotypes(self.space, self.settings, self.config.seed, self.trainer.step)
+    def genotypes(self) -> list[Genotype]:
+        return step_genotypes(self.space, self.settings, self.config.seed, self.trainer.step)
+
+    def priors(self) -> Tensor:
+        return self.trainer.model.priors(self.genotypes()[0].image_size)
+
+    def losses(self, batch: Batch, targets: Targets | None) -> Iterator[Losses]:
         distill = self.settings.distill
-        return supernet_losses(self.trainer.model, self.loss, batch, genotypes, distill, self.weight)
+        return supernet_losses(self.trainer.model, self.loss, batch, self.genotypes(), distill, self.weight, targets)
 
     def score(self, epoch: int) -> None:
         self.panel.score(self.trainer.averaged, epoch, self.log)
         plot_training(self.log.path, self.folder / "curves.png", self.config.search.objective, self.phases)
 
-    def state(self) -> dict:
-        return {**super().state(), "config": to_dict(self.config), "classes": self.classes}
-
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.make_parser(__doc__, "start from the supernet of an earlier run (its folder)")
     parser.add_argument("--tensorboard", action="store_true", help="also log for TensorBoard")
+    parser.add_argument("--fit-priors", action="store_true", help="fit the prior boxes to the training data")
     args = parser.parse_args(argv)
     device = pick_device(args.device)
     distributed.join(device)
     run = cli.CommandLine(args, "supernet").resolve()
     folder, config = run.folder, run.config
+    previous = read_previous(folder, config, "supernet") if args.resume else None
     seed_everything(config.seed)
     annotations = load_annotations(config.data, "train")
-    train, search = split_indices(annotations, config.data.data_portion, config.seed)
+    split = folder / "split.json"
+    if previous:
+        train, search = load_split(split, annotations)
+    else:
+        train, search = split_indices(annotations, config.data.data_portion, config.seed)
     detector = ElasticSSD(config, len(annotations.classes))
-    pretrained = start_from_pretrained(detector, config, annotations.classes, folder, args.resume)
+    head, proposal = plan.propose_priors(annotations, detector, config, args.fit_priors or args.dry_run)
+    if args.fit_priors and not previous:
+        config.head = head
+        seed_everything(config.seed)
+        detector = ElasticSSD(config, len(annotations.classes))
+    pretrained = start_from_pretrained(detector, config, annotations.classes, folder, previous is not None)
     size = max(config.search_space.image_size_choice)
     loader = train_loader(annotations, train, size, config.supernet.batch_size, config, device)
+    splits = {"train": plan.Split(annotations, train), "search": plan.Split(annotations, search)}
+    notes = []
+    if args.dry_run:
+        classes = list(annotations.classes)
+        test = load_annotations(replace(config.data, classes=classes), "test")
+        splits["test"] = plan.Split(test, range(len(test)))
+        notes = plan.check_pictures(splits, config.data)
     for line in (
         *run.describe(),
-        *preflight(annotations, range(len(annotations)), detector.priors(size), config.loss.matched_threshold),
-        plan.describe_split(len(annotations), train, search),
+        *plan.describe_data(splits, detector.priors(size), config.loss.matched_threshold),
+        *notes,
+        *proposal,
         *plan.describe_space(detector, detector.space),
         *plan.describe_priors(detector, config),
         plan.describe_training("supernet", config.supernet, len(train), loader.batch_sampler.batches_per_epoch),
         *describe_openings(config, config.supernet.epochs),
     ):
         print(line)
-    cli.refuse_to_overwrite(folder / "last.pt", args)
-    if args.load:
-        path = supernet_checkpoint(args.load)
-        load_weights(detector, checkpoint.read(path), path)
-    if args.dry_run:
-        print_estimate(config, detector, loader, annotations, train, search, device)
-        return
-    run.save_config()
-    save_split(folder / "split.json", annotations, train, search)
-    if pretrained:
-        content = {**pretrained.to_dict(), "supernet": {"path": str(folder / "last.pt")}, "config": to_dict(config)}
-        checkpoint.write_text(folder / "pretrained_genotype.json", json.dumps(content, indent=1) + "\n")
-        print(f"wrote {folder / 'pretrained_genotype.json'}, the sub-network that holds the pretrained one")
-    # The panel's scores need no intervals, so the images are not resampled.
-    panel_config = replace(config, search=replace(config.search, resamples=0))
-    scorer = Scorer(prepare_scoring_data(annotations, train, search, config), panel_config, device)
-    panel = Panel(make_panel(detector.space, config.supernet.panel, config.seed, pretrained), scorer, config)
-    options = {"resume": args.resume, "tensorboard": args.tensorboard}
-    training = SupernetTraining(config, folder, detector, loader, panel, device, **options)
-    remember("supernet", folder)
-    if training.run():
+    with cli.claim(folder / "last.pt", args):
+        if args.load:
+            start_from_supernet(detector, supernet_checkpoint(args.load), annotations.classes)
+        if args.dry_run:
+            print_estimate(config, detector, loader, annotations, train, search, device)
+            return
+        # The panel's scores need no intervals, so the images are not resampled.
+        panel_config = replace(config, search=replace(config.search, resamples=0))
+        scorer = Scorer(prepare_scoring_data(annotations, train, search, config), panel_config, device)
+        panel = Panel(make_panel(detector.space, config.supernet.panel, config.seed, pretrained), scorer, config)
+        training = SupernetTraining(
+            config, folder, detector, loader, panel, device, previous=previous, tensorboard=args.tensorboard
+        )
+        # Only now, since a folder with another training has been refused and is to stay as it was.
+        run.save_config()
+        save_split(split, annotations, train, search)
+        if pretrained:
+            content = {**pretrained.to_dict(), "supernet": {"path": str(folder / "last.pt")}, "config": to_dict(config)}
+            checkpoint.write_text(folder / "pretrained_genotype.json", json.dumps(content, indent=1) + "\n")
+            print(f"wrote {folder / 'pretrained_genotype.json'}, the sub-network that holds the pretrained one")
+        remember("supernet", folder)
+        training.run()
         print(f"wrote {folder / 'last.pt'}, {folder / 'curves.png'}")
         print(f"next: {cli.command('async_search.py', load=folder)}")
-    else:
-        print(f"stopped; everything is in {folder / 'last.pt'}, the same command with --resume goes on")
+
+
+def start_from_supernet(detector: ElasticSSD, path: Path, classes: Sequence[str]) -> None:
+    """Load the weights of another supernet. Raises UserError unless it was trained on these classes, in this order."""
+    payload = checkpoint.read(path)
+    if "classes" not in payload or list(payload["classes"]) != list(classes):
+        known, found = (", ".join(names) for names in (payload.get("classes", ["none"]), classes))
+        raise UserError(
+            f"data.classes: expected {known}, in this order, as in {path}, found {found}; "
+            f"--set backbone.pretrained_path={path} starts from it with the classes of the same names"
+        )
+    load_weights(detector, payload, path)
 
 
 def print_estimate(
@@ -213,7 +251,7 @@ def print_estimate(
     device: torch.device,
 ) -> None:
     """How long this stage and the next will take on this device: some seconds of each kind of work, added up."""
-    settings, seed, start = config.supernet, config.seed, time.monotonic()
+    settings, seed, watch = config.supernet, config.seed, plan.Stopwatch()
     loss = detection_loss(config)
     starts = boundaries(config.search_space.schedule_cfg, settings.epochs)
     phases = []
@@ -225,15 +263,15 @@ def print_estimate(
             return supernet_losses(detector, loss, batch, genotypes, settings.distill, weight)
 
         phases.append((end - first, forward))
-    training = plan.training_seconds(detector, settings, device, loader, phases)
+    training = plan.training_seconds(detector, settings, device, loader, phases, watch)
     panel = make_panel(detector.space, settings.panel, seed)
     middling = detector.extract(detector.space.sample(random.Random(seed)))
-    final = plan.final_seconds(middling, config, device, loader)
-    score = plan.scoring_seconds(detector, list(panel.values()), annotations, train, search, config, device)
+    final = plan.final_seconds(middling, config, device, loader, watch)
+    score = plan.scoring_seconds(detector, list(panel.values()), annotations, train, search, config, device, watch)
     evaluations = config.search.num_epochs * config.search.steps
     panels = len(due_epochs(config)) * len(panel) * score
     for line in (
-        f"time on {device}, measured for {time.monotonic() - start:.0f} s:",
+        f"time on {device}, {watch}:",
         f"  supernet: about {duration(training + panels)}, of which {duration(panels)} to score the panel",
         f"  search: about {duration(evaluations * score)} of one worker ({score:.2f} s a candidate)",
         f"  final: about {duration(final)} for a random sub-network, evaluations apart",
@@ -242,14 +280,13 @@ def print_estimate(
 
 
 def start_from_pretrained(
-    detector: ElasticSSD, config: Config, classes: Sequence[str], folder: Path, resume: bool
+    detector: ElasticSSD, config: Config, classes: Sequence[str], folder: Path, resumes: bool
 ) -> Genotype | None:
     """Put the configured pretrained network into `detector`; the sub-network that holds it. A resumed run has it."""
     if not config.backbone.pretrained_path:
         return None
     written = folder / "pretrained_genotype.json"
-    resumes = distributed.world().main and resume and (folder / "last.pt").exists()
-    if known := distributed.from_main(read_genotype_file(written) if resumes else None):
+    if known := distributed.from_main(read_genotype_file(written) if resumes and distributed.world().main else None):
         return Genotype.from_dict(known)
     embedding = load_pretrained(detector, config, classes)
     print("\n".join(as_table(embedding.rows)))

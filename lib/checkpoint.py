@@ -12,6 +12,7 @@ import hashlib
 import os
 import platform
 import random
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -69,6 +70,16 @@ def replacing(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
+
+
+def link(path: Path, name: Path) -> None:
+    """Make `name` the file that `path` is now. It stays so when `path` is replaced."""
+    partial = name.with_name(f".{name.name}.{os.getpid()}.part")
+    try:
+        os.link(path, partial)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, partial)
+    partial.replace(name)
 
 
 def read(path: Path, mmap: bool = False) -> dict:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lib import checkpoint, distributed
@@ -22,10 +22,12 @@ from lib.errors import UserError
 from lib.genotype import Genotype
 from lib.latency import time_parts
 from lib.log import finite, plot_training, progress, say
-from lib.losses import DetectionLoss
+from lib.losses import DetectionLoss, Targets
 from lib.metrics import detection_metrics
+from lib.postprocess import Detections
 from lib.pretrained import as_table, load_pretrained
-from lib.training import Losses, Trainer, Training, detection_loss
+from lib.training import Losses, Trainer, detection_loss
+from lib.training_run import Training
 
 
 class Student(NamedTuple):
@@ -109,20 +111,22 @@ def some_images(annotations: Annotations, image_size: int, config: Config) -> It
             yield batch.images
 
 
-def detection_losses(model: SSD, loss: DetectionLoss, batch: Batch) -> Iterator[Losses]:
+def detection_losses(model: SSD, loss: DetectionLoss, batch: Batch, targets: Targets | None = None) -> Iterator[Losses]:
     """The losses of one batch."""
     logits, offsets = model(batch.images)  # (B, P, num_classes + 1), (B, P, 4)
-    yield loss(logits, offsets, loss.match(batch.boxes, batch.labels, model.priors))
+    yield loss(logits, offsets, targets or loss.match(batch.boxes, batch.labels, model.priors))
 
 
-def evaluate(
-    model: SSD, annotations: Annotations, config: Config, device: torch.device, by_pycocotools: bool = False
-) -> dict:
+def evaluate(model: SSD, annotations: Annotations, config: Config, device: torch.device) -> dict:
     """Metrics of a detector on all of `annotations`. The processes of a job share the images; all get the metrics."""
-    everything = range(len(annotations))
+    return measure(detect_all(model, annotations, config, device), annotations)
+
+
+def detect_all(model: SSD, annotations: Annotations, config: Config, device: torch.device) -> list[Detections]:
+    """What a detector finds in all images. The processes of a job share them; the main one gets the detections."""
     loader = eval_loader(
         annotations,
-        everything,
+        range(len(annotations)),
         model.image_size,
         config.final.batch_size,
         workers=config.data.workers,
@@ -131,10 +135,14 @@ def evaluate(
         shared=True,
     )
     found = [detect(model, [batch.images], config, device) for batch in progress(loader, "evaluate")]
-    found = [image for batch in distributed.collect(found) for image in batch]
+    return [image for batch in distributed.collect(found) for image in batch]
+
+
+def measure(found: Sequence[Detections], annotations: Annotations, by_pycocotools: bool = False) -> dict:
+    """Metrics of the main process's detections in all images, in every process."""
     metrics = {}
     if distributed.world().main:
-        truth = annotations.ground_truth(everything)
+        truth = annotations.ground_truth(range(len(annotations)))
         sizes = annotations.sizes.tolist()
         metrics = detection_metrics(found, truth, sizes, annotations.classes, reference=by_pycocotools)
     return distributed.from_main(metrics)
@@ -150,8 +158,11 @@ def freeze_norms(module: nn.Module) -> None:
 class FinalTraining(Training):
     """Trains one detector, evaluates it on the test set and keeps the best epoch's weights as best.pt.
 
-    `loader` is that of `final_loader`. `best` has the metrics and the cost of the best evaluation so far.
+    `loader` is that of `final_loader`. `best` has the metrics and the cost of the best evaluation so far, by the key
+    search.objective.
     """
+
+    stage = "final"
 
     def __init__(
         self,
@@ -162,13 +173,15 @@ class FinalTraining(Training):
         test: Annotations,
         device: torch.device,
         *,
-        resume: bool = False,
+        previous: dict | None = None,
         tensorboard: bool = False,
     ):
         self.config = config
         self.genotype = student.genotype
         self.cost = student.cost._asdict()
         self.test = test
+        self.classes = test.classes
+        self.data = {"training": loader.dataset.annotations.fingerprint(), "test": test.fingerprint()}
         self.loss = detection_loss(config)
         self.best: dict = {}
         settings = config.final
@@ -179,32 +192,39 @@ class FinalTraining(Training):
         steps = loader.batch_sampler.batches_per_epoch
         trainer = Trainer(student.model, settings, device, steps, backbone_lr=backbone_lr)
         due = {*range(settings.eval_every, settings.epochs + 1, settings.eval_every), settings.epochs}
-        super().__init__(trainer, loader, folder, due, resume=resume, tensorboard=tensorboard)
+        super().__init__(trainer, loader, folder, due, previous, tensorboard)
 
     def begin_epoch(self, epoch: int) -> None:
         super().begin_epoch(epoch)
         if self.config.final.freeze_base_net:
             freeze_norms(self.trainer.model.backbone)
 
-    def losses(self, batch: Batch) -> Iterator[Losses]:
-        return detection_losses(self.trainer.model, self.loss, batch)
+    def priors(self) -> Tensor:
+        return self.trainer.model.priors
+
+    def losses(self, batch: Batch, targets: Targets | None) -> Iterator[Losses]:
+        return detection_losses(self.trainer.model, self.loss, batch, targets)
 
     def score(self, epoch: int) -> None:
         """Evaluate on the test set; a new best is written to best.pt and metrics.json."""
         # Without synchronised BatchNorm each process has statistics of its own; the main one's are saved.
         distributed.copy_from_main(self.trainer.averaged)
         metrics = evaluate(self.trainer.averaged, self.test, self.config, self.trainer.device)
-        if metrics["AP"] > self.best.get("AP", -1.0):
+        objective = self.config.search.objective
+        # NaN, of a test set without a counted object, is no score.
+        value, best = (finite(m.get(objective)) or 0.0 for m in (metrics, self.best))
+        if value > best or not self.best:
             self.best = finite({**metrics, **self.cost, "epoch": epoch})
             model = self.trainer.averaged.state_dict()
             checkpoint.save(self.folder / "best.pt", {**self.identity(), "model": model})
             self.write_metrics()
         # Logged last: an evaluation in the log is not repeated, so everything else must have been saved by then.
-        self.save("last.pt")
+        self.save()
         self.log.write("eval", epoch, networks={"detector": metrics})
         scores = ", ".join(f"{name} {metrics[name]:.4f}" for name in ("AP", "AP50", "mAP"))
-        say(f"epoch {epoch}: {scores} on the test set")
-        plot_training(self.log.path, self.folder / "curves.png", "AP")
+        kept = f"; the best {objective} so far, kept in best.pt" if self.best["epoch"] == epoch else ""
+        say(f"epoch {epoch}: {scores} on the test set{kept}")
+        plot_training(self.log.path, self.folder / "curves.png", objective)
 
     def identity(self) -> dict:
         """What a checkpoint needs besides the weights to be a detector."""
@@ -227,6 +247,22 @@ class FinalTraining(Training):
             )
         super().restore(payload)
         self.best = payload["best"]
+        kept, problem = distributed.from_main(self._kept_epoch() if self.best and distributed.world().main else (0, ""))
+        if problem and self.trainer.epoch > self.config.final.epochs:
+            raise UserError(
+                f"{problem}; this run has ended, so it is not made again: {self.last} is the detector of the last epoch"
+            )
+        # Gone, or of an epoch that is trained again from an earlier checkpoint: the best of what follows is kept.
+        if problem or kept >= self.trainer.epoch:
+            say(f"note: {problem or f'{self.folder}: best.pt is of epoch {kept}, which is trained again'}")
+            self.best = {}
+
+    def _kept_epoch(self) -> tuple[int, str]:
+        """The epoch of best.pt, or what is wrong with that file."""
+        try:
+            return checkpoint.read(self.folder / "best.pt").get("epoch", 0), ""
+        except UserError as error:
+            return 0, str(error)
 
     def measure_latency(self) -> dict:
         """Milliseconds of the detector on this device, also added to metrics.json. For one process of a job."""

@@ -8,7 +8,7 @@ computed in float32 whatever its input, and is finite and has a gradient on a ba
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -67,6 +67,13 @@ class DetectionLoss:
         image, prior = (prior_labels > 0).nonzero(as_tuple=True)
         offsets = encode(boxes[image, object_index[image, prior]], priors_cxcywh[prior], self.variances)
         return Targets(prior_labels, offsets, self.normalizer((prior_labels > 0).sum()))
+
+    def match_together(self, objects: Sequence[tuple[Tensor, Tensor]], priors_cxcywh: Tensor) -> list[Targets]:
+        """Targets of batches, each with its (boxes, labels), such that the mean of their losses is that of one batch
+        with all of their images."""
+        targets = [self.match(boxes, labels, priors_cxcywh) for boxes, labels in objects]
+        normalizer = self.normalizer(sum(t.positive.sum() for t in targets)) / len(targets)
+        return [t._replace(normalizer=normalizer) for t in targets]
 
     def __call__(self, logits: Tensor, offsets: Tensor, targets: Targets) -> dict[str, Tensor]:
         """The scalars `cls` and `loc`, to be added; logits (B, P, C + 1), offsets (B, P, 4).

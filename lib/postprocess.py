@@ -77,6 +77,8 @@ def _best_candidates(
     """The `count` best candidates of each image, or all; scores (B, P, C), offsets (B, P, 4)."""
     num_classes = scores.shape[2]
     best, place = scores.flatten(1).topk(min(count, scores.shape[1:].numel()))  # (B, K)
+    if bool(best[:, 0].isnan().any()):  # topk counts NaN as the best
+        best, place = scores.flatten(1).nan_to_num(0.0).topk(best.shape[1])
     prior = place // num_classes
     offsets = offsets.gather(1, prior[..., None].expand(-1, -1, 4)).float()  # (B, K, 4)
     boxes = decode(offsets, priors_cxcywh[prior], variances).clamp(0, 1)

@@ -150,7 +150,8 @@ class Panel:
         """Warn, once a phase, if the largest sub-network lost more than the tolerance since the phase opened."""
         schedule = self._config.search_space.schedule_cfg
         records = read_log(log.path)
-        largest = {r["step"]: r["networks"][LARGEST][self._metric] for r in records if r["kind"] == "eval"}
+        # A log has None in place of NaN.
+        largest = {r["step"]: r["networks"][LARGEST][self._metric] or 0.0 for r in records if r["kind"] == "eval"}
         warned = {r["phase"] for r in records if r["kind"] == "interference"}
         opened = boundaries(schedule, epoch)[-1]
         if opened in warned or opened - 1 not in largest:

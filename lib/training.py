@@ -1,4 +1,4 @@
-"""What both trainings share: optimizer, learning-rate schedule, moving average, training step and epoch loop."""
+"""What both trainings share: optimizer, learning-rate schedule, moving average and training step."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader
 
 from lib import checkpoint, distributed
 from lib.config import Config, TrainConfig
-from lib.datasets import Batch
 from lib.errors import UserError
-from lib.log import RunLog, progress, read_log
 from lib.losses import DetectionLoss
-from lib.runtime import StopRequest
 
 Losses = dict[str, Tensor]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MOST_OVERFLOWS = 25  # forward passes in a row that overflow in fp16; GradScaler halves the scale each time
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig, backbone_lr: float | None = None) -> torch.optim.Optimizer:
     """SGD or AdamW; `backbone_lr` gives the parameters below `backbone.` a learning rate of their own."""
     if backbone_lr is None:
-        backbone_lr = config.backbone_learning_rate or config.learning_rate
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        backbone_lr = config.backbone_learning_rate or None
+    # By role and not by value, so that a resumed run has the same groups whatever its rates are now.
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        lr = backbone_lr if name.startswith("backbone.") else config.learning_rate
-        decay = config.weight_decay if config.decay_norm_and_bias or parameter.ndim > 1 else 0.0
-        groups.setdefault((lr, decay), []).append(parameter)
-    params = [{"params": p, "lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()]
+        own_rate = backbone_lr is not None and name.startswith("backbone.")
+        decays = config.decay_norm_and_bias or parameter.ndim > 1
+        groups.setdefault((own_rate, decays), []).append(parameter)
+    params = []
+    for (own_rate, decays), parameters in groups.items():
+        lr = backbone_lr if own_rate else config.learning_rate
+        params.append({"params": parameters, "lr": lr, "weight_decay": config.weight_decay if decays else 0.0})
     if config.optimizer == "sgd":
         return torch.optim.SGD(params, lr=config.learning_rate, momentum=config.momentum)
     return torch.optim.AdamW(params, lr=config.learning_rate)
@@ -91,6 +91,10 @@ def detection_loss(config: Config) -> DetectionLoss:
     return DetectionLoss(config.loss, variances=tuple(config.head.variances), normalizer=distributed.normalizer)
 
 
+class Diverged(UserError):
+    """A loss or a weight is not finite."""
+
+
 class Trainer:
     """The optimisation of one model: optimizer, schedule, precision, clipping, moving average and position.
 
@@ -116,27 +120,36 @@ class Trainer:
         self.device = device
         self.batches_per_epoch = batches_per_epoch
         self.optimizer = build_optimizer(model, config, backbone_lr)
-        steps_per_epoch = math.ceil(batches_per_epoch / config.accumulate)
-        self.scheduler = build_scheduler(self.optimizer, config, steps_per_epoch, restarts)
+        self.steps_per_epoch = math.ceil(batches_per_epoch / config.accumulate)
+        self.scheduler = build_scheduler(self.optimizer, config, self.steps_per_epoch, restarts)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self.ema = build_ema(model, config.ema_decay) if config.ema_decay else None
         self.averaged = self.ema.module if self.ema else self.model  # the weights to evaluate and ship
         self.epoch, self.batch, self.step = 1, 0, 0
+        self.unfinished = False  # whether an optimizer step has begun
+        self.stepping = False  # whether it is changing weights
+        self._overflows = 0  # batches in a row whose forward pass overflowed
+        self._skips = False  # whether one of this step did
+        self._statistics = [b for m in model.modules() if isinstance(m, nn.BatchNorm2d) for b in m.buffers()]
+        self._statistics_before = [b.clone() for b in self._statistics]  # as they were before this optimizer step
 
     @property
-    def between_steps(self) -> bool:
-        """Whether no gradient of an unfinished optimizer step is held."""
-        return self.batch % self.config.accumulate == 0
+    def batches_in_step(self) -> int:
+        """How many batches the current optimizer step takes: `accumulate`, at an epoch's end maybe fewer."""
+        first = self.batch - self.batch % self.config.accumulate
+        return min(self.config.accumulate, self.batches_per_epoch - first)
 
     def update(self, losses: Iterator[Losses]) -> dict[str, float]:
         """Back-propagate the sum of `losses` of one batch; each item before the next one is computed.
 
         The optimizer steps after every `accumulate` batches and after an epoch's last batch, on their mean gradient.
+        Returns the losses; none if the forward pass overflowed in fp16, whereupon the step is left out.
         """
-        if self.between_steps:
+        in_step, batches_in_step = self.batch % self.config.accumulate, self.batches_in_step
+        if in_step == 0:
+            self.unfinished, self._skips = True, False
             self.optimizer.zero_grad(set_to_none=True)
-        first = self.batch - self.batch % self.config.accumulate
-        batches_in_step = min(self.config.accumulate, self.batches_per_epoch - first)
+            torch._foreach_copy_(self._statistics_before, self._statistics)
         sums: dict[str, float] = defaultdict(float)
         dtype = PRECISIONS[self.config.precision]
         while True:
@@ -149,18 +162,30 @@ class Trainer:
             for name, value in item.items():
                 sums[name] += value.item()
         sums = distributed.mean_of(sums)
-        for name, value in sums.items():
-            if not math.isfinite(value):
-                raise UserError(
-                    f"epoch {self.epoch}, step {self.step}: the loss '{name}' is {value}; "
-                    "a lower learning_rate, warm-up (lr_schedule.warmup_steps) or clip_grad_norm may help"
-                )
+        wrong = next((name for name, value in sums.items() if not math.isfinite(value)), None)
+        self._overflows = self._overflows + 1 if wrong else 0
+        if wrong:
+            self._overflow(wrong, sums[wrong])
+            sums = {}
         self.batch += 1
-        if self.batch == first + batches_in_step:
+        if in_step + 1 == batches_in_step:
             self._step()
         if self.batch == self.batches_per_epoch:
             self.epoch, self.batch = self.epoch + 1, 0
         return sums
+
+    def _overflow(self, name: str, value: float) -> None:
+        """Have GradScaler leave this step out, as after an overflow of the gradients. Raises Diverged if it cannot."""
+        fp16 = self.scaler.is_enabled()
+        if not fp16 or self._overflows > MOST_OVERFLOWS:
+            again = f" for the {self._overflows}th time in a row" if fp16 else ""
+            raise Diverged(
+                f"epoch {self.epoch}, step {self.step}: the loss '{name}' is {value}{again}; "
+                "a lower learning_rate, warm-up (lr_schedule.warmup_steps) or clip_grad_norm may help"
+            )
+        self._skips = True
+        # A loss that is not finite may yet have a finite gradient.
+        next(p.grad for p in self.model.parameters() if p.grad is not None).fill_(math.nan)
 
     def _step(self) -> None:
         """One optimizer step with the accumulated gradients."""
@@ -168,14 +193,28 @@ class Trainer:
         if self.config.clip_grad_norm:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad_norm)
+        self.stepping = True
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self._skips:
+            self._restore_statistics()
         with warnings.catch_warnings():  # fp16 skips a step that overflowed, the schedule counts it all the same
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
             self.scheduler.step()
         if self.ema:
             self.ema.update_parameters(self.model)
         self.step += 1
+        self.unfinished = self.stepping = False
+
+    def _restore_statistics(self) -> None:
+        torch._foreach_copy_(self._statistics, self._statistics_before)
+
+    def rewind(self) -> bool:
+        """Back to before the optimizer step in which something failed; whether that was before it changed weights."""
+        if self.unfinished:
+            self._restore_statistics()
+            self.batch -= self.batch % self.config.accumulate
+        return not self.stepping
 
     def state_dict(self) -> dict:
         return {
@@ -190,102 +229,27 @@ class Trainer:
             "random": checkpoint.random_states(),
         }
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict, batch_size: int | None = None) -> None:
+        """Go on from `state`, of a run in batches of `batch_size` (None: of the same size as now).
+
+        Rates, their schedule, weight decay and momentum are those of this trainer, at the place in the epoch where that
+        run was.
+        """
         self.model.load_state_dict(state["model"])
         if self.ema:
             self.ema.load_state_dict(state["ema"])
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
-        self.scheduler.last_epoch = state["scheduler"]["last_epoch"]
-        # The optimizer's state holds the rates of the earlier run, which may have been changed since.
-        schedule = zip(self.optimizer.param_groups, self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)
-        for group, base, factor in schedule:
-            group["lr"] = base * factor(self.scheduler.last_epoch)
+        self.epoch, self.step = state["epoch"], state["step"]
+        # As many pictures of the epoch are done, to the last whole optimizer step.
+        batch = state["batch"] * (batch_size or self.config.batch_size) // self.config.batch_size
+        batch = min(batch, self.batches_per_epoch - 1)
+        self.batch = batch - batch % self.config.accumulate
+        self.scheduler.last_epoch = (self.epoch - 1) * self.steps_per_epoch + self.batch // self.config.accumulate
+        schedule = zip(
+            self.optimizer.param_groups, settings, self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True
+        )
+        for group, own, base, factor in schedule:
+            group.update({**own, "lr": base * factor(self.scheduler.last_epoch)})
         checkpoint.restore_random_states(state["random"])
-
-
-class Training:
-    """The epochs of one stage: train, save last.pt, log, and score after each of the epochs in `due`.
-
-    A subclass says what the losses of a batch are, how to score, and what its checkpoints hold besides the trainer's
-    state. With `resume` it continues from last.pt in `folder`, if there is one.
-    """
-
-    def __init__(
-        self, trainer: Trainer, loader: DataLoader, folder: Path, due: set[int], *, resume: bool, tensorboard: bool
-    ):
-        self.trainer = trainer
-        self.loader = loader
-        self.folder = folder
-        self.due = due
-        last = folder / "last.pt"
-        reads = resume and distributed.world().main and last.exists()
-        if payload := distributed.from_main(checkpoint.read(last) if reads else None):
-            self.restore(payload)
-            print(f"resumed {last} at epoch {trainer.epoch}, step {trainer.step}")
-        # restore() may refuse the folder, so nothing is written before this point
-        self.log = RunLog(folder / "log.jsonl", tensorboard)
-
-    def begin_epoch(self, epoch: int) -> None:
-        """Prepare the model for `epoch`, or for the rest of it after an interruption."""
-        self.trainer.model.train()
-
-    def losses(self, batch: Batch) -> Iterator[Losses]:
-        raise NotImplementedError
-
-    def score(self, epoch: int) -> None:
-        """Score the model after `epoch` and log the result as "eval"."""
-        raise NotImplementedError
-
-    def state(self) -> dict:
-        """The content of last.pt."""
-        return self.trainer.state_dict()
-
-    def restore(self, payload: dict) -> None:
-        self.trainer.load_state_dict(payload)
-
-    def save(self, name: str) -> None:
-        checkpoint.save(self.folder / name, self.state())
-
-    def run(self) -> bool:
-        """Train until the last epoch ends or a signal asks to stop; whether the last epoch ended."""
-        trainer = self.trainer
-        every = trainer.config.save_every
-        with StopRequest() as stop:
-            # An earlier run may have been killed while it scored the epoch that it had just trained.
-            ended = trainer.epoch - 1
-            if trainer.batch == 0 and ended in self.due:
-                scored = any(r["kind"] == "eval" and r["step"] == ended for r in read_log(self.log.path))
-                if not distributed.from_main(scored):
-                    self.score(ended)
-            while trainer.epoch <= trainer.config.epochs and not stop.requested:
-                epoch = trainer.epoch
-                self.begin_epoch(epoch)
-                self.loader.batch_sampler.set_epoch(epoch, trainer.batch)
-                losses = self._train_epoch(stop)
-                self.save("last.pt")
-                if trainer.batch:  # stopped within the epoch
-                    break
-                self.log.write("train", epoch, losses=losses, lr=trainer.scheduler.get_last_lr()[0])
-                if every and epoch % every == 0:
-                    self.save(f"epoch_{epoch:04d}.pt")
-                if epoch in self.due:
-                    self.score(epoch)
-        self.log.close()
-        return trainer.epoch > trainer.config.epochs
-
-    def _train_epoch(self, stop: StopRequest) -> dict[str, float]:
-        """Train on the batches that are left of this epoch, or until `stop` is requested; the mean of each loss."""
-        trainer = self.trainer
-        sums: dict[str, float] = defaultdict(float)
-        with progress(self.loader, f"epoch {trainer.epoch}/{trainer.config.epochs}") as bar:
-            for done, batch in enumerate(bar, start=1):
-                for name, value in trainer.update(self.losses(batch.to(trainer.device))).items():
-                    sums[name] += value
-                means = {name: value / done for name, value in sums.items()}
-                bar.set_postfix({name: f"{mean:.3f}" for name, mean in means.items()}, refresh=False)
-                stop.agree()
-                if stop.requested and trainer.between_steps:
-                    break
-        return means

@@ -26,6 +26,7 @@ from lib.latency import ROUNDS, FusedDetectors, cpu_threads, time_detectors
 from lib.log import finite, say
 from lib.plain import check, read_json, shown
 from lib.runtime import device_name, seed_everything
+from lib.training_run import read_previous
 
 SIMILAR = 0.1  # random sub-networks have multiply-adds within this share of the found one's
 TRIES = 2000
@@ -118,8 +119,8 @@ class Trials:
                 )
         checkpoint.write_text(path, json.dumps(self.plan, indent=1) + "\n")
 
-    def run(self) -> bool:
-        """Do what is missing; whether that ended before a signal to stop. Then `results` are complete."""
+    def run(self) -> None:
+        """Do what is missing; then `results` are complete. Raises Stopped after a signal."""
         self.results = []
         for number, (name, genotype) in enumerate(self.networks.items(), start=1):
             folder = self.folder / name.replace(" ", "_")
@@ -130,17 +131,14 @@ class Trials:
                 content |= self.recipe.supernet.detector.cost(genotype)._asdict()
                 for start in STARTS:
                     content[start] = self._try(start, genotype, folder / start)
-                    if content[start] is None:
-                        return False
                 checkpoint.write_text(result, json.dumps(content, indent=1) + "\n")
-                # best.pt stays for use; last.pt is large and was only needed to resume
-                for last in folder.glob("*/last.pt"):
+                # best.pt stays for use; last.pt and last_good.pt are large and were only needed to resume
+                for last in folder.glob("*/last*.pt"):
                     last.unlink()
             self.results.append(_read_result(result, name))
-        return True
 
-    def _try(self, start: str, genotype: Genotype, folder: Path) -> dict | None:
-        """The metrics of one network from one start; None after a signal to stop."""
+    def _try(self, start: str, genotype: Genotype, folder: Path) -> dict:
+        """The metrics of one network from one start."""
         recipe = self.recipe
         starting = StartingNetwork(recipe.supernet.detector, "supernet")
         if start == "inherited":
@@ -154,8 +152,10 @@ class Trials:
             starting = StartingNetwork(untrained, "scratch")
         student = starting.student(genotype)
         loader = final_loader(recipe.annotations, genotype.image_size, recipe.config, recipe.device)
-        training = FinalTraining(recipe.config, folder, student, loader, recipe.test, recipe.device, resume=True)
-        return training.best if training.run() else None
+        previous = read_previous(folder, recipe.config, "final")
+        training = FinalTraining(recipe.config, folder, student, loader, recipe.test, recipe.device, previous=previous)
+        training.run()
+        return training.best
 
 
 def contestants(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +19,7 @@ from lib.final_training import FinalTraining, StartingNetwork, freeze_norms, sup
 from lib.log import RunLog, read_log
 from lib.losses import DetectionLoss
 from lib.training import Trainer
+from lib.training_run import read_previous
 
 CPU = torch.device("cpu")
 
@@ -78,42 +82,129 @@ class FakeTestSet(list):
 @pytest.fixture
 def train(tiny_detector, tiny_config, batch, tmp_path, monkeypatch):
     """`train(resume)`: a training of three epochs of one batch; after epochs 1 to 3 its AP is 0.2, 0.5 and 0.3."""
-    config = tiny_config(final__epochs=3)
     evaluated = []
 
-    def make(resume=False, largest=False):
+    def make(resume=False, largest=False, **changes):
+        config = tiny_config(final__epochs=3, final__save_every=1, **changes)
         start = StartingNetwork(tiny_detector(), "scratch")
         space = start.network.space
         student = start.student(space.largest() if largest else space.smallest())
         sampler = SimpleNamespace(batches_per_epoch=1, set_epoch=lambda epoch, start: None)
-        loader = type("Loader", (list,), {"batch_sampler": sampler})([batch])
-        return FinalTraining(config, tmp_path / "run", student, loader, FakeTestSet("ab"), CPU, resume=resume)
+        dataset = SimpleNamespace(annotations=FakeTestSet())
+        loader = type("Loader", (list,), {"batch_sampler": sampler, "dataset": dataset})([batch])
+        previous = read_previous(tmp_path / "run", config, "final") if resume else None
+        return FinalTraining(config, tmp_path / "run", student, loader, FakeTestSet("ab"), CPU, previous=previous)
 
     def evaluate(model, *_):
         epoch = training[-1].trainer.epoch - 1
         evaluated.append(epoch)
         ap = {1: 0.2, 2: 0.5, 3: 0.3}[epoch]
-        return {"AP": ap, "AP50": ap, "mAP": float("nan")}
+        return {"AP": ap, "AP50": 0.1 * epoch, "mAP": float("nan")}
 
     training = []
 
-    def run(resume=False):
-        training.append(make(resume))
-        return training[-1].run()
+    def run(resume=False, **changes):
+        training.append(make(resume, **changes))
+        training[-1].run()
 
     monkeypatch.setattr(final_training, "evaluate", evaluate)
     monkeypatch.setattr(final_training, "plot_training", lambda *_: None)
+    monkeypatch.setattr(checkpoint, "code_revision", lambda: None)  # it takes longer than all the rest
     return SimpleNamespace(make=make, run=run, evaluated=evaluated, folder=tmp_path / "run")
 
 
 def test_the_best_evaluation_is_kept(train):
-    assert train.run() and train.evaluated == [1, 2, 3]
+    train.run()
+    assert train.evaluated == [1, 2, 3]
     metrics = json.loads((train.folder / "metrics.json").read_text())
     assert (metrics["epoch"], metrics["AP"], metrics["mAP"], metrics["test_images"]) == (2, 0.5, None, 2)
     best, last = (checkpoint.read(train.folder / name) for name in ("best.pt", "last.pt"))
     assert (best["epoch"], last["epoch"], last["best"]["epoch"]) == (2, 4, 2)
     assert best.keys() == {"format", "genotype", "config", "classes", "category_ids", "epoch", "model"}
-    assert train.run(resume=True) and train.evaluated == [1, 2, 3]  # nothing is left to do
+    train.run(resume=True)
+    assert train.evaluated == [1, 2, 3]  # nothing is left to do
+
+
+@pytest.mark.parametrize(("objective", "epoch"), [("AP", 2), ("AP50", 3), ("mAP", 1)])
+def test_the_best_epoch_is_that_of_the_objective(train, capsys, objective, epoch):
+    """The mAP is NaN here, since no object counts: the first epoch stays."""
+    train.run(search__objective=objective)
+    assert json.loads((train.folder / "metrics.json").read_text())["epoch"] == epoch
+    assert checkpoint.read(train.folder / "best.pt")["epoch"] == epoch
+    printed = capsys.readouterr().out.splitlines()
+    kept = [line for line in printed if f"the best {objective} so far" in line]
+    assert kept[-1].startswith(f"epoch {epoch}: AP ")
+
+
+def damage(path):
+    path.write_bytes(path.read_bytes()[:100])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"), [(damage, "not a readable checkpoint"), (Path.unlink, "no such checkpoint")]
+)
+def test_a_run_that_ended_says_that_its_best_detector_is_gone(train, spoil, words):
+    train.run()
+    spoil(train.folder / "best.pt")
+    before = {path.name: path.read_bytes() for path in train.folder.iterdir()}
+    with pytest.raises(
+        UserError, match=rf"best\.pt: {words}.*run has ended.*last\.pt is the detector of the last epoch"
+    ):
+        train.run(resume=True)
+    assert before == {path.name: path.read_bytes() for path in train.folder.iterdir()}
+
+
+class Killed(BaseException):
+    """Stands in for a kill -9."""
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_best_detector_of_an_epoch_that_is_trained_again_is_no_second_timeline(train, monkeypatch, epoch):
+    """From a checkpoint before the best epoch, on another course: best.pt is of an epoch that this run has trained."""
+    train.run()
+    (train.folder / "last.pt").write_bytes((train.folder / f"epoch_000{epoch}.pt").read_bytes())
+    train.run(resume=True, final__learning_rate=0.02)
+    assert train.evaluated == [1, 2, 3, *range(epoch + 1, 4)]
+    best = checkpoint.read(train.folder / "best.pt")
+    assert best["epoch"] == json.loads((train.folder / "metrics.json").read_text())["epoch"] == 2
+    assert best["config"]["final"]["learning_rate"] == (0.02 if epoch == 1 else 0.01)
+
+
+@pytest.mark.parametrize("at", [0, 1, 3, 5, 7])
+def test_a_final_training_that_is_killed_between_two_writes_ends_the_same(train, monkeypatch, at):
+    """Before or right after best.pt, metrics.json, last.pt or a line of the log, in the epoch that is the best."""
+    train.run()
+    names = ("best.pt", "last.pt")
+    expected = {name: checkpoint.read(train.folder / name) for name in names}
+    metrics = (train.folder / "metrics.json").read_bytes()
+    log = [(r["kind"], r["step"]) for r in read_log(train.folder / "log.jsonl")]
+    shutil.rmtree(train.folder)
+    left = itertools.count(at // 2, -1)
+
+    def killed(do):
+        def call(*arguments, **options):
+            now = next(left) if train.evaluated and train.evaluated[-1] == 2 else -1
+            if now == 0 and at % 2 == 0:
+                raise Killed
+            do(*arguments, **options)
+            if now == 0:
+                raise Killed
+
+        return call
+
+    train.evaluated.clear()
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(checkpoint, "save", killed(checkpoint.save))
+        patch.setattr(checkpoint, "write_text", killed(checkpoint.write_text))
+        patch.setattr(RunLog, "write", killed(RunLog.write))
+        train.run()
+    train.run(resume=True)
+    for name in names:
+        found = checkpoint.read(train.folder / name)
+        assert all(torch.equal(tensor, expected[name]["model"][key]) for key, tensor in found["model"].items()), name
+        assert found["epoch"] == expected[name]["epoch"]
+    assert (train.folder / "metrics.json").read_bytes() == metrics
+    assert [(r["kind"], r["step"]) for r in read_log(train.folder / "log.jsonl")] == log
 
 
 def test_an_evaluation_that_was_not_logged_is_repeated_and_its_best_is_known(train, monkeypatch):
@@ -128,7 +219,8 @@ def test_an_evaluation_that_was_not_logged_is_repeated_and_its_best_is_known(tra
         patch.setattr(RunLog, "write", die_at_the_second)
         train.run()
     assert checkpoint.read(train.folder / "last.pt")["best"]["epoch"] == 2
-    assert train.run(resume=True) and train.evaluated == [1, 2, 2, 3]
+    train.run(resume=True)
+    assert train.evaluated == [1, 2, 2, 3]
     assert checkpoint.read(train.folder / "last.pt")["best"]["epoch"] == 2
     assert [r["step"] for r in read_log(train.folder / "log.jsonl") if r["kind"] == "eval"] == [1, 2, 3]
 

@@ -1,21 +1,18 @@
-"""Learning rates against torch's schedulers, the moving average and the step against slow loops, the epoch loop."""
+"""Learning rates against torch's schedulers, the moving average and the step against slow loops."""
 
 from __future__ import annotations
 
 import copy
 import itertools
-from types import SimpleNamespace
+import math
 
 import pytest
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, CosineAnnealingWarmRestarts, MultiStepLR
 
-from lib import training
 from lib.config import LRScheduleConfig, TrainConfig
-from lib.errors import UserError
-from lib.log import read_log
-from lib.training import Trainer, Training, build_ema, build_optimizer, build_scheduler
+from lib.training import MOST_OVERFLOWS, Diverged, Trainer, build_ema, build_optimizer, build_scheduler
 
 STEPS = 4  # per epoch
 
@@ -269,7 +266,7 @@ def test_accumulated_batches_are_one_step_on_their_mean(options):
 def test_a_loss_that_is_not_finite_is_named_and_changes_no_weight(value):
     model = network()
     t, before = trainer(model), copy.deepcopy(model.state_dict())
-    with pytest.raises(UserError, match=r"epoch 1, step 0: the loss 'loc' is -?(nan|inf).*learning_rate"):
+    with pytest.raises(Diverged, match=r"epoch 1, step 0: the loss 'loc' is -?(nan|inf).*learning_rate"):
         t.update(iter([{"cls": model[4].weight.sum(), "loc": model[4].weight.sum() * value}]))
     assert t.step == 0 and states_equal(before, model.state_dict())
 
@@ -321,6 +318,67 @@ def test_an_overflow_in_fp16_skips_the_step_and_halves_the_scale():
     assert not torch.equal(model[4].weight, before["4.weight"])
 
 
+def overflowing(model, seed):
+    """A forward pass in which an activation overflows, before BatchNorm."""
+    yield {"a": model(inputs(seed) * 1e30).square().mean()}
+
+
+@pytest.mark.filterwarnings("error:Detected call of")
+def test_a_forward_pass_that_overflows_in_fp16_skips_the_step_and_leaves_no_trace():
+    """Neither in the weights nor in BatchNorm's statistics, which would be infinite for good."""
+    model = network()
+    t = trainer(model, precision="fp16")
+    t.update(losses_of(model, 0))
+    before, scale = copy.deepcopy(model.state_dict()), t.scaler.get_scale()
+    assert t.update(overflowing(model, 1)) == {}
+    assert states_equal(model.state_dict(), before) and (t.step, t.batch) == (2, 2)
+    assert t.scaler.get_scale() == scale / 2
+    assert t.update(losses_of(model, 2)) and not torch.equal(model[4].weight, before["4.weight"])
+
+
+def test_one_of_several_accumulated_batches_that_overflows_skips_their_step():
+    model = network()
+    t = trainer(model, precision="fp16", accumulate=2)
+    before = copy.deepcopy(model.state_dict())
+    t.update(losses_of(model, 0))
+    t.update(iter([{"a": model[4].weight.sum() * 0 + float("inf")}]))  # a loss of infinity with a finite gradient
+    assert states_equal(model.state_dict(), before) and t.step == 1 and t.scaler.get_scale() == 32768
+
+
+def test_many_overflows_in_a_row_end_the_training_and_any_good_batch_starts_the_count_again():
+    model = network()
+    t = trainer(model, precision="fp16")
+    for _ in range(MOST_OVERFLOWS):
+        t.update(overflowing(model, 0))
+    t.update(losses_of(model, 0))
+    for _ in range(MOST_OVERFLOWS):
+        t.update(overflowing(model, 0))
+    with pytest.raises(Diverged, match=rf"the loss 'a' is (nan|inf) for the {MOST_OVERFLOWS + 1}th time in a row"):
+        t.update(overflowing(model, 0))
+
+
+def test_a_failed_step_is_taken_back(monkeypatch):
+    """Its batches are done again, with BatchNorm's statistics as they were; a step that is over stays."""
+    model = network()
+    t = trainer(model, accumulate=2)
+    for seed in (0, 1):
+        t.update(losses_of(model, seed))
+    done = copy.deepcopy(model.state_dict())
+    assert t.rewind() and states_equal(model.state_dict(), done) and t.batch == 2
+    t.update(losses_of(model, 2))
+    assert t.batch == 3 and not states_equal(model.state_dict(), done)
+    assert t.rewind() and states_equal(model.state_dict(), done) and t.batch == 2
+
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(t.optimizer, "step", fail)
+    with pytest.raises(MemoryError):
+        for seed in (2, 3):
+            t.update(losses_of(model, seed))
+    assert not t.rewind()  # some weights may have changed
+
+
 def test_the_moving_average_follows_the_weights():
     model = network()
     t = trainer(model, ema_decay=0.5)
@@ -350,116 +408,52 @@ def test_a_restored_trainer_goes_on_bit_by_bit(options):
     assert states_equal(a, b)
 
 
-def test_a_learning_rate_changed_on_resume_holds_from_the_first_step():
-    state = trainer(network()).state_dict()
-    resumed = trainer(network(), learning_rate=0.02)
-    resumed.load_state_dict(state)
-    assert resumed.optimizer.param_groups[0]["lr"] == 0.02
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_rates_decay_and_momentum_changed_on_resume_hold_from_the_first_step(optimizer):
+    """A step after them equals that of a trainer that had them all along, with the same momentum gathered so far."""
+    model, other = network(), network()
+    whole = trainer(model, optimizer=optimizer)
+    whole.update(losses_of(model, 0))
+    resumed = trainer(other, optimizer=optimizer, learning_rate=0.02, weight_decay=0.3, momentum=0.5)
+    resumed.load_state_dict(copy.deepcopy(whole.state_dict()))
+    group = whole.optimizer.param_groups[0]
+    group |= {"lr": group["lr"] * 0.2, "weight_decay": 0.3} | ({"momentum": 0.5} if optimizer == "sgd" else {})
+    assert resumed.optimizer.param_groups[0]["lr"] == pytest.approx(group["lr"])
+    for t, m in ((whole, model), (resumed, other)):
+        t.update(losses_of(m, 1))
+    torch.testing.assert_close(list(model.parameters()), list(other.parameters()))
 
 
-# The epoch loop
+@pytest.mark.parametrize("schedule", [{"type": "cosine"}, {"type": "multistep", "milestones": [5, 8]}])
+@pytest.mark.parametrize(("batches", "accumulate", "batch_size"), [(2, 1, 4), (8, 1, 1), (4, 2, 2), (2, 2, 4)])
+def test_the_schedule_goes_on_at_the_same_place_of_the_epoch(schedule, batches, accumulate, batch_size):
+    """Half of epoch 6 of 10 is done, 2 batches of 2; then in batches of `batch_size`, `accumulate` to a step."""
+
+    def make(batches_per_epoch, **options):
+        config = train_config(epochs=10, **schedule)
+        for name, value in options.items():
+            setattr(config, name, value)
+        return Trainer(network(), config, CPU, batches_per_epoch)
+
+    state = make(4, batch_size=2).state_dict() | {"epoch": 6, "batch": 2, "step": 22}
+    state["scheduler"] = {"last_epoch": 22}
+    resumed = make(batches, accumulate=accumulate, batch_size=batch_size)
+    resumed.load_state_dict(state, batch_size=2)
+    assert resumed.epoch == 6 and resumed.batch * batch_size in (4, 0) and resumed.batch % accumulate == 0
+    rate = resumed.optimizer.param_groups[0]["lr"]
+    epoch = 5 + resumed.batch / batches
+    cosine = 0.4 * 0.5 * (1 + math.cos(math.pi * epoch / 10))
+    assert rate == pytest.approx(cosine if schedule["type"] == "cosine" else 0.4 * 0.1)
+    for _ in range(5 * batches - resumed.batch):
+        resumed.update(losses_of(resumed.model, 0))
+    if schedule["type"] == "cosine":  # at the end, and not before, it has fallen to nothing
+        assert resumed.optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-9)
 
 
-class Loader(list):
-    """The batches 0 to 3 of an epoch, of which each knows `to`; `epochs` are those that were asked for."""
+def test_the_groups_of_the_optimizer_depend_on_roles_and_not_on_rates():
+    def sizes(**options):
+        config = TrainConfig(decay_norm_and_bias=False, **options)
+        return [len(group["params"]) for group in build_optimizer(Net(), config).param_groups]
 
-    def __init__(self, start=0):
-        self.epochs = []
-        self.batch_sampler = SimpleNamespace(set_epoch=self.set_epoch)
-
-    def set_epoch(self, epoch, start):
-        self.epochs.append((epoch, start))
-        self[:] = [SimpleNamespace(to=lambda _device, i=i: i) for i in range(start, 4)]
-
-
-class Counting(Training):
-    """Trains on losses that equal the batch's number; `hook(epoch, batch)` is called before each."""
-
-    def __init__(self, folder, hook=lambda epoch, batch: None, due=(), resume=False, **options):
-        self.model, self.hook, self.scored = network(), hook, []
-        loader = Loader()
-        super().__init__(trainer(self.model, **options), loader, folder, set(due), resume=resume, tensorboard=False)
-
-    def losses(self, batch):
-        self.hook(self.trainer.epoch, batch)
-        yield {"a": self.model[4].weight.sum() * 0 + float(batch)}
-
-    def score(self, epoch):
-        self.scored.append(epoch)
-        self.log.write("eval", epoch, networks={})
-
-
-@pytest.fixture
-def stop(monkeypatch):
-    """The request to stop that every training sees, without signals."""
-
-    class Stop:
-        requested = False
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            pass
-
-        def agree(self):
-            pass
-
-    request = Stop()
-    monkeypatch.setattr(training, "StopRequest", lambda: request)
-    return request
-
-
-def test_a_training_logs_saves_and_scores_its_epochs(tmp_path, stop):
-    run = Counting(tmp_path, due=[1, 3], save_every=2)
-    assert run.run() and run.loader.epochs == [(1, 0), (2, 0), (3, 0)] and run.scored == [1, 3]
-    records = [(r["kind"], r["step"]) for r in read_log(tmp_path / "log.jsonl")]
-    assert records == [("train", 1), ("eval", 1), ("train", 2), ("train", 3), ("eval", 3)]
-    assert read_log(tmp_path / "log.jsonl")[0]["losses"] == {"a": 1.5}
-    assert {p.name for p in tmp_path.iterdir()} == {"log.jsonl", "last.pt", "epoch_0002.pt"}
-    assert (run.trainer.epoch, run.trainer.batch, run.trainer.step) == (4, 0, 12)
-
-
-@pytest.mark.parametrize(("stop_after", "position"), [(0, (1, 1)), (2, (1, 3)), (3, (2, 0))])
-def test_a_stop_ends_the_epoch_after_its_step(tmp_path, stop, stop_after, position):
-    """On the last batch the epoch is over: it is logged and scored before the training stops."""
-
-    def hook(_epoch, batch):
-        stop.requested = batch == stop_after
-
-    run = Counting(tmp_path, hook, due=[1])
-    assert not run.run() and (run.trainer.epoch, run.trainer.batch) == position
-    assert len(read_log(tmp_path / "log.jsonl")) == (2 if stop_after == 3 else 0)
-    stop.requested = False
-    resumed = Counting(tmp_path, due=[1], resume=True)
-    assert resumed.run() and resumed.loader.epochs[0] == position and resumed.trainer.step == 12
-    assert run.scored + resumed.scored == [1]
-
-
-def test_a_stop_waits_for_the_batches_that_share_a_step(tmp_path, stop):
-    def hook(epoch, batch):
-        stop.requested = True
-
-    run = Counting(tmp_path, hook, accumulate=2)
-    assert not run.run() and (run.trainer.epoch, run.trainer.batch, run.trainer.step) == (1, 2, 1)
-
-
-def test_a_training_that_was_killed_while_it_scored_scores_again_and_once(tmp_path, stop, monkeypatch):
-    def die(self, epoch):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Counting, "score", die)
-        Counting(tmp_path, due=[2]).run()
-    run = Counting(tmp_path, due=[2], resume=True)
-    assert run.run() and run.scored == [2] and run.loader.epochs == [(3, 0)]
-    again = Counting(tmp_path, due=[2, 3], resume=True)  # 3 was not due before
-    assert again.run() and again.scored == [3] and again.loader.epochs == []
-
-
-def test_a_training_that_starts_over_is_scored_anew(tmp_path, stop):
-    """Its folder may hold the log of an earlier one whose last.pt is gone."""
-    assert Counting(tmp_path, due=[2]).run()
-    (tmp_path / "last.pt").unlink()
-    run = Counting(tmp_path, due=[2], resume=True)
-    assert run.run() and run.scored == [2]
+    assert sizes(learning_rate=0.1, backbone_learning_rate=0.1) == sizes(backbone_learning_rate=0.2, weight_decay=0.0)
+    assert len(sizes(backbone_learning_rate=0.2)) == 4 and len(sizes()) == 2

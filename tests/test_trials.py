@@ -10,6 +10,7 @@ import pytest
 
 from lib import trials
 from lib.errors import UserError
+from lib.runtime import Stopped
 from lib.trials import Recipe, Trials, as_markdown, contestants, shortened
 
 
@@ -39,13 +40,17 @@ def test_trials_that_are_done_are_never_done_again(recipe, networks, tmp_path, m
         done.append((start, genotype))
         (folder / "last.pt").parent.mkdir(parents=True, exist_ok=True)
         (folder / "last.pt").touch()
-        return {"AP": 0.1 * len(done), "AP50": 0.5} if len(done) != 5 else None
+        if len(done) == 5:
+            raise Stopped("everything is saved", 15)
+        return {"AP": 0.1 * len(done), "AP50": 0.5}
 
     monkeypatch.setattr(Trials, "_try", train)
-    assert not Trials(recipe, tmp_path / "trials", networks).run()
+    with pytest.raises(Stopped):
+        Trials(recipe, tmp_path / "trials", networks).run()
     assert (tmp_path / "trials" / "random_1" / "fine_tuned" / "last.pt").exists()  # to resume from
     again = Trials(recipe, tmp_path / "trials", networks)
-    assert again.run() and again.run()
+    for _ in range(2):
+        again.run()
     assert [genotype for _, genotype in done] == [networks["found"]] * 3 + [networks["random 1"]] * 5
     assert not list((tmp_path / "trials").rglob("last.pt"))
     first, second = again.results

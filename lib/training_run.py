@@ -1,0 +1,301 @@
+"""The epochs of a training: save, log, score, stop when asked to or when it diverges; and what --resume goes on from.
+
+A run goes on with the settings that it began with. What is there is read and compared before anything is written. A
+change of the keys below is carried through exactly, or changes nothing about the training; any other change is refused,
+with the key and both values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import signal
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lib import checkpoint, config_io, distributed
+from lib.config import Config
+from lib.datasets import Batch
+from lib.errors import UserError
+from lib.log import RunLog, progress, read_log, say
+from lib.losses import DetectionLoss, Targets
+from lib.plain import shown
+from lib.runtime import Stopped, StopRequest
+from lib.training import Diverged, Losses, Trainer
+
+LAST = "last.pt"
+LAST_GOOD = "last_good.pt"  # last.pt as it was at the last evaluation that found something
+COLLAPSED = 3  # evaluations in a row that find nothing, after one that found SOMETHING
+SOMETHING = 0.01
+# Of the stage's own section, that is of `supernet` or of `final`. A section, such as lr_schedule, stands for its keys.
+TRAINING_MAY_CHANGE = {
+    *("epochs", "learning_rate", "backbone_learning_rate", "base_net_lr", "lr_schedule", "momentum", "weight_decay"),
+    *("clip_grad_norm", "batch_size", "accumulate", "sync_batch_norm", "eval_every", "save_every", "save_minutes"),
+    *("interference_tolerance", "genotypes", "supernet_state_dict"),  # the genotype itself is compared
+}
+# The pictures may have moved: the split and their fingerprint are compared. So are the classes that were found.
+ANY_STAGE_MAY_CHANGE = {
+    *("name", "data.root", "data.train_annotations", "data.train_images", "data.test_annotations", "data.test_images"),
+    *("data.dataset_type", "data.classes", "data.num_classes", "data.on_error", "data.max_skipped", "data.max_pixels"),
+    *("data.workers", "data.cache"),
+    *("backbone.pretrained_path", "backbone.pretrained_head"),  # where the weights started once
+}
+REMEDY = "--train-dir DIR starts another run (what may change: docs/flags.md, Interruptions)"
+
+
+def read_previous(folder: Path, config: Config, stage: str) -> dict | None:
+    """The checkpoint that the run in `folder` goes on from, in every process of the job; None if there is none yet.
+
+    Raises UserError for the first key of `config` whose change since then cannot be carried through.
+    """
+    last, good = folder / LAST, folder / LAST_GOOD
+    payload = None
+    if distributed.world().main:
+        try:
+            if last.exists() or good.exists():
+                payload = checkpoint.read(last)
+        except UserError as error:
+            spare = f"; {good} is an earlier one: copy it to {last} to go on from there" if good.exists() else ""
+            raise UserError(f"{error}{spare}") from None
+    payload = distributed.from_main(payload)
+    if payload is None:
+        return None
+    saved = config_io.to_dict(config_io.from_dict(payload["config"], str(last)))
+    asked = config_io.to_dict(config)
+    for key in config_io.KEYS:
+        before, now = (config_io.get_key(settings, key) for settings in (saved, asked))
+        if before != now and not _may_change(key, before, now, stage):
+            raise UserError(f"{key}: expected {shown(before)}, with which {last} began, found {shown(now)}; {REMEDY}")
+    return payload
+
+
+def _may_change(key: str, before: object, now: object, stage: str) -> bool:
+    section, _, rest = key.partition(".")
+    if section == stage:
+        # A rate of its own makes the backbone's parameters a group of their own in the optimizer.
+        regrouped = rest == "backbone_learning_rate" and bool(before) != bool(now)
+        return rest.partition(".")[0] in TRAINING_MAY_CHANGE and not regrouped
+    if section in ("supernet", "search", "final"):
+        return stage != "final" or key != "search.objective"  # by which the best epoch is chosen
+    return key in ANY_STAGE_MAY_CHANGE
+
+
+def compare_data(payload: dict, classes: Sequence[str], data: dict[str, str], path: Path) -> None:
+    """Raise UserError if the checkpoint `payload` of `path` knows other classes; say if its data were others.
+
+    `data` are fingerprints by name.
+    """
+    if list(payload["classes"]) != list(classes):
+        known, found = (", ".join(map(str, names)) for names in (payload["classes"], classes))
+        raise UserError(f"data.classes: expected {known}, in this order, as in {path}, found {found}; {REMEDY}")
+    for name, before in payload.get("data", {}).items():
+        if before != data.get(name):
+            say(f"note: the {name} data differ from those that {path} was trained with")
+
+
+def forget_later_epochs(log: Path, epoch: int) -> None:
+    """Leave the epochs before `epoch` in a log, each once: the others are trained, and logged, again."""
+    if not distributed.world().main or not log.exists():
+        return
+    records = {(r["kind"], r["step"]): r for r in read_log(log) if r["step"] < epoch}
+    text = "".join(json.dumps(record) + "\n" for record in records.values())
+    if text.encode() != log.read_bytes():
+        checkpoint.write_text(log, text)
+
+
+class Training:
+    """The epochs of one stage: train, save last.pt, log, and score after each of the epochs in `due`.
+
+    A subclass says what the losses of a batch are, how to score, and what its checkpoints hold besides the trainer's
+    state; `stage` is its section of the configuration, `data` are fingerprints by name.
+    `previous` is what it goes on from (`read_previous`). Raises UserError, before anything is written, if it cannot.
+    """
+
+    stage: str
+    config: Config
+    classes: Sequence[str]
+    data: dict[str, str]
+    loss: DetectionLoss
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        loader: DataLoader,
+        folder: Path,
+        due: set[int],
+        previous: dict | None,
+        tensorboard: bool,
+    ):
+        self.trainer = trainer
+        self.loader = loader
+        self.folder = folder
+        self.due = due
+        self.last, self.last_good = folder / LAST, folder / LAST_GOOD
+        self.sums: dict[str, float] = {}  # of the losses of this epoch's batches, or of the epoch that has just ended
+        self.counted = 0  # those batches
+        if previous:
+            self.restore(previous)
+            say(f"resumed {self.last} at epoch {trainer.epoch}, step {trainer.step}")
+        # restore() may refuse the folder, so nothing is written before this point
+        checkpoint.remove_leftovers(folder)
+        forget_later_epochs(folder / "log.jsonl", trainer.epoch)
+        self.log = RunLog(folder / "log.jsonl", tensorboard)
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Prepare the model for `epoch`, or for the rest of it after an interruption."""
+        self.trainer.model.train()
+
+    def priors(self) -> Tensor:
+        """The prior boxes (P, 4) cxcywh of the current step."""
+        raise NotImplementedError
+
+    def losses(self, batch: Batch, targets: Targets | None) -> Iterator[Losses]:
+        """The losses of one batch. Its targets are given if they depend on other batches as well."""
+        raise NotImplementedError
+
+    def score(self, epoch: int) -> None:
+        """Score the model after `epoch` and log the result as "eval"."""
+        raise NotImplementedError
+
+    def state(self) -> dict:
+        """The content of last.pt."""
+        losses = {"sums": dict(self.sums), "batches": self.counted}
+        identity = {"config": config_io.to_dict(self.config), "classes": list(self.classes), "data": self.data}
+        return {**identity, **self.trainer.state_dict(), "losses": losses}
+
+    def restore(self, payload: dict) -> None:
+        sizes = [len(group["params"]) for group in payload["optimizer"]["param_groups"]]
+        if sizes != [len(group["params"]) for group in self.trainer.optimizer.param_groups]:
+            raise UserError(f"{self.last}: its optimizer groups the parameters otherwise; {REMEDY}")
+        compare_data(payload, self.classes, self.data, self.last)
+        self.trainer.load_state_dict(payload, payload["config"][self.stage].get("batch_size"))
+        losses = payload.get("losses", {"sums": {}, "batches": 0})
+        self.sums, self.counted = defaultdict(float, losses["sums"]), losses["batches"]
+
+    def save(self) -> None:
+        """Write last.pt. Raises Diverged, and leaves the file as it was, if a weight is not finite."""
+        state = self.state()
+        for key, tensor in state["model"].items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise Diverged(f"epoch {self.trainer.epoch}, step {self.trainer.step}: {key} is no longer finite")
+        checkpoint.save(self.last, state)
+        self._saved = time.monotonic()
+
+    def run(self) -> None:
+        """Train until the last epoch ends. Raises Stopped after a signal, when everything has been saved."""
+        trainer = self.trainer
+        self._saved = time.monotonic()
+        try:
+            with StopRequest() as stop:
+                if trainer.batch == 0 and trainer.epoch > 1:
+                    self._finish_epoch(trainer.epoch - 1)
+                while trainer.epoch <= trainer.config.epochs and not stop.requested:
+                    self._run_epoch(stop)
+        except Diverged as error:
+            raise UserError(f"{error}; {self._where_to_go_on()}") from None
+        self.log.close()
+        if trainer.epoch <= trainer.config.epochs:
+            raise Stopped(f"everything is in {self.last}, the same command with --resume goes on", stop.number)
+
+    def _finish_epoch(self, epoch: int) -> None:
+        """Log, score and keep an epoch that has been saved, as far as an earlier run did not before it was killed."""
+        logged = distributed.from_main({r["kind"] for r in read_log(self.log.path) if r["step"] == epoch})
+        if "train" not in logged and self.counted:
+            losses = {name: value / self.counted for name, value in self.sums.items()}
+            self.log.write("train", epoch, losses=losses, lr=self.trainer.optimizer.param_groups[0]["lr"])
+        if "eval" not in logged and epoch in self.due:
+            self._score(epoch)
+        every = self.trainer.config.save_every
+        if every and epoch % every == 0 and distributed.world().main:
+            checkpoint.link(self.last, self.folder / f"epoch_{epoch:04d}.pt")
+
+    def _run_epoch(self, stop: StopRequest) -> None:
+        """Train the rest of an epoch; unless a request to stop ended it, log and score it."""
+        trainer, epoch = self.trainer, self.trainer.epoch
+        self.begin_epoch(epoch)
+        self.loader.batch_sampler.set_epoch(epoch, trainer.batch)
+        if trainer.batch == 0:
+            self.sums, self.counted = defaultdict(float), 0
+        try:
+            self._train_epoch(stop)
+        except Exception as error:
+            self._rescue(error, stop)
+        self.save()
+        if trainer.batch == 0:  # not stopped within the epoch
+            self._finish_epoch(epoch)
+
+    def _train_epoch(self, stop: StopRequest) -> None:
+        """Train on the batches that are left of this epoch, or until `stop` is requested."""
+        trainer = self.trainer
+        seconds = 60 * trainer.config.save_minutes
+        batches = iter(self.loader)
+        # torch's handler would raise for a loader process that has died wherever the training is at the moment. The
+        # loader finds out by itself, when it waits for that process.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        with progress(None, f"epoch {trainer.epoch}/{trainer.config.epochs}", total=len(self.loader)) as bar:
+            while step := [batch.to(trainer.device) for batch in itertools.islice(batches, trainer.batches_in_step)]:
+                # Several batches of one step count as one: their objects weigh the same, however they are spread.
+                targets = self._targets_together(step) if len(step) > 1 else [None]
+                for batch, target in zip(step, targets, strict=True):
+                    losses = trainer.update(self.losses(batch, target))
+                    self.counted += bool(losses)
+                    for name, value in losses.items():
+                        self.sums[name] += value
+                    bar.update()
+                means = {name: f"{value / self.counted:.3f}" for name, value in self.sums.items()}
+                bar.set_postfix(means, refresh=False)
+                stop.agree()
+                if stop.requested:
+                    break
+                if seconds and trainer.batch and time.monotonic() - self._saved > seconds:
+                    self.save()
+
+    def _targets_together(self, batches: Sequence[Batch]) -> Sequence[Targets]:
+        return self.loss.match_together([(batch.boxes, batch.labels) for batch in batches], self.priors())
+
+    def _rescue(self, error: Exception, stop: StopRequest) -> None:
+        """Save what the epoch has done before `error` ends the training. A stop that the loader heard too is no error.
+
+        A batch system may send its signal to the loader's processes as well.
+        """
+        if isinstance(error, Diverged | distributed.PeerLost) or not self.trainer.rewind():
+            raise error
+        if stop.requested and "DataLoader worker" in str(error):
+            return
+        with contextlib.suppress(UserError):
+            self.save()
+            say(f"saved {self.last} at epoch {self.trainer.epoch}, step {self.trainer.step}; --resume goes on from it")
+        raise error
+
+    def _score(self, epoch: int) -> None:
+        """Score, and keep last.pt as last_good.pt. Raises Diverged if nothing has been found for several times now."""
+        self.score(epoch)
+        if not distributed.world().main:
+            return
+        found = {}
+        for record in read_log(self.log.path):
+            if record["kind"] == "eval":
+                scores = [metrics.get(self.config.search.objective) for metrics in record["networks"].values()]
+                found[record["step"]] = max((score or 0.0 for score in scores), default=0.0)
+        if found[epoch] > 0 or max(found.values()) < SOMETHING:
+            checkpoint.link(self.last, self.last_good)
+        elif max(list(found.values())[-COLLAPSED:]) == 0:
+            before = max(step for step, score in found.items() if score > 0)
+            raise Diverged(
+                f"epoch {epoch}: {self.config.search.objective} has been 0 for {COLLAPSED} evaluations, after "
+                f"{found[before]:.3f} at epoch {before}; a lower learning_rate may help"
+            )
+
+    def _where_to_go_on(self) -> str:
+        """The checkpoints from which a diverged training can be taken up again."""
+        if not self.last.exists():
+            return "nothing had been saved yet"
+        spare = f"; {self.last_good} is that of the last evaluation that found something: copy it to {self.last}"
+        found = spare if self.last_good.exists() else ""
+        return f"{self.last} is the last one that was saved, --resume goes on from it{found}"
