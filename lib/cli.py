@@ -118,9 +118,9 @@ class CommandLine:
         if goes_on:
             layer, source = saved, f"{folder / 'config.yaml'}, with which this run began"
         # Flags and --set override whichever layer was chosen.
-        changed = config_io.with_changes(layer, self._changes)
         if args.data and not any(key == "data.dataset_type" for key, _ in self._changes):
-            changed = _with_own_pictures(changed, Path(args.data))
+            layer = _with_own_pictures(layer, Path(args.data))
+        changed = config_io.with_changes(layer, self._changes)
         typed = [key for key, _ in self._changes]
         config = config_io.from_dict(changed, source, typed)
         config_io.validate(config)
@@ -157,8 +157,11 @@ def _with_own_pictures(layer: dict, folder: Path) -> dict:
         return layer
     if not folder.is_dir():
         raise UserError(f"--data {folder}: no such folder; the built-in pictures need no --data")
-    changes = {"data.dataset_type": "auto", "data.num_classes": 0, "data.classes": []}
-    return config_io.with_changes(layer, changes.items())
+    # What trains and what tests is found anew, and so are the classes.
+    found = ("num_classes", "classes", "train_sets", "test_sets")
+    found += ("train_annotations", "train_images", "test_annotations", "test_images")
+    data = {key: value for key, value in layer["data"].items() if key not in found}
+    return {**layer, "data": {**data, "dataset_type": "auto"}}
 
 
 def _saved_config(folder: Path) -> dict | None:

@@ -26,6 +26,7 @@ from lib.plain import read_bytes, shown
 
 logger = logging.getLogger(__name__)
 MOST_BYTES = 64 * 1024**2  # of a label file that is not JSON
+MOST_YAML, MOST_BRACKETS = 1024**2, 1000  # parsing takes time with the square of the latter
 MOST_SHOWN = 20  # faults of a data set that are named; the others are counted
 LARGEST_SIDE = 1_000_000  # pixels; what is beyond is a mistake
 FARTHEST = 10.0 * LARGEST_SIDE  # a corner beyond this is a mistake as well
@@ -331,9 +332,12 @@ def read_yolo_txt(path: Path, faults: Faults) -> list[tuple[int, tuple[float, ..
 
 def read_yolo_yaml(path: Path) -> tuple[dict[int, str], str, dict[str, list[str]]]:
     """Class names by number, the key `path`, and the folders or list files of train, val and test."""
+    text = read_text(path)
+    if len(text) > MOST_YAML or text.count("[") + text.count("{") > MOST_BRACKETS:
+        raise UserError(f"{path}: too large, or nested too deeply, for a description of a data set")
     try:
         # The base loader leaves every scalar as text: a class called yes or 1 stays that.
-        data = yaml.load(read_text(path), Loader=yaml.BaseLoader)
+        data = yaml.load(text, Loader=yaml.BaseLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid YAML: {shown(' '.join(str(error).split()))}") from None
     data = data if isinstance(data, dict) else {}

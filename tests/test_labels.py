@@ -1,0 +1,257 @@
+"""Whatever a label file holds, its reader gives values or a UserError."""
+
+import json
+import logging
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_data import write_picture
+
+from lib.annotations import read_coco, read_pairs
+from lib.config import DataConfig
+from lib.datasets import load_annotations
+from lib.errors import UserError
+from lib.labels import Faults, class_name, read_lines, read_voc_xml, read_yolo_txt, read_yolo_yaml
+from lib.layouts import Pair
+
+logging.getLogger("lib.labels").setLevel(logging.ERROR)
+
+ODD = st.sampled_from(
+    [
+        None,
+        True,
+        "",
+        "x",
+        "1",
+        -1,
+        0,
+        1,
+        2.5,
+        2**53 + 1,
+        10**30,
+        10**400,
+        1e308,
+        float("nan"),
+        float("inf"),
+        [],
+        {},
+        "\ud800",
+        "a\0b",
+    ]
+)
+PLAIN = st.recursive(
+    ODD, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner), max_leaves=5
+)
+
+
+def entries(**good):
+    """Dicts with some keys missing and some values odd."""
+    return st.fixed_dictionaries({}, optional={key: st.just(value) | PLAIN for key, value in good.items()}) | st.just(
+        good
+    )
+
+
+DOCUMENT = st.fixed_dictionaries(
+    {},
+    optional={
+        "images": st.lists(entries(id=1, file_name="a.jpg", width=48, height=32), max_size=3) | PLAIN,
+        "annotations": st.lists(
+            entries(id=1, image_id=1, category_id=1, bbox=[1, 2, 3, 4], area=12, iscrowd=0), max_size=3
+        )
+        | PLAIN,
+        "categories": st.lists(entries(id=1, name="cat", supercategory="x"), max_size=3) | PLAIN,
+    },
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("labels")
+    write_picture(folder / "images" / "a.jpg")
+    return folder
+
+
+def tried(read):
+    """The result of `read`, or None where it raises UserError."""
+    try:
+        return read()
+    except UserError as error:
+        assert str(error)
+        return None
+
+
+@given(document=DOCUMENT | PLAIN, on_error=st.sampled_from(["raise", "skip"]))
+@settings(max_examples=60)
+def test_any_json_is_read_or_refused(folder, document, on_error):
+    (folder / "x.json").write_text(json.dumps(document))
+    found = tried(lambda: read_coco(folder / "x.json", folder / "images", (), on_error))
+    if found is not None:
+        assert found.truth.boxes.isfinite().all() and found.truth.area.isfinite().all() and found.fingerprint()
+
+
+@given(data=st.binary(max_size=40), at=st.integers(0, 400), cut=st.integers(0, 400))
+@settings(max_examples=50)
+def test_damaged_files_are_read_or_refused(folder, data, at, cut):
+    files = {
+        "x.json": json.dumps({"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [], "categories": []}),
+        "x.xml": "<annotation><filename>a.jpg</filename><size><width>48</width></size><object><name>cat</name>"
+        "<bndbox><xmin>1</xmin><ymin>2</ymin><xmax>3</xmax><ymax>4</ymax></bndbox></object></annotation>",
+        "x.txt": "0 .5 .5 .1 .1\n1 0.1 0.1 0.2 0.2 0.3 0.1\n",
+        "x.yaml": "names: [cat, dog]\ntrain: images\nval: [images]\n",
+    }
+    for name, text in files.items():
+        whole = text.encode()
+        (folder / name).write_bytes(whole[: at % len(whole)] + data + whole[at % len(whole) + cut :])
+    tried(lambda: read_coco(folder / "x.json", folder / "images", (), "skip"))
+    picture = str(folder / "images" / "a.jpg")
+    tried(lambda: read_pairs(folder, [Pair("a", picture, folder / "x.xml")], (), Faults()))
+    tried(lambda: read_pairs(folder, [Pair("a", picture, folder / "x.txt")], (), Faults("skip"), {0: "cat"}))
+    tried(lambda: read_yolo_yaml(folder / "x.yaml"))
+    assert all(isinstance(line, str) for line in read_lines(folder / "x.txt"))
+
+
+TEXTS = st.text(max_size=8) | st.sampled_from(
+    ["1", "nan", "-inf", "1e999", "9" * 5000, "10", "20", " 7 ", "Unspecified"]
+)
+
+
+@given(values=st.lists(TEXTS, min_size=8, max_size=8))
+@settings(max_examples=50)
+def test_any_text_in_an_xml_is_read_or_refused(folder, values):
+    texts = ["".join(c for c in value if c.isalnum() or c in " .-+") for value in values]
+    tags = ("width", "height", "name", "difficult", "xmin", "ymin", "xmax", "ymax")
+    w, h, n, d, *corners = (f"<{tag}>{text}</{tag}>" for tag, text in zip(tags, texts, strict=True))
+    xml = f"<annotation><size>{w}{h}</size><object>{n}{d}<bndbox>{''.join(corners)}</bndbox></object></annotation>"
+    (folder / "x.xml").write_text(xml, encoding="utf-8")
+    found = tried(lambda: read_pairs(folder, [Pair("a", str(folder / "images/a.jpg"), folder / "x.xml")], (), Faults()))
+    assert found is None or (found.truth.boxes.isfinite().all() and found.sizes.min() > 0)
+
+
+@given(lines=st.lists(st.lists(TEXTS, max_size=10).map(" ".join), max_size=4))
+@settings(max_examples=50)
+def test_any_yolo_text_is_read_or_skipped(folder, lines):
+    (folder / "y.txt").write_text("\n".join(lines), encoding="utf-8", errors="replace")
+    for _, box in read_yolo_txt(folder / "y.txt", Faults("skip")):
+        assert all(-2 <= corner <= 3 for corner in box)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[" * 100_000,
+        b'{"images":' * 50_000,
+        b"1" * 5000,
+        b'{"images": [{"id": ' + b"9" * 5000 + b"}]}",
+        b"\xff\xfe\x00",
+        b"",
+        b"null",
+    ],
+)
+def test_json_that_python_cannot_take_is_refused(folder, content):
+    (folder / "x.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"x\.json"):
+        read_coco(folder / "x.json", folder / "images")
+
+
+BOMB = b'<!DOCTYPE a [<!ENTITY b "bbbbbbbb"><!ENTITY c "&b;&b;&b;">]><annotation><filename>&c;</filename></annotation>'
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (BOMB, "XML entities"),
+        (BOMB.decode().encode("utf-16"), "XML entities"),
+        (b"<a>" * 20_000 + b"</a>" * 20_000, "expected <annotation>"),
+        (b'<?xml version="1.0" encoding="klingon"?><annotation/>', "cannot be read"),
+        (b"<annotation>\xe4</annotation>", "cannot be read"),
+        (b"", "cannot be read"),
+    ],
+)
+def test_xml_that_is_none_of_vocs_is_refused(folder, content, message):
+    (folder / "x.xml").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_voc_xml(folder / "x.xml", Faults())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &a [*a]",
+        "names: {0: {1: 2}}\ntrain: x",
+        "names: [cat]\ntrain: {a: b}",
+        "[" * 5000,
+        "[" * 500,
+        "names: 3",
+        "\t",
+        "names:\n  x: cat",
+    ],
+)
+def test_yaml_that_is_no_data_set_is_refused(folder, text):
+    (folder / "x.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"x\.yaml"):
+        read_yolo_yaml(folder / "x.yaml")
+
+
+def test_yaml_scalars_stay_text(folder):
+    (folder / "x.yaml").write_text("names: [yes, 1, null, 'cat ']\ntrain: images\nvalid: [a, b]\n")
+    names, base, splits = read_yolo_yaml(folder / "x.yaml")
+    assert list(names.values()) == ["yes", "1", "null", "cat "] and base == ""
+    assert splits == {"train": ["images"], "val": ["a", "b"], "test": []}
+
+
+def test_a_folder_in_place_of_a_file_is_refused(folder):
+    (folder / "d").mkdir(exist_ok=True)
+    for read in (
+        lambda: read_coco(folder / "d", folder / "images"),
+        lambda: read_voc_xml(folder / "d", Faults()),
+        lambda: read_yolo_txt(folder / "d", Faults()),
+        lambda: read_yolo_yaml(folder / "d"),
+        lambda: read_lines(folder / "d"),
+    ):
+        with pytest.raises(UserError, match="directory"):
+            read()
+
+
+def test_names_are_one_printable_line():
+    assert [class_name(x) for x in (3, 2.5, " a\n\tb ", "\x1b[31m", "\ud800", None, True, [], "猫")] == [
+        "3",
+        "2.5",
+        "a b",
+        "[31m",
+        "",
+        "",
+        "",
+        "",
+        "猫",
+    ]
+
+
+def test_polygons_become_their_boxes_and_wrong_lines_are_named(folder):
+    (folder / "y.txt").write_text(
+        "0 0.5 0.5 0.2 0.4\n\n2 0.1 0.2 0.3 0.2 0.2 0.6\n1 0.5 0.5\n1 200 10 30 30\nx 1 1 1 1\n-1 0 0 0 0\n"
+    )
+    faults = Faults("skip")
+    found = read_yolo_txt(folder / "y.txt", faults)
+    assert [label for label, _ in found] == [0, 2]
+    assert found[0][1] == pytest.approx((0.4, 0.3, 0.6, 0.7)) and found[1][1] == (0.1, 0.2, 0.3, 0.6)
+    assert ["line 4" in faults.named[0], "shares" in faults.named[1], faults.counts["object", "malformed line"]] == [
+        True,
+        True,
+        4,
+    ]
+
+
+def test_all_faults_come_in_one_list(tmp_path):
+    for i in range(30):
+        write_picture(tmp_path / f"{i:02d}.jpg")
+        (tmp_path / f"{i:02d}.xml").write_text("<annotation><object><name>cat</name></object></annotation>")
+    with pytest.raises(UserError) as error:
+        load_annotations(DataConfig(root=str(tmp_path)), "train")
+    lines = str(error.value).splitlines()
+    assert "30 faults (data.on_error=skip" in lines[0] and len(lines) == 22 and lines[-1].strip() == "and 10 more"
+    assert all(f"{i:02d}.xml: malformed object: <bndbox><xmin> is missing" in lines[1 + i] for i in range(20))
+    with pytest.raises(
+        UserError, match=r"30 of 30 objects left out \(30 malformed object\), more than data.max_skipped=0.1"
+    ):
+        load_annotations(DataConfig(root=str(tmp_path), on_error="skip"), "train")

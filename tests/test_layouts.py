@@ -1,0 +1,251 @@
+"""Folders as tools leave them: what they are recognised as, and which pictures train and test."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_data import write_coco, write_picture, write_voc
+
+from lib.config import DataConfig
+from lib.datasets import load_annotations
+from lib.errors import UserError
+from lib.layouts import same_pictures
+
+TRAIN = {f"p{i}": [("cat", 5, 5, 30, 25), ("dog", 20, 4, 40, 28)][: i % 3] for i in range(6)}
+TEST = {"q0": [("dog", 1, 2, 30, 20)], "q1": []}
+IDS = {"cat": 4, "dog": 9}
+
+
+def load(root, split="train", **options):
+    return load_annotations(DataConfig(root=str(root), **options), split)
+
+
+def ids(annotations):
+    return [annotations.ids[i] for i in range(len(annotations))]
+
+
+def xml_files(root, place):
+    """TRAIN and TEST with an XML file for each picture, at (picture, XML) = place(split, stem)."""
+    for split, objects in (("train", TRAIN), ("test", TEST)):
+        write_voc(root / "voc", objects, split)
+        for name in objects:
+            for source, target in zip(("JPEGImages/{}.jpg", "Annotations/{}.xml"), place(split, name), strict=True):
+                (root / target).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(root / "voc" / source.format(name), root / target)
+    shutil.rmtree(root / "voc")
+
+
+def yolo(root, place, objects, classes=("cat", "dog"), size=(48, 32)):
+    """Pictures and text files of `objects`, at (picture, text) = place(stem); none where there are no objects."""
+    for name, boxes in objects.items():
+        picture, text = (root / path for path in place(name))
+        write_picture(picture)
+        lines = []
+        for label, x1, y1, x2, y2 in boxes:
+            w, h = size
+            numbers = ((x1 + x2) / 2 / w, (y1 + y2) / 2 / h, (x2 - x1) / w, (y2 - y1) / h)
+            lines.append(" ".join(map(repr, (classes.index(label), *numbers))))
+        text.parent.mkdir(parents=True, exist_ok=True)
+        if lines:
+            text.write_text("\n".join(lines))
+
+
+def coco(root, files):
+    for path, (folder, objects) in files.items():
+        for name in objects:
+            write_picture(root / folder / f"{name}.jpg")
+        write_coco(root / path, objects, IDS)
+
+
+def as_read(root, kind, train=TRAIN, test=TEST):
+    """The data set in `root` is recognised, and holds `train` and `test`."""
+    for split, objects in (("train", train), ("test", test)):
+        found = load(root, split)
+        assert ids(found) == sorted(objects) and found.classes == ("cat", "dog")
+        assert kind in found.notes[0] and "training data:" in found.notes[0]
+        for i, name in enumerate(sorted(objects)):
+            boxes = torch.tensor([box[1:] for box in objects[name]], dtype=torch.float32).reshape(-1, 4)
+            torch.testing.assert_close(found.target(i)["boxes"], boxes)
+            assert [found.classes[label - 1] for label in found.target(i)["labels"]] == [
+                box[0] for box in objects[name]
+            ]
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        lambda split, name: (f"{split}/{name}.jpg", f"{split}/{name}.xml"),  # labelImg, Roboflow
+        lambda split, name: (f"images/{split}/{name}.jpg", f"annots/{split}/{name}.xml"),
+        lambda split, name: (f"{split}/images/{name}.jpg", f"{split}/annotations/xmls/{name}.xml"),
+        lambda split, name: (f"{split}_zip/{split}/{name}.jpg", f"{split}_zip/{split}/{name}.jpg.xml"),
+        lambda split, name: (f"Pictures/{split.title()}Set/{name}.jpg", f"labels/{name}.XML"),
+    ],
+)
+def test_pictures_with_an_xml_file_each(tmp_path, place):
+    xml_files(tmp_path, place)
+    as_read(tmp_path, "VOC")
+
+
+def test_yolo_as_its_tools_write_it(tmp_path):
+    for split, objects in (("train", TRAIN), ("val", TEST)):
+        yolo(tmp_path, lambda n, split=split: (f"images/{split}/{n}.jpg", f"labels/{split}/{n}.txt"), objects)
+    head = "names: {0: cat, 1: dog}\nnc: 2\n"
+    (tmp_path / "data.yaml").write_text(head + "path: ../somewhere\ntrain: images/train\nval: [./images/val]\ntest:\n")
+    as_read(tmp_path, "YOLO, data.yaml")
+    # Lists of pictures, with paths of another machine.
+    for split, objects in (("train", TRAIN), ("val", TEST)):
+        lines = (f"C:\\data\\images\\{split}\\{n}.jpg" for n in objects)
+        (tmp_path / f"{split}.txt").write_text("\r\n".join(lines))
+    (tmp_path / "data.yaml").write_text(head + "train: train.txt\nval: val.txt\n")
+    as_read(tmp_path, "YOLO, data.yaml")
+    # Roboflow's: one folder too high, and a test set that was not exported.
+    (tmp_path / "data.yaml").write_text(head + "train: ../images/train\nval: ../images/val\ntest: ../test/images\n")
+    as_read(tmp_path, "YOLO, data.yaml")
+    assert any("no folder or list '../test/images'" in note for note in load(tmp_path).notes)
+    # Without data.yaml.
+    (tmp_path / "data.yaml").unlink()
+    with pytest.raises(UserError, match=r"add data.yaml or classes.txt, or data.classes"):
+        load(tmp_path)
+    (tmp_path / "labels" / "classes.txt").write_text("cat\ndog\n")
+    as_read(tmp_path, "YOLO")
+    (tmp_path / "labels" / "classes.txt").write_text("cat\ncat\n")
+    with pytest.raises(UserError, match=r"classes\.txt: two classes are called 'cat'"):
+        load(tmp_path)
+    (tmp_path / "data.yaml").write_text(head + "train: images/nowhere/more\n")
+    with pytest.raises(UserError, match=r"data\.yaml: train: no folder or list 'images/nowhere/more'"):
+        load(tmp_path)
+
+
+def test_yolo_text_files_beside_the_pictures(tmp_path):
+    for split, objects in (("train", TRAIN), ("test", TEST)):
+        yolo(tmp_path, lambda n, split=split: (f"{split}/{n}.jpg", f"{split}/{n}.txt"), objects)
+    (tmp_path / "train" / "classes.txt").write_text("cat\ndog\n")
+    as_read(tmp_path, "YOLO")
+    shutil.rmtree(tmp_path / "train")
+    with pytest.raises(UserError, match=r"expected VOC .* found pictures: 2"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"train/_annotations.coco.json": ("train", TRAIN), "test/_annotations.coco.json": ("test", TEST)},
+        {
+            "annotations/instances_train2017.json": ("train2017", TRAIN),
+            "annotations/instances_val2017.json": ("val2017", TEST),
+        },
+        {"custom_train.json": ("images/train", TRAIN), "custom_test.json": ("images/test", TEST)},
+        {"train.json": ("images", TRAIN), "val.json": ("images", TEST)},
+    ],
+)
+def test_coco_files_by_their_usual_names(tmp_path, files):
+    coco(tmp_path, files)
+    (tmp_path / "package.json").write_text("{}")
+    (tmp_path / "captions_train2017.json").write_text('{"images": [], "annotations": []}')
+    as_read(tmp_path, "COCO")
+    found = load(tmp_path, "test", dataset_type="coco")
+    assert [found.image_id(i) for i in range(2)] == [10, 11] and found.category_ids == (4, 9)
+
+
+@pytest.mark.parametrize("prefix", ["sub\\x\\", "C:\\Users\\me\\", "/home/me/a/", "./", "images/"])
+def test_coco_file_names_with_folders(tmp_path, prefix):
+    for name in TRAIN:
+        write_picture(tmp_path / ("sub/x" if prefix.startswith("sub") else "images") / f"{name}.jpg")
+    write_coco(tmp_path / "instances_default.json", TRAIN, IDS)
+    content = json.loads((tmp_path / "instances_default.json").read_text())
+    for image in content["images"]:
+        image["file_name"] = prefix + image["file_name"]
+        del image["width"]
+    (tmp_path / "instances_default.json").write_text(json.dumps(content))
+    found = load(tmp_path, test_portion=0)
+    assert len(found) == 6 and len(found.labels) == 6 and found.sizes.tolist() == [[48, 32]] * 6
+
+
+def test_what_is_ambiguous_or_missing_is_named_with_its_key(tmp_path):
+    coco(tmp_path, {"a/one_train.json": ("a", TRAIN), "b/other_train.json": ("a", TRAIN)})
+    with pytest.raises(UserError, match=r"one_train\.json, b/other_train\.json: data\.train_annotations names the one"):
+        load(tmp_path)
+    assert len(load(tmp_path, train_annotations="a/one_train.json", test_portion=0)) == 6
+    with pytest.raises(
+        UserError, match=r"no such annotation file \(data\.train_annotations\) \(did you mean 'a/one_tr"
+    ):
+        load(tmp_path, train_annotations="a/one_trian.json")
+    with pytest.raises(UserError, match="expected VOC"):
+        load(tmp_path, dataset_type="voc")
+    write_voc(tmp_path / "voc", TRAIN)
+    with pytest.raises(UserError, match=r"data\.test_sets: 'trainvl' is not there \(did you mean 'trainval'"):
+        load(tmp_path / "voc", "test", test_sets=["trainvl"])
+    with pytest.raises(UserError, match=r"no such folder \(data\.root\)"):
+        load(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"expected VOC .*, COCO .*, YOLO .*; found nothing"):
+        load(tmp_path / "empty")
+
+
+def test_voc_folders_in_all_their_forms(tmp_path):
+    devkit = tmp_path / "VOCdevkit"
+    for year in ("VOC2007", "VOC2012"):
+        write_voc(devkit / year, {f"{year}_1": [("cat", 1, 1, 9, 9)]})
+    write_voc(devkit / "VOC2007", {"t": []}, "test")
+    (devkit / "VOC2007/ImageSets/Main/cat_trainval.txt").write_text("VOC2007_1  1\n")
+    for root in (tmp_path, devkit):
+        assert ids(load(root)) == ["VOC2007_1", "VOC2012_1"] and ids(load(root, "test")) == ["t"]
+    assert ids(load(devkit / "VOC2007")) == ["VOC2007_1"] and len(load(devkit / "VOC2007").notes) == 1
+    assert ids(load(devkit, train_sets=["VOC2012/trainval"])) == ["VOC2012_1"]
+
+
+@pytest.mark.parametrize(
+    ("sets", "named", "train", "test"),
+    [
+        (["trainval", "test"], {}, ["trainval"], ["test"]),
+        (["train", "val", "test"], {}, ["train", "val"], ["test"]),
+        (["train", "val", "trainval"], {}, ["train"], ["val"]),
+        (["train", "valid"], {}, ["train"], ["valid"]),
+        (["trainval", "val"], {"train_sets": ["trainval"]}, ["trainval"], []),
+        (["train", "val", "trainval"], {"test_sets": ["val"]}, ["train"], ["val"]),
+        (["default"], {}, ["default"], []),
+        (["mine", "test"], {"train_sets": ["mine"]}, ["mine"], ["test"]),
+    ],
+)
+def test_which_sets_train_and_test(tmp_path, sets, named, train, test):
+    for name in sets:
+        write_voc(tmp_path, {f"{name}1": [("cat", 1, 1, 9, 9)], f"{name}2": []}, name)
+    found = load(tmp_path, classes=["cat"], test_portion=0.5 if not test else 0.2, **named)
+    pictures = {f"{name}{i}" for name in train for i in (1, 2)}
+    if test:
+        assert set(ids(found)) == pictures
+        assert set(ids(load(tmp_path, "test", classes=["cat"], **named))) == {f"{n}{i}" for n in test for i in (1, 2)}
+    else:
+        held = set(ids(load(tmp_path, "test", classes=["cat"], test_portion=0.5, **named)))
+        assert len(held) == 1 and held | set(ids(found)) == pictures and not held & set(ids(found))
+
+
+def test_pictures_of_one_name_in_two_folders_keep_apart(tmp_path):
+    for split in ("train", "valid", "test"):
+        write_voc(tmp_path / "voc", {"a": [("cat", 1, 1, 9, 9)]})
+        for source in ("JPEGImages/a.jpg", "Annotations/a.xml"):
+            (tmp_path / split).mkdir(exist_ok=True)
+            shutil.copy(tmp_path / "voc" / source, tmp_path / split)
+    shutil.rmtree(tmp_path / "voc")
+    found = load(tmp_path)
+    assert ids(found) == ["train/a.jpg", "valid/a.jpg"] == [found.image_id(i) for i in range(2)]
+    test = load(tmp_path, "test")
+    assert ids(test) == ["a"] and Path(test.paths[0]).parent.name == "test"
+    pairs = same_pictures([found.paths[i] for i in range(2)], [test.paths[0], str(tmp_path / "none.jpg")])
+    assert len(pairs) == 2 and all(other == test.paths[0] for _, other in pairs)
+    write_picture(Path(found.paths[0]), 40, 32)
+    assert same_pictures([found.paths[0]], [test.paths[0]]) == []
+
+
+def test_pictures_without_an_xml_file_and_masks_are_no_pictures_of_the_set(tmp_path):
+    write_voc(tmp_path / "voc", {"a": [("cat", 1, 1, 9, 9)], "b": []})
+    (tmp_path / "voc" / "JPEGImages").rename(tmp_path / "images")
+    (tmp_path / "voc" / "Annotations").rename(tmp_path / "annotations")
+    shutil.rmtree(tmp_path / "voc")
+    write_picture(tmp_path / "images" / "new.jpg")
+    write_picture(tmp_path / "masks" / "a.png")
+    found = load(tmp_path, test_portion=0)
+    assert [Path(found.paths[i]).name for i in range(2)] == ["a.jpg", "b.jpg"]
+    assert any("1 pictures have no XML file" in note for note in found.notes)
