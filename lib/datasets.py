@@ -194,7 +194,7 @@ class DetectionDataset(Dataset):
     A key is (epoch, row). The sample depends on (seed, epoch, row) alone, whichever process computes it.
 
     Under `on_error: skip`, a picture that cannot be read is logged once. In training, the next readable row takes its
-    place. In evaluation, it is black, so its objects count as missed.
+    place. In evaluation, it is black, so its objects count as missed. More than the share `max_skipped` is an error.
 
     With `cache`, decoded pictures stay in this process's memory. Without it, training decodes a large JPEG at 1/2, 1/4
     or 1/8 of its size if the view that it shows has enough pixels left.
@@ -210,6 +210,7 @@ class DetectionDataset(Dataset):
         on_error: str = "raise",
         cache: bool = False,
         max_pixels: int = MAX_PIXELS,
+        max_skipped: float = 1.0,
     ) -> None:
         self.annotations = annotations
         self.indices = torch.as_tensor(indices, dtype=torch.int64).share_memory_()
@@ -217,6 +218,7 @@ class DetectionDataset(Dataset):
         self.seed = seed
         self.on_error = on_error
         self.max_pixels = max_pixels
+        self.max_skipped = max_skipped
         self.training = isinstance(transform, TrainTransform)
         self.reduces = self.training and not cache
         self.cache_room = CACHE_BYTES if cache else 0
@@ -294,6 +296,10 @@ class DetectionDataset(Dataset):
                         raise
                     self.unreadable.add(shown)
                     self._log_once(row=shown, kind=1, message=f"{error}; skipped")
+                    lost, count = int(self.logged[self.indices, 1].sum()), len(self.indices)
+                    if lost > self.max_skipped * count:
+                        limit = f"more than data.max_skipped={self.max_skipped:g}"
+                        raise UnreadableImage(f"{error}; so far {lost} of {count} pictures, {limit}") from None
             if not self.training:
                 width, height = self.annotations.sizes[row].tolist()
                 return torch.zeros(3, height, width, dtype=torch.uint8), row
@@ -355,21 +361,14 @@ def train_loader(
     """
     data, world = config.data, distributed.world()
     transform = TrainTransform(image_size, data.augment)
-    dataset = DetectionDataset(
-        annotations,
-        indices,
-        transform,
-        seed=config.seed,
-        cache=data.cache,
-        **reading(data),
-    )
+    dataset = DetectionDataset(annotations, indices, transform, seed=config.seed, cache=data.cache, **reading(data))
     sampler = EpochSampler(indices, batch_size // world.size, config.seed, world)
     return make_loader(dataset, sampler, data.workers, device)
 
 
 def reading(data: DataConfig) -> dict:
     """How the loaders treat picture files."""
-    return {"on_error": data.on_error, "max_pixels": data.max_pixels}
+    return {"on_error": data.on_error, "max_skipped": data.max_skipped, "max_pixels": data.max_pixels}
 
 
 def eval_loader(
@@ -379,18 +378,16 @@ def eval_loader(
     batch_size: int,
     *,
     workers: int = 0,
-    on_error: str = "raise",
-    max_pixels: int = MAX_PIXELS,
     device: Device = "cpu",
     shared: bool = False,
+    **reading: object,
 ) -> DataLoader:
     """Resized pictures in the order of `indices`, each once; the last batch may be smaller.
 
-    With `shared`, the processes of the job share the batches: every n-th one is for this process.
+    With `shared`, the processes of the job share the batches: every n-th one is for this process. `reading` is as
+    the function of that name gives it.
     """
-    dataset = DetectionDataset(
-        annotations, indices, EvalTransform(image_size), on_error=on_error, max_pixels=max_pixels
-    )
+    dataset = DetectionDataset(annotations, indices, EvalTransform(image_size), **reading)
     # The epoch is always 0: nothing is random here.
     keys = [(0, int(row)) for row in indices]
     batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]

@@ -5,30 +5,39 @@
     detector = load("runs/bccd/final/best.pt")  # or detector.onnx
     boxes, scores, names = detector("photo.jpg")
 
-`draw_pictures` writes pictures with their detections drawn, and all detections as COCO results.
+`draw_pictures` writes pictures with their detections drawn, and all detections as COCO results. It never writes where
+it reads, nor over a file that it did not write.
 """
 
 from __future__ import annotations
 
 import colorsys
+import contextlib
+import functools
+import itertools
 import json
+import os
 import time
+import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from PIL import ImageDraw, ImageFont
 from torch import Tensor
-from torchvision.ops import box_convert, nms
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.ops import nms
 
 from lib import checkpoint
+from lib.config import DataConfig
+from lib.datasets import load_annotations
 from lib.detector import detect, load_detector
 from lib.errors import UserError
 from lib.export import DETECTIONS, open_session, read_metadata, run_session, unpad
-from lib.images import UnreadableImage, read_picture, write_picture
+from lib.images import MAX_PIXELS, UnreadableImage, is_signed, read_picture, to_pillow, to_tensor, write_picture
 from lib.log import progress, say
 from lib.metrics import to_pixels
 from lib.postprocess import Detections
@@ -37,6 +46,7 @@ from lib.transforms import EvalTransform
 
 SAME_PLACE = 0.6  # IoU from which two detections count as one place when they are drawn
 SMALLEST_TEXT = 11  # pixels
+LIST_FORMAT = "predict/1"  # of pictures.json, which also says that --predict wrote to that folder
 
 
 class PictureDetections(NamedTuple):
@@ -49,6 +59,8 @@ class PictureDetections(NamedTuple):
 
 class PictureDetector(ABC):
     """`detector(picture)` returns PictureDetections. A subclass implements `detect` for a batch."""
+
+    max_pixels = MAX_PIXELS  # a file with more is refused
 
     def __init__(self, classes: Sequence[str], category_ids: Sequence[int], image_size: int):
         self.classes = tuple(classes)
@@ -66,8 +78,11 @@ class PictureDetector(ABC):
         return self.detect(resized[None])[0]
 
     def __call__(self, picture: Tensor | str | Path) -> PictureDetections:
-        """The detections in a picture, which is a file or (3, H, W) uint8 RGB. Raises UnreadableImage, a UserError."""
-        image = picture if isinstance(picture, Tensor) else read_picture(str(picture))
+        """The detections in a picture, which is a file or (3, H, W) uint8 RGB. Raises UnreadableImage, a UserError.
+
+        Boxes belong to the picture as it is shown, see lib/images.py.
+        """
+        image = picture if isinstance(picture, Tensor) else read_picture(str(picture), max_pixels=self.max_pixels)
         found = to_pixels(self.detect_picture(image), image.shape[2], image.shape[1])
         names = [self.classes[label - 1] for label in found["labels"].tolist()]
         return PictureDetections(found["boxes"], found["scores"], names)
@@ -82,6 +97,10 @@ class TorchDetector(PictureDetector):
         self.config = loaded.config
         self.device = pick_device(device)
         self.model = loaded.model.to(self.device, memory_format=torch.channels_last)
+
+    @property
+    def max_pixels(self) -> int:
+        return self.config.data.max_pixels
 
     def detect(self, images: Tensor) -> list[Detections]:
         return detect(self.model, [images], self.config, self.device)
@@ -119,67 +138,240 @@ def load(path: str | Path, device: str = "auto") -> PictureDetector:
     return TorchDetector(path / "best.pt" if path.is_dir() else path, device)
 
 
-def draw_pictures(detector: PictureDetector, paths: Sequence[Path], out: Path, threshold: float) -> None:
+# --predict: which picture gets which id and which output, and whether it may be written.
+
+
+class Job(NamedTuple):
+    """A picture of --predict."""
+
+    path: Path
+    image_id: int | str
+    target: Path  # the drawn picture, under the output folder
+
+
+def plan_jobs(paths: Sequence[Path], own_ids: Mapping[Path, int | str]) -> list[Job]:
+    """An id and an output for each picture, no two alike, with the folders below the one that all pictures are in.
+
+    An id is the data set's own (`own_ids`), else a number where the file's name is one and no other picture's, else the
+    output's name without its suffix.
+    """
+    places = [Path(os.path.normpath(path.absolute())) for path in paths]
+    root = os.path.commonpath([place.parent for place in places])
+    # 000000000139.jpg is COCO's picture 139. Its ids are int64.
+    number_of = {path: int(path.stem) for path in paths if path.stem.isascii() and path.stem.isdigit()}
+    times = Counter([*number_of.values(), *own_ids.values()])
+    jobs, targets, ids = [], set(), set()
+    for path, place in zip(paths, places, strict=True):
+        name = place.relative_to(root)
+        numbered = (f"{name.stem}_{i}" for i in itertools.count(2))
+        for stem in itertools.chain((name.stem, name.name), numbered):
+            target = name.with_name(f"{stem}.jpg")
+            # Not every file system tells A.jpg from a.jpg.
+            if str(target).casefold() not in targets:
+                break
+        targets.add(str(target).casefold())
+        image_id: int | str = target.with_suffix("").as_posix()
+        if path in own_ids and own_ids[path] not in ids:
+            image_id = own_ids[path]
+        elif number_of.get(path, 2**63) < 2**63 and times[number_of[path]] == 1:
+            image_id = number_of[path]
+        elif times[image_id]:
+            image_id = target.as_posix()
+        ids.add(image_id)
+        jobs.append(Job(path, image_id, target))
+    return jobs
+
+
+def find_own_ids(paths: Sequence[Path], data: DataConfig) -> dict[Path, int | str]:
+    """The data set's own image id of each picture that belongs to its test or training data."""
+    real = {path.resolve(): path for path in paths}
+    if not any(path.is_relative_to(Path(data.root).resolve()) for path in real):
+        return {}
+    if data.dataset_type == "shapes":  # only read: it would be drawn if it were missing
+        data = replace(data, dataset_type="voc")
+    own_ids: dict[Path, int | str] = {}
+    names = {path.name for path in real}
+    for split in ("test", "train"):
+        try:
+            annotations = load_annotations(data, split)
+        except UserError as error:
+            say(f"note: image ids are the files' names where {split} annotations would have them: {error}")
+            continue
+        for i in range(len(annotations)):
+            path = Path(annotations.paths[i])
+            if path.name in names and path.resolve() in real:
+                own_ids.setdefault(real[path.resolve()], annotations.image_id(i))
+        if len(own_ids) == len(real):
+            break
+    return own_ids
+
+
+def refuse_to_overwrite(jobs: Sequence[Job], out: Path) -> None:
+    """Raise UserError where a picture would be written where one is read, through a link, or over a foreign file."""
+    elsewhere = "name another folder with --out"
+    sources = {parent for job in jobs for parent in (job.path.absolute().parent.resolve(), job.path.resolve().parent)}
+    real = out.resolve()
+    for folder in dict.fromkeys((Path(), *(job.target.parent for job in jobs))):
+        if os.path.lexists(out / folder) and not (out / folder).is_dir():
+            raise UserError(f"--out {out}: {out / folder} is not a folder")
+        if (out / folder).resolve() != real / folder:
+            raise UserError(f"--out {out}: {out / folder} is a link; {elsewhere}")
+        if real / folder in sources:
+            raise UserError(f"--out {out}: pictures are read from {out / folder}; {elsewhere}")
+    for name in ("pictures.json", "detections.json", *(job.target for job in jobs)):
+        path = out / name
+        if os.path.lexists(path) and (
+            path.is_symlink() or not (is_signed(path) if path.suffix == ".jpg" else _is_ours(out))
+        ):
+            raise UserError(f"{path}: exists, and --predict did not write it; {elsewhere}")
+
+
+def _is_ours(out: Path) -> bool:
+    """Whether --predict wrote to this folder before."""
+    try:
+        return json.loads((out / "pictures.json").read_text())["format"] == LIST_FORMAT
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+def draw_pictures(
+    detector: PictureDetector,
+    paths: Sequence[Path],
+    out: Path,
+    threshold: float,
+    own_ids: Mapping[Path, int | str] | None = None,
+) -> None:
     """Write each picture to `out` with its detections of at least `threshold`, and all detections to detections.json.
 
-    A picture that cannot be read is reported and skipped.
+    pictures.json lists the id, the file and the drawn picture of each. A picture that cannot be read is reported and
+    skipped. Raises UserError if none can be read, or before anything is written if something would be overwritten.
     """
-    results: list[dict] = []
-    drawn = 0
+    jobs = plan_jobs(paths, own_ids or {})
+    refuse_to_overwrite(jobs, out)
+    letterless = [name for name in detector.classes if font_of(name) is None]
+    if letterless:
+        names = ", ".join(letterless)
+        say(f"note: labels show numbers for {names}: no font here has their letters; put one that has into ~/.fonts")
+    pictures = [{"id": job.image_id, "file_name": str(job.path), "drawn": job.target.as_posix()} for job in jobs]
+    checkpoint.write_text(out / "pictures.json", json.dumps({"format": LIST_FORMAT, "images": pictures}, indent=1))
+    read, boxes, best = 0, 0, 0.0
     start = time.perf_counter()
-    for path in progress(paths, "predict"):
-        try:
-            image = read_picture(str(path))
-        except UnreadableImage as error:
-            say(f"skipped: {error}")
-            continue
-        detections = detector.detect_picture(image)
-        found = to_pixels(detections, image.shape[2], image.shape[1])
-        category_ids = [detector.category_ids[label - 1] for label in found["labels"].tolist()]
-        results += coco_results(path.stem, found["boxes"], found["scores"], category_ids)
-        write_picture(draw(image, detections, detector.classes, threshold), out / f"{path.stem}.jpg")
-        drawn += 1
-    # The folder does not exist yet if no picture could be read.
-    out.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_text(out / "detections.json", json.dumps(results) + "\n")
-    rate = drawn / (time.perf_counter() - start)
-    print(f"wrote {drawn} pictures and detections.json to {out} ({rate:.1f} images/s)")
+    with growing_list(out / "detections.json") as add:
+        for job in progress(jobs, "predict"):
+            try:
+                image = read_picture(str(job.path), max_pixels=detector.max_pixels, note=_say_note)
+            except UnreadableImage as error:
+                say(f"skipped: {error}")
+                continue
+            detections = detector.detect_picture(image)
+            add(coco_results(job.image_id, to_pixels(detections, *image.shape[:0:-1]), detector.category_ids))
+            write_picture(draw(image, detections, detector.classes, threshold), out / job.target, signed=True)
+            read += 1
+            boxes += len(visible(detections, threshold))
+            best = max([best, *detections.scores[:1].tolist()])
+    if not read:
+        raise UserError(f"none of the {len(jobs)} pictures could be read")
+    skipped = f", skipped {len(jobs) - read} that cannot be read" if read < len(jobs) else ""
+    rate = read / (time.perf_counter() - start)
+    print(f"wrote {read} pictures and detections.json to {out}{skipped} ({rate:.1f} images/s)")
+    print(f"drew {boxes} boxes; the highest score is {best:.3f}")
+    if not boxes:
+        print(f"note: no detection reached --threshold {threshold:g}" + (f"; try {best * 0.8:.2g}" if best else ""))
 
 
-def coco_results(image_id: str, boxes_xyxy: Tensor, scores: Tensor, category_ids: Sequence[int]) -> list[dict]:
-    """The detections of one picture, boxes (K, 4) in pixels, in COCO's results format."""
-    boxes_xywh = box_convert(boxes_xyxy, "xyxy", "xywh").tolist()
-    results = []
-    for box_xywh, score, category_id in zip(boxes_xywh, scores.tolist(), category_ids, strict=True):
-        bbox = [round(value, 2) for value in box_xywh]
-        results.append({"image_id": image_id, "category_id": category_id, "bbox": bbox, "score": round(score, 5)})
-    return results
+def _say_note(text: str) -> None:
+    say(f"note: {text}")
+
+
+@contextlib.contextmanager
+def growing_list(path: Path) -> Iterator[Callable[[Sequence[dict]], None]]:
+    """`add(records)` appends to a JSON list in `path`, which is whole after each call, whatever ends the process."""
+    checkpoint.write_text(path, "[\n]\n")
+    with path.open("r+b") as file:
+        end = 1
+
+        def add(records: Sequence[dict]) -> None:
+            nonlocal end
+            lines = ",\n".join(json.dumps(record) for record in records).encode()
+            if lines:
+                lines = (b",\n" if end > 1 else b"\n") + lines
+                try:
+                    file.seek(end)
+                    file.write(lines + b"\n]\n")
+                    file.flush()
+                except OSError as error:
+                    raise UserError(f"{path}: cannot be written ({error.strerror})") from None
+                end += len(lines)
+
+        yield add
+
+
+def coco_results(image_id: int | str, found: dict[str, Tensor], category_ids: Sequence[int]) -> list[dict]:
+    """The detections of one picture, as `to_pixels` gives them, in COCO's results format; not rounded."""
+    boxes_xywh = found["boxes"].double()
+    boxes_xywh[:, 2:] -= boxes_xywh[:, :2]
+    columns = (found["labels"].tolist(), boxes_xywh.tolist(), found["scores"].tolist())
+    return [
+        {"image_id": image_id, "category_id": category_ids[label - 1], "bbox": bbox, "score": score}
+        for label, bbox, score in zip(*columns, strict=True)
+    ]
+
+
+# Drawing.
+
+
+def visible(detections: Detections, threshold: float) -> Tensor:
+    """Indices of the detections of at least `threshold`, one for each place: a second label would hide the first."""
+    confident = (detections.scores >= threshold).nonzero()[:, 0]
+    return confident[nms(detections.boxes[confident], detections.scores[confident], SAME_PLACE)]
 
 
 def draw(image: Tensor, detections: Detections, classes: Sequence[str], threshold: float) -> Tensor:
     """A copy of `image` (3, H, W) uint8 with the detections of at least `threshold`: a box and a label each."""
-    from matplotlib import get_data_path  # slow to import, and only needed here
-
-    confident = (detections.scores >= threshold).nonzero()[:, 0]
-    # One label for each place: those of less likely classes would hide it.
-    keep = confident[nms(detections.boxes[confident], detections.scores[confident], SAME_PLACE)]
+    keep = visible(detections, threshold)
     height, width = image.shape[-2:]
     boxes = (detections.boxes[keep] * torch.tensor([width, height, width, height])).tolist()
     labels = (detections.labels[keep] - 1).tolist()
     shown = list(zip(boxes, labels, detections.scores[keep].tolist(), strict=True))
     colour_of = class_colours(len(classes))
 
-    picture = to_pil_image(image)
+    picture = to_pillow(image)
     pen = ImageDraw.Draw(picture)
-    # Class names may need letters that Pillow's own font lacks.
     text_size = max(SMALLEST_TEXT, min(height, width) // 28)
-    pen.font = ImageFont.truetype(f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf", text_size)
     for box, label, _ in shown:
         pen.rectangle(box, outline=colour_of[label], width=max(1, min(height, width) // 150))
     # The best detection is drawn last, so that nothing covers its label.
     for box, label, score in reversed(shown):
-        _write_label(pen, f"{classes[label]} {score:.2f}", box, colour_of[label])
-    return pil_to_tensor(picture)
+        name, font = " ".join(classes[label].split()), font_of(classes[label])
+        if font is None:
+            name, font = f"class {label + 1}", font_of("")
+        pen.font = ImageFont.truetype(font, text_size)
+        _write_label(pen, f"{name} {score:.2f}", box, colour_of[label])
+    return to_tensor(picture)
+
+
+@functools.cache
+def font_of(text: str) -> str | None:
+    """A font file with all letters of `text`: DejaVu Sans, else one of this machine's; None if there is none."""
+    from matplotlib import get_data_path  # slow to import, and only needed here
+    from matplotlib.ft2font import FT2Font
+
+    # Control and format characters, such as joiners, need no shape of their own.
+    letters = {ord(c) for c in text + "0.9" if not c.isspace() and unicodedata.category(c)[0] != "C"}
+    standard = f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf"
+    for path in itertools.chain([standard], _system_fonts()):
+        with contextlib.suppress(RuntimeError, OSError):  # a broken font, or one of bitmaps
+            if all(map(FT2Font(path).get_char_index, letters)):
+                ImageFont.truetype(path, SMALLEST_TEXT)
+                return path
+    return None
+
+
+def _system_fonts() -> Iterator[str]:
+    from matplotlib.font_manager import findSystemFonts
+
+    # Apple's LastResort has a sign for each script, and no letters.
+    yield from sorted(path for path in findSystemFonts() if "LastResort" not in path)
 
 
 def class_colours(count: int) -> list[tuple[int, int, int]]:

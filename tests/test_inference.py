@@ -1,19 +1,37 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from pycocotools.coco import COCO
-from tiny_data import write_picture
+from tiny_data import write_coco, write_picture, write_voc
 
+from lib import inference
+from lib.config import DataConfig
 from lib.detector import load_detector
 from lib.errors import UserError
 from lib.export import add_nms
 from lib.images import UnreadableImage, read_picture
-from lib.inference import SMALLEST_TEXT, class_colours, coco_results, draw, draw_pictures, load
+from lib.inference import (
+    SMALLEST_TEXT,
+    class_colours,
+    coco_results,
+    draw,
+    draw_pictures,
+    find_own_ids,
+    font_of,
+    growing_list,
+    load,
+    plan_jobs,
+)
+from lib.metrics import to_pixels
 from lib.postprocess import Detections, postprocess
 from lib.transforms import EvalTransform
 
@@ -92,14 +110,174 @@ def test_what_cannot_be_read_is_named(tiny_checkpoint, tmp_path):
 def test_pictures_are_drawn_and_their_detections_written(tiny_checkpoint, picture, tmp_path, capsys):
     bad = tmp_path / "bad.jpg"
     bad.write_bytes(b"no picture")
+    turned = tmp_path / "turned.jpg"
+    exif = Image.Exif()
+    exif[0x112] = 6
+    Image.open(picture).rotate(90, expand=True).save(turned, exif=exif)
+    detector, out = load(tiny_checkpoint), tmp_path / "out"
+    draw_pictures(detector, [bad, picture, turned], out, 0.1)
+    printed = capsys.readouterr().out
+    assert "skipped: " in printed and "bad.jpg" in printed
+    assert f"wrote 2 pictures and detections.json to {out}, skipped 1 that cannot be read" in printed
+    boxes = sum(len(inference.visible(detector.detect_picture(read_picture(str(p))), 0.1)) for p in (picture, turned))
+    best = max(detector(p).scores[0].item() for p in (picture, turned))
+    assert f"drew {boxes} boxes; the highest score is {best:.3f}" in printed and boxes and "note" not in printed
+    # An output, an id and a line in the list for each.
+    listed = {Path(e["file_name"]): e for e in json.loads((out / "pictures.json").read_text())["images"]}
+    assert set(listed) == {bad, picture, turned}
+    results = json.loads((out / "detections.json").read_text())
+    assert {r["category_id"] for r in results} <= {1, 7, 9}
+    for path in (picture, turned):
+        drawn = read_picture(str(out / listed[path]["drawn"]))
+        assert drawn.shape == (3, 90, 120) and not Image.open(out / listed[path]["drawn"]).getexif().get(0x112)
+        mine = [r for r in results if r["image_id"] == listed[path]["id"]]
+        assert len(mine) == len(detector(path).scores) and mine[0]["score"] == detector(path).scores[0].item()
+    # Once more: what it wrote itself it may write again. Nothing is above this threshold.
+    draw_pictures(detector, [bad, picture, turned], out, 1.0)
+    assert f"no detection reached --threshold 1; try {best * 0.8:.2g}" in capsys.readouterr().out
+    with pytest.raises(UserError, match="none of the 1 pictures could be read"):
+        draw_pictures(detector, [bad], tmp_path / "nothing", 0.1)
+
+
+def content(folder: Path) -> dict:
+    """Every file and link below a folder."""
+    files = [path for path in folder.rglob("*") if path.is_symlink() or path.is_file()]
+    return {p: (p.is_dir() or p.read_bytes(), p.lstat().st_ino, p.lstat().st_mtime_ns) for p in files}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "same",
+        "link to it",
+        "inner link",
+        "link",
+        "hard link",
+        "foreign picture",
+        "foreign results",
+        "a file",
+        "a file within",
+    ],
+)
+def test_nothing_is_written_where_it_reads_through_links_or_over_foreign_files(tiny_checkpoint, tmp_path, case):
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    for name in ("a/x.jpg", "b/x.jpg", "y.jpg"):
+        write_picture(photos / name, 60, 40)
+    paths = sorted(photos.rglob("*.jpg"))
+    if case == "same":
+        out = photos
+    elif case == "link to it":
+        out.symlink_to(photos)
+    elif case == "a file":
+        out.write_text("mine")
+    else:
+        out.mkdir()
+        if case == "inner link":
+            (out / "a").symlink_to(photos / "a")
+        elif case == "a file within":
+            (out / "a").write_text("mine")
+        elif case == "link":
+            (out / "y.jpg").symlink_to(photos / "y.jpg")
+        elif case == "hard link":
+            os.link(photos / "y.jpg", out / "y.jpg")
+        elif case == "foreign picture":
+            write_picture(out / "b" / "x.jpg")
+        else:
+            (out / "detections.json").write_text("[]")
+    before = content(tmp_path)
+    with pytest.raises(UserError, match=r"name another folder with --out|is not a folder"):
+        draw_pictures(load(tiny_checkpoint), paths, out, 0.1)
+    assert content(tmp_path) == before
+
+
+def test_every_picture_has_an_id_and_an_output_of_its_own(tmp_path):
+    names = [
+        "a.jpg",
+        "a.png",
+        "A.png",
+        "a.png.jpg",
+        "cam1/0001.jpg",
+        "cam2/0001.jpg",
+        "cam2/7.jpg",
+        "cam2/../b.jpg",
+        "9" * 30 + ".jpg",
+    ]
+    paths = [tmp_path / name for name in names]
+    jobs = plan_jobs(paths, {})
+    targets = "a.jpg a.png.jpg A_2.jpg a.png.jpg.jpg cam1/0001.jpg cam2/0001.jpg cam2/7.jpg b.jpg"
+    assert " ".join(str(job.target) for job in jobs) == f"{targets} {'9' * 30}.jpg"
+    ids = [job.image_id for job in jobs]
+    assert ids == ["a", "a.png", "A_2", "a.png.jpg", "cam1/0001", "cam2/0001", 7, "b", "9" * 30]
+    # The data set's own ids first, each once.
+    jobs = plan_jobs(paths, {paths[0]: 7, paths[1]: 7, paths[3]: "b"})
+    assert [job.image_id for job in jobs][:4] == [7, "a.png", "A_2", "b"]
+    assert len({job.image_id for job in jobs}) == len(jobs)
+    (alone,) = plan_jobs([tmp_path / "000000000139.jpg"], {})
+    assert alone.image_id == 139 and str(alone.target) == "000000000139.jpg"
+
+
+def test_pictures_of_the_data_set_have_its_own_ids(tmp_path, capsys):
+    boxes = {stem: [("cat", 1, 1, 30, 20)] for stem in ("p", "q")}
+    write_voc(tmp_path / "voc", boxes, name="test")
+    write_coco(tmp_path / "coco" / "test.json", boxes, {"cat": 3})
+    for stem in boxes:
+        write_picture(tmp_path / "coco" / "test" / f"{stem}.jpg")
+        write_picture(tmp_path / "coco" / "other" / f"{stem}.jpg")
+    coco = DataConfig(
+        dataset_type="coco",
+        root=str(tmp_path / "coco"),
+        classes=["cat"],
+        test_annotations="test.json",
+        test_images="test",
+    )
+    coco.train_annotations, coco.train_images = coco.test_annotations, coco.test_images
+    pictures = sorted((tmp_path / "coco").rglob("*.jpg"))
+    assert find_own_ids(pictures, coco) == {pictures[2]: 10, pictures[3]: 11}
+    voc = DataConfig(dataset_type="voc", root=str(tmp_path / "voc"), classes=["cat"])
+    link = tmp_path / "link.jpg"
+    link.symlink_to(tmp_path / "voc" / "JPEGImages" / "q.jpg")
+    assert find_own_ids([link], voc) == {link: "q"} and find_own_ids(pictures, voc) == {}
+    (tmp_path / "voc" / "Annotations" / "q.xml").unlink()
+    assert find_own_ids([link], voc) == {} and "note: image ids are the files' names" in capsys.readouterr().out
+    missing = dataclasses.replace(voc, dataset_type="shapes", root=str(tmp_path / "voc" / "JPEGImages"))
+    before = content(tmp_path)
+    assert find_own_ids([link], missing) == {} and content(tmp_path) == before
+
+
+def test_the_list_of_results_is_whole_at_any_time(tmp_path):
+    path, expected = tmp_path / "new" / "list.json", []
+    with growing_list(path) as add:
+        for count in (0, 2, 0, 1, 3):
+            add([{"image_id": "é", "n": i} for i in range(count)])
+            expected += [{"image_id": "é", "n": i} for i in range(count)]
+            assert json.loads(path.read_text()) == expected
+    assert path.read_text().count("\n") == 1 + len(expected) + 1
+
+
+def test_a_name_in_another_script_is_drawn_with_a_font_that_has_its_letters(
+    tiny_checkpoint, picture, tmp_path, monkeypatch, capsys
+):
+    standard = font_of("cat")
+    assert standard.endswith("DejaVuSans.ttf") and font_of("Кошка") == font_of("القط\u200d") == standard
+    bold = standard.replace("Sans.ttf", "Sans-Bold.ttf")
+    broken = tmp_path / "broken.ttf"
+    broken.write_bytes(b"no font")
+    monkeypatch.setattr(inference, "_system_fonts", lambda: iter([str(broken), bold]))
+    names = ("𝗖𝗮𝘁", "\ue000猫\n2")  # DejaVu Sans has no such letters; its bold style has the first ones
+    font_of.cache_clear()
+    assert font_of(names[0]) == bold and font_of(names[1]) is None
+    image = torch.full((3, 240, 320), 40, dtype=torch.uint8)
+    as_number = draw(image, FOUND, ["class 1", "class 2"], 0.2)
+    with_letters = draw(image, FOUND, names, 0.2)
+    assert not torch.equal(with_letters, as_number)
+    monkeypatch.setattr(inference, "_system_fonts", lambda: iter([]))
+    font_of.cache_clear()
+    assert torch.equal(draw(image, FOUND, names, 0.2), as_number)
     detector = load(tiny_checkpoint)
-    draw_pictures(detector, [bad, picture], tmp_path / "out", 0.1)
-    printed = capsys.readouterr()
-    assert "bad.jpg" in printed.out + printed.err and "wrote 1 pictures" in printed.out
-    assert read_picture(str(tmp_path / "out" / "photo.jpg")).shape == read_picture(str(picture)).shape
-    results = json.loads((tmp_path / "out" / "detections.json").read_text())
-    assert len(results) == len(detector(picture).scores) and {r["category_id"] for r in results} <= {1, 7, 9}
-    assert {r["image_id"] for r in results} == {"photo"}
+    detector.classes = ("cat", *names)
+    draw_pictures(detector, [picture], tmp_path / "out", 0.1)
+    assert capsys.readouterr().out.count("no font here has their letters") == 1
+    font_of.cache_clear()
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 20, 80])
@@ -157,8 +335,7 @@ def test_drawing_nothing_is_the_picture():
 
 
 def test_pycocotools_reads_the_results():
-    boxes = FOUND.boxes * torch.tensor([80.0, 60, 80, 60])
-    results = coco_results("dog_1", boxes, FOUND.scores, [18, 17])
+    results = coco_results("dog_1", to_pixels(FOUND, 80, 60), [17, 18])
     truth = COCO()
     truth.dataset = {
         "images": [{"id": "dog_1"}],
@@ -172,4 +349,4 @@ def test_pycocotools_reads_the_results():
     annotations = loaded.loadAnns(loaded.getAnnIds(imgIds=["dog_1"]))
     assert [a["category_id"] for a in annotations] == [18, 17]
     assert annotations[0]["bbox"] == pytest.approx([8, 6, 32, 48]) and annotations[0]["area"] == pytest.approx(32 * 48)
-    assert annotations[0]["score"] == pytest.approx(0.9, abs=1e-5)
+    assert annotations[0]["score"] == FOUND.scores[0].item()
