@@ -25,6 +25,15 @@ from lib.errors import UserError
 from lib.log import keep_streams_open, say
 
 MAX_CPU_WORKERS = 8  # by default; more have to be asked for
+# What the lack of something looks like in the exceptions of PyTorch and Python, and what helps.
+SHORTAGES = {
+    "shared memory|[Bb]us error": "/dev/shm is too small: docker run --shm-size=2g, or --set data.workers=0",
+    "Too many open files|ancdata": "too many open files: ulimit -n 65536, or a smaller data.workers",
+    r"DataLoader worker \(pid": "a loader process was killed, mostly for want of memory: a smaller data.workers, "
+    "data.cache=false, or in a container a larger /dev/shm (docker run --shm-size=2g)",
+    "[Oo]ut of memory|an't allocate memory|annot allocate memory|MemoryError": "out of memory: a smaller batch_size "
+    "with accumulate in its place, or precision=bf16",
+}
 ECHO_SECONDS = 1.0  # a batch system may send SIGTERM to a process and then again to its process group
 
 
@@ -197,12 +206,16 @@ def _ignore_launcher() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _name_the_file(main: Callable[[], None]) -> None:
-    """Run `main`. What the machine refuses (a full disk, no permission, a name too long) is a UserError."""
+def _name_what_lacks(main: Callable[[], None]) -> None:
+    """Run `main`. What the machine refuses (a full disk, no permission, no memory) is a UserError with the remedy."""
     try:
         main()
-    except OSError as error:
-        if error.filename is None:
+    except (OSError, MemoryError, RuntimeError) as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        for pattern, remedy in SHORTAGES.items():
+            if found := re.search(pattern, text):
+                raise UserError(f"{remedy} ({text[found.start() :][:120]})") from None
+        if getattr(error, "filename", None) is None:
             raise
         raise UserError(f"{error.filename}: {error.strerror}") from None
 
@@ -216,7 +229,7 @@ def run(main: Callable[[], None]) -> None:
     keep_freed_memory()
     keep_streams_open()
     try:
-        _name_the_file(main)
+        _name_what_lacks(main)
         distributed.leave()
     except (UserError, distributed.PeerLost) as error:
         _ignore_launcher()

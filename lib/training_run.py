@@ -87,16 +87,18 @@ def _may_change(key: str, before: object, now: object, stage: str) -> bool:
 
 
 def compare_data(payload: dict, classes: Sequence[str], data: dict[str, str], path: Path) -> None:
-    """Raise UserError if the checkpoint `payload` of `path` knows other classes; say if its data were others.
+    """Raise UserError if the checkpoint `payload` of `path` knows other classes or another test set.
 
-    `data` are fingerprints by name.
+    Other training data are said. `data` are fingerprints by name.
     """
     if list(payload["classes"]) != list(classes):
         known, found = (", ".join(map(str, names)) for names in (payload["classes"], classes))
         raise UserError(f"data.classes: expected {known}, in this order, as in {path}, found {found}; {REMEDY}")
-    for name, before in payload.get("data", {}).items():
-        if before != data.get(name):
-            say(f"note: the {name} data differ from those that {path} was trained with")
+    changed = {name for name, before in payload.get("data", {}).items() if before != data.get(name)}
+    if "test" in changed:
+        raise UserError(f"data.root: the test data are not those that {path} was evaluated on; {REMEDY}")
+    if changed:
+        say(f"note: the training data are not those that {path} was trained on so far")
 
 
 def forget_later_epochs(log: Path, epoch: int) -> None:
@@ -266,7 +268,7 @@ class Training:
         """
         if isinstance(error, Diverged | distributed.PeerLost) or not self.trainer.rewind():
             raise error
-        if stop.requested and "DataLoader worker" in str(error):
+        if stop.requested and "DataLoader worker (pid" in str(error):
             return
         with contextlib.suppress(UserError):
             self.save()

@@ -48,7 +48,7 @@ def interrupted(folder, script, arguments, number):
     signalled = SIGNALLED.replace("NUMBER", str(int(number)))
     done = finish(start(folder, script, *arguments, "--train-dir", "broken", prelude=signalled))
     if number == signal.SIGINT:
-        assert done.returncode == 0 and "--resume goes on" in done.stdout, done.stderr
+        assert done.returncode == 130 and "--resume goes on" in done.stdout, done.stderr
     else:
         assert done.returncode == -number, done.stderr
     halfway = checkpoint.read(folder / "broken" / "last.pt")

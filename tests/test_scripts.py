@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -12,29 +14,32 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from tiny_data import write_voc
 from tiny_runs import FINAL, REPOSITORY, SEARCH, SUPERNET, environment, finish, read_lines, run, start
-from torchvision.io import decode_image, read_file
 
 import async_search
 from lib import checkpoint, latency
+from lib.annotations import read_voc
 from lib.checkpoint import code_revision
 from lib.detector import load_supernet
 from lib.genotype import Genotype
+from lib.images import read_picture
 
 
 def test_each_stage_leaves_its_files(flow):
     folder, printed = flow
     pictures = "front.png", "report.html"
     expected = {
-        "supernet": {"last.pt", "split.json", "config.yaml", "log.jsonl", "curves.png"},
+        "supernet": {"last.pt", "last_good.pt", "split.json", "config.yaml", "log.jsonl", "curves.png"},
         "search": {"best.json", "pareto.json", "evals.jsonl", "config.yaml", *pictures},
-        "final": {"best.pt", "last.pt", "metrics.json", "config.yaml", "log.jsonl", "curves.png"},
+        "final": {"best.pt", "last.pt", "last_good.pt", "metrics.json", "config.yaml", "log.jsonl", "curves.png"},
     }
     for stage, names in expected.items():
         assert {p.name for p in (folder / "runs" / "tiny" / stage).iterdir()} == names
         for picture in (folder / "runs" / "tiny" / stage).glob("*.png"):
-            assert decode_image(read_file(str(picture))).float().std() > 1
+            assert read_picture(str(picture)).float().std() > 1
     assert "next: python async_search.py" in printed[SUPERNET]
     assert "next: python final_train.py" in printed[SEARCH]
     assert "search epoch 3: 3 evaluations" in printed[SEARCH]  # numbered on from the supernet's two
@@ -80,6 +85,29 @@ def test_the_logs_follow_the_schedules(flow):
     assert [r["step"] for r in read_lines(folder / "runs/tiny/final/log.jsonl") if r["kind"] == "eval"] == [1, 2]
 
 
+def ap_by_pycocotools(folder, results):
+    """AP of COCO results on the test set of `flow`, by nothing of this project but the reader of VOC."""
+    test = read_voc(folder / "shapes", ["test"])
+    truth, boxes = COCO(), []
+    truth.dataset = {
+        "images": [{"id": test.image_id(i)} for i in range(len(test))],
+        "categories": [{"id": i} for i in test.category_ids],
+        "annotations": boxes,
+    }
+    for i, objects in enumerate(test.ground_truth(range(len(test)))):
+        for (x1, y1, x2, y2), label in zip(objects["boxes"].tolist(), objects["labels"].tolist(), strict=True):
+            box = {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1), "iscrowd": 0}
+            owner = {"id": len(boxes) + 1, "image_id": test.image_id(i), "category_id": test.category_ids[label - 1]}
+            boxes.append({**owner, **box})
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.createIndex()
+        evaluation = COCOeval(truth, truth.loadRes(str(results)), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation.stats[0]
+
+
 @pytest.mark.parametrize("flags", [[], ["--pycocotools"]])
 def test_eval_only_reproduces_the_metrics_to_the_digit(flow, flags):
     folder, _ = flow
@@ -90,6 +118,9 @@ def test_eval_only_reproduces_the_metrics_to_the_digit(flow, flags):
         assert text == ("nan" if metrics[name] is None else f"{metrics[name]:.6f}")
     assert {"AP", "AP50", "AR100", "mAP"} <= found.keys() and float(found["AR100"]) > 0
     assert "8 test images" in printed and metrics["test_images"] == 8
+    assert ap_by_pycocotools(folder, folder / "runs/tiny/final/detections_test.json") == pytest.approx(
+        metrics["AP"], abs=1e-9
+    )
     for name, scores in metrics["per_class"].items():
         assert f"  {name}: " + ", ".join(f"{key} {value:.4f}" for key, value in scores.items()) in printed
 
@@ -112,7 +143,7 @@ def test_predict_draws_pictures_and_writes_detections(flow):
     assert sorted(p.name for p in (folder / "seen").glob("*.jpg")) == sources and len(sources) >= 7
     detections = json.loads((folder / "seen" / "detections.json").read_text())
     for name in sources:
-        image, drawn = (decode_image(read_file(str(folder / d / name))) for d in ("shapes/JPEGImages", "seen"))
+        image, drawn = (read_picture(str(folder / d / name)) for d in ("shapes/JPEGImages", "seen"))
         assert image.shape == drawn.shape and (image.int() - drawn.int()).abs().max() > 60
         _, height, width = image.shape
         boxes = [d["bbox"] for d in detections if d["image_id"] == name.removesuffix(".jpg")]

@@ -405,7 +405,7 @@ def test_what_a_killed_process_left_over_goes(begun):
 def test_other_pictures_are_said(begun, monkeypatch, capsys):
     monkeypatch.setattr(Counting, "data", {"training": "others"})
     Counting(begun, resume=True)
-    assert "note: the training data differ from those that" in capsys.readouterr().out
+    assert "note: the training data are not those that" in capsys.readouterr().out
 
 
 def test_a_larger_batch_goes_on_at_the_same_picture(begun):
