@@ -284,10 +284,11 @@ def print_estimate(task: Task) -> None:
     space, config = task.supernet.space, task.run.config
     genotypes = [space.smallest(), space.sample(random.Random(config.seed)), space.largest()]
     device = torch.device(task.devices[0])
-    score = scoring_seconds(task.supernet.detector, genotypes, task.annotations, *task.split, config, device)
+    watch = plan.Stopwatch()
+    score = scoring_seconds(task.supernet.detector, genotypes, task.annotations, *task.split, config, device, watch)
     evaluations = config.search.num_epochs * config.search.steps
     print(
-        f"time: about {duration(evaluations * score / len(task.devices))} for {evaluations} candidates of "
+        f"time, {watch}: about {duration(evaluations * score / len(task.devices))} for {evaluations} candidates of "
         f"{score:.2f} s each, workers: {len(task.devices)}; results already in the ledger take no time"
     )
 

@@ -8,34 +8,45 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchvision.ops import box_convert, box_iou
 
 from lib import distributed
 from lib.annotations import Annotations
-from lib.config import Config, TrainConfig
+from lib.config import Config, DataConfig, HeadConfig, TrainConfig
 from lib.datasets import Batch, collate, eval_loader, reading
 from lib.detector import SSD, ElasticSSD, detect
 from lib.final_training import detection_losses
 from lib.genotype import Genotype, SearchSpace
+from lib.images import UnreadableImage, check_header, read_header
+from lib.labels import Faults
+from lib.layouts import same_pictures
 from lib.log import progress
-from lib.priors import priors_per_cell
+from lib.priors import best_iou, coverage, fit_priors, prior_boxes, priors_per_cell
 from lib.scoring import Scorer, prepare_scoring_data
 from lib.training import Losses, Trainer, detection_loss
 
-SHOWN = 5  # dropped boxes and images without objects that are named
 COVERAGE_SAMPLE = 20_000  # objects that coverage is measured on, evenly spread
-CHUNK = 1024  # objects whose IoU with every prior is in memory at a time
-SECONDS = 20.0  # that all measurements take together, about
-TRAINING_SHARE, LOADING_SHARE, SCORING_SHARE = 0.5, 0.15, 0.35
+WELL_COVERED = 0.8  # share of a class's objects below which other priors are proposed
+THREADS = 16  # that open pictures
+SECONDS = 20.0  # that all measurements take together
+LOADING_SHARE = 0.2  # of measuring a training
 SCORED_SAMPLE = 64  # pictures that a score or an evaluation is measured on
 Forward = Callable[[Batch], Iterator[Losses]]
+
+
+class Split(NamedTuple):
+    """Some of the images of `annotations`."""
+
+    annotations: Annotations
+    rows: Sequence[int]
 
 
 def describe_split(total: int, train: Sequence[int], search: Sequence[int]) -> str:
@@ -54,7 +65,7 @@ def describe_space(detector: ElasticSSD, space: SearchSpace) -> list[str]:
 def describe_priors(detector: ElasticSSD, config: Config) -> list[str]:
     """Prior boxes of each feature map, per image size."""
     lines = []
-    per_cell = priors_per_cell(config.head.aspect_ratios)
+    per_cell = priors_per_cell(config.head.aspect_ratios, config.head.squares)
     for size in detector.space.image_size:
         maps = zip(detector.feature_sizes(size), per_cell, strict=True)
         parts = ", ".join(f"{height}x{width}x{count}" for (height, width), count in maps)
@@ -75,73 +86,164 @@ def describe_training(name: str, config: TrainConfig, images: int, batches_per_e
     )
 
 
-def preflight(
-    annotations: Annotations, indices: Sequence[int], priors_cxcywh: Tensor, matched_threshold: float
-) -> list[str]:
-    """What the images of `indices` hold: counts, images without objects, and objects that no prior box covers.
+def describe_data(splits: Mapping[str, Split], priors_cxcywh: Tensor, matched_threshold: float) -> list[str]:
+    """One table of all splits: their images and objects, and the share of each class's objects that a prior covers.
 
-    `priors_cxcywh` (P, 4) are normalised. Dropped boxes are those of all of `annotations`. Coverage leaves ignored
-    objects out, as training does.
+    `priors_cxcywh` (P, 4) are normalised. Ignored objects (difficult, crowd) are left out, as training does.
     """
-    rows = torch.as_tensor(indices, dtype=torch.int64)
-    counts = annotations.offsets.diff()  # (N,) objects of each image
-    chosen = torch.zeros(len(annotations), dtype=torch.bool)
-    chosen[rows] = True
-    objects = chosen.repeat_interleave(counts)  # (M,) whether each object is in a chosen image
-    ignored = int((objects & annotations.ignore).sum())
-    empty = [Path(annotations.paths[row]).name for row in rows[counts[rows] == 0].tolist()]
-    counted = (objects & ~annotations.ignore).nonzero().flatten()
-    return [
-        f"data: {len(rows)} images, {int(objects.sum())} boxes ({ignored} ignored: difficult or crowd), "
-        f"{len(annotations.classes)} classes",
-        *_named("boxes dropped", annotations.dropped),
-        *_named("images without objects", empty),
-        *_coverage(annotations, counted, priors_cxcywh, matched_threshold),
+    classes = next(iter(splits.values())).annotations.classes
+    covers = f"objects, and the share that a prior box covers with an IoU of at least {matched_threshold:g}:"
+    heads = ["data", "  images", "  without objects", "  boxes dropped", "  ignored objects", covers]
+    columns = [[*heads, *(f"  {name}" for name in classes)]]
+    left_out, empty = [], []
+    for name, split in splits.items():
+        data, rows = split
+        paths = [data.paths[row] for row in rows]
+        counts = data.offsets.diff()[rows]
+        shown = set(paths) if data.dropped else ()
+        dropped = [line for line in data.dropped if line.partition(": box ")[0] in shown]
+        without = [path for path, count in zip(paths, counts.tolist(), strict=True) if not count]
+        _, labels = objects_of(split)
+        ignored = int(counts.sum()) - len(labels)
+        cells = [f"{cell:>18}" for cell in (name, len(rows), len(without), len(dropped), ignored)]
+        numbers = torch.bincount(labels, minlength=len(classes) + 1)[1:].tolist()
+        shares = coverage_of(split, priors_cxcywh, matched_threshold)
+        for number, share in zip(numbers, shares, strict=True):
+            cells.append(f"{number:>10} {f'{share:.1%}' if number else '-':>7}")
+        columns.append([*cells[:5], "", *cells[5:]])
+        left_out += dropped
+        empty += without
+    width = max(len(name) for name in columns[0] if name != covers)
+    lines = [f"{name:{width}}{''.join(cells)}" for name, *cells in zip(*columns, strict=True)]
+    for what, names in (("box dropped", left_out), ("image without objects", empty)):
+        lines += [f"{what}: {names[0]}{_and_more(names)}"] if names else []
+    return [*lines, *dict.fromkeys(note for split in splits.values() for note in split.annotations.notes)]
+
+
+def _and_more(names: Sequence) -> str:
+    return f", and {len(names) - 1} more" if len(names) > 1 else ""
+
+
+def objects_of(split: Split) -> tuple[Tensor, Tensor]:
+    """Boxes (K, 4), xyxy as shares of the image, and labels (K,) of the objects that training sees."""
+    data = split.annotations
+    chosen = torch.zeros(len(data), dtype=torch.bool)
+    chosen[torch.as_tensor(split.rows, dtype=torch.int64)] = True
+    objects = (chosen.repeat_interleave(data.offsets.diff()) & ~data.ignore).nonzero().flatten()
+    owner = torch.searchsorted(data.offsets, objects, right=True) - 1
+    return data.boxes[objects] / data.sizes[owner].repeat(1, 2), data.labels[objects]
+
+
+def coverage_of(split: Split, priors_cxcywh: Tensor, threshold: float) -> list[float]:
+    """The share of each class's objects that a prior covers; NaN without objects. Measured on COVERAGE_SAMPLE."""
+    boxes, labels = objects_of(split)
+    sample = slice(None, None, max(1, -(-len(labels) // COVERAGE_SAMPLE)))  # evenly spread
+    iou = best_iou(boxes[sample], priors_cxcywh)
+    return coverage(iou, labels[sample], len(split.annotations.classes), threshold).tolist()
+
+
+def propose_priors(
+    annotations: Annotations, detector: ElasticSSD, config: Config, fit: bool
+) -> tuple[HeadConfig, list[str]]:
+    """With `fit`, the head with as many prior boxes as before, fitted to the objects; and a report.
+
+    It is the configured head where the fitted one would cover less, of the classes on average or of the worst one.
+    The report is empty where all is well and nothing changes.
+    """
+    split = Split(annotations, range(len(annotations)))
+    head, size, threshold = config.head, detector.space.image_size[-1], config.loss.matched_threshold
+    before = coverage_of(split, detector.priors(size), threshold)
+    poor = [name for name, share in zip(annotations.classes, before, strict=True) if share < WELL_COVERED]
+    report = (
+        [f"note: prior boxes cover less than {WELL_COVERED:.0%} of {', '.join(poor)}; see --fit-priors"] if poor else []
+    )
+    if not fit or not len(annotations.boxes):
+        return head, report
+    sizes = detector.feature_sizes(size)
+    pairs = [count // 2 for count in priors_per_cell(head.aspect_ratios, head.squares)]
+    scales, ratios = fit_priors(*objects_of(split), sizes, pairs, threshold, head.clip)
+    priors = prior_boxes(sizes, scales, ratios, head.clip, squares=False)
+    after = coverage_of(split, priors, threshold)
+    shares = [row for row in zip(before, after, annotations.classes, strict=True) if row[0] == row[0]]  # not NaN
+    if sum(row[1] - row[0] for row in shares) <= 0 or min(row[1] for row in shares) < min(shares)[0]:
+        return head, [*report, "prior boxes: fitted to the data, they would cover no more of it than these"]
+    changes = ", ".join(f"{name} {old:.1%} -> {new:.1%}" for old, new, name in shares)
+    report += [
+        f"prior boxes fitted to the data at {size} px, {len(priors)} as before: {changes}",
+        f"  head.squares: false, head.scales: {scales}, head.aspect_ratios: {ratios}",
     ]
+    return replace(head, scales=scales, aspect_ratios=ratios, squares=False), report
 
 
-def _named(what: str, names: Sequence[str]) -> list[str]:
-    more = [f"  and {len(names) - SHOWN} more"] if len(names) > SHOWN else []
-    return [f"{what}: {len(names)}", *(f"  {name}" for name in names[:SHOWN]), *more]
+def check_pictures(splits: Mapping[str, Split], data: DataConfig) -> list[str]:
+    """Open the header of every picture; notes on what was left out, and on pictures that are in two splits.
 
-
-def _coverage(annotations: Annotations, objects: Tensor, priors_cxcywh: Tensor, threshold: float) -> list[str]:
-    """One line per class: its objects, and the share of them that have a prior with an IoU of at least `threshold`."""
-    counts = torch.bincount(annotations.labels[objects], minlength=len(annotations.classes) + 1)
-    sample = objects[:: max(1, -(-len(objects) // COVERAGE_SAMPLE))].contiguous()
-    labels = annotations.labels[sample]
-    covered = _best_iou(annotations, sample, priors_cxcywh) >= threshold
-    measured = "" if len(sample) == len(objects) else f", measured on {len(sample)} of them"
-    lines = [f"objects, and the share that a prior covers with an IoU of at least {threshold:g}{measured}:"]
-    width = max(map(len, annotations.classes), default=0)
-    for label, name in enumerate(annotations.classes, start=1):
-        of_class = covered[labels == label]
-        share = f"{of_class.float().mean():7.1%}" if len(of_class) else "      -"
-        lines.append(f"  {name:{width}} {int(counts[label]):8d} {share}")
-    return lines
-
-
-def _best_iou(annotations: Annotations, objects: Tensor, priors_cxcywh: Tensor) -> Tensor:
-    """The IoU of each object (K,) with its best prior (K,)."""
-    owner = torch.searchsorted(annotations.offsets, objects, right=True) - 1
-    boxes = annotations.boxes[objects] / annotations.sizes[owner].repeat(1, 2)
-    priors_xyxy = box_convert(priors_cxcywh.cpu(), "cxcywh", "xyxy")
-    best = [box_iou(chunk, priors_xyxy).amax(1) for chunk in boxes.split(CHUNK)]
-    return torch.cat(best) if best else boxes.new_zeros(0)
-
-
-def typical_seconds(work: Callable[[], object], budget: float) -> float:
-    """Median time of `work` over 3 to 9 calls within about `budget` seconds, after a first call that does not count.
-
-    The processes of a job all make the same number of calls.
+    Raises UserError with all faults, unless `data.on_error` is "skip".
     """
-    work()
-    taken: list[float] = []
-    while distributed.any_of(len(taken) < 3 or (sum(taken) < budget and len(taken) < 9)):
-        start = time.perf_counter()
-        work()
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+    pictures = {a.paths[row]: tuple(a.sizes[row].tolist()) for a, rows in splits.values() for row in rows}
+
+    def fault(path: str) -> str | None:
+        try:
+            check_header(path, read_header(path), pictures[path], data.max_pixels)
+        except UnreadableImage as error:
+            return str(error)
+        return None
+
+    faults = Faults(data.on_error, data.max_skipped)
+    with ThreadPoolExecutor(THREADS) as pool:
+        for message in progress(pool.map(fault, pictures), "check pictures", total=len(pictures)):
+            if message:
+                faults.add("picture", "unreadable", message)
+    notes = faults.close(Path(data.root), len(pictures) - faults.counts.total(), 0)
+    paths = {name: [a.paths[row] for row in rows] for name, (a, rows) in splits.items()}
+    for name, others in (("search", ["train"]), ("test", ["train", "search"])):
+        same = same_pictures(paths[name], [path for other in others for path in paths[other]])
+        if len({path for path, _ in same}) == len(paths[name]):
+            notes.append(f"warning: every picture of {name} is in {' or '.join(others)} as well, byte for byte")
+        elif same:
+            path, other = same[0]
+            where = f"in {' or '.join(others)} and, byte for byte, in {name}"
+            notes.append(f"warning: the same picture {where}: {other} = {path}{_and_more(same)}")
+    return notes
+
+
+class Stopwatch:
+    """Times work, for SECONDS of wall time altogether: hardly a call begins later, but one that has is awaited."""
+
+    def __init__(self):
+        self.start = time.perf_counter()
+        self.end = self.start + SECONDS
+        self.rough = False  # whether a time rests on fewer than three calls
+
+    def left(self) -> float:
+        return max(self.end - time.perf_counter(), 0.0)
+
+    def typical(self, work: Callable[[], object], budget: float) -> float:
+        """Median time of `work` over up to 9 calls in `budget` seconds; a first call does not count if there are more.
+
+        The processes of a job all make the same number of calls.
+        """
+        stop = time.perf_counter() + min(budget, self.left())
+        taken: list[float] = []
+        while len(taken) < 10 and not (taken and distributed.any_of(time.perf_counter() >= stop)):
+            start = time.perf_counter()
+            work()
+            taken.append(time.perf_counter() - start)
+        self.rough |= len(taken) < 4
+        return statistics.median(taken[1:] or taken)
+
+    def each(self, works: Sequence[Callable[[], object]], description: str, budget: float) -> list[float]:
+        """`typical` of each of `works`, of one kind; once the time is up, the mean of those that were timed."""
+        found: list[float] = []
+        for work in progress(works, description):
+            if distributed.any_of(bool(found) and not self.left()):
+                break
+            found.append(self.typical(work, budget / len(works)))
+        return found + [statistics.mean(found)] * (len(works) - len(found))
+
+    def __str__(self) -> str:
+        seconds = f"measured for {time.perf_counter() - self.start:.0f} s"
+        return f"{seconds}, on few calls, since they are slow here: rough" if self.rough else seconds
 
 
 def training_seconds(
@@ -150,22 +252,23 @@ def training_seconds(
     device: torch.device,
     loader: DataLoader,
     phases: Sequence[tuple[int, Forward]],
+    watch: Stopwatch,
 ) -> float:
     """Seconds of a training without its evaluations; `phases` are (epochs, a function from batch to losses).
 
-    The weights of `model` change.
+    Takes half of the time that is left. The weights of `model` change.
     """
     steps = loader.batch_sampler.batches_per_epoch
     trainer = Trainer(model, config, device, steps)
     trainer.model.train()
     dataset = loader.dataset
     keys = next(iter(loader.batch_sampler))
-    loading = typical_seconds(lambda: collate([dataset[key] for key in keys]), LOADING_SHARE * SECONDS)
+    budget = watch.left() / 2
+    loading = watch.typical(lambda: collate([dataset[key] for key in keys]), LOADING_SHARE * budget)
     batch = collate([dataset[key] for key in keys]).to(device)
+    works = [lambda forward=forward: trainer.update(forward(batch)) for _, forward in phases]
     seconds = 0.0
-    for epochs, forward in progress(phases, "measure training"):
-        budget = TRAINING_SHARE * SECONDS / len(phases)
-        step = typical_seconds(lambda forward=forward: trainer.update(forward(batch)), budget)
+    for (epochs, _), step in zip(phases, watch.each(works, "measure training", budget), strict=True):
         # Loader workers read while the device computes, so the slower side decides; without them both add up.
         together = max(step, loading / loader.num_workers) if loader.num_workers else step + loading
         seconds += epochs * steps * together
@@ -180,32 +283,31 @@ def scoring_seconds(
     search: Sequence[int],
     config: Config,
     device: torch.device,
+    watch: Stopwatch,
 ) -> float:
     """Mean seconds of scoring one of `genotypes`, measured on a sample of the BatchNorm and the scored images."""
     settings = config.search
     images = min(settings.images or len(search), len(search))
     part = replace(settings, bn_images=min(settings.bn_images, SCORED_SAMPLE), images=min(images, SCORED_SAMPLE))
     scorer = Scorer(prepare_scoring_data(annotations, train, search, replace(config, search=part)), config, device)
-    budget = SCORING_SHARE * SECONDS / len(genotypes)
-    measured = []
-    for genotype in progress(genotypes, "measure scoring"):
-        measured.append(typical_seconds(lambda genotype=genotype: scorer(detector, genotype), budget))
+    works = [lambda genotype=genotype: scorer(detector, genotype) for genotype in genotypes]
+    measured = watch.each(works, "measure scoring", watch.left())
     all_images = min(settings.bn_images, len(train)) + images
     return statistics.mean(measured) * all_images / (part.bn_images + part.images)
 
 
-def final_seconds(model: SSD, config: Config, device: torch.device, loader: DataLoader) -> float:
+def final_seconds(model: SSD, config: Config, device: torch.device, loader: DataLoader, watch: Stopwatch) -> float:
     """Seconds of training one detector, without its evaluations."""
     settings = config.final
     loss = detection_loss(config)
     phases = [(settings.epochs, lambda batch: detection_losses(model, loss, batch))]
-    return training_seconds(model, settings, device, loader, phases)
+    return training_seconds(model, settings, device, loader, phases, watch)
 
 
-def detecting_seconds(model: SSD, test: Annotations, config: Config, device: torch.device) -> float:
+def detecting_seconds(model: SSD, test: Annotations, config: Config, device: torch.device, watch: Stopwatch) -> float:
     """Seconds of one evaluation on all of `test`, from at most `SCORED_SAMPLE` of its pictures."""
     sample = range(min(SCORED_SAMPLE, len(test)))
     loader = eval_loader(test, sample, model.image_size, config.final.batch_size, **reading(config.data))
-    budget = SCORING_SHARE * SECONDS
-    seconds = typical_seconds(lambda: detect(model, (batch.images for batch in loader), config, device), budget)
+    work = lambda: detect(model, (batch.images for batch in loader), config, device)  # noqa: E731
+    seconds = watch.typical(work, watch.left())
     return seconds * len(test) / len(sample)

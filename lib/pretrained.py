@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lib.checkpoint import holds_numbers
 from lib.config import Config
 from lib.detector import ElasticSSD
 from lib.elastic import ElasticDepthwiseConv, ElasticInvertedResidual, ElasticSqueezeExcitation
@@ -56,6 +57,9 @@ def load_pretrained(detector: ElasticSSD, config: Config, classes: Sequence[str]
     for key, original in source.settings._asdict().items():
         if (value := getattr(config.backbone, key)) != original:
             rows.append(("note", f"backbone.{key} is {value}, it was trained with {original}"))
+    for key in ("scales", "aspect_ratios", "squares") if source.head and config.backbone.pretrained_head else ():
+        if (value := getattr(config.head, key)) != (original := getattr(source.head, key)):
+            rows.append(("note", f"head.{key} is {value}, its predictors were trained with {original}"))
     return Embedding(embedding.genotype, rows)
 
 
@@ -205,7 +209,7 @@ def _check_tensors(theirs: Tensors, shapes: Mapping[str, tuple[int, ...]], where
         if name not in theirs or tuple(theirs[name].shape) != shape:
             raise Misfit(f"{where}: {name}: weights of {_found(theirs, name)}, expected {shape}")
         tensor = theirs[name]
-        real = tensor.is_floating_point() and bool(tensor.isfinite().all())
+        real = holds_numbers(tensor) and bool(tensor.isfinite().all())
         if not real or (name.endswith("running_var") and bool((tensor < 0).any())):
             raise Misfit(f"{where}: {name}: expected finite real numbers, of variances none below 0")
 

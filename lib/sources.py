@@ -18,6 +18,7 @@ from torchvision.models import get_model_weights
 
 from lib import checkpoint, config_io
 from lib.cli import supernet_checkpoint
+from lib.config import HeadConfig
 from lib.errors import UserError, did_you_mean, naming
 from lib.genotype import Genotype
 from lib.plain import check
@@ -52,6 +53,7 @@ class Source:
     extras: Sequence[Tensors] = ()
     predictors: Tensors = field(default_factory=dict)
     classes: Sequence[str] = ()  # of its class logits, if the file names them
+    head: HeadConfig | None = None  # which says what prior boxes its predictors are for
     left_out: Sequence[str] = ()  # keys that no detector needs
 
 
@@ -224,7 +226,8 @@ def _rename(key: str, modules: Mapping[str, str]) -> str | None:
 
 def _own(payload: dict, origin: str) -> Source:
     """A supernet or a final detector of this project; its moving average if it has one."""
-    backbone = config_io.from_dict(check(payload.get("config"), dict, f"{origin}: config"), origin).backbone
+    config = config_io.from_dict(check(payload.get("config"), dict, f"{origin}: config"), origin)
+    backbone = config.backbone
     tensors = checkpoint.weights(payload, origin)
     final = "genotype" in payload
     if final:
@@ -244,6 +247,7 @@ def _own(payload: dict, origin: str) -> Source:
         elastic=not final,
         predictors=_below(tensors, "predictors."),
         classes=tuple(check(payload.get("classes", []), list[str], f"{origin}: classes")),
+        head=config.head,
     )
 
 

@@ -14,12 +14,18 @@ from lib.errors import UserError
 
 PLANS = {  # what each script's plan must say
     SUPERNET: [
-        *("48 images, 36 train", "search space: 3.2e+06", "smallest: ", "largest: ", "priors at 64 px: 84"),
+        *(
+            f"images{36:>27}{12:>18}{8:>18}\n",
+            "search space: 3.2e+06",
+            "smallest: ",
+            "largest: ",
+            "priors at 64 px: 84",
+        ),
         *("epochs of 9 steps", "from epoch 1:", "from epoch 2:"),
     ],
     SEARCH: ["trained to epoch 2 of 2", "48 images, 36 train", "search space: 3.2e+06", "2 epochs of 3 evaluations"],
     FINAL: [
-        "test set: 8 images",
+        f"images{48:>27}{8:>18}\n",
         "genotype: image_size=64",
         "multiply-adds",
         "priors at 64 px: 84",

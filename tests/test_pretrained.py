@@ -349,3 +349,18 @@ def test_settings_of_another_training_are_noted(tmp_path):
     notes = [what for part, what in rows if part == "note"]
     assert [note.split()[0] for note in notes] == ["backbone.pixel_mean", "backbone.pixel_std", "backbone.norm_eps"]
     assert as_table(rows)[0] == "pretrained weights:" and len(as_table(rows)) == len(rows) + 1
+
+
+def test_predictors_of_other_prior_boxes_are_said(own, tiny_config):
+    _, _, folder = own
+    changes = {"backbone__pretrained_path": str(folder / "final"), "head__scales": "[0.1, 0.4, 0.6, 0.9]"}
+
+    def notes(**more: object) -> list[str]:
+        config = tiny_config(**changes, **more)
+        rows = load_pretrained(ElasticSSD(config, 3), config, CLASSES).rows
+        return [text for part, text in rows if part == "note" and text.startswith("head.")]
+
+    assert notes() == [
+        "head.scales is [0.1, 0.4, 0.6, 0.9], its predictors were trained with [0.2, 0.4, 0.6, 0.9]",
+    ]
+    assert not notes(backbone__pretrained_head=False)
