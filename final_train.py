@@ -252,7 +252,7 @@ def evaluate_again(args: argparse.Namespace, device: torch.device) -> None:
         written = path.with_name("detections_test.json")
         try:
             checkpoint.write_text(written, json.dumps(results) + "\n")
-            print(f"wrote {written}")
+            print(f"detections: {written}")
         except UserError as error:  # the detector may lie in a folder of somebody else
             print(f"note: {error}")
 

@@ -7,9 +7,9 @@ import sys
 
 import numpy as np
 import pytest
-from torchvision.io import decode_image, read_file
 
 from lib.errors import UserError
+from lib.images import read_picture
 from lib.log import RunLog, duration, finite, plot_training, progress, read_log, say
 
 
@@ -134,7 +134,7 @@ def evaluation(epoch, **networks):
 
 
 def pixels(path):
-    return decode_image(read_file(str(path)))
+    return read_picture(str(path))
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,11 @@ from xml.etree import ElementTree
 import pytest
 from matplotlib.figure import Figure
 from search_records import make_records, make_search, with_resamples
-from torchvision.io import decode_image, read_file
 
 from lib import report
 from lib.controllers import pareto_front
 from lib.genotype import Genotype, read_genotype_file
+from lib.images import read_picture
 from lib.report import search_page, worker_use, write_results
 
 FOLDER = Path("runs/a/search")
@@ -184,7 +184,7 @@ def test_the_best_and_the_front_are_genotype_files(tmp_path, told, capsys):
     for content in (best, *front):
         assert content["supernet"] == {"path": "runs/a/supernet/last.pt", "sha256": "abc"}
         assert content["config"]["name"] == "a <b>"
-    assert decode_image(read_file(str(tmp_path / "front.png"))).float().std() > 1
+    assert read_picture(str(tmp_path / "front.png")).float().std() > 1
     read((tmp_path / "report.html").read_text())
     assert capsys.readouterr().out == ""
 

@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torchvision.io import write_jpeg
+
+from lib import images
 
 Boxes = Sequence[tuple]  # (name, x1, y1, x2, y2) continuous pixels from 0, and optionally 1 for difficult or crowd
 
 
 def write_picture(path: Path, width: int = 48, height: int = 32) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     pixels = torch.randint(0, 256, (3, height, width), generator=torch.Generator().manual_seed(len(path.name)))
-    write_jpeg(pixels.to(torch.uint8), str(path))
+    images.write_picture(pixels.to(torch.uint8), path)
 
 
 def write_voc(
