@@ -15,6 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Annotated, NamedTuple
 
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -25,7 +26,7 @@ from lib.datasets import Batch
 from lib.errors import UserError
 from lib.log import RunLog, progress, read_log, say
 from lib.losses import DetectionLoss, Targets
-from lib.plain import shown
+from lib.plain import Bounds, check, shown
 from lib.runtime import Stopped, StopRequest
 from lib.training import Diverged, Losses, Trainer
 
@@ -49,6 +50,18 @@ ANY_STAGE_MAY_CHANGE = {
 REMEDY = "--train-dir DIR starts another run (what may change: docs/flags.md, Interruptions)"
 
 
+class _Saved(NamedTuple):
+    """The parts of last.pt that a training goes on from."""
+
+    config: dict
+    classes: list[str]
+    model: dict[str, Tensor]
+    optimizer: dict
+    epoch: Annotated[int, Bounds(1)]
+    batch: Annotated[int, Bounds(0)]
+    step: Annotated[int, Bounds(0)]
+
+
 def read_previous(folder: Path, config: Config, stage: str) -> dict | None:
     """The checkpoint that the run in `folder` goes on from, in every process of the job; None if there is none yet.
 
@@ -66,6 +79,9 @@ def read_previous(folder: Path, config: Config, stage: str) -> dict | None:
     payload = distributed.from_main(payload)
     if payload is None:
         return None
+    check(payload, _Saved, str(last))
+    if ("genotype" in payload) != (stage == "final"):
+        raise UserError(f"{last}: is of the other training; --train-dir names the folder of this one")
     saved = config_io.to_dict(config_io.from_dict(payload["config"], str(last)))
     asked = config_io.to_dict(config)
     for key in config_io.KEYS:
@@ -172,13 +188,15 @@ class Training:
         return {**identity, **self.trainer.state_dict(), "losses": losses}
 
     def restore(self, payload: dict) -> None:
-        sizes = [len(group["params"]) for group in payload["optimizer"]["param_groups"]]
-        if sizes != [len(group["params"]) for group in self.trainer.optimizer.param_groups]:
-            raise UserError(f"{self.last}: its optimizer groups the parameters otherwise; {REMEDY}")
         compare_data(payload, self.classes, self.data, self.last)
-        self.trainer.load_state_dict(payload, payload["config"][self.stage].get("batch_size"))
-        losses = payload.get("losses", {"sums": {}, "batches": 0})
-        self.sums, self.counted = defaultdict(float, losses["sums"]), losses["batches"]
+        try:
+            self.trainer.load_state_dict(payload, payload["config"][self.stage].get("batch_size"))
+            losses = payload.get("losses", {"sums": {}, "batches": 0})  # earlier versions have none
+            self.sums, self.counted = defaultdict(float, losses["sums"]), losses["batches"]
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            # Such as groups of parameters that an earlier version made otherwise.
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{self.last}: does not fit this training: {reason}; {REMEDY}") from None
 
     def save(self) -> None:
         """Write last.pt. Raises Diverged, and leaves the file as it was, if a weight is not finite."""

@@ -358,10 +358,14 @@ def test_a_rate_of_the_backbone_that_was_set_may_change_and_not_be_taken_back(be
         read_previous(begun, Config(), "supernet")
 
 
-def test_the_best_epoch_of_a_final_training_keeps_its_measure(begun):
+def test_the_best_epoch_of_a_final_training_keeps_its_measure(begun, monkeypatch):
     config = Config()
     config.search.objective = "AP50"
     assert read_previous(begun, config, "supernet")
+    with pytest.raises(UserError, match=r"last\.pt: is of the other training"):
+        read_previous(begun, config, "final")
+    payload = checkpoint.read(begun / "last.pt")
+    monkeypatch.setattr(checkpoint, "read", lambda path: {**payload, "genotype": {}})
     with pytest.raises(UserError, match=r"search\.objective: expected 'AP', with which"):
         read_previous(begun, config, "final")
 
@@ -394,6 +398,15 @@ def test_a_mistaken_resume_leaves_every_file_as_it_was(begun, name, monkeypatch)
     with pytest.raises(UserError, match=words):
         Counting(begun, resume=True, **changes.get("options", {}))
     assert before == {path.name: path.read_bytes() for path in begun.iterdir()}
+
+
+@pytest.mark.parametrize("part", ["config", "classes", "model", "optimizer", "epoch", "batch", "random"])
+@pytest.mark.parametrize("value", [None, {"a": 1}, -1])
+def test_a_part_of_a_checkpoint_that_is_missing_or_nonsense_is_one_line(begun, monkeypatch, part, value):
+    payload = checkpoint.read(begun / "last.pt")
+    monkeypatch.setattr(checkpoint, "read", lambda path: {k: v for k, v in {**payload, part: value}.items() if v})
+    with pytest.raises(UserError, match=r"last\.pt"):
+        Counting(begun, resume=True)
 
 
 def test_what_a_killed_process_left_over_goes(begun):
