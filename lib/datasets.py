@@ -133,7 +133,7 @@ def save_split(path: Path, annotations: Annotations, train: Sequence[int], searc
     """Write the split as JSON of image ids, which stay valid if the order of the rows changes."""
     ids = {"train": [annotations.ids[i] for i in train], "search": [annotations.ids[i] for i in search]}
     if annotations.held_out:
-        ids["test"] = list(annotations.held_out)
+        ids["test"] = list(annotations.held_out)  # for `load_split`, which compares it
     write_text(path, json.dumps({"format": SPLIT_FORMAT, **ids}))
 
 
@@ -147,6 +147,7 @@ def load_split(path: Path, annotations: Annotations) -> tuple[list[int], list[in
     if not train_ids or not search_ids or len(set(train_ids)) + len(set(search_ids)) < len(train_ids) + len(search_ids):
         raise UserError(f"{path}: expected images on both sides of the split, each once")
     # The data may have changed since the split was saved.
+    refuse_seen(path, annotations)
     row_of = {annotations.ids[i]: i for i in range(len(annotations))}
     for image_id in (*train_ids, *search_ids):
         if image_id not in row_of:
@@ -155,6 +156,19 @@ def load_split(path: Path, annotations: Annotations) -> tuple[list[int], list[in
     if common:
         raise UserError(f"{path}: image '{min(common)}' is on both sides of the split")
     return [row_of[i] for i in train_ids], [row_of[i] for i in search_ids]
+
+
+def refuse_seen(path: Path, annotations: Annotations) -> None:
+    """Raise UserError if images that are kept for the test have trained, or chosen, what the split in `path` is of."""
+    if not annotations.held_out or not path.is_file():
+        return
+    content = read_json(path, SPLIT_FORMAT)
+    seen = {name for side in ("train", "search") for name in check(content.get(side), list[str], f"{path}: {side}")}
+    if common := seen & set(annotations.held_out):
+        raise UserError(
+            f"{path}: {len(common)} images of the test set took part in the supernet's training or search, such as "
+            f"'{min(common)}': data.test_portion or the data has changed since (0 keeps no images for the test)"
+        )
 
 
 @dataclass(frozen=True)

@@ -232,7 +232,9 @@ def read_coco_json(path: Path, faults: Faults) -> CocoFile:
             area = math.nan if area is None else area
             if not abs(x) + abs(y) + abs(width) + abs(height) <= FARTHEST or math.isinf(area):
                 return entry
-            image_id, category_id = coco_id(entry["image_id"]), coco_id(entry["category_id"])
+            image_id, category_id = entry["image_id"], entry["category_id"]
+            if type(image_id) is not int or type(category_id) is not int:
+                image_id, category_id = coco_id(image_id), coco_id(category_id)
             # An array of its own first: an entry with a value that is no number must add nothing to `flat`.
             numbers = array("d", (0, 0, x, y, x + width, y + height, crowd or 0, area))
         except (KeyError, TypeError, ValueError, OverflowError):

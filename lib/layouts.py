@@ -186,7 +186,10 @@ def voc_pairs(root: Path, set_name: str, faults: Faults) -> list[Pair]:
     pairs: dict[str, Pair] = {}
     for line in lines:
         line = tree.tail(line)
+        picture = tree.find(line, beside="JPEGImages/")
         name = stem(line)
+        if picture and stem(picture) == name:  # the list names the folder of the pictures as well
+            name = name.split("/", 1)[-1]
         xml = tree.find(name, xml=True, beside="Annotations/")
         picture = tree.find(line, beside=xml or "JPEGImages/")
         if picture is None:

@@ -1,7 +1,9 @@
 import contextlib
 import io
+import json
 import logging
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +83,7 @@ def test_coco_keeps_its_own_area_and_does_without(folder):
 
 
 @pytest.mark.parametrize("kind", ["voc", "coco"])
-def test_boxes_are_clipped_and_empty_ones_named(tmp_path, kind):
+def test_training_sees_boxes_cut_off_and_without_empty_ones_and_scoring_all_as_they_are(tmp_path, kind):
     objects = {"one": [("cat", -5, 3, 60, 20), ("cat", 7, 7, 8, 8), ("cat", 50, 2, 70, 9), ("cat", 9, 4, 9, 20)]}
     write_voc(tmp_path, objects)
     write_coco(tmp_path / "instances.json", objects, CATEGORIES)
@@ -89,6 +91,201 @@ def test_boxes_are_clipped_and_empty_ones_named(tmp_path, kind):
     assert annotations.boxes.tolist() == [[0, 3, 48, 20]]
     assert len(annotations.dropped) == 3 and all("one.jpg" in message for message in annotations.dropped)
     assert ["outside" in message for message in annotations.dropped] == [False, True, False]
+    assert annotations.truth.boxes.tolist() == [list(map(float, box[1:])) for box in objects["one"]]
+    assert annotations.truth.area.tolist() == [65 * 17, 1, 20 * 7, 0]
+    assert annotations.ground_truth([0])[0]["labels"].tolist() == [1] * 4
+    assert "1 boxes reach beyond the edge" in annotations.notes[0]
+    write_voc(tmp_path / "whole", {"one": [("cat", 5, 3, 40, 20)]})
+    whole = read_voc(tmp_path / "whole", ["trainval"])
+    assert whole.truth is whole.objects and not whole.notes
+
+
+def edited(folder, edit):
+    """`instances.json` with a change of its document."""
+    document = json.loads((folder / "instances.json").read_text())
+    edit(document)
+    (folder / "instances.json").write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [2**53, 2**53 + 1, 2**53 + 2],
+        [15241578753238836751, 9876543210987654321, 12345678901234567890],
+        [1598887533000000001, 1598887533033333334, 1598887533066666667],
+        ["b_02.jpg", "a/01", "007"],
+        [1, "1", "1.0"],
+    ],
+)
+def test_coco_image_ids_are_kept_exactly(folder, ids):
+    def edit(document):
+        ids_of = {image["id"]: new for image, new in zip(document["images"], ids, strict=True)}
+        for image in document["images"]:
+            image["id"] = ids_of[image["id"]]
+        for annotation in document["annotations"]:
+            annotation["image_id"] = ids_of[annotation["image_id"]]
+
+    expected = read_json(folder)
+    edited(folder, edit)
+    found = read_json(folder)
+    assert found.fingerprint() == expected.fingerprint()
+    own = [found.image_id(i) for i in range(3)]  # sorted by file name: a_01, b_02, c_03
+    assert own == [ids[1], ids[0], ids[2]] and [type(x) for x in own] == [type(ids[1]), type(ids[0]), type(ids[2])]
+
+
+def test_voc_images_go_by_their_names(folder):
+    found = read_voc(folder, ["trainval"])
+    assert [found.image_id(i) for i in range(3)] == ["a_01", "b_02", "c_03"]
+
+
+@pytest.mark.parametrize(
+    ("categories", "names", "ids"),
+    [
+        ([{"id": 3, "name": 7}, {"id": 18, "name": 2.5}], ("7", "2.5"), (3, 18)),
+        ([{"id": 3, "name": None}, {"id": 18, "name": ""}], ("category 3", "category 18"), (3, 18)),
+        ([{"id": 3, "name": "cat\n"}, {"id": 18, "name": "cat\tdog"}], ("cat", "cat dog"), (3, 18)),
+        (
+            [
+                {"id": 0, "name": "pets"},
+                *({"id": i, "name": n, "supercategory": "pets"} for i, n in ((3, "c"), (18, "d"))),
+            ],
+            ("c", "d"),
+            (3, 18),
+        ),
+        (
+            [{"id": 0, "name": "c"}, *({"id": i, "name": n, "supercategory": "c"} for i, n in ((3, "c"), (18, "d")))],
+            ("c", "d"),
+            (3, 18),
+        ),
+        (
+            [{"id": 0, "name": "bird"}, {"id": 3, "name": "cat"}, {"id": 18, "name": "dog"}],
+            ("bird", "cat", "dog"),
+            (0, 3, 18),
+        ),
+    ],
+)
+def test_categories_of_all_kinds(folder, categories, names, ids):
+    edited(folder, lambda document: document.update(categories=categories))
+    found = read_json(folder)
+    assert (found.classes, found.category_ids) == (names, ids)
+    assert [found.category_ids[label - 1] for label in found.truth.labels] == [18, 3, 18, 3]
+    assert len(found.notes) == (names == ("c", "d")) and all("category 0" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("categories", "message"),
+    [
+        ([{"id": 3, "name": "a"}, {"id": 18, "name": "a"}], "2 categories have the same name 'a'"),
+        ([{"id": 3, "name": "a"}, {"id": 3, "name": "b"}], "2 categories have the same id 3"),
+        ([{"id": "3", "name": "a"}], "malformed category"),
+        ([{"id": True, "name": "a"}], "malformed category"),
+        ([7], "malformed category 7"),
+    ],
+)
+def test_categories_that_contradict_each_other_are_refused(folder, categories, message):
+    edited(folder, lambda document: document.update(categories=categories))
+    with pytest.raises(UserError, match=rf"instances\.json: {message}"):
+        read_json(folder)
+
+
+def test_nothing_of_a_coco_file_is_lost_silently(folder):
+    edited(folder, lambda document: document["annotations"].append(None))
+    with pytest.raises(UserError, match="malformed annotation None"):
+        read_json(folder)
+    edited(
+        folder,
+        lambda document: document.update(annotations=document["annotations"][:-1], older=document["annotations"][:1]),
+    )
+    with pytest.raises(UserError, match="some stand outside of the list"):
+        read_json(folder)
+
+
+@pytest.mark.parametrize(
+    ("listed", "encoding"),
+    [
+        ("a\r\n", "utf-16"),
+        ("a\r\n", "utf-16-le"),
+        ("a\r\n", "utf-8-sig"),
+        ("\r\na\r\n\r\n", "utf-8"),
+        ("a.jpg\na.jpg\na\n", "utf-8"),
+        ("a -1\n", "utf-8"),
+        ("a  0\n", "utf-8"),
+        ("JPEGImages/a.jpg", "utf-8"),
+        ("C:\\data\\JPEGImages\\a.jpg\n", "utf-8"),
+        ("/home/me/a\n", "utf-8"),
+    ],
+)
+def test_image_sets_as_tools_write_them(tmp_path, listed, encoding):
+    write_voc(tmp_path, {"a": [("cat", 1, 2, 30, 20)]})
+    write_picture(tmp_path / "SegmentationClass" / "a.png")
+    (tmp_path / "ImageSets/Main/trainval.txt").write_bytes(listed.encode(encoding))
+    found = read_voc(tmp_path, ["trainval"])
+    assert found.boxes.tolist() == [[1, 2, 30, 20]] and found.paths[0].endswith("JPEGImages/a.jpg")
+
+
+def test_image_sets_in_latin1_with_spaces_and_folders(tmp_path):
+    names = ["\xe4 1", "a photo 1", "sub/a"]
+    write_voc(tmp_path, {name: [("cat", 1, 2, 30, 20)] for name in names if "/" not in name})
+    for path in ("JPEGImages/sub/a.jpg", "Annotations/sub/a.xml"):
+        (tmp_path / path).parent.mkdir()
+        suffix = Path(path).suffix
+        shutil.copy(tmp_path / Path(path).parts[0] / f"a photo 1{suffix}", tmp_path / path)
+    (tmp_path / "ImageSets/Main/trainval.txt").write_bytes("\n".join(names).encode("latin-1"))
+    found = read_voc(tmp_path, ["trainval"])
+    assert [found.ids[i] for i in range(3)] == sorted(names)
+    (tmp_path / "ImageSets/Main/trainval.txt").write_text("sub/b\nother/a\n")
+    with pytest.raises(UserError, match="2 faults") as error:
+        read_voc(tmp_path, ["trainval"])
+    assert "sub/b.jpg: no such image" in str(error.value) and "other/a.jpg: no such image" in str(error.value)
+
+
+SIZE = "<size><width>48</width><height>32</height></size>"
+BOX = "<bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox>"
+
+
+def voc_object(box=(3, 3, 20, 20), inside="<difficult>0</difficult>"):
+    return f"<object>{inside}<name>cat</name>{BOX.format(*box)}</object>"
+
+
+@pytest.mark.parametrize(
+    ("content", "box", "note"),
+    [
+        (SIZE + voc_object(inside="<difficult>Unspecified</difficult>"), (2, 2, 20, 20), ""),
+        (SIZE + voc_object(inside=""), (2, 2, 20, 20), ""),
+        (voc_object(), (2, 2, 20, 20), ""),
+        ("<size><width>0</width><height>0</height></size>" + voc_object(), (2, 2, 20, 20), ""),
+        ("<size><width>99999999999</width><height>32</height></size>" + voc_object(), (2, 2, 20, 20), ""),
+        ("<size><width>nan</width><height/></size>" + voc_object(), (2, 2, 20, 20), ""),
+        (SIZE + voc_object((3.75, 3.25, 20.5, 20.125)), (2.75, 2.25, 20.5, 20.125), ""),
+        (SIZE + voc_object((20, 20, 3, 3)), (2, 2, 20, 20), "1 boxes had their corners in the wrong order"),
+        (SIZE + voc_object(inside=f"<part><name>head</name>{BOX.format(4, 4, 9, 9)}</part>"), (2, 2, 20, 20), ""),
+        ("<filename>other.png</filename>" + SIZE + voc_object(), (2, 2, 20, 20), ""),
+        ("<filename>C:\\x\\a.jpg</filename>" + SIZE + voc_object(), (2, 2, 20, 20), ""),
+    ],
+)
+def test_voc_annotations_as_tools_write_them(tmp_path, content, box, note):
+    write_voc(tmp_path, {"a": []})
+    (tmp_path / "Annotations" / "a.xml").write_text(f"<annotation>{content}</annotation>")
+    found = read_voc(tmp_path, ["trainval"])
+    assert found.boxes.tolist() == [list(box)] and found.sizes.tolist() == [[48, 32]] and found.classes == ("cat",)
+    assert not found.ignore.any() and all(note in line for line in found.notes) and len(found.notes) == bool(note)
+
+
+@pytest.mark.parametrize("said", ["a.jpg", "a.png", "c.jpg", ""])
+def test_the_annotation_decides_between_pictures_of_one_stem(tmp_path, said):
+    write_voc(tmp_path, {"a": []})
+    write_picture(tmp_path / "JPEGImages" / "a.png")  # the mask of the other
+    (tmp_path / "Annotations" / "a.xml").write_text(f"<annotation><filename>{said}</filename>{SIZE}</annotation>")
+    found = read_voc(tmp_path, ["trainval"])
+    assert Path(found.paths[0]).name == (said if said.startswith("a") else "a.jpg")
+
+
+def test_some_images_of_annotations(folder):
+    found = read_json(folder)
+    part = found.take([1, 2])
+    assert [part.ids[i] for i in range(2)] == ["b_02", "c_03"] and [part.image_id(i) for i in range(2)] == [10, 12]
+    assert all(torch.equal(part.target(1)[key], found.target(2)[key]) for key in found.target(2))
+    assert part.truth is part.objects and part.boxes.is_shared() and len(part.boxes) == 4
 
 
 def test_the_fingerprint_knows_the_contents_and_not_the_place(folder, tmp_path):

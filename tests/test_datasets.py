@@ -21,6 +21,7 @@ from lib.datasets import (
     load_annotations,
     load_split,
     make_loader,
+    refuse_seen,
     save_split,
     split_indices,
     train_loader,
@@ -81,8 +82,60 @@ def test_num_classes_is_checked_against_the_data(tmp_path):
         load_annotations(voc_config(tmp_path, num_classes=3), "train")
 
 
+def ids(annotations):
+    return [annotations.ids[i] for i in range(len(annotations))]
+
+
+def test_data_without_a_test_set_gives_a_part_of_it(tmp_path):
+    write_voc(tmp_path / "a", OBJECTS)
+    write_voc(tmp_path / "b", OBJECTS | {f"x{i}": [] for i in range(10)})
+    train, test = (load_annotations(voc_config(tmp_path / "a", test_portion=0.3), s) for s in ("train", "test"))
+    assert len(test) == 3 and set(ids(train)) | set(ids(test)) == set(OBJECTS) and not set(ids(train)) & set(ids(test))
+    assert train.classes == test.classes == ("cat", "dog") and train.held_out == test.held_out == tuple(ids(test))
+    whole = read_voc(tmp_path / "a", ["trainval"])
+    for part in (train, test):
+        rows = [ids(whole).index(name) for name in ids(part)]
+        assert all(
+            torch.equal(part.target(i)[k], whole.target(row)[k])
+            for i, row in enumerate(rows)
+            for k in ("boxes", "labels")
+        )
+        assert any("3 of 10 images are kept for the test (data.test_portion)" in note for note in part.notes)
+    # Neither trained nor searched on, and another portion is noticed.
+    split = split_indices(train, [0.7, 0.3], 5)
+    save_split(tmp_path / "split.json", train, *split)
+    assert load_split(tmp_path / "split.json", train) == split
+    other = load_annotations(voc_config(tmp_path / "a", test_portion=0.6), "train")
+    for refuse in (load_split, refuse_seen):
+        with pytest.raises(UserError, match=r"3 images of the test set took part .*data\.test_portion"):
+            refuse(tmp_path / "split.json", other)
+    refuse_seen(tmp_path / "split.json", train)
+    for portion, split in ((0.0, "test"), (0.96, "train")):
+        with pytest.raises(UserError, match=r"no test data here, and data\.test_portion=.* of 10 images is"):
+            load_annotations(voc_config(tmp_path / "a", test_portion=portion), split)
+    assert len(load_annotations(voc_config(tmp_path / "a", test_portion=0), "train")) == 10
+
+
+def test_a_class_that_the_test_set_lacks_is_a_class_without_objects(tmp_path):
+    write_voc(tmp_path, OBJECTS)
+    write_coco(tmp_path / "train.json", OBJECTS, {"dog": 9, "cat": 4})
+    write_coco(tmp_path / "test.json", {"001": [("dog", 1, 2, 9, 9)]}, {"dog": 9})
+    data = DataConfig(dataset_type="coco", root=str(tmp_path))
+    test = load_annotations(data, "test")
+    assert (test.classes, test.category_ids) == (("cat", "dog"), (4, 9)) and test.labels.tolist() == [2]
+    # What a detector knows decides, where the training data is elsewhere.
+    (tmp_path / "train.json").unlink()
+    write_coco(tmp_path / "train.json", {}, {})
+    test = load_annotations(replace(data, classes=["eel", "dog"]), "test")
+    assert test.category_ids == (10, 9) and test.labels.tolist() == [2]
+    with pytest.raises(UserError, match=r"test\.json: unknown class 'dog' \(did you mean 'dogs'"):
+        load_annotations(replace(data, classes=["dogs"]), "test")
+
+
 class Ids:
     """All that the split asks of annotations."""
+
+    held_out = ()
 
     def __init__(self, ids):
         self.ids = list(ids)
@@ -260,7 +313,7 @@ def test_ranks_share_every_batch_evenly(count, batch, size, epoch):
     if count >= batch * size:
         assert len(set(seen)) == len(seen) == count // (batch * size) * batch * size
     else:
-        assert set(seen) == set(indices) and len(seen) - count < size
+        assert set(seen) == set(indices) and len(seen) < max(count + size, 2 * size + 1)
     if count >= batch * size or count % size == 0:
         joined = [{row for found in batches for row in found[k]} for k in range(len(whole))]
         assert joined == [set(rows) for rows in rows_of(whole)]
