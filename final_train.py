@@ -30,7 +30,7 @@ from lib import checkpoint, cli, distributed, export, inference, plan
 from lib.annotations import Annotations
 from lib.config import Config
 from lib.config_io import to_dict
-from lib.datasets import load_annotations
+from lib.datasets import load_annotations, refuse_seen
 from lib.detector import SSD, detector_checkpoint, load_detector
 from lib.errors import UserError, naming
 from lib.final_training import (
@@ -121,6 +121,8 @@ def train_from(this_run: cli.Run, choice: Choice, origin: str, args: argparse.Na
     previous = read_previous(folder, config, "final") if args.resume else None
     seed_everything(config.seed)
     annotations, test = load_data(config)
+    if origin == "supernet" and annotations.held_out:
+        refuse_seen(supernet_path(config, choice.content, args.load).parent / "split.json", annotations)
     start = find_start(origin, config, choice.content, annotations.classes, args.load)
     genotype = choice.genotype(start.network.space)
     student = start.student(genotype)
@@ -181,6 +183,7 @@ def compare(args: argparse.Namespace, device: torch.device) -> None:
     folder, config = this_run.folder, shortened(this_run.config, args.compare_epochs)
     annotations, test = load_data(config)
     path = supernet_path(config, choice.content, args.load)
+    refuse_seen(path.parent / "split.json", annotations)
     supernet = load_supernet_of(path, annotations.classes)
     # The found network's competitors.
     found = choice.genotype(supernet.space)
