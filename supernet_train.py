@@ -177,8 +177,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         train, search = split_indices(annotations, config.data.data_portion, config.seed)
     detector = ElasticSSD(config, len(annotations.classes))
-    head, proposal = plan.propose_priors(annotations, detector, config, args.fit_priors or args.dry_run)
-    if args.fit_priors and not previous:
+    fit = args.fit_priors and not previous
+    head, proposal = plan.propose_priors(annotations, detector, config, fit=fit, if_poor=args.dry_run)
+    if fit:
         config.head = head
         seed_everything(config.seed)
         detector = ElasticSSD(config, len(annotations.classes))
@@ -205,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(line)
     with cli.claim(folder / "last.pt", args):
         if args.load:
-            start_from_supernet(detector, supernet_checkpoint(args.load), annotations.classes)
+            start_from_supernet(detector, supernet_checkpoint(args.load), annotations.classes, config)
         if args.dry_run:
             print_estimate(config, detector, loader, annotations, train, search, device)
             return
@@ -229,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"next: {cli.command('async_search.py', load=folder)}")
 
 
-def start_from_supernet(detector: ElasticSSD, path: Path, classes: Sequence[str]) -> None:
+def start_from_supernet(detector: ElasticSSD, path: Path, classes: Sequence[str], config: Config) -> None:
     """Load the weights of another supernet. Raises UserError unless it was trained on these classes, in this order."""
     payload = checkpoint.read(path)
     if "classes" not in payload or list(payload["classes"]) != list(classes):
@@ -239,6 +240,10 @@ def start_from_supernet(detector: ElasticSSD, path: Path, classes: Sequence[str]
             f"--set backbone.pretrained_path={path} starts from it with the classes of the same names"
         )
     load_weights(detector, payload, path)
+    trained = payload.get("config", {}).get("head", {})
+    for key in ("scales", "aspect_ratios", "squares"):
+        if trained.get(key, True) != (value := getattr(config.head, key)):
+            print(f"note: head.{key} is {value}, the predictors of {path} were trained with {trained.get(key, True)}")
 
 
 def print_estimate(

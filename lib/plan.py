@@ -143,12 +143,12 @@ def coverage_of(split: Split, priors_cxcywh: Tensor, threshold: float) -> list[f
 
 
 def propose_priors(
-    annotations: Annotations, detector: ElasticSSD, config: Config, fit: bool
+    annotations: Annotations, detector: ElasticSSD, config: Config, *, fit: bool = False, if_poor: bool = False
 ) -> tuple[HeadConfig, list[str]]:
-    """With `fit`, the head with as many prior boxes as before, fitted to the objects; and a report.
+    """The head with as many prior boxes as before, fitted to the objects, and a report.
 
-    It is the configured head where the fitted one would cover less, of the classes on average or of the worst one.
-    The report is empty where all is well and nothing changes.
+    It is the configured head without `fit`, unless a class is covered badly and `if_poor`; and where the fitted one
+    would cover less, of the classes on average or of the worst one.
     """
     split = Split(annotations, range(len(annotations)))
     head, size, threshold = config.head, detector.space.image_size[-1], config.loss.matched_threshold
@@ -157,7 +157,7 @@ def propose_priors(
     report = (
         [f"note: prior boxes cover less than {WELL_COVERED:.0%} of {', '.join(poor)}; see --fit-priors"] if poor else []
     )
-    if not fit or not len(annotations.boxes):
+    if not (fit or (poor and if_poor)) or not len(annotations.boxes):
         return head, report
     sizes = detector.feature_sizes(size)
     pairs = [count // 2 for count in priors_per_cell(head.aspect_ratios, head.squares)]
@@ -166,7 +166,8 @@ def propose_priors(
     after = coverage_of(split, priors, threshold)
     shares = [row for row in zip(before, after, annotations.classes, strict=True) if row[0] == row[0]]  # not NaN
     if sum(row[1] - row[0] for row in shares) <= 0 or min(row[1] for row in shares) < min(shares)[0]:
-        return head, [*report, "prior boxes: fitted to the data, they would cover no more of it than these"]
+        small = "where objects are small for the cells, a larger search_space.image_size_choice or a lower level in "
+        return head, [*report, f"prior boxes fitted to the data cover no more: {small}backbone.feature_levels may help"]
     changes = ", ".join(f"{name} {old:.1%} -> {new:.1%}" for old, new, name in shares)
     report += [
         f"prior boxes fitted to the data at {size} px, {len(priors)} as before: {changes}",

@@ -403,9 +403,11 @@ def test_a_mistake_of_the_command_line_is_not_blamed_on_the_file(tmp_path):
 # Schedules and the number of epochs
 
 
-def resolved(path, *overrides, stage="supernet"):
+def resolved(path, *overrides, stage="supernet", more=(), fit_priors=False):
     """Configuration and notes of a command with --cfg PATH and these --set."""
-    args = cli.make_parser("", "").parse_args(["--cfg", str(path), *(x for o in overrides for x in ("--set", o))])
+    words = ["--cfg", str(path), *(word for override in overrides for word in ("--set", override)), *more]
+    args = cli.make_parser("", "").parse_args(words)
+    args.fit_priors = fit_priors
     this_run = cli.CommandLine(args, stage).resolve()
     return this_run.config, this_run.notes
 
@@ -470,6 +472,18 @@ def test_a_schedule_that_was_given_for_fewer_epochs_is_refused(tmp_path, given):
         path.write_text(text)
     with pytest.raises(UserError, match=r"width_choice\.boundary: expected epochs up to supernet\.epochs, which is 8"):
         resolved(path, *overrides)
+
+
+def test_what_was_derived_when_a_run_began_stays_with_resume(tmp_path):
+    """Scaled phases and fitted priors, whatever the number of epochs is now."""
+    began, _ = resolved(LITE0, "supernet.epochs=8", "head.squares=false", "head.scales=[0.1, 0.2, 0.3, 0.4, 0.5]")
+    (tmp_path / "config.yaml").write_text(config_io.dump(began))
+    (tmp_path / "last.pt").touch()
+    more = ["--resume", "--train-dir", str(tmp_path)]
+    for epochs in (8, 12):
+        config, notes = resolved(LITE0, f"supernet.epochs={epochs}", more=more, fit_priors=True)
+        assert config.search_space == began.search_space and config.head == began.head and not notes
+    assert resolved(LITE0, "supernet.epochs=8", more=more)[0].head != began.head  # which --resume will refuse
 
 
 @pytest.mark.parametrize("override", ["data.foo.bar=3", "search.max_flop.x=1", f"supernet.{'x' * 99}.y=1"])

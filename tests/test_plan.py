@@ -160,17 +160,19 @@ def test_priors_are_proposed_where_a_class_is_not_covered(tiny_detector, tiny_co
     objects = {f"p{i}": [("bar", 0, 2 * i, 48, 2 * i + 5), ("box", 10, 5, 34, 25)] for i in range(8)}
     write_voc(tmp_path, objects)
     annotations = read_voc(tmp_path, ["trainval"])
-    head, report = plan.propose_priors(annotations, detector, config, fit=False)
+    head, report = plan.propose_priors(annotations, detector, config)
     assert head is config.head
     assert report == ["note: prior boxes cover less than 80% of bar; see --fit-priors"]
-    head, report = plan.propose_priors(annotations, detector, config, fit=True)
+    head, report = plan.propose_priors(annotations, detector, config, if_poor=True)
     assert not head.squares and [len(ratios) for ratios in head.aspect_ratios] == [2, 2, 2]
     assert "at 64 px, 84 as before: bar 0.0% -> 100.0%, box 100.0% -> 100.0%" in report[1]
     config.head = head
     fitted = ElasticSSD(config, 2)
     assert len(fitted.priors(64)) == len(detector.priors(64))
-    # Fitting again gains nothing.
-    assert plan.propose_priors(annotations, fitted, config, fit=True)[0] is head
+    # All is well now, and fitting again would gain nothing.
+    assert plan.propose_priors(annotations, fitted, config, if_poor=True) == (head, [])
+    again, report = plan.propose_priors(annotations, fitted, config, fit=True)
+    assert again is head and "cover no more" in report[0]
 
 
 @settings(max_examples=15)
