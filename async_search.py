@@ -24,13 +24,13 @@ from pathlib import Path
 
 import torch
 
-from lib import cli, plan
+from lib import checkpoint, cli, plan
 from lib.annotations import Annotations
 from lib.budget import Budget, Coster, limits_of, table_for
 from lib.cli import last_run, remember, supernet_checkpoint
 from lib.config import Config
 from lib.config_io import to_dict, validate_network
-from lib.controllers import RandomSearch, best_record, make_controller
+from lib.controllers import RandomSearch, make_controller
 from lib.datasets import load_annotations, load_split
 from lib.detector import Supernet, load_supernet
 from lib.dispatcher import Result, TimeLimit, WorkerPool
@@ -41,8 +41,8 @@ from lib.ledger import Ledger
 from lib.log import duration, progress, say
 from lib.plan import scoring_seconds
 from lib.ray_dispatcher import pick_dispatcher
-from lib.report import cost_text, write_results
-from lib.runtime import StopRequest, devices_of, pick_device, run
+from lib.report import Throttle, cost_text, write_results
+from lib.runtime import Stopped, StopRequest, devices_of, pick_device, run
 from lib.scoring import prepare_scoring_data, save_scoring_data, scoring_worker
 from lib.search import Identity, Job, Search
 
@@ -101,7 +101,8 @@ def search_loop(
             search.learn(result)
             show_progress()
 
-        evaluate_jobs(pool, stop, propose, learn, TimeLimit(search.config.search.time_limit))
+        settings = search.config.search
+        evaluate_jobs(pool, stop, propose, learn, TimeLimit(settings.time_limit, first=settings.first_time_limit))
 
 
 def score_finalists(search: Search, pool: WorkerPool, stop: StopRequest, jobs: Sequence[Job]) -> bool:
@@ -113,7 +114,8 @@ def score_finalists(search: Search, pool: WorkerPool, stop: StopRequest, jobs: S
             search.learn(result)
             bar.update()
 
-        limit = TimeLimit(search.config.search.time_limit, least=3)
+        settings = search.config.search
+        limit = TimeLimit(settings.time_limit, least=3, first=settings.first_time_limit)
         evaluate_jobs(pool, stop, lambda: waiting.pop() if waiting else None, learn, limit)
     if waiting:
         search.finalists.clear()
@@ -122,7 +124,7 @@ def score_finalists(search: Search, pool: WorkerPool, stop: StopRequest, jobs: S
 
 def progress_line(search: Search, epoch: int) -> str:
     objective = search.config.search.objective
-    best = best_record(search.scored, objective, search.config.search.costs[0])["metrics"]
+    best = search.best()["metrics"]
     latency = f", {best['latency_ms']:.2f} ms" if "latency_ms" in best else ""
     return (
         f"search epoch {epoch}: {len(search.told)} evaluations, best {objective} {best[objective]:.4f} "
@@ -240,7 +242,7 @@ class Task:
 
 def prepare(args: argparse.Namespace, search_run: cli.Run, supernet: Supernet, path: Path) -> Task:
     config = search_run.config
-    gpus = args.gpus or devices_of(args.device)
+    gpus = devices_of(args.device) if args.gpus is None else args.gpus
     devices, make_pool = pick_dispatcher(args.dispatcher, args.ray_address, gpus, config)
     costs = Coster(supernet.detector, table_for(supernet.detector, config.search))
     budget = Budget(costs, supernet.space, limits_of(config.search))
@@ -297,23 +299,25 @@ def open_search(task: Task, ledger: Ledger, resume: bool) -> Search:
     """The search at its start, or where an interrupted run of it ended."""
     config = task.run.config
     controller = make_controller(config.search, task.supernet.space, config.seed, task.budget, task.starts)
-    identity = Identity.of(task.path, config)
+    identity = Identity.of(task.path, config, task.annotations, *task.split)
     search = Search(controller, ledger, config, task.costs, identity, task.supernet.epoch + 1)
     if resume:
         search.replay()
         gc.freeze()  # a long ledger's records stay, and going through them again takes most of a second
         found = len(ledger.records(search=identity.search, basis=identity.basis))
         print(f"resumed {ledger.path}: {found} evaluations of this search")
+        if unused := search.describe_unused():
+            print(f"note: {unused}")
     return search
 
 
 @contextlib.contextmanager
-def scoring_workers(task: Task, config: Config) -> Iterator[WorkerPool]:
+def scoring_workers(task: Task, config: Config, sha256: str) -> Iterator[WorkerPool]:
     """Workers that score candidates; the file of pictures that they share exists as long as they do."""
     images = task.run.folder / IMAGES
     try:
         save_scoring_data(prepare_scoring_data(task.annotations, *task.split, config), images)
-        setup = (str(task.path.resolve()), str(images.resolve()), to_dict(config))
+        setup = (str(task.path.resolve()), sha256, str(images.resolve()), to_dict(config))
         with task.make_pool(scoring_worker, setup) as pool:
             yield pool
     finally:
@@ -323,30 +327,47 @@ def scoring_workers(task: Task, config: Config) -> Iterator[WorkerPool]:
 
 def run_search(task: Task, args: argparse.Namespace) -> None:
     """Search, score the front again on all images if a part was used, write the results."""
-    folder, config = task.run.folder, task.run.config
+    folder = task.run.folder
     with Ledger(folder / "evals.jsonl") as ledger, StopRequest() as stop:
+        checkpoint.remove_leftovers(folder)
         task.run.save_config()
         remember("search", folder)
         search = open_search(task, ledger, args.resume)
         with contextlib.suppress(OSError):
             (folder / IMAGES).unlink()  # a run that was killed leaves it
-        if len(search.told) < search.total:
-            with scoring_workers(task, config) as pool:
-                search_loop(search, pool, stop, lambda: write_results(search, folder, args.top), args.save_every or 1)
-        if stop.requested and not search.scored:
-            print("stopped before an evaluation succeeded; the same command with --resume goes on")
-            return
+        try:
+            finished = evaluate(task, search, stop, Throttle(lambda: write_results(search, folder, args.top)), args)
+        except UserError:
+            # What has been found so far is still of use, whatever ended the search.
+            with contextlib.suppress(UserError):
+                if search.scored:
+                    write_results(search, folder, args.top)
+            raise
+        if search.scored:
+            write_results(search, folder, args.top)
+            report_end(search, folder, args.top)
+        if not finished:
+            how = "" if search.scored else "before an evaluation succeeded; "
+            raise Stopped(f"{how}the same command with --resume goes on", stop.number)
         if not search.scored:
             raise UserError(f"no evaluation succeeded; see {folder / 'evals.jsonl'}")
-        finished = len(search.told) >= search.total
-        if finished and (jobs := search.missing_finalists()):
-            all_images = replace(config, search=replace(config.search, images=0))
-            with scoring_workers(task, all_images) as pool:
-                finished = score_finalists(search, pool, stop, jobs)
-        write_results(search, folder, args.top)
-        if not finished:
-            print("stopped; the same command with --resume goes on")
-        report_end(search, folder, args.top)
+
+
+def evaluate(
+    task: Task, search: Search, stop: StopRequest, write: Callable[[], None], args: argparse.Namespace
+) -> bool:
+    """Evaluate what the search proposes, then its front on all images. False if a stop was requested before the end."""
+    config, sha256 = task.run.config, search.identity.supernet_sha256
+    if len(search.told) < search.total:
+        with scoring_workers(task, config, sha256) as pool:
+            search_loop(search, pool, stop, write, args.save_every or 1)
+        if len(search.told) < search.total:
+            return False
+    if jobs := search.missing_finalists():
+        all_images = replace(config, search=replace(config.search, images=0))
+        with scoring_workers(task, all_images, sha256) as pool:
+            return score_finalists(search, pool, stop, jobs)
+    return True
 
 
 def report_end(search: Search, folder: Path, top: int) -> None:
@@ -377,15 +398,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     search_run = resolve_run(args, supernet, path)
     if args.top < 0:
         raise UserError(f"--top {args.top}: expected how many of the best to list")
+    if args.save_every is not None and args.save_every < 1:
+        raise UserError(f"--save-every {args.save_every}: expected a number of search epochs, at least 1")
     if args.measure_latency:
         measure_latency(args, supernet, search_run.config, search_run.folder)
         return
-    task = prepare(args, search_run, supernet, path)
-    print_plan(task)
-    if args.dry_run:
-        print_estimate(task)
-    else:
-        run_search(task, args)
+    folder = search_run.folder
+    if (folder / "last.pt").exists():
+        raise UserError(f"{folder}: holds a training (last.pt); a search needs a folder of its own (--train-dir)")
+    with cli.claim(folder / "evals.jsonl", args):
+        task = prepare(args, search_run, supernet, path)
+        print_plan(task)
+        if args.dry_run:
+            print_estimate(task)
+        else:
+            run_search(task, args)
 
 
 if __name__ == "__main__":

@@ -274,7 +274,7 @@ def run_scorers(supernet: Supernet, folder: Path) -> tuple[scoring.Scorer, scori
     config = supernet.config
     search = search_split_data(supernet, folder)  # sets the classes
     test_annotations = load_annotations(config.data, "test")
-    test = scoring.prepare_scoring_data(test_annotations, [], range(len(test_annotations)), config)
+    test = scoring.prepare_scoring_data(test_annotations, range(2), range(len(test_annotations)), config)
     return scoring.Scorer(search, config, CPU), scoring.Scorer({**test, "bn_images": search["bn_images"]}, config, CPU)
 
 

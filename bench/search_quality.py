@@ -23,6 +23,7 @@ from pathlib import Path
 import common
 import numpy as np
 
+from lib.checkpoint import sha256
 from lib.config import SearchConfig
 from lib.config_io import to_dict
 from lib.controllers import SpaceExhausted, make_controller, pareto_front
@@ -72,7 +73,8 @@ def complete_table(args: argparse.Namespace) -> SearchSpace:
     genotypes = {str(genotype): genotype for genotype in every_genotype(space)}
     images = args.table.with_suffix(".images.pt")
     save_scoring_data(common.search_split_data(supernet, args.supernet), images)
-    setup = (str(args.supernet / "last.pt"), str(images), to_dict(supernet.config))
+    path = args.supernet / "last.pt"
+    setup = (str(path), sha256(path), str(images), to_dict(supernet.config))
     devices, threads = pick_workers(args.gpus, supernet.config)
     with Ledger(args.table) as ledger, Dispatcher(scoring_worker, setup, devices, threads_per_worker=threads) as pool:
         missing = [key for key in genotypes if ledger.lookup(key) is None]
@@ -84,7 +86,7 @@ def complete_table(args: argparse.Namespace) -> SearchSpace:
                     if result.error:
                         sys.exit(result.error)
                     genotype = genotypes[result.job_id].to_dict()
-                    ledger.append({"key": result.job_id, "genotype": genotype, **result.value})
+                    ledger.append({"key": result.job_id, "status": "ok", "genotype": genotype, **result.value})
                     bar.update()
     images.unlink()
     return space

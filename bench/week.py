@@ -4,9 +4,10 @@
 
 20000 evaluations with made-up scores through the real search loop, ledger and worker processes. A worker is killed with
 SIGKILL every 200 evaluations; the search itself is killed likewise three times, and started again. Then the same search
-runs undisturbed. Every evaluation must be in the ledger once, and both searches must have the same front. The
-controller is random search, whose proposals depend on the seed and their number alone; those of the others depend on
-the order of results, which no two runs of several workers share. Exits with 1 if a promise is broken.
+runs undisturbed. Both write their results as a search does: now and then, and at the end. Every evaluation must be in
+the ledger once, and both searches must have the same front. The controller is random search, whose proposals depend on
+the seed and their number alone; those of the others depend on the order of results, which no two runs of several
+workers share. Exits with 1 if a promise is broken.
 """
 
 # The workers import this file, so it imports nothing large; `simulate` runs in the searching process only.
@@ -149,6 +150,7 @@ def simulate(folder: str, evaluations: int, workers: int, kill_every: int, last:
     from lib.controllers import RandomSearch
     from lib.genotype import BlockChoices, SearchSpace, StageChoices
     from lib.ledger import Ledger
+    from lib.report import Throttle, write_results
     from lib.runtime import StopRequest
     from lib.search import Identity, Search
 
@@ -172,7 +174,8 @@ def simulate(folder: str, evaluations: int, workers: int, kill_every: int, last:
         search.total = evaluations
         search.replay()
         with Saboteur(workers, kill_every, Path(folder) / KILLS) as dispatcher:
-            search_loop(search, dispatcher, stop, lambda: None, 1)
+            search_loop(search, dispatcher, stop, Throttle(lambda: write_results(search, path.parent)), 1)
+    write_results(search, path.parent)
 
 
 if __name__ == "__main__":

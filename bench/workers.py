@@ -15,6 +15,7 @@ from pathlib import Path
 import common
 from dispatch import Window, saturate, wake_all
 
+from lib.checkpoint import sha256
 from lib.cli import supernet_checkpoint
 from lib.config_io import to_dict
 from lib.detector import load_supernet
@@ -39,7 +40,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         images = Path(folder) / "images.pt"
         save_scoring_data(common.search_split_data(supernet, path.parent), images)
-        setup = (str(path.resolve()), str(images), to_dict(supernet.config))
+        setup = (str(path.resolve()), sha256(path), str(images), to_dict(supernet.config))
         windows = measure(setup, candidates, args.rounds, args.seconds)
     rates = {n: 3600 * sum(w.done for w in found) / sum(w.seconds for w in found) for n, found in windows.items()}
     gain = rates[2] / rates[1]

@@ -259,6 +259,8 @@ class SearchConfig:
     parallelism: Annotated[int, Bounds(0, 4096)] = 0
     gpu_ids: list[Annotated[int, Bounds(0, 4096)]] = field(default_factory=list)  # [] = every GPU, else the CPU
     time_limit: Factor = 10.0  # an evaluation is stopped after this many median times; 0 = never
+    # Seconds until a worker must be ready, and until one of the first evaluations must end; 0 = for ever.
+    first_time_limit: PositiveOrZero = 600.0
 
 
 @dataclass

@@ -24,12 +24,12 @@ from lib import distributed
 from lib.annotations import Annotations, read_coco_files, read_pairs
 from lib.checkpoint import write_text
 from lib.config import Config, DataConfig
+from lib.dispatcher import die_with_parent
 from lib.errors import UserError
 from lib.images import MAX_PIXELS, UnreadableImage, is_large_jpeg, read_picture
 from lib.labels import Faults
 from lib.layouts import find_layout
 from lib.plain import check, read_json
-from lib.runtime import die_with_parent
 from lib.shapes import CLASSES, write_shapes
 from lib.transforms import EvalTransform, TrainTransform, Transform, scale_view
 

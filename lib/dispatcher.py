@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import ctypes
 import math
 import multiprocessing
 import os
@@ -29,13 +30,10 @@ from lib.errors import UserError
 
 ATTEMPTS = 3  # of a job before it is given up, and of a worker to start
 GRACE_SECONDS = 2.0  # how long `close` lets workers exit by themselves
-PARENT_POLL_SECONDS = 1.0  # how often a worker checks that its parent is alive
+KILL_SECONDS = 10.0  # how long a killed process may take to go, which a hung driver can prevent
+OUT_OF_MEMORY = ", probably for want of memory: try fewer workers (--gpus) or a smaller search.batch_size"
 EXIT = b""  # the message that ends a worker
 CONTEXT = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-
-
-class WorkerError(RuntimeError):
-    """A worker could not be set up. The message holds the worker's traceback."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +52,12 @@ class Worker:
     """What a pool knows about one worker, which runs its `jobs` in order."""
 
     slot: int
-    failed_starts: int  # predecessors in this slot, in a row, that died before they were ready
+    failed_starts: int  # predecessors in this slot, in a row, that failed before they were ready
     ready: bool = field(default=False, init=False)
     jobs: deque[Hashable] = field(default_factory=deque, init=False)
-    since: float = field(default=0.0, init=False)  # time.monotonic() at which the first of `jobs` started
+    # time.monotonic() at which the first of `jobs` started, or, of a worker that is not ready, its set-up
+    since: float = field(default_factory=time.monotonic, init=False)
+    fault: str = field(default="", init=False)  # why its set-up failed
 
 
 class WorkerPool(contextlib.AbstractContextManager):
@@ -67,14 +67,23 @@ class WorkerPool(contextlib.AbstractContextManager):
     `setup`, `args`, payloads and results must be picklable. `threads_per_worker` bounds a worker's CPU threads.
 
     A job that raises, kills its worker, or runs longer than `time_limit` seconds is tried again, `ATTEMPTS` times in
-    all; then its result carries the error. A dead worker's jobs are queued again and a new worker takes its place.
+    all; then its result carries the error. A dead worker's jobs are queued again and a new worker takes its place. That
+    also replaces one whose setup fails or takes more than `setup_limit` seconds, until `ATTEMPTS` in a row have failed.
     """
 
     MAX_AHEAD = 2  # jobs that a worker holds, including the running one, so that it never waits for the parent
     SETUP_HINT = ""  # added to a UserError of `setup`
 
-    def __init__(self, setup: Callable, args: tuple, devices: Sequence[str], threads_per_worker: int | None = None):
+    def __init__(
+        self,
+        setup: Callable,
+        args: tuple,
+        devices: Sequence[str],
+        threads_per_worker: int | None = None,
+        setup_limit: float | None = None,
+    ):
         self.time_limit: float | None = None  # seconds; may be changed between calls
+        self._setup_limit = setup_limit
         self._setup = setup
         self._args = args
         self._devices = list(devices)
@@ -108,21 +117,21 @@ class WorkerPool(contextlib.AbstractContextManager):
     def results(self, timeout: float | None = None) -> list[Result]:
         """Wait at most `timeout` seconds until a job ends, and return all that have ended, in that order.
 
-        Returns an empty list after the timeout, or at once if nothing is pending. If a worker cannot be set up, raises
-        UserError where the user can fix the cause, else WorkerError.
+        Returns an empty list after the timeout, or at once if nothing is pending. Raises UserError if
+        workers cannot be set up.
         """
         deadline = math.inf if timeout is None else time.monotonic() + timeout
-        limit = self.time_limit or math.inf
         while self._messages and not self._done:
-            # Wake up at the deadline, or when the next job's time is up.
-            moment = min([deadline, *(w.since + limit for w in self._workers if w.jobs)])
+            # Wake up at the deadline, or when the time of the next job or setup is up.
+            moment = min([deadline, *(w.since + self._limit(w) for w in self._workers)])
             seconds = None if moment == math.inf else max(0.0, moment - time.monotonic())
             for worker in self._listen(seconds):
                 if not self._drain(worker):
                     self._replace(worker)
             for worker in list(self._workers):
-                if worker.jobs and time.monotonic() - worker.since > limit:
-                    self._replace(worker, f"no result within {limit:g} s")
+                if time.monotonic() - worker.since > (limit := self._limit(worker)):
+                    late = "no result within {:g} s" if worker.ready else "not ready within {:g} s ({})"
+                    self._replace(worker, late.format(limit, "search.first_time_limit"))
             self._hand_out()
             if time.monotonic() >= deadline:
                 break
@@ -157,6 +166,12 @@ class WorkerPool(contextlib.AbstractContextManager):
     def _kill(self, worker: Worker) -> str:
         """End a worker unless it is dead, and return how it ended. What it has sent can still be received."""
 
+    def _limit(self, worker: Worker) -> float:
+        """Seconds that a worker may take for what it does."""
+        if not worker.ready:
+            return self._setup_limit or math.inf
+        return (worker.jobs and self.time_limit) or math.inf
+
     def _hand_out(self) -> None:
         """Send waiting jobs to the ready workers that hold the fewest."""
         while self._waiting:
@@ -179,7 +194,7 @@ class WorkerPool(contextlib.AbstractContextManager):
             worker.jobs.append(self._waiting.popleft())
 
     def _drain(self, worker: Worker) -> bool:
-        """Act on the messages of `set_up` and `run_job` that have arrived. False if the worker is dead."""
+        """Act on the messages of `set_up` and `run_job` that have arrived. False if the worker is of no more use."""
         messages, alive = self._receive(worker)
         for kind, *content in map(pickle.loads, messages):
             if kind == "ready":
@@ -189,7 +204,10 @@ class WorkerPool(contextlib.AbstractContextManager):
                 user_error, text = content
                 if user_error:
                     raise UserError(text + self.SETUP_HINT)
-                raise WorkerError(f"worker {self._name(worker)} could not be set up:\n{text}")
+                worker.fault = text
+                return False
+            elif kind == "placed":
+                worker.since = time.monotonic()
             else:
                 self._end_attempt(worker, *content)
         return alive
@@ -212,7 +230,7 @@ class WorkerPool(contextlib.AbstractContextManager):
         """Queue the jobs of a dead worker, or of an overdue one, again and start its successor."""
         # The job that was running counts as failed; `reason` says why a living worker has to go.
         # Noted before the kill: an overdue job may end at the last moment, and then no other job is to blame.
-        overdue = worker.jobs[0] if reason else None
+        overdue = worker.jobs[0] if reason and worker.jobs else None
         how = self._kill(worker)
         # Results that the worker sent before it died count.
         self._drain(worker)
@@ -221,14 +239,32 @@ class WorkerPool(contextlib.AbstractContextManager):
         if culprit in worker.jobs:
             error = reason or f"the worker died ({how})"
             self._end_attempt(worker, culprit, time.monotonic() - worker.since, value=None, error=error)
-        # A setup that always dies would restart for ever.
+        # A setup that always fails would restart for ever.
         failed_starts = 0 if worker.ready else worker.failed_starts + 1
         if failed_starts >= ATTEMPTS:
-            raise UserError(f"worker {self._name(worker)} died {ATTEMPTS} times in a row before it was ready ({how})")
+            why = worker.fault or reason or how
+            raise UserError(f"worker {self._name(worker)} failed {ATTEMPTS} times in a row before it was ready: {why}")
         self._workers[worker.slot] = self._start(worker.slot, failed_starts)
 
     def _name(self, worker: Worker) -> str:
         return f"{self._devices[worker.slot]}#{worker.slot}"
+
+
+def die_with_parent() -> None:
+    """Make this process end when the process that started it ends, for whatever reason and however it was started.
+
+    A forked child inherits its parent's sockets. While it lives, the parent's peers cannot see that the parent is gone.
+    """
+    parent = multiprocessing.parent_process()
+    if os.getppid() == parent.pid:  # not so under forkserver, whose server is the parent to Linux
+        with contextlib.suppress(AttributeError, OSError):
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of sys/prctl.h
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def set_up(setup: Callable[..., Callable], device: str, args: tuple) -> tuple[Callable[[Any], Any] | None, bytes]:
@@ -236,9 +272,11 @@ def set_up(setup: Callable[..., Callable], device: str, args: tuple) -> tuple[Ca
     try:
         return setup(device, *args), pickle.dumps(("ready",))
     except BaseException as error:
-        # An exception may not be picklable, so its text is sent.
+        # An exception may not be picklable, so its text is sent, in one line and with the place where it was raised.
         user_error = isinstance(error, UserError)
-        text = str(error) if user_error else traceback.format_exc()
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        text = str(error) if user_error else f"{what} ({place.filename}, line {place.lineno})"
         return None, pickle.dumps(("setup_failed", user_error, text))
 
 
@@ -269,7 +307,7 @@ class Dispatcher(WorkerPool):
 
     def _start(self, slot: int, failed_starts: int) -> _Process:
         conn, worker_conn = CONTEXT.Pipe()
-        args = (worker_conn, os.getpid(), self._setup, self._devices[slot], self._args)
+        args = (worker_conn, self._setup, self._devices[slot], self._args)
         process = CONTEXT.Process(target=_worker_main, args=args, daemon=True)
         with _settings_for_children(self._threads):
             process.start()
@@ -302,12 +340,11 @@ class Dispatcher(WorkerPool):
 
     def _kill(self, worker: _Process) -> str:
         worker.process.kill()
-        worker.process.join()
+        worker.process.join(KILL_SECONDS)
         code = worker.process.exitcode
-        if code >= 0:
+        if code is None or code >= 0:
             return f"exit code {code}"
-        hint = ", as the system does when memory runs out" if code == -signal.SIGKILL else ""
-        return f"killed by {signal.Signals(-code).name}{hint}"
+        return f"killed by {signal.Signals(-code).name}{OUT_OF_MEMORY if code == -signal.SIGKILL else ''}"
 
     def close(self) -> None:
         # An idle worker exits by itself, with its buffers flushed.
@@ -337,12 +374,13 @@ def _settings_for_children(threads: int | None) -> Iterator[None]:
         os.environ.update(saved)
 
 
-def _worker_main(conn: connection.Connection, parent: int, setup: Callable, device: str, args: tuple) -> None:
+def _worker_main(conn: connection.Connection, setup: Callable, device: str, args: tuple) -> None:
     """The main function of a worker process: set up, then run jobs until the EXIT message."""
+    die_with_parent()
     # A terminal sends Ctrl-C to the whole process group, but only the parent knows how to stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     jobs: queue.SimpleQueue = queue.SimpleQueue()
-    threading.Thread(target=_receive_jobs, args=(conn, parent, jobs), daemon=True).start()
+    threading.Thread(target=_receive_jobs, args=(conn, jobs), daemon=True).start()
     function, message = set_up(setup, device, args)
     conn.send_bytes(message)
     if function is not None:
@@ -350,25 +388,26 @@ def _worker_main(conn: connection.Connection, parent: int, setup: Callable, devi
             conn.send_bytes(run_job(function, job))
 
 
-def _receive_jobs(conn: connection.Connection, parent: int, jobs: queue.SimpleQueue) -> None:
+def _receive_jobs(conn: connection.Connection, jobs: queue.SimpleQueue) -> None:
     """Receive while the main thread computes, so that the parent never waits. Exit when the parent is gone."""
     with contextlib.suppress(EOFError, OSError):
-        while os.getppid() == parent:
-            if conn.poll(PARENT_POLL_SECONDS):
-                jobs.put(conn.recv_bytes())
+        while True:
+            jobs.put(conn.recv_bytes())
     os._exit(1)
 
 
 class TimeLimit:
     """`factor` times the running median of the successful jobs' seconds in this run, and at least `floor` seconds.
 
-    There is no limit before `least` jobs have ended, because the median of a few says little, nor with a `factor` of 0.
+    Before `least` jobs have ended, the median of a few says little, and the limit is `first` seconds. There is no limit
+    with a `factor` of 0.
     """
 
-    def __init__(self, factor: float = 10.0, floor: float = 60.0, least: int = 10):
+    def __init__(self, factor: float = 10.0, floor: float = 60.0, least: int = 10, first: float | None = None):
         self.factor = factor
         self.floor = floor
         self.least = least
+        self.first = first
         self._sorted: list[float] = []
 
     def add(self, seconds: float) -> None:
@@ -378,6 +417,8 @@ class TimeLimit:
     @property
     def seconds(self) -> float | None:
         """The current limit; None if there is none."""
-        if self.factor == 0 or len(self._sorted) < self.least:
+        if self.factor == 0:
             return None
+        if len(self._sorted) < self.least:
+            return self.first or None
         return max(self.floor, self.factor * self._sorted[len(self._sorted) // 2])

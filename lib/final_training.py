@@ -26,6 +26,7 @@ from lib.losses import DetectionLoss, Targets
 from lib.metrics import detection_metrics
 from lib.postprocess import Detections
 from lib.pretrained import as_table, load_pretrained
+from lib.scoring import calibration_rows, whole_batches
 from lib.training import Losses, Trainer, detection_loss
 from lib.training_run import Training
 
@@ -103,12 +104,10 @@ def final_loader(annotations: Annotations, image_size: int, config: Config, devi
 
 def some_images(annotations: Annotations, image_size: int, config: Config) -> Iterator[torch.Tensor]:
     """Batches of unaugmented training images, to re-estimate BatchNorm or to calibrate quantisation."""
-    chosen = range(min(config.search.bn_images, len(annotations)))
-    loader = eval_loader(annotations, chosen, image_size, config.search.batch_size, **reading(config.data))
-    for batch in loader:
-        # a smaller last batch would count as much as the others in a cumulative average
-        if len(batch) in (config.search.batch_size, len(chosen)):
-            yield batch.images
+    chosen = calibration_rows(range(len(annotations)), config)
+    size = max(config.search.batch_size, 2)  # BatchNorm takes no single image
+    loader = eval_loader(annotations, chosen, image_size, size, **reading(config.data))
+    return whole_batches(batch.images for batch in loader)
 
 
 def detection_losses(model: SSD, loss: DetectionLoss, batch: Batch, targets: Targets | None = None) -> Iterator[Losses]:

@@ -1,28 +1,39 @@
 """The append-only record of finished evaluations: one JSON line each, on disk as soon as it is written.
 
-A record: "key" and "basis" (hashes of all that the result depends on), "genotype" (Genotype.to_dict()), "status" ("ok"
-or "failed"), "metrics" {name: number}, "images" (how many it was scored on), "objective" and "resampled"
-{"<images>": packed scores} (lib/scoring.py), "seconds", "worker", "time" (of its end), "epoch", "error" (failed only),
-"search" (the search that paid for it), "budget" (limits of its proposals) and "origin" ("given", "random" or "bred",
-see lib/controllers.py; "front" if a member of the front was scored again on all images).
+A record: "key" and "basis" (hashes of all that the result depends on), "rests_on" (the parts of the basis, by which a
+message says what has changed), "genotype" (Genotype.to_dict()), "status" ("ok" or "failed"), "metrics" {name: number},
+"images" (how many it was scored on), "objective" and "resampled" {"<images>": packed scores} (lib/scoring.py),
+"seconds", "worker", "time" (of its end), "epoch", "error" (failed only), "search" (the search that paid for it),
+"budget" (limits of its proposals) and "origin" ("given", "random" or "bred", see lib/controllers.py; "front" if a
+member of the front was scored again on all images).
 """
 
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
-from lib.checkpoint import lock
 from lib.errors import UserError
 from lib.genotype import Genotype
+from lib.plain import shown
+
+MOST_BYTES = 4 * 1024**2  # of a line; a real one has some thousand
+ROUNDING = 1e-6  # a mean of ones may be a little more than 1
+LARGEST = 1e18  # of a number that is no share
+KINDS = {
+    **dict.fromkeys(("key", "basis", "search", "origin", "worker", "error", "objective"), str),
+    **dict.fromkeys(("genotype", "metrics", "budget", "resampled", "rests_on"), dict),
+}
 
 
-def evaluation_basis(supernet_sha256: str, split_sha256: str, settings: dict) -> str:
-    """SHA-256 (hex) of all that a result depends on besides the genotype; `settings` is plain JSON."""
-    return _digest({"supernet": supernet_sha256, "split": split_sha256, "settings": settings})
+def evaluation_basis(parts: Mapping[str, str]) -> str:
+    """SHA-256 (hex) of all that a result depends on besides the genotype (`lib.scoring.rests_on`)."""
+    return _digest(dict(parts))
 
 
 def evaluation_key(genotype: Genotype, basis: str) -> str:
@@ -35,22 +46,24 @@ def _digest(parts: dict) -> str:
 
 
 class Ledger:
-    """An open ledger, locked against a second process. Use it as a context manager.
+    """An open ledger. Use it as a context manager; `checkpoint.lock_folder` keeps a second process away.
 
-    Opening reads every line. A last line that a crash cut short is dropped; any other line that cannot be read is a
-    UserError. A failed write is a UserError too and closes the ledger; the next open repairs the file.
+    Opening reads and checks every line. Blank lines count for nothing, and of several records with one key the last
+    counts, in the place of the first. A last line that a crash cut short is dropped; any other line that is no record
+    is a UserError. A failed write is a UserError too and closes the ledger; the next open repairs the file.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
-        self._records: list[dict] = []
         self._by_key: dict[str, dict] = {}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.ExitStack() as on_failure:  # closes the file, which releases its lock
+            with contextlib.ExitStack() as on_failure:
                 self._file = on_failure.enter_context(self.path.open("a+b", buffering=0))
-                self._lock()
+                gc.disable()  # or half of the time would go into looking for garbage among the records
+                on_failure.callback(gc.enable)
                 self._read()
+                gc.enable()
                 on_failure.pop_all()
         except OSError as error:
             raise UserError(f"{self.path}: cannot open the ledger: {error.strerror}") from None
@@ -62,7 +75,10 @@ class Ledger:
         self.close()
 
     def close(self) -> None:
-        """Close the file, which releases its lock."""
+        """Close the file. One without a line is removed: there is nothing to go on from."""
+        with contextlib.suppress(OSError):
+            if not self._file.closed and not os.fstat(self._file.fileno()).st_size:
+                self.path.unlink()
         self._file.close()
 
     def append(self, record: dict) -> None:
@@ -72,10 +88,10 @@ class Ledger:
 
     def records(self, **matching: object) -> list[dict]:
         """The records whose fields equal `matching`, as in `records(status="ok")`, in the order written."""
-        return [r for r in self._records if all(r.get(name) == value for name, value in matching.items())]
+        return [r for r in self._by_key.values() if all(r.get(name) == value for name, value in matching.items())]
 
     def lookup(self, key: str) -> dict | None:
-        """The last record with this `key`."""
+        """The record with this `key`."""
         return self._by_key.get(key)
 
     def _write(self, line: bytes) -> None:
@@ -92,47 +108,62 @@ class Ledger:
     def _remember(self, record: dict) -> None:
         # Earlier versions could stop an evaluation on a part of the images: such a candidate is scored again.
         if record.get("status") != "stopped":
-            self._records.append(record)
             self._by_key[record["key"]] = record
 
     def _read(self) -> None:
         self._file.seek(0)
         *lines, tail = self._file.read().split(b"\n")
         for number, line in enumerate(lines, 1):
-            record = _parse(line)
-            if record is None:
-                found = line[:60].decode(errors="replace")
-                raise UserError(f'{self.path}, line {number}: expected a record with a "key", found {found!r}')
-            self._remember(record)
+            if line.strip():
+                self._remember(self._parse(line, number))
         # The last line lacks its line break if the process died while it wrote.
         if not tail:
             return
-        if (record := _parse(tail)) is None:
+        try:
+            json.loads(tail)  # a proper prefix of a record never is JSON
+        except (ValueError, RecursionError):
             self._file.truncate(sum(len(line) + 1 for line in lines))
             os.fsync(self._file.fileno())
         else:
+            record = self._parse(tail, len(lines) + 1)
             self._write(b"\n")
             self._remember(record)
 
-    def _lock(self) -> None:
+    def _parse(self, line: bytes, number: int) -> dict:
         try:
-            lock(self._file, wait=False)
-        except BlockingIOError:
-            who = "another process"
-            inode = os.fstat(self._file.fileno()).st_ino
-            # Linux lists the holder of a lock: 1: FLOCK ADVISORY WRITE 4103 fe:00:2146487 0 EOF
-            with contextlib.suppress(OSError):
-                for line in Path("/proc/locks").read_text().splitlines():
-                    _, kind, _, _, pid, file, *_ = line.split()
-                    if kind == "FLOCK" and file.endswith(f":{inode}"):
-                        who = f"process {pid}"
-            raise UserError(f"{self.path}: in use by {who}; wait for it to end, or use another folder") from None
+            if len(line) > MOST_BYTES:
+                raise ValueError(f"a line of {len(line) / 1024**2:.0f} MiB")
+            return checked(json.loads(line))
+        except (ValueError, RecursionError, UserError) as error:
+            found = line[:60].decode(errors="replace")
+            raise UserError(
+                f"{self.path}, line {number}: not a record of an evaluation ({error}), found {found!r}; without that "
+                "line, --resume goes on and scores its candidate again"
+            ) from None
 
 
-def _parse(line: bytes) -> dict | None:
-    """The record on this line, or None. A proper prefix of a record is never taken for one."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) and "key" in record else None
+def checked(record: object) -> dict:
+    """`record`, if what stands in it can be believed. Else raises ValueError or UserError that says what cannot.
+
+    By hand, because `lib.plain.check` would take many times as long.
+    """
+    if not isinstance(record, dict):
+        raise ValueError("expected a JSON object")
+    for name in ("key", "status", "genotype", "metrics"):
+        if name not in record:
+            raise ValueError(f'"{name}" is missing')
+    for name in record.keys() & KINDS.keys():
+        if not isinstance(record[name], KINDS[name]):
+            raise ValueError(f'"{name}" is {shown(record[name])}')
+    if record["status"] not in ("ok", "failed", "stopped"):
+        raise ValueError(f'"status" is {shown(record["status"])}')
+    counts = {name: record[name] for name in ("seconds", "time", "images", "epoch") if name in record}
+    if None in counts.values():
+        raise ValueError("a number is null")
+    for name, value in (*counts.items(), *record["metrics"].items()):
+        most = 1 + ROUNDING if name.startswith(("AP", "AR", "mAP")) else LARGEST
+        # null stands for a metric that is not defined on these images
+        if value is not None and not (type(value) in (int, float) and 0 <= value <= most):
+            raise ValueError(f"{name} is {shown(value)}")
+    Genotype.from_dict(record["genotype"])
+    return record

@@ -7,7 +7,9 @@ search's folder under the same paths, as in a shared folder.
 from __future__ import annotations
 
 import functools
+import math
 import os
+import pickle
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -38,7 +40,8 @@ def pick_dispatcher(
     else:
         devices, threads = pick_workers(gpus, config)
         pool = Dispatcher
-    return devices, functools.partial(pool, devices=devices, threads_per_worker=threads)
+    limit = config.search.first_time_limit or None
+    return devices, functools.partial(pool, devices=devices, threads_per_worker=threads, setup_limit=limit)
 
 
 def connect(address: str | None, cpus: int | None = None) -> None:
@@ -101,11 +104,15 @@ class _Actor(Worker):
 class _Remote:
     """What runs in an actor's process. Its methods return messages."""
 
-    def __init__(self, setup: Callable, device: str, args: tuple):
-        self._function, self._ready = set_up(setup, device, args)
+    def __init__(self, *what_to_set_up):
+        self._what = what_to_set_up
+
+    def placed(self) -> bytes:
+        return pickle.dumps(("placed",))
 
     def ready(self) -> bytes:
-        return self._ready
+        self._function, message = set_up(*self._what)
+        return message
 
     def run(self, message: bytes) -> bytes:
         return run_job(self._function, message)
@@ -133,8 +140,9 @@ class RayDispatcher(WorkerPool):
         }
         device = "cuda:0" if on_gpu else self._devices[slot]
         handle = _ray().remote(_Remote).options(**options).remote(self._setup, device, self._args)
-        # `ready` returns once the constructor has set the worker up.
-        return _Actor(slot, failed_starts, handle, calls=deque([handle.ready.remote()]))
+        actor = _Actor(slot, failed_starts, handle, calls=deque([handle.placed.remote(), handle.ready.remote()]))
+        actor.since = math.inf  # it may wait for room on a machine for as long as it takes
+        return actor
 
     def _listen(self, timeout: float | None) -> list[_Actor]:
         owners = {actor.calls[0]: actor for actor in self._workers if actor.calls}

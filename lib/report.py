@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import shlex
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from html import escape
@@ -38,6 +39,25 @@ def cost_text(metrics: Mapping[str, float], cost: str) -> str:
     """A cost with its unit and name, as in `312.4 M multiply-adds`."""
     name, scale, unit = COSTS[cost]
     return f"{metrics[cost] / scale:.4g} {unit} {name}"
+
+
+class Throttle:
+    """Calls `action` where that takes at most `SHARE` of the time since the start: meanwhile no worker gets a job."""
+
+    SHARE = 0.01
+
+    def __init__(self, action: Callable[[], None]):
+        self._action = action
+        self._start = time.monotonic()
+        self._spent = 0.0  # seconds in all calls
+        self._last = 1.0  # in the last one; before the first, about what loading matplotlib takes
+
+    def __call__(self) -> None:
+        begun = time.monotonic()
+        if self._spent + self._last <= self.SHARE * (begun - self._start):
+            self._action()
+            self._last = time.monotonic() - begun
+            self._spent += self._last
 
 
 def write_results(search: Search, folder: Path, top: int = 0) -> None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import multiprocessing
 import os
 import platform
 import random
 import re
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -119,23 +117,6 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD of malloc.h
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
-def die_with_parent() -> None:
-    """Make this process end when the process that started it ends, for whatever reason and however it was started.
-
-    A forked child inherits its parent's sockets. While it lives, the parent's peers cannot see that the parent is gone.
-    """
-    parent = multiprocessing.parent_process()
-    if os.getppid() == parent.pid:  # not so under forkserver, whose server is the parent to Linux
-        with contextlib.suppress(AttributeError, OSError):
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of sys/prctl.h
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 class Stopped(Exception):

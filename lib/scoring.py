@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import base64
 import functools
+import hashlib
+import json
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +24,7 @@ from lib import checkpoint
 from lib.annotations import Annotations
 from lib.config import Config
 from lib.config_io import from_dict as config_from_dict
+from lib.config_io import to_dict
 from lib.datasets import eval_loader, reading
 from lib.detector import SSD, ElasticSSD, detect, fuse, load_supernet, recalibrate
 from lib.errors import UserError
@@ -31,8 +34,22 @@ from lib.metrics import Evaluation, summarise, to_pixels
 from lib.postprocess import Detections
 from lib.runtime import keep_freed_memory
 
-SCORING_VERSION = 2  # raised when scores change: scores of different versions are never compared
+SCORING_VERSION = 3  # raised when scores change: scores of different versions are never compared
 CONFIDENCE = 0.95
+# What no score depends on: every other key of the configuration is part of what a score rests on, so a new key is too.
+# Seed and data count by the pictures and annotations that they lead to, what trained the supernet by its weights.
+UNSCORED = """
+    name seed supernet final search_space.schedule_cfg backbone.pretrained_path backbone.pretrained_head
+    data.dataset_type data.root data.train_sets data.test_sets data.train_annotations data.train_images
+    data.test_annotations data.test_images data.test_portion data.classes data.num_classes data.data_portion
+    data.max_skipped data.augment data.workers data.cache data.shapes_train data.shapes_test
+    loss.alpha loss.gamma loss.neg_pos_ratio loss.matched_threshold loss.unmatched_threshold loss.loc_coef
+    search.controller search.num_epochs search.steps search.population_size search.tournament_size
+    search.mutation_probability search.crossover_probability search.objective search.costs search.resamples
+    search.min_flops search.max_flops search.min_params search.max_params search.min_latency_ms search.max_latency_ms
+    search.latency_table search.latency_threads search.parallelism search.gpu_ids search.time_limit
+    search.first_time_limit
+"""
 _SCALE = 65534  # scores in [0, 1] are stored in steps of 1.5e-5; the number above stands for nan
 
 
@@ -72,20 +89,71 @@ def unpack(text: str) -> np.ndarray:
     return np.where(steps > _SCALE, np.nan, steps / _SCALE)
 
 
+def scored_rows(search: Sequence[int], config: Config) -> list[int]:
+    """The first `search.images` of the search split, in an order that is always the same and that of no name."""
+    shuffled = list(search)
+    random.Random(0).shuffle(shuffled)
+    return shuffled[: config.search.images or None]
+
+
+def calibration_rows(train: Sequence[int], config: Config) -> list[int]:
+    """A random sample of `search.bn_images` training images, to re-estimate BatchNorm or to calibrate quantisation.
+
+    The first ones by name may be alike. Raises UserError if there are fewer than two.
+    """
+    count = min(config.search.bn_images, len(train))
+    if count < 2:
+        raise UserError(f"search.bn_images: BatchNorm needs at least 2 training images, found {count}")
+    return random.Random(config.seed).sample(train, count)
+
+
+def whole_batches(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Without a smaller last one, which would count as much as the others in a cumulative average."""
+    size = 0
+    for batch in batches:
+        size = size or len(batch)
+        if len(batch) == size:
+            yield batch
+
+
+def rests_on(
+    weights: str, annotations: Annotations, train: Sequence[int], search: Sequence[int], config: Config
+) -> dict[str, str]:
+    """Hashes (hex), by name, of all that scores of a supernet whose file has the SHA-256 `weights` depend on."""
+    scored = scored_rows(search, config)
+    truth = hashlib.sha256(json.dumps(annotations.classes).encode())
+    pictures = hashlib.sha256()
+    for row in scored:
+        for tensor in (annotations.sizes[row], *annotations.target(row).values()):
+            truth.update(tensor.numpy().tobytes())
+    for row in (*scored, *calibration_rows(train, config)):
+        path = Path(annotations.paths[row])
+        # Whether a missing picture is an error is decided when the pictures are read.
+        pictures.update(hashlib.sha256(path.read_bytes()).digest() if path.is_file() else b"missing")
+    settings = to_dict(config)
+    for key in UNSCORED.split():
+        *sections, name = key.split(".")
+        del functools.reduce(dict.__getitem__, sections, settings)[name]
+    return {
+        "weights": weights,
+        "annotations": truth.hexdigest(),
+        "pictures": pictures.hexdigest(),
+        "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest(),
+        "scoring": str(SCORING_VERSION),
+    }
+
+
 def prepare_scoring_data(annotations: Annotations, train: Sequence[int], search: Sequence[int], config: Config) -> dict:
     """Pictures as uint8 (N, 3, S, S), S the largest image size of the space, and the search split's ground truth.
 
-    BatchNorm is re-estimated on the first `search.bn_images` of the training split, so no score sees its own pictures.
+    BatchNorm is re-estimated on images of the training split, so no score sees its own pictures.
     """
-    # Shuffled in an order that is always the same, so that the first `search.images` are like the rest.
-    search = list(search)
-    random.Random(0).shuffle(search)
-    search = search[: config.search.images or None]
+    search = scored_rows(search, config)
     if all(bool(target["ignore"].all()) for target in annotations.ground_truth(search)):
         raise UserError(f"data.data_portion: none of the {len(search)} images that score candidates has an object")
     size = max(config.search_space.image_size_choice)
     return {
-        "bn_images": _pictures(annotations, train[: config.search.bn_images], size, config),
+        "bn_images": _pictures(annotations, calibration_rows(train, config), size, config),
         "images": _pictures(annotations, search, size, config),
         "truth": annotations.ground_truth(search),
         "sizes": annotations.sizes[torch.as_tensor(search)].tolist(),
@@ -140,10 +208,10 @@ class Scorer:
         """
         settings = self.config.search
         model = detector.extract(genotype).to(self.device, memory_format=torch.channels_last)
-        # Whole batches only: a small last batch would count as much as the others.
-        images = self.data["bn_images"]
-        count = max(len(images) // settings.batch_size, 1) * settings.batch_size
-        recalibrate(model, images[:count].split(settings.batch_size), self.device)
+        batches = self.data["bn_images"].split(max(settings.batch_size, 2))  # one image has no variance
+        recalibrate(model, whole_batches(batches), self.device)
+        if not torch.stack([buffer.double().sum() for buffer in model.buffers()]).isfinite().all():
+            raise ArithmeticError("its BatchNorm statistics are not finite")
         detections = self._detect(fuse(model, inplace=True))
         pixels = [to_pixels(found, *size) for found, size in zip(detections, self.data["sizes"], strict=True)]
         evaluation = Evaluation(len(self.data["classes"]), self.data["truth"], pixels)
@@ -166,13 +234,21 @@ class Scorer:
                 torch.cuda.empty_cache()
 
 
-def scoring_worker(device: str, supernet: str, data: str, settings: dict):
+def scoring_worker(device: str, supernet: str, sha256: str, data: str, settings: dict):
     """Set up a worker process of the search on `device`; returns what it does with a job.
+
+    Raises UserError if the file `supernet` has not the hash with which the search began: its ledger holds scores of one
+    network only.
 
     A job is {"genotype": Genotype.to_dict()}, its result what `Scorer` gives, without the AP of each class.
     """
     keep_freed_memory()
     detector = load_supernet(Path(supernet), mmap=True).detector
+    if checkpoint.sha256(Path(supernet)) != sha256:
+        raise UserError(
+            f"{supernet}: has changed since the search began; what was scored is in the ledger: put that file back and "
+            "--resume, or search the new one in another folder (--train-dir)"
+        )
     scorer = Scorer(load_scoring_data(Path(data)), config_from_dict(settings), torch.device(device))
 
     def score(job: dict) -> dict:

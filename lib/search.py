@@ -8,21 +8,23 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from lib import checkpoint
+from lib.annotations import Annotations
 from lib.budget import LIMIT_KEYS, Coster, counts_latency, limits_of
 from lib.config import Config
 from lib.controllers import Controller, RandomSearch, SpaceExhausted, best_record, pareto_front
 from lib.dispatcher import Result
+from lib.errors import UserError
 from lib.genotype import Genotype
-from lib.ledger import Ledger, evaluation_basis, evaluation_key
+from lib.ledger import Ledger, checked, evaluation_basis, evaluation_key
 from lib.log import say
-from lib.scoring import SCORING_VERSION, Interval, interval, unpack
+from lib.scoring import Interval, interval, rests_on, unpack
 
 TAIL = 0.1  # on either side of the range of what random search would have found
 Job = tuple[str, dict]  # the key of an evaluation, and what the scoring worker needs
@@ -38,22 +40,27 @@ class Identity:
     budget: dict[str, float]  # the limits by their keys in the configuration
     basis: str  # all that a score depends on besides the genotype
     basis_all: str  # the same for a score on all images of the search split
+    parts: dict[str, str] = field(default_factory=dict)  # of the basis, shortened: a message says what has changed
 
     @classmethod
-    def of(cls, supernet: Path, config: Config) -> Identity:
+    def of(
+        cls, supernet: Path, config: Config, annotations: Annotations, train: Sequence[int], search: Sequence[int]
+    ) -> Identity:
         settings = config.search
         latency = checkpoint.sha256(Path(settings.latency_table)) if counts_latency(settings) else "no latency"
         shared = (config.seed, settings.controller, settings.objective, settings.costs, limits_of(settings))
         keys = itertools.chain(*LIMIT_KEYS.values())
-        hashes = checkpoint.sha256(supernet), checkpoint.sha256(supernet.parent / "split.json")
-        scoring = {"version": SCORING_VERSION, "bn_images": settings.bn_images, "batch_size": settings.batch_size}
+        weights = checkpoint.sha256(supernet)
+        on_all = replace(config, search=replace(settings, images=0))
+        parts, parts_all = (rests_on(weights, annotations, train, search, each) for each in (config, on_all))
         return cls(
             search=f"{shared}-{latency}-{settings.resamples}",
             supernet=supernet,
-            supernet_sha256=hashes[0],
+            supernet_sha256=weights,
             budget={key: getattr(settings, key) for key in keys if getattr(settings, key)},
-            basis=evaluation_basis(*hashes, {**scoring, "images": settings.images}),
-            basis_all=evaluation_basis(*hashes, {**scoring, "images": 0}),
+            basis=evaluation_basis(parts),
+            basis_all=evaluation_basis(parts_all),
+            parts={name: digest[:12] for name, digest in parts.items()},
         )
 
 
@@ -68,7 +75,8 @@ class Noise(NamedTuple):
 class Search:
     """A search over `total` evaluations. Results already in the ledger are reused and never evaluated again.
 
-    `told` are the records the search has learnt from, in order, each with the latency that `costs` predicts.
+    `told` are the records the search has learnt from, in order, each with the latency that `costs` predicts; `scored`
+    are those that did not fail.
     `finalists` are the members of the front once they are scored on all images of the search split; the front and the
     best are then found among these.
     """
@@ -86,7 +94,9 @@ class Search:
         self.total = self.settings.num_epochs * self.settings.steps
         self.asked = 0
         self.told: list[dict] = []
+        self.scored: list[dict] = []
         self.finalists: list[dict] = []
+        self._best: dict = {}  # of `scored`
         self._running: dict[str, dict] = {}  # by key: what the record will hold of the proposal
 
     @property
@@ -129,55 +139,86 @@ class Search:
             genotype = Genotype.from_dict(member["genotype"])
             key = evaluation_key(genotype, self.identity.basis_all)
             known = self.ledger.lookup(key)
-            if known is None or known["status"] == "failed":
+            if known is None or known["status"] == "failed" or self._missing(known):
                 jobs.append(self._job(key, genotype, "front", self.identity.basis_all))
             else:
                 self.finalists.append(self._with_latency(known))
         return jobs
 
+    def describe_unused(self) -> str:
+        """Why evaluations in the ledger are of no use to this search, in one line; "" if all are of use."""
+        basis = self.identity.basis
+        unused = [r for r in self.ledger.records() if r.get("basis") != basis and r.get("origin") != "front"]
+        if not unused:
+            return ""
+        before = unused[-1].get("rests_on", {})
+        changed = [name for name, digest in self.identity.parts.items() if before.get(name) != digest]
+        why = f"since then there are other {', '.join(changed)}" if before else "an earlier version made them"
+        return f"{self.ledger.path}: {len(unused)} evaluations cannot be compared with those of this search: {why}"
+
     def _job(self, key: str, genotype: Genotype, origin: str, basis: str) -> Job:
         job = {"genotype": genotype.to_dict()}
         proposal = {"key": key, "basis": basis, "search": self.identity.search, "origin": origin}
+        if basis == self.identity.basis:
+            proposal["rests_on"] = self.identity.parts
         self._running[key] = {**proposal, "budget": self.identity.budget, **job}
         return key, job
 
     def learn(self, result: Result) -> None:
-        """Record the result of a job; the controller is told, unless it is a finalist's."""
+        """Record the result of a job; the controller is told, unless it is a finalist's.
+
+        A result that cannot be believed (an objective that is NaN, an AP of 7) is recorded as a failure.
+        """
         record = self._running.pop(result.job_id)
-        record["status"] = "failed" if result.error else "ok"
-        record |= {"metrics": {}, "error": result.error} if result.error else result.value
-        record["seconds"] = round(result.seconds, 3)
-        record |= {"worker": result.worker, "epoch": self.epoch, "time": round(time.time(), 3)}
+        record |= {"seconds": round(result.seconds, 3), "worker": result.worker, "epoch": self.epoch}
+        record |= {"time": round(time.time(), 3), "status": "ok", "metrics": {}}
+        try:
+            scored = record if result.error else checked(record | result.value)
+            error = result.error or self._missing(scored)
+        except (ValueError, UserError) as fault:
+            error = f"the result cannot be believed: {fault}"
+        record = record | {"status": "failed", "error": error} if error else scored
         self.ledger.append(record)
         if record["origin"] != "front":
             self._tell(record)
-        elif record["status"] == "ok":
+        elif not error:
             self.finalists.append(self._with_latency(record))
+
+    def _missing(self, record: dict) -> str:
+        """The objective or a cost that a record of status "ok" lacks, as a sentence; "" if it has all."""
+        names = (self.settings.objective, *(cost for cost in self.settings.costs if cost != "latency_ms"))
+        return next((f"{name} is not a number" for name in names if record["metrics"].get(name) is None), "")
 
     def _tell(self, record: dict) -> None:
         genotype = Genotype.from_dict(record["genotype"])
-        if record["status"] == "ok":
+        if record["status"] == "ok" and not self._missing(record):
             record = self._with_latency(record)
             self.controller.tell(genotype, record["metrics"])
+            self.add(record)
         else:
             self.controller.tell_failure(genotype)
+            self.told.append(record)
+
+    def add(self, record: dict) -> None:
+        """Take in a record with a score, of which the controller has been told."""
         self.told.append(record)
+        self.scored.append(record)
+        ends = [self._best, record] if self._best else [record]
+        self._best = best_record(ends, self.settings.objective, self.settings.costs[0])
 
     def _with_latency(self, record: dict) -> dict:
         latency = self.costs.latency(Genotype.from_dict(record["genotype"]))
         return {**record, "metrics": {**record["metrics"], **latency}}
-
-    @property
-    def scored(self) -> list[dict]:
-        """The records of `told` that did not fail."""
-        return [record for record in self.told if record["status"] == "ok"]
 
     def front(self) -> list[dict]:
         """The members of pareto.json, cheapest first."""
         return pareto_front(self.finalists or self.scored, self.settings.objective, self.settings.costs)
 
     def best(self) -> dict:
-        return best_record(self.finalists or self.scored, self.settings.objective, self.settings.costs[0])
+        """Highest objective, the cheapest among equals."""
+        if self.finalists:
+            return best_record(self.finalists, self.settings.objective, self.settings.costs[0])
+        return self._best
 
     def top(self, count: int) -> list[dict]:
         """The `count` best, best first, the cheaper first among equals."""

@@ -136,3 +136,18 @@ def setup_user_error(device: str) -> None:
 
 def setup_dies(device: str) -> None:
     os._exit(7)
+
+
+def setup_hangs(device: str) -> None:
+    time.sleep(600)
+
+
+def setup_in_the_end(device: str, folder: str) -> Callable[[tuple], Any]:
+    """Hang the first time, raise the second, succeed the third; a file in `folder` for each process."""
+    count = len(list(Path(folder).iterdir()))
+    (Path(folder) / str(os.getpid())).touch()
+    if count == 0:
+        time.sleep(600)
+    if count == 1:
+        raise RuntimeError("not yet")
+    return setup(device)

@@ -81,6 +81,7 @@ def make_search(told: list[dict], others: list[dict] = (), total: int = 100, bud
     config = Config(name="a <b>", search=SearchConfig(**settings))
     controller = make_controller(config.search, SPACE, 0, everything_fits)
     search = Search(controller, SimpleNamespace(records=records), config, None, make_identity(budget=budget), 1)
-    search.told = list(told)
+    for record in told:
+        search.add(record) if record["status"] == "ok" else search.told.append(record)
     search.total = total
     return search

@@ -11,7 +11,7 @@ from tiny_runs import SEARCH, Script, environment, start
 
 HANGING = """
 limit = script.TimeLimit(factor=0.1, floor=1.0, least=1)  # the floor, however slow the machine
-script.TimeLimit = lambda factor: limit
+script.TimeLimit = lambda factor, **_: limit
 """
 
 

@@ -59,6 +59,23 @@ def gated(device: str, *args) -> Callable[[dict], dict]:
     return score
 
 
+def slow_to_start(device: str, *args) -> Callable[[dict], dict]:
+    """The first set-up hangs, the second one fails."""
+    for number in (1, 2):
+        try:
+            Path(f"set-up-{number}").touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        if number == 1:
+            time.sleep(600)
+        raise RuntimeError("CUDA error: out of memory\nwith a second line")
+    return score_of
+
+
+def broken(device: str, *args) -> Callable[[dict], dict]:
+    raise RuntimeError("CUDA error: out of memory\nwith a second line")
+
+
 def hanging(device: str, *args) -> Callable[[dict], dict]:
     """A third of the candidates never ends."""
 

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
+from dataclasses import is_dataclass
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_data import write_voc
 
 from lib import checkpoint
-from lib.config_io import to_dict
+from lib.annotations import read_voc
+from lib.config_io import KEYS, to_dict
 from lib.datasets import load_annotations, split_indices
-from lib.detector import detect, recalibrate
+from lib.detector import ElasticSSD, detect, recalibrate
 from lib.errors import UserError
+from lib.final_training import some_images
 from lib.metrics import detection_metrics
 from lib.scoring import (
     Scorer,
+    calibration_rows,
     image_weights,
     interval,
     load_scoring_data,
     pack,
     prepare_scoring_data,
+    rests_on,
     save_scoring_data,
     scoring_worker,
     unpack,
@@ -141,6 +148,114 @@ def test_statistics_come_from_whole_batches_only(tiny_detector, config, data):
     assert math.isfinite(Scorer(few, config, CPU)(detector, detector.space.smallest())["metrics"]["AP"])
 
 
+@pytest.mark.parametrize(("bn_images", "batch_size"), [(8, 1), (9, 4), (2, 32), (3, 2), (100, 5)])
+def test_no_batch_of_one_reaches_batch_norm(tiny_config, config, split, monkeypatch, bn_images, batch_size):
+    """In which nothing varies, where a feature map is one pixel."""
+    sizes = []
+    monkeypatch.setattr("lib.scoring.recalibrate", lambda _, batches, *__: sizes.extend(len(b) for b in batches))
+    keys = {"search__bn_images": bn_images, "search__batch_size": batch_size, "search__images": 2}
+    settings = tiny_config(data__root=config.data.root, **keys)
+    detector = ElasticSSD(settings, 5)
+    Scorer(prepare_scoring_data(*split, settings), settings, CPU)(detector, detector.space.smallest())
+    final = [len(batch) for batch in some_images(split[0], 64, settings)]
+    count = min(bn_images, len(split[1]))
+    batch = min(max(batch_size, 2), count)
+    assert sizes == [batch] * (count // batch) and set(final) == {min(max(batch_size, 2), bn_images)}
+
+
+def test_a_single_picture_for_batch_norm_is_refused(tiny_config, config, split):
+    annotations, train, search = split
+    few = tiny_config(data__root=config.data.root, search__bn_images=1)
+    for rows, keys in ((train, few), (train[:1], config)):
+        with pytest.raises(UserError, match=r"search\.bn_images: BatchNorm needs at least 2 training images, found 1"):
+            prepare_scoring_data(annotations, rows, search, keys)
+
+
+def test_the_pictures_for_batch_norm_are_a_sample_by_the_seed(tiny_config):
+    """The first ones by name may be alike: the brightest, one camera's."""
+    rows = range(1000, 2000)
+    chosen = {seed: calibration_rows(rows, tiny_config(seed=seed, search__bn_images=200)) for seed in (0, 1)}
+    assert chosen[0] == calibration_rows(rows, tiny_config(search__bn_images=200)) != chosen[1]
+    for found in chosen.values():
+        assert len(set(found)) == 200 and set(found) <= set(rows) and found != sorted(found)
+        assert 1450 < sum(found) / 200 < 1550
+    assert sorted(calibration_rows(rows[:5], tiny_config())) == [*rows[:5]]
+
+
+def test_statistics_that_are_not_finite_are_an_error(tiny_detector, config, data):
+    detector = tiny_detector(5)
+    with torch.no_grad():
+        next(detector.backbone.parameters()).fill_(math.inf)
+    with pytest.raises(ArithmeticError, match="statistics are not finite"):
+        Scorer(data, config, CPU)(detector, detector.space.smallest())
+
+
+class Spy:
+    """A part of a configuration that notes which keys are read."""
+
+    def __init__(self, part: object, read: set[str], prefix: str = ""):
+        self._about = part, read, prefix
+
+    def __getattr__(self, name: str) -> object:
+        part, read, prefix = self._about
+        value = getattr(part, name)
+        if is_dataclass(value):
+            return Spy(value, read, f"{prefix}{name}.")
+        read.add(prefix + name)
+        return value
+
+
+def test_what_a_score_rests_on_changes_with_every_key_that_can_change_a_score(tiny_detector, tiny_config, split, data):
+    annotations, train, search = split
+    read: set[str] = set()
+    spied = Spy(tiny_config(), read)
+    prepare_scoring_data(annotations, train, search, spied)
+    detector = tiny_detector(5)
+    Scorer(data, spied, CPU)(detector, detector.space.smallest())
+    assert {"search.bn_images", "search.images", "seed", "postprocess.top_k", "head.variances", "loss.type"} <= read
+    # Who reads the pictures, and what is worked out beside the score.
+    read -= {"data.workers", "data.max_skipped", "search.objective", "search.resamples"}
+    # What the network is like; its weights are hashed, but not whence they came.
+    network = {key for key in KEYS if key.partition(".")[0] in ("search_space", "backbone", "head")}
+    network -= {key for key in network if "schedule_cfg" in key or "pretrained" in key}
+
+    def basis_with(key: str) -> dict:
+        config = tiny_config(search__bn_images=2)
+        *sections, name = key.split(".")
+        numbers = {"search.images": 5, "search.bn_images": 5, "seed": 5}
+        setattr(functools.reduce(getattr, sections, config), name, numbers.get(key, "another"))
+        return rests_on("weights", annotations, train, search[:2], config)
+
+    plain = rests_on("weights", annotations, train, search[:2], tiny_config(search__bn_images=2))
+    aliases = {key for key in KEYS if key.endswith(".T_max")}
+    assert {key for key in KEYS if key not in aliases and basis_with(key) != plain} == read | network
+
+
+def test_what_a_score_rests_on_knows_the_scored_pictures_and_labels(tiny_config, tmp_path):
+    config = tiny_config(search__bn_images=3)
+    objects = {name: [("cat", 4, 4, 20, 20)] for name in "abcdefgh"}
+    write_voc(tmp_path, objects)
+    train, search = [0, 1, 2, 3, 4], [5, 6]  # f and g score, h does neither
+    used = [*"fg", *("abcde"[row] for row in calibration_rows(train, config))]
+
+    def found() -> dict[str, str]:
+        return rests_on("weights", read_voc(tmp_path, ["trainval"]), train, search, config)
+
+    plain = found()
+    for name in objects:
+        xml, picture = tmp_path / f"Annotations/{name}.xml", tmp_path / f"JPEGImages/{name}.jpg"
+        labels, pixels = xml.read_text(), picture.read_bytes()
+        xml.write_text(labels.replace("<xmin>5<", "<xmin>6<"))
+        assert (found()["annotations"] != plain["annotations"]) == (name in "fg")
+        xml.write_text(labels)
+        picture.write_bytes(pixels + b"\0")
+        assert (found()["pictures"] != plain["pictures"]) == (name in used)
+        picture.write_bytes(pixels)
+    assert found() == plain
+    other = rests_on("others", read_voc(tmp_path, ["trainval"]), train, search, config)
+    assert {name for name in plain if other[name] != plain[name]} == {"weights"}
+
+
 def test_the_file_that_workers_share_holds_the_same(tmp_path, data):
     save_scoring_data(data, tmp_path / "images.pt")
     loaded = load_scoring_data(tmp_path / "images.pt")
@@ -189,7 +304,9 @@ def test_a_worker_scores_as_the_scorer_does(tiny_detector, tiny_config, config, 
     state = Trainer(detector, config.supernet, CPU, 4).state_dict()
     checkpoint.save(supernet, {**state, "config": to_dict(config), "classes": data["classes"]})
     save_scoring_data(data, images)
-    score = scoring_worker("cpu", str(supernet), str(images), to_dict(config))
+    with pytest.raises(UserError, match=r"last\.pt: has changed since the search began"):
+        scoring_worker("cpu", str(supernet), "another", str(images), to_dict(config))
+    score = scoring_worker("cpu", str(supernet), checkpoint.sha256(supernet), str(images), to_dict(config))
     genotype = detector.space.smallest()
     expected = Scorer(data, config, CPU)(detector, genotype)["metrics"]
     found = score({"genotype": genotype.to_dict()})["metrics"]

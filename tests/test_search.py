@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from search_records import SPACE, everything_fits, make_identity
+from search_records import SPACE, everything_fits, make_identity, make_search
+from tiny_data import write_voc
 
 from async_search import score_finalists, search_loop
+from lib.annotations import read_voc
 from lib.config import Config, SearchConfig
-from lib.controllers import make_controller
+from lib.controllers import best_record, make_controller
 from lib.dispatcher import Result
 from lib.genotype import Genotype
 from lib.ledger import Ledger
@@ -214,24 +216,86 @@ def test_a_failed_evaluation_is_recorded_and_never_tried_again(tmp_path):
 def test_the_name_of_a_search_and_the_basis_of_its_scores(tmp_path):
     """Two searches share evaluations if what a score depends on is the same, whatever they look for."""
     (tmp_path / "last.pt").write_bytes(b"weights")
-    (tmp_path / "split.json").write_text("{}")
+    write_voc(tmp_path, {name: [("cat", 4, 4, 20, 20)] for name in "abcdef"})
+    annotations = read_voc(tmp_path, ["trainval"])
 
     def identity(seed: int = 0, **settings) -> Identity:
-        return Identity.of(tmp_path / "last.pt", Config(seed=seed, search=SearchConfig(**settings)))
+        config = Config(seed=seed, search=SearchConfig(**settings))
+        return Identity.of(tmp_path / "last.pt", config, annotations, [0, 1, 2], [3, 4, 5])
 
     plain, limited = identity(), identity(max_flops=3e8, min_params=5)
     assert limited.budget == {"max_flops": 3e8, "min_params": 5} and plain.budget == {}
-    others = [identity(seed=1), identity(controller="random"), identity(objective="mAP"), identity(costs=["params"])]
-    assert len({one.search for one in (plain, limited, *others)}) == 6
+    others = [identity(controller="random"), identity(objective="mAP"), identity(costs=["params"])]
+    assert len({one.search for one in (plain, limited, *others, identity(seed=1))}) == 6
     assert {one.basis for one in (plain, limited, *others)} == {plain.basis}
-    for changed in (identity(bn_images=1), identity(batch_size=1), identity(images=5)):
-        assert changed.basis != plain.basis
-    assert identity(images=5).basis_all == plain.basis
+    for changed in (identity(bn_images=2), identity(batch_size=1), identity(images=2)):
+        assert changed.basis != plain.basis and changed.parts.keys() == plain.parts.keys()
+    assert identity(images=2).basis_all == plain.basis
+    (tmp_path / "last.pt").write_bytes(b"other weights")
+    assert {name for name, digest in identity().parts.items() if digest != plain.parts[name]} == {"weights"}
     # Searches of ledgers that were written before have these names and go on under them.
     assert plain.search == "(0, 'evo', 'AP', ['flops'], {})-no latency-200"
     assert limited.search == (
         "(0, 'evo', 'AP', ['flops'], {'flops': (0.0, 300000000.0), 'params': (5, inf)})-no latency-200"
     )
+
+
+def test_it_says_which_evaluations_are_of_no_use_and_why(tmp_path):
+    path = tmp_path / "evals.jsonl"
+    with Ledger(path) as ledger:
+        finish(make(ledger), most=5)
+        again = make(ledger)
+        assert again.describe_unused() == ""
+        again.identity = make_identity(basis="other", parts={"weights": "2", "settings": "1"})
+        assert again.describe_unused().endswith("of this search: an earlier version made them")
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    finalist = {**records[0], "key": "f", "origin": "front", "basis": "all"}
+    records = [*({**r, "rests_on": {"weights": "1", "settings": "1"}} for r in records), finalist]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    with Ledger(path) as ledger:
+        again = make(ledger)
+        again.identity = make_identity(basis="other", parts={"weights": "2", "settings": "1"})
+        assert "5 evaluations cannot be compared" in again.describe_unused()
+        assert again.describe_unused().endswith("since then there are other weights")
+        assert len(finish(again)) == 80  # none of them is reused
+
+
+@pytest.mark.parametrize(
+    ("metrics", "why"),
+    [
+        ({"AP": None, "flops": 1}, "AP is not a number"),
+        ({"flops": 1}, "AP is not a number"),
+        ({"AP": 0.5}, "flops is not a number"),
+        ({"AP": math.nan, "flops": 1}, "cannot be believed: AP is nan"),
+        ({"AP": 1.5, "flops": 1}, "cannot be believed: AP is 1.5"),
+        ({"AP": 0.5, "flops": math.inf}, "cannot be believed: flops is inf"),
+    ],
+)
+def test_a_result_that_cannot_be_believed_is_recorded_as_failed(tmp_path, metrics, why):
+    path = tmp_path / "evals.jsonl"
+    with Ledger(path) as ledger:
+        search = make(ledger)
+        key, job = search.propose()
+        search.learn(Result(key, {"metrics": metrics, "images": 1}, None, "cpu#0", 1.0))
+        (record,) = ledger.records()
+        assert record["status"] == "failed" and why in record["error"] and record["metrics"] == {}
+        assert search.told == [record] and search.scored == [] and job not in finish(search)
+    # An earlier version believed it.
+    path.write_text(json.dumps({**record, "status": "ok", "metrics": {"AP": None, "flops": 1}}) + "\n")
+    with Ledger(path) as ledger:
+        search = make(ledger)
+        search.replay()
+        assert len(search.told) == 1 and search.scored == []
+
+
+@settings(max_examples=30)
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=30))
+def test_the_best_is_that_of_all_records_at_every_moment(points):
+    records = [{"status": "ok", "n": i, "metrics": {"AP": a / 5, "flops": f}} for i, (a, f) in enumerate(points)]
+    search = make_search([])
+    for count, record in enumerate(records, 1):
+        search.add(record)
+        assert search.best() == best_record(records[:count], "AP")
 
 
 values = st.lists(st.floats(-1, 1, allow_subnormal=False) | st.sampled_from([0.1, 0.2]), min_size=1, max_size=7)

@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 from dispatch_helpers import wait_for
 from search_runs import launch, search, search_command
-from tiny_runs import finish, read_lines
+from tiny_runs import SEARCH, Script, finish, read_lines, start
 
+import async_search
+from lib import checkpoint
 from lib.errors import UserError
 from lib.ledger import Ledger
 from tests.search_workers import fate
@@ -44,18 +46,9 @@ def assert_one_line(stderr: str, words: str) -> None:
     assert last.startswith("error: ") and words in last and "Traceback" not in stderr, stderr
 
 
-def ledger_of(cwd: Path) -> Ledger | None:
-    """The ledger, once the last worker of a search that was killed has gone: forked ones share its lock."""
-    try:
-        return Ledger(cwd / "search" / "evals.jsonl")
-    except UserError as error:
-        assert "in use by" in str(error)
-        return None
-
-
 def assert_resume_finishes(cwd: Path, options: list, found: int) -> None:
     """The ledger replays, and then every evaluation is in it once."""
-    with wait_for(lambda: ledger_of(cwd)) as ledger:
+    with Ledger(cwd / "search" / "evals.jsonl") as ledger:
         assert len(ledger.records()) == found
     done = finish(search(cwd, [*options, "--resume"], "quick"))
     assert done.returncode == 0, done.stderr
@@ -70,19 +63,20 @@ def test_ctrl_c_finishes_what_runs_and_saves(options, tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     (tmp_path / "go").touch()
     done = finish(process)
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr
     assert "stopped; the same command with --resume goes on" in done.stdout
     assert (tmp_path / "search" / "best.json").is_file() and not (tmp_path / "search" / "images.pt").exists()
     assert 4 <= lines_in(tmp_path) <= 6  # each worker had one or two more
     assert_resume_finishes(tmp_path, options, lines_in(tmp_path))
 
 
-def test_ctrl_c_before_the_first_result_is_no_error(options, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_stop_before_the_first_result_is_no_error(options, tmp_path, number):
     process = search(tmp_path, options, "slow")
     wait_for(lambda: (tmp_path / "search" / "images.pt").exists())
-    os.killpg(process.pid, signal.SIGINT)
+    os.kill(process.pid, number)
     done = finish(process)
-    assert done.returncode == 0 and "with --resume goes on" in done.stdout, done.stderr
+    assert done.returncode == 143 and "with --resume goes on" in done.stdout, done.stderr
 
 
 def test_ctrl_c_twice_ends_at_once_and_loses_nothing(options, tmp_path):
@@ -109,6 +103,70 @@ def test_a_file_that_may_not_grow_is_a_clear_end(options, tmp_path):
     assert_one_line(done.stderr, "evals.jsonl: cannot write the ledger: File too large")
     assert lines_in(tmp_path) == 2 and len(ledger.read_bytes()) == size
     assert_resume_finishes(tmp_path, options, 2)
+
+
+def test_a_supernet_that_is_trained_anew_meanwhile_is_refused_and_nothing_is_lost(options, flow, tmp_path):
+    """The workers that are there go on with what they have loaded; one that takes the place of a dead one looks."""
+    (tmp_path / "supernet").mkdir()
+    for name in ("last.pt", "split.json"):
+        shutil.copy(flow[0] / "runs/tiny/supernet" / name, tmp_path / "supernet")
+    path = tmp_path / "supernet" / "last.pt"
+    options = [*options, "--load", tmp_path / "supernet"]
+    process = search(tmp_path, options, "gated")
+    wait_for(lambda: lines_in(tmp_path) == 2)
+    second = start(tmp_path, SEARCH, *options, "--resume", prelude="script.checkpoint.LOCK_PATIENCE = 0.1")
+    done = finish(second)
+    assert done.returncode == 2
+    assert_one_line(done.stderr, f"search: in use by process {process.pid} on ")
+    before = path.read_bytes()
+    checkpoint.save(path, {**checkpoint.read(path), "anew": 1})
+    os.kill(workers_of(process)[0], signal.SIGKILL)
+    done = finish(process)
+    assert done.returncode == 2
+    assert_one_line(done.stderr, "last.pt: has changed since the search began")
+    assert lines_in(tmp_path) == 2 and (tmp_path / "search" / "best.json").is_file()
+    path.write_bytes(before)
+    assert_resume_finishes(tmp_path, options, 2)
+
+
+def workers_of(process: Script) -> list[int]:
+    """The forked processes that score, by their number: they receive jobs in a thread beside the main one."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(pid) for pid in children]
+
+
+def test_workers_that_hang_or_fail_in_their_set_up_are_replaced(options, tmp_path):
+    done = finish(search(tmp_path, [*options, "--set", "search.first_time_limit=1"], "slow_to_start"))
+    assert done.returncode == 0, done.stderr
+    records = read_lines(tmp_path / "search" / "evals.jsonl")
+    assert len(records) == 12 and {r["status"] for r in records} == {"ok"}
+
+
+def test_set_ups_that_fail_end_the_search_with_the_reason(options, tmp_path):
+    done = finish(search(tmp_path, options, "broken"))
+    assert done.returncode == 2
+    assert_one_line(done.stderr, "failed 3 times in a row before it was ready: RuntimeError: CUDA error: out of memory")
+    assert not (tmp_path / "search" / "evals.jsonl").exists()  # the same command starts the search
+
+
+def test_a_finished_search_is_not_mixed_with_another_one(flow, tmp_path):
+    shutil.copytree(flow[0] / "runs/tiny/search", tmp_path / "search")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "search").iterdir()}
+    command = ["--load", str(flow[0] / "runs/tiny/supernet"), "--train-dir", str(tmp_path / "search")]
+    with pytest.raises(UserError, match=r"evals\.jsonl exists: --resume continues that run"):
+        async_search.main([*command, "--controller", "random"])
+    with pytest.raises(UserError, match="holds a training"):
+        async_search.main([*command[:2], "--train-dir", str(flow[0] / "runs/tiny/final"), "--resume"])
+    for flag, value in (
+        *(("--max-flops", v) for v in ("nan", "inf", "-1")),
+        *(("--max-params", v) for v in ("nan", "inf", "-1")),
+        *(("--max-latency", v) for v in ("nan", "-1", "5")),
+        *(("--top", "-1"), ("--save-every", "0"), ("--save-every", "-3"), ("--gpus", "")),
+    ):
+        with pytest.raises(UserError) as caught:
+            async_search.main([*command, "--resume", f"{flag}={value}"])
+        assert "\n" not in str(caught.value)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "search").iterdir()} == before
 
 
 def in_namespace(cwd: Path, script: str) -> subprocess.CompletedProcess:
@@ -163,7 +221,7 @@ def test_a_read_only_folder_is_a_clear_end(options, tmp_path):
     """
     done = in_namespace(tmp_path, script)
     assert done.returncode == 2
-    assert_one_line(done.stderr, "evals.jsonl: cannot open the ledger: Read-only file system")
+    assert_one_line(done.stderr, "search: cannot be written (Read-only file system)")
     assert_resume_finishes(tmp_path, options, 0)
 
 
