@@ -153,10 +153,10 @@ def _default_config(data: str | None) -> tuple[dict, str]:
 
 def _with_own_pictures(layer: dict, folder: Path) -> dict:
     """`layer`, for the built-in pictures or for others, with the pictures in the folder that --data names."""
-    if config_io.get_key(layer, "data.dataset_type") != "shapes" or (folder / shapes.MARKER).exists():
-        return layer
     if not folder.is_dir():
         raise UserError(f"--data {folder}: no such folder; the built-in pictures need no --data")
+    if config_io.get_key(layer, "data.dataset_type") != "shapes" or (folder / shapes.MARKER).exists():
+        return layer
     # What trains and what tests is found anew, and so are the classes.
     found = ("num_classes", "classes", "train_sets", "test_sets")
     found += ("train_annotations", "train_images", "test_annotations", "test_images")
