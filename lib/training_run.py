@@ -230,10 +230,13 @@ class Training:
             losses = {name: value / self.counted for name, value in self.sums.items()}
             self.log.write("train", epoch, losses=losses, lr=self.trainer.optimizer.param_groups[0]["lr"])
         if "eval" not in logged and epoch in self.due:
-            self._score(epoch)
-        every = self.trainer.config.save_every
-        if every and epoch % every == 0 and distributed.world().main:
-            checkpoint.link(self.last, self.folder / f"epoch_{epoch:04d}.pt")
+            self.score(epoch)
+        if distributed.world().main:
+            if epoch in self.due:
+                self._keep_if_good(epoch)
+            every = self.trainer.config.save_every
+            if every and epoch % every == 0:
+                checkpoint.link(self.last, self.folder / f"epoch_{epoch:04d}.pt")
 
     def _run_epoch(self, stop: StopRequest) -> None:
         """Train the rest of an epoch; unless a request to stop ended it, log and score it."""
@@ -293,11 +296,8 @@ class Training:
             say(f"saved {self.last} at epoch {self.trainer.epoch}, step {self.trainer.step}; --resume goes on from it")
         raise error
 
-    def _score(self, epoch: int) -> None:
-        """Score, and keep last.pt as last_good.pt. Raises Diverged if nothing has been found for several times now."""
-        self.score(epoch)
-        if not distributed.world().main:
-            return
+    def _keep_if_good(self, epoch: int) -> None:
+        """Keep last.pt as last_good.pt if it finds something. Raises Diverged if the last few evaluations found nothing."""
         found = {}
         for record in read_log(self.log.path):
             if record["kind"] == "eval":

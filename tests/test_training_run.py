@@ -154,7 +154,7 @@ class Killed(BaseException):
     """Stands in for a kill -9: nothing that handles errors sees it."""
 
 
-@pytest.mark.parametrize("at", range(14))
+@pytest.mark.parametrize("at", range(22))
 def test_killed_anywhere_between_two_writes_the_end_is_the_same(tmp_path, stop, monkeypatch, at):
     """Each file that is written, and each line of the log, is a point to be killed at: before it, or right after it."""
 
