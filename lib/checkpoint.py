@@ -111,13 +111,17 @@ def weights(payload: dict, source: Path | str) -> dict[str, torch.Tensor]:
     part = "ema" if payload.get("ema") else "model"
     tensors = check(payload.get(part), dict[str, torch.Tensor], f"{source}: {part}")
     for name, tensor in tensors.items():
-        plain = tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_meta
-        if not plain and not name.endswith(("num_batches_tracked", "n_averaged")):
+        if not holds_numbers(tensor) and not name.endswith(("num_batches_tracked", "n_averaged")):
             raise UserError(f"{source}: {part}: {name}: expected plain real numbers, found {tensor.dtype}")
     if part == "model":
         return tensors
     prefix = "module."
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def holds_numbers(tensor: torch.Tensor) -> bool:
+    """Whether a tensor of a file holds real numbers one by one, and is not sparse, quantised or without data."""
+    return tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_meta
 
 
 def random_states() -> dict:

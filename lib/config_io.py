@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import itertools
 import re
-import typing
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
@@ -19,11 +18,11 @@ import yaml
 
 from lib.config import ChoiceSchedule, Config, SearchConfig, TrainConfig, ValueSchedule
 from lib.errors import UserError, did_you_mean
-from lib.plain import MOST_SHOWN, WrongKey, check, fail, read_bytes, refuse_bomb, shown
+from lib.plain import MOST_SHOWN, WrongKey, check, fail, hints_of, read_bytes, refuse_bomb, shown
 
 # Keys of earlier versions that changed nothing about a network. Checkpoints and genotype files still hold them.
 RETIRED_KEYS = ("search.racing", "final.distill", "supernet.distill.teacher", "supernet.distill.priors")
-MOST_YAML = 4 * 1024**2  # bytes of a YAML file
+MOST_YAML = 1024**2  # bytes of a YAML file
 MOST_MERGED = 1000  # keys of a section of it
 
 
@@ -165,7 +164,7 @@ def get_key(data: object, key: str) -> object | None:
 
 def leaf_types(kind: type, prefix: str = "") -> dict[str, Any]:
     """The annotated type of every key of a dataclass of dataclasses, by dotted path, aliases among them."""
-    hints = typing.get_type_hints(kind, include_extras=True)
+    hints = hints_of(kind)
     types_by_path = {}
     for f in fields(kind):
         if is_dataclass(hints[f.name]):
@@ -183,7 +182,7 @@ def _section(value: Any, default: Any, path: str) -> Any:
     """`default`, an instance of a dataclass, with the keys of `value` set."""
     if not isinstance(value, Mapping):
         fail(path, "a section with keys", shown(value))
-    hints = typing.get_type_hints(type(default), include_extras=True)
+    hints = hints_of(type(default))
     names = {f.name: f.name for f in fields(default)}
     names |= {f.metadata["alias"]: f.name for f in fields(default) if "alias" in f.metadata}
     prefix = f"{path}." if path else ""

@@ -143,11 +143,11 @@ def plot_training(log: Path, picture: Path, metric: str, phases: Sequence[int] =
 
     records = read_log(log)
     # By epoch: the records of a resumed epoch replace those of its first attempt.
-    losses = {r["step"]: r["losses"] for r in records if r["kind"] == "train"}
+    losses = {r["step"]: r.get("losses", {}) for r in records if r["kind"] == "train"}
     scores = {}
     for record in records:
         if record["kind"] == "eval":
-            scores[record["step"]] = {name: values.get(metric) for name, values in record["networks"].items()}
+            scores[record["step"]] = {name: values.get(metric) for name, values in record.get("networks", {}).items()}
     figure = Figure(figsize=(8, 7))
     top, bottom = figure.subplots(2, 1, sharex=True)
     for axis, label, marker, curves in ((top, "loss", "", losses), (bottom, metric, ".", scores)):

@@ -8,6 +8,7 @@ key, what was expected and what was found.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import reprlib
@@ -95,16 +96,20 @@ def _finite(text: str) -> float:
 
 def refuse_bomb(data: object, source: str) -> None:
     """Raise UserError if plain data is nested very deeply, or grows when it is copied (YAML aliases, pickled loops)."""
-    waiting = [(data, 0)]
+    waiting = [(data, 0, source)]
+    key = source
     for _ in range(MOST_VALUES):
         if not waiting:
             return
-        value, depth = waiting.pop()
-        items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple, set)) else ()
-        waiting.extend((item, depth + 1) for item in items)
+        value, depth, key = waiting.pop()
         if depth > DEEPEST or len(waiting) > MOST_VALUES:
             break
-    raise UserError(f"{source}: nested too deeply, or too large")
+        if isinstance(value, dict):
+            names = [f"{key}: {shown(name)}" if depth < 2 else key for name in value]
+            waiting.extend((item, depth + 1, name) for name, item in zip(names, value.values(), strict=True))
+        elif isinstance(value, (list, tuple, set)):
+            waiting.extend((item, depth + 1, key) for item in value)
+    raise UserError(f"{key}: nested too deeply, or too large")
 
 
 # Values.
@@ -149,11 +154,17 @@ def _section(value: Any, key: str) -> dict[str, Any]:
     return value
 
 
+@functools.lru_cache
+def hints_of(kind: type) -> dict[str, Any]:
+    """The annotated type of each field of a dataclass or NamedTuple."""
+    return typing.get_type_hints(kind, include_extras=True)
+
+
 def _record(value: Any, kind: Callable, key: str) -> Any:
     """`value`, an object, as a dataclass or NamedTuple. Keys that this has not are left out."""
     items = _section(value, key)
     fields = {}
-    for name, expected in typing.get_type_hints(kind, include_extras=True).items():
+    for name, expected in hints_of(kind).items():
         where = f"{key}: {name}" if key else name
         if name not in items:
             raise WrongKey(where, "is missing")
