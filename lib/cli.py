@@ -131,10 +131,12 @@ class CommandLine:
                 planned = config_io.get_key(layer, f"{self.stage}.epochs") or getattr(Config(), self.stage).epochs
                 notes = config_io.fit_schedules(config, self.stage, planned, typed)
             fits_priors = getattr(args, "fit_priors", False)
-            if args.resume and (notes or fits_priors) and (saved := _saved_config(folder)):
+            given = any("schedule_cfg" in key or "distill" in key for key in typed)
+            scales = not given and (bool(notes) or f"{self.stage}.epochs" in typed)
+            if args.resume and (scales or fits_priors) and (saved := _saved_config(folder)):
                 # What was derived when the run began stays as it is.
                 began = config_io.from_dict(saved, str(folder / "config.yaml"))
-                if notes:
+                if scales:
                     config.search_space.schedule_cfg = began.search_space.schedule_cfg
                     config.supernet.distill.weight = began.supernet.distill.weight
                     notes = []

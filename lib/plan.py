@@ -154,9 +154,8 @@ def propose_priors(
     head, size, threshold = config.head, detector.space.image_size[-1], config.loss.matched_threshold
     before = coverage_of(split, detector.priors(size), threshold)
     poor = [name for name, share in zip(annotations.classes, before, strict=True) if share < WELL_COVERED]
-    report = (
-        [f"note: prior boxes cover less than {WELL_COVERED:.0%} of {', '.join(poor)}; see --fit-priors"] if poor else []
-    )
+    advice = "" if fit else "; see --fit-priors"
+    report = [f"note: prior boxes cover less than {WELL_COVERED:.0%} of {', '.join(poor)}{advice}"] if poor else []
     if not (fit or (poor and if_poor)) or not len(annotations.boxes):
         return head, report
     sizes = detector.feature_sizes(size)

@@ -480,10 +480,14 @@ def test_what_was_derived_when_a_run_began_stays_with_resume(tmp_path):
     (tmp_path / "config.yaml").write_text(config_io.dump(began))
     (tmp_path / "last.pt").touch()
     more = ["--resume", "--train-dir", str(tmp_path)]
-    for epochs in (8, 12):
+    for epochs in (8, 12, 30):
         config, notes = resolved(LITE0, f"supernet.epochs={epochs}", more=more, fit_priors=True)
         assert config.search_space == began.search_space and config.head == began.head and not notes
-    assert resolved(LITE0, "supernet.epochs=8", more=more)[0].head != began.head  # which --resume will refuse
+    # What the user asks for now is not hidden from the comparison that --resume makes.
+    assert resolved(LITE0, "supernet.epochs=8", more=more)[0].head != began.head
+    given = f"{SCHEDULE}.width_choice={{boundary: [1, 2, 3], value: [[6], [6, 4], [6, 4, 3]]}}"
+    config, _ = resolved(LITE0, "supernet.epochs=20", given, more=more)
+    assert config.search_space.schedule_cfg.width_choice.boundary == [1, 2, 3]
 
 
 @pytest.mark.parametrize("override", ["data.foo.bar=3", "search.max_flop.x=1", f"supernet.{'x' * 99}.y=1"])
