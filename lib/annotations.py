@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
@@ -17,9 +18,9 @@ import torch
 from torch import Tensor
 
 from lib.errors import UserError, did_you_mean
-from lib.folders import Tree, split_of, stem
+from lib.folders import Tree, folder_of, split_of, stem
 from lib.images import read_header
-from lib.labels import OBJECT, Faults, coco_image, read_coco_json, read_voc_xml, read_yolo_txt
+from lib.labels import OBJECT, Faults, coco_image, read_coco_json, read_voc_xml, read_yolo_txt, slashes
 from lib.layouts import Pair, voc_pairs
 from lib.plain import shown
 
@@ -152,37 +153,39 @@ def read_pairs(
 ) -> Annotations:
     """Annotations of pictures that have a label file each: VOC's, or with `yolo_names`, the classes, YOLO's."""
     pictures: list[Picture] = []
-    found: list[tuple] = []  # OBJECTs with the class's name for its label, which is known once all files are read
+    found: list[tuple] = []  # of OBJECT
+    listed = (yolo_names or {}).values()
+    number_of = {name: number for number, name in enumerate(listed)}
     swapped = 0
     for name, path, label_file in {pair.picture: pair for pair in pairs}.values():
         try:
             if yolo_names is None:
                 voc = read_voc_xml(label_file, faults)
-                width, height = size = voc.size or _size_of(path)
+                size = voc.size or read_header(path)[:2]
                 objects = voc.objects
                 swapped += voc.swapped
             else:
-                width, height = size = _size_of(path)
+                width, height = size = read_header(path)[:2]
                 boxes = read_yolo_txt(label_file, faults) if label_file else []
-                objects = [(yolo_names.get(number, f"class {number}"), box, False) for number, box in boxes]
+                objects = [
+                    (
+                        yolo_names.get(number, f"class {number}"),
+                        (x1 * width, y1 * height, x2 * width, y2 * height),
+                        False,
+                    )
+                    for number, (x1, y1, x2, y2) in boxes
+                ]
         except UserError as error:
             faults.add("picture", "unreadable", str(error))
             continue
-        for label, box, ignore in objects:
-            scale = (1, 1, 1, 1) if yolo_names is None else (width, height, width, height)
-            box_xyxy = tuple(corner * side for corner, side in zip(box, scale, strict=True))
-            found.append((len(pictures), label, box_xyxy, ignore, float("nan")))
+        for label, box_xyxy, ignore in objects:
+            found.append((len(pictures), number_of.setdefault(label, len(number_of)), box_xyxy, ignore, math.nan))
         pictures.append(Picture(name, None, path, size, str(label_file or path)))
     if swapped:
         notes = [*notes, f"{root}: {swapped} boxes had their corners in the wrong order, which was put right"]
-    names = sorted({name for _, name, *_ in found} | ({*yolo_names.values()} if yolo_names else set()))
-    number_of = {name: number for number, name in enumerate(names)}
-    objects = np.array([(image, number_of[name], *rest) for image, name, *rest in found], dtype=OBJECT)
-    if yolo_names is not None:
-        names_in_order = list(dict.fromkeys(yolo_names.values()))
-        classes = classes or names_in_order
-    classes = tuple(classes) or tuple(names)
-    return _assemble(classes, range(1, len(classes) + 1), pictures, objects, names, root, faults, notes)
+    classes = tuple(classes or listed or sorted(number_of))
+    ids = range(1, len(classes) + 1)
+    return _assemble(classes, ids, pictures, np.array(found, dtype=OBJECT), list(number_of), root, faults, notes)
 
 
 def read_coco(
@@ -215,12 +218,14 @@ def read_coco_files(
             id_of.setdefault(name, category_id)
         position_of = _coco_pictures(path, folder, root, coco.images, pictures, faults)
         # The numbers of images and categories become positions in the list of pictures and in that of the names.
-        unlisted = f"{path}: annotations of image {{}}, which is not among its images"
-        owner = _renumbered(coco.objects["image"], coco.image_ids, position_of, "of no image", unlisted, faults)
+        owner = _renumbered(
+            coco.objects["image"], coco.image_ids, position_of, f"{path}: not among its images:", faults
+        )
         number_of = {category_id: len(names) + i for i, category_id in enumerate(coco.categories)}
         names += coco.categories.values()
-        unknown = f"{path}: unknown class {{}}: no category has this id"
-        label = _renumbered(coco.objects["label"], coco.category_ids, number_of, "of no class", unknown, faults)
+        label = _renumbered(
+            coco.objects["label"], coco.category_ids, number_of, f"{path}: not among its categories:", faults
+        )
         coco.objects["image"], coco.objects["label"] = owner, label
         parts.append(coco.objects[(owner >= 0) & (label >= 0)])
     for name in classes if all_classes else ():
@@ -232,14 +237,16 @@ def read_coco_files(
 
 
 def _renumbered(
-    numbers: np.ndarray, ids: Sequence[int | str], number_of: Mapping, kind: str, message: str, faults: Faults
+    numbers: np.ndarray, ids: Sequence[int | str], number_of: Mapping, problem: str, faults: Faults
 ) -> np.ndarray:
     """What `number_of` gives for the id that each of `numbers` stands for; -1 and a fault for an id that is unknown."""
     numbers = numbers.astype(np.int64)
-    for number, other in enumerate(ids):
-        if other not in number_of:
-            faults.add("object", kind, message.format(shown(other)), int((numbers == number).sum()))
-    return np.array([number_of.get(other, -1) for other in ids], dtype=np.int64)[numbers]
+    for number, unknown in enumerate(ids):
+        if unknown not in number_of:
+            count = int((numbers == number).sum())
+            text = f"{problem} {shown(unknown)}, which {count} annotations name"
+            faults.add("object", "of an unknown image or class", text, count)
+    return np.array([number_of.get(known, -1) for known in ids], dtype=np.int64)[numbers]
 
 
 def _coco_pictures(
@@ -268,7 +275,7 @@ def _coco_pictures(
                 raise UserError(f"{folder / end}: no such image, but {path} lists it")
             if end in listed:
                 raise UserError(f"{path}: image '{name}' is there twice")
-            size = size or _size_of(str(folder / end))
+            size = size or read_header(str(folder / end))[:2]
         except UserError as error:
             faults.add("picture", "missing or unreadable", str(error))
             continue
@@ -283,7 +290,9 @@ def _picture_folder(root: Path, names: Sequence[str], beside: Path) -> tuple[Pat
     are not there, and all pictures in it. Of several, the one most like the path of the file, `beside`."""
     tree = Tree(root)
     pictures = set(tree.pictures)
-    folders = {"": None} | {parent: None for name in pictures for parent in _parents(name)}
+    folders = {""}
+    for name in set(map(folder_of, pictures)):
+        folders |= {name, *(parent.as_posix() for parent in PurePosixPath(name).parents)} - {"."}
     sample = names[:: max(1, len(names) // 50)]
     words = set(re.findall(r"[a-z]+|\d+", os.path.relpath(beside, root).lower()))
 
@@ -294,7 +303,7 @@ def _picture_folder(root: Path, names: Sequence[str], beside: Path) -> tuple[Pat
     best = ((0,), "", 0)
     for dropped in range(max((name.count("/") for name in sample), default=0) + 1):
         ends = [name.split("/", dropped)[-1] for name in sample]
-        for folder in folders:
+        for folder in sorted(folders):
             hits = sum((f"{folder}/{end}" if folder else end) in pictures for end in ends)
             best = max(best, ((hits, *likeness(folder)), folder, dropped)) if hits else best
         if best[0][0]:
@@ -302,26 +311,6 @@ def _picture_folder(root: Path, names: Sequence[str], beside: Path) -> tuple[Pat
     prefix = f"{best[1]}/" if best[1] else ""
     found = {name[len(prefix) :] for name in pictures if name.startswith(prefix)}
     return root / best[1], best[2], found
-
-
-def _parents(path: str) -> list[str]:
-    parts = path.split("/")[:-1]
-    return ["/".join(parts[: end + 1]) for end in range(len(parts))]
-
-
-def _size_of(path: str) -> tuple[int, int]:
-    """Width and height of a picture as it is shown. Raises UserError that names the file."""
-    header = read_header(path)
-    return header.width, header.height
-
-
-def _unique_ids(pictures: Sequence[Picture], root: Path) -> list[str]:
-    """The pictures' ids. Those that several have become the paths below `root`, with suffix."""
-    counts = Counter(picture.id for picture in pictures)
-    return [
-        picture.id if counts[picture.id] == 1 else os.path.relpath(picture.path, root).replace(os.sep, "/")
-        for picture in pictures
-    ]
 
 
 def _assemble(
@@ -337,16 +326,19 @@ def _assemble(
     """Annotations from `pictures` and their OBJECTs, whose labels are numbers in `names`: sorted by image id."""
     label_of = {name: label for label, name in enumerate(classes, start=1)}
     labels = np.array([label_of.get(name, 0) for name in names], dtype=np.int64)[objects["label"].astype(np.int64)]
-    for name, first in _firsts(names, objects["label"], labels):
-        source = pictures[int(objects["image"][first])].source
-        count = int((objects["label"] == objects["label"][first]).sum())
-        text = f"{source}: unknown class '{name}'{did_you_mean(name, classes)}"
-        faults.add("object", "of an unknown class", f"{text} ({count} objects)" if count > 1 else text, count)
+    for number in np.unique(objects["label"][labels == 0]):
+        rows = np.flatnonzero(objects["label"] == number)
+        source, name = pictures[int(objects["image"][rows[0]])].source, names[int(number)]
+        more = f" ({len(rows)} objects)" if len(rows) > 1 else ""
+        text = f"{source}: unknown class '{name}'{did_you_mean(name, classes)}{more}"
+        faults.add("object", "of an unknown class", text, len(rows))
     objects, labels = objects[labels > 0], labels[labels > 0]
     notes = [*notes, *faults.close(root, len(pictures), len(objects))]
     if not pictures:
         raise UserError(f"{root}: no readable image is left in this set")
-    ids = _unique_ids(pictures, root)
+    # An id that several pictures have becomes the path below `root`, with suffix.
+    counts = Counter(picture.id for picture in pictures)
+    ids = [p.id if counts[p.id] == 1 else slashes(os.path.relpath(p.path, root)) for p in pictures]
     order = sorted(range(len(pictures)), key=ids.__getitem__)
     pictures, ids = [pictures[i] for i in order], [ids[i] for i in order]
     sizes = np.array([picture.size for picture in pictures], dtype=np.int32)
@@ -382,13 +374,6 @@ def _assemble(
         dropped=dropped,
         notes=notes,
     )
-
-
-def _firsts(names: Sequence[str], numbers: np.ndarray, labels: np.ndarray) -> list[tuple[str, int]]:
-    """The names without a label, each with the row of its first object."""
-    unknown, first = np.unique(numbers[labels == 0], return_index=True)
-    rows = np.flatnonzero(labels == 0)
-    return [(names[int(number)], int(rows[i])) for number, i in zip(unknown, first, strict=True)]
 
 
 def _objects(boxes: np.ndarray, objects: np.ndarray, labels: np.ndarray, owner: np.ndarray, num_images: int) -> Objects:

@@ -378,8 +378,8 @@ def change(folder, old, new):
         ('"bbox": [0, 0, 20, 10]', '"bbox": [0, 0, 20]', "malformed annotation"),
         ('"bbox": [0, 0, 20, 10]', '"bbox": [0, 0, 20, "ten"]', "malformed annotation"),
         ('"bbox": [0, 0, 20, 10], ', "", "malformed annotation"),
-        ('"category_id": 18', '"category_id": 19', "unknown class 19: no category"),
-        ('"image_id": 10', '"image_id": 99', "image 99"),
+        ('"category_id": 18', '"category_id": 19', "not among its categories: 19"),
+        ('"image_id": 10', '"image_id": 99', "not among its images: 99, which 1 annotations name"),
     ],
 )
 def test_a_fault_of_a_coco_annotation_is_raised_or_skipped(folder, old, new, message):

@@ -15,7 +15,14 @@ from lib.errors import UserError
 from lib.labels import Faults, class_name, read_lines, read_voc_xml, read_yolo_txt, read_yolo_yaml
 from lib.layouts import Pair
 
-logging.getLogger("lib.labels").setLevel(logging.ERROR)
+
+@pytest.fixture(scope="module", autouse=True)
+def few_warnings():
+    logger = logging.getLogger("lib.labels")
+    logger.setLevel(logging.ERROR)
+    yield
+    logger.setLevel(logging.NOTSET)
+
 
 ODD = st.sampled_from(
     [
