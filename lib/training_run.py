@@ -297,7 +297,7 @@ class Training:
         raise error
 
     def _keep_if_good(self, epoch: int) -> None:
-        """Keep last.pt as last_good.pt if it finds something. Raises Diverged if the last few evaluations found nothing."""
+        """Keep last.pt as last_good.pt if it finds something. Raises Diverged if nothing was found lately."""
         found = {}
         for record in read_log(self.log.path):
             if record["kind"] == "eval":
