@@ -21,7 +21,7 @@ import time
 import unicodedata
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -46,6 +46,7 @@ from lib.transforms import EvalTransform
 
 SAME_PLACE = 0.6  # IoU from which two detections count as one place when they are drawn
 SMALLEST_TEXT = 11  # pixels
+EMPTY_LIST = "[\n]\n"
 LIST_FORMAT = "predict/1"  # of pictures.json, which also says that --predict wrote to that folder
 
 
@@ -195,7 +196,9 @@ def find_own_ids(paths: Sequence[Path], data: DataConfig) -> dict[Path, int | st
         try:
             annotations = load_annotations(data, split)
         except UserError as error:
-            say(f"note: image ids are the files' names where {split} annotations would have them: {error}")
+            say(
+                f"note: image ids are the files' names where {split} annotations would have them: {str(error).splitlines()[0]}"
+            )
             continue
         for i in range(len(annotations)):
             path = Path(annotations.paths[i])
@@ -254,21 +257,22 @@ def draw_pictures(
         say(f"note: labels show numbers for {names}: no font here has their letters; put one that has into ~/.fonts")
     pictures = [{"id": job.image_id, "file_name": str(job.path), "drawn": job.target.as_posix()} for job in jobs]
     checkpoint.write_text(out / "pictures.json", json.dumps({"format": LIST_FORMAT, "images": pictures}, indent=1))
+    checkpoint.write_text(out / "detections.json", EMPTY_LIST)
     read, boxes, best = 0, 0, 0.0
     start = time.perf_counter()
-    with growing_list(out / "detections.json") as add:
-        for job in progress(jobs, "predict"):
-            try:
-                image = read_picture(str(job.path), max_pixels=detector.max_pixels, note=_say_note)
-            except UnreadableImage as error:
-                say(f"skipped: {error}")
-                continue
-            detections = detector.detect_picture(image)
-            add(coco_results(job.image_id, to_pixels(detections, *image.shape[:0:-1]), detector.category_ids))
-            write_picture(draw(image, detections, detector.classes, threshold), out / job.target, signed=True)
-            read += 1
-            boxes += len(visible(detections, threshold))
-            best = max([best, *detections.scores[:1].tolist()])
+    for job in progress(jobs, "predict"):
+        try:
+            image = read_picture(str(job.path), max_pixels=detector.max_pixels, note=lambda text: say(f"note: {text}"))
+        except UnreadableImage as error:
+            say(f"skipped: {error}")
+            continue
+        detections = detector.detect_picture(image)
+        found = to_pixels(detections, image.shape[2], image.shape[1])
+        append(out / "detections.json", coco_results(job.image_id, found, detector.category_ids))
+        write_picture(draw(image, detections, detector.classes, threshold), out / job.target, signed=True)
+        read += 1
+        boxes += len(visible(detections, threshold))
+        best = max([best, *detections.scores[:1].tolist()])
     if not read:
         raise UserError(f"none of the {len(jobs)} pictures could be read")
     skipped = f", skipped {len(jobs) - read} that cannot be read" if read < len(jobs) else ""
@@ -279,31 +283,12 @@ def draw_pictures(
         print(f"note: no detection reached --threshold {threshold:g}" + (f"; try {best * 0.8:.2g}" if best else ""))
 
 
-def _say_note(text: str) -> None:
-    say(f"note: {text}")
-
-
-@contextlib.contextmanager
-def growing_list(path: Path) -> Iterator[Callable[[Sequence[dict]], None]]:
-    """`add(records)` appends to a JSON list in `path`, which is whole after each call, whatever ends the process."""
-    checkpoint.write_text(path, "[\n]\n")
+def append(path: Path, records: Sequence[dict]) -> None:
+    """Append to a JSON list that began as EMPTY_LIST: the file is whole after each call, whatever ends the process."""
+    text = "".join(f",\n{json.dumps(record)}" for record in records)
     with path.open("r+b") as file:
-        end = 1
-
-        def add(records: Sequence[dict]) -> None:
-            nonlocal end
-            lines = ",\n".join(json.dumps(record) for record in records).encode()
-            if lines:
-                lines = (b",\n" if end > 1 else b"\n") + lines
-                try:
-                    file.seek(end)
-                    file.write(lines + b"\n]\n")
-                    file.flush()
-                except OSError as error:
-                    raise UserError(f"{path}: cannot be written ({error.strerror})") from None
-                end += len(lines)
-
-        yield add
+        is_empty = file.seek(-3, os.SEEK_END) == 1
+        file.write(f"{text.removeprefix(',') if is_empty else text}\n]\n".encode())
 
 
 def coco_results(image_id: int | str, found: dict[str, Tensor], category_ids: Sequence[int]) -> list[dict]:
@@ -354,24 +339,20 @@ def draw(image: Tensor, detections: Detections, classes: Sequence[str], threshol
 def font_of(text: str) -> str | None:
     """A font file with all letters of `text`: DejaVu Sans, else one of this machine's; None if there is none."""
     from matplotlib import get_data_path  # slow to import, and only needed here
+    from matplotlib.font_manager import findSystemFonts
     from matplotlib.ft2font import FT2Font
 
     # Control and format characters, such as joiners, need no shape of their own.
     letters = {ord(c) for c in text + "0.9" if not c.isspace() and unicodedata.category(c)[0] != "C"}
     standard = f"{get_data_path()}/fonts/ttf/DejaVuSans.ttf"
-    for path in itertools.chain([standard], _system_fonts()):
-        with contextlib.suppress(RuntimeError, OSError):  # a broken font, or one of bitmaps
-            if all(map(FT2Font(path).get_char_index, letters)):
-                ImageFont.truetype(path, SMALLEST_TEXT)
-                return path
+    for find in (lambda: [standard], findSystemFonts):  # searching takes a while, and is seldom needed
+        for path in sorted(find()):
+            with contextlib.suppress(RuntimeError, OSError):  # a broken font, or one of bitmaps
+                # Apple's LastResort has a sign for each script, and no letters.
+                if "LastResort" not in path and all(map(FT2Font(path).get_char_index, letters)):
+                    ImageFont.truetype(path, SMALLEST_TEXT)
+                    return path
     return None
-
-
-def _system_fonts() -> Iterator[str]:
-    from matplotlib.font_manager import findSystemFonts
-
-    # Apple's LastResort has a sign for each script, and no letters.
-    yield from sorted(path for path in findSystemFonts() if "LastResort" not in path)
 
 
 def class_colours(count: int) -> list[tuple[int, int, int]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib import font_manager
 from PIL import Image
 from pycocotools.coco import COCO
 from tiny_data import write_coco, write_picture, write_voc
@@ -20,14 +21,15 @@ from lib.errors import UserError
 from lib.export import add_nms
 from lib.images import UnreadableImage, read_picture
 from lib.inference import (
+    EMPTY_LIST,
     SMALLEST_TEXT,
+    append,
     class_colours,
     coco_results,
     draw,
     draw_pictures,
     find_own_ids,
     font_of,
-    growing_list,
     load,
     plan_jobs,
 )
@@ -238,19 +240,20 @@ def test_pictures_of_the_data_set_have_its_own_ids(tmp_path, capsys):
     link.symlink_to(tmp_path / "voc" / "JPEGImages" / "q.jpg")
     assert find_own_ids([link], voc) == {link: "q"} and find_own_ids(pictures, voc) == {}
     (tmp_path / "voc" / "Annotations" / "q.xml").unlink()
-    assert find_own_ids([link], voc) == {} and "note: image ids are the files' names" in capsys.readouterr().out
+    assert find_own_ids([link], voc) == {} and "note: no image ids of the test annotations" in capsys.readouterr().out
     missing = dataclasses.replace(voc, dataset_type="shapes", root=str(tmp_path / "voc" / "JPEGImages"))
     before = content(tmp_path)
     assert find_own_ids([link], missing) == {} and content(tmp_path) == before
 
 
 def test_the_list_of_results_is_whole_at_any_time(tmp_path):
-    path, expected = tmp_path / "new" / "list.json", []
-    with growing_list(path) as add:
-        for count in (0, 2, 0, 1, 3):
-            add([{"image_id": "é", "n": i} for i in range(count)])
-            expected += [{"image_id": "é", "n": i} for i in range(count)]
-            assert json.loads(path.read_text()) == expected
+    path, expected = tmp_path / "list.json", []
+    path.write_text(EMPTY_LIST)
+    for count in (0, 2, 0, 1, 3):
+        records = [{"image_id": "é", "n": i} for i in range(count)]
+        append(path, records)
+        expected += records
+        assert json.loads(path.read_text()) == expected
     assert path.read_text().count("\n") == 1 + len(expected) + 1
 
 
@@ -262,7 +265,7 @@ def test_a_name_in_another_script_is_drawn_with_a_font_that_has_its_letters(
     bold = standard.replace("Sans.ttf", "Sans-Bold.ttf")
     broken = tmp_path / "broken.ttf"
     broken.write_bytes(b"no font")
-    monkeypatch.setattr(inference, "_system_fonts", lambda: iter([str(broken), bold]))
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [str(broken), bold])
     names = ("𝗖𝗮𝘁", "\ue000猫\n2")  # DejaVu Sans has no such letters; its bold style has the first ones
     font_of.cache_clear()
     assert font_of(names[0]) == bold and font_of(names[1]) is None
@@ -270,7 +273,7 @@ def test_a_name_in_another_script_is_drawn_with_a_font_that_has_its_letters(
     as_number = draw(image, FOUND, ["class 1", "class 2"], 0.2)
     with_letters = draw(image, FOUND, names, 0.2)
     assert not torch.equal(with_letters, as_number)
-    monkeypatch.setattr(inference, "_system_fonts", lambda: iter([]))
+    monkeypatch.setattr(font_manager, "findSystemFonts", lambda: [])
     font_of.cache_clear()
     assert torch.equal(draw(image, FOUND, names, 0.2), as_number)
     detector = load(tiny_checkpoint)
