@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from lib.config import BackboneConfig
-from lib.elastic import ACTIVATIONS, ElasticInvertedResidual, SamePadConv2d, Segment, make_divisible, run_segment
+from lib.elastic import (
+    ACTIVATIONS,
+    BatchNorm2d,
+    ElasticInvertedResidual,
+    SamePadConv2d,
+    Segment,
+    make_divisible,
+    run_segment,
+)
 from lib.errors import UserError
 from lib.genotype import Genotype, StageChoices
 
@@ -120,7 +128,7 @@ class ElasticBackbone(nn.Module):
 
 def _with_norm(conv: nn.Conv2d, activation: str) -> nn.Sequential:
     """Convolution, BatchNorm, activation; none of them is elastic."""
-    return nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels), ACTIVATIONS[activation]())
+    return nn.Sequential(conv, BatchNorm2d(conv.out_channels), ACTIVATIONS[activation]())
 
 
 def _check_lengths(stages: int, strides: list[int], channels: list[int], table: Table) -> None:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import fuse_conv_bn_weights
-from torch.optim.swa_utils import update_bn
 
 from lib import checkpoint, config_io
 from lib.backbone import TABLES, ElasticBackbone
@@ -223,7 +222,19 @@ def _initialise(model: ElasticSSD) -> None:
 
 def recalibrate(model: nn.Module, images: Iterable[Tensor], device: torch.device) -> None:
     """Reset the BatchNorm statistics and re-estimate them as the cumulative average over batches of images."""
-    update_bn(images, model, device)
+    # torch's update_bn counts the batches on the device, and waits for it in each layer and batch.
+    norms = {module: module.momentum for module in model.modules() if isinstance(module, nn.BatchNorm2d)}
+    training = model.training
+    model.train()
+    for number, batch in enumerate(images, start=1):
+        for norm in norms:
+            if number == 1:
+                norm.reset_running_stats()
+            norm.momentum = 1 / number
+        model(batch.to(device))
+    for norm, momentum in norms.items():
+        norm.momentum = momentum
+    model.train(training)
 
 
 @torch.no_grad()

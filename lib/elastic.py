@@ -21,9 +21,25 @@ from torchvision.ops import SqueezeExcitation
 
 from lib.genotype import Block
 
+
+class ReLU6(nn.ReLU6):
+    """In place where nothing learns. Elsewhere autograd would copy the input first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu6(x, inplace=not torch.is_grad_enabled())
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """torch's layer without the count of batches, which costs an operator and which nothing here reads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, var = self.running_mean, self.running_var
+        return F.batch_norm(x, mean, var, self.weight, self.bias, self.training, self.momentum, self.eps)
+
+
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": lambda: nn.ReLU(inplace=True),
-    "relu6": lambda: nn.ReLU6(inplace=True),
+    "relu6": ReLU6,
     "h_swish": nn.Hardswish,
 }
 NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")  # one number per channel each
@@ -65,12 +81,69 @@ class SamePadDepthwiseConv2d(SamePadConv2d, DepthwiseConv2d):
     """Depthwise convolution with TensorFlow's SAME padding."""
 
 
+# A slice of a parameter that autograd made would cost a tensor of zeros of the parameter's size for each of its
+# dimensions, a fifth of the operators of a training step. Here the gradients of all slices are kept until the end of
+# the backward pass, and then added to the parameters' gradients in one go.
+
+
+def first_channels(*slices: tuple[nn.Parameter, tuple[int, ...]]) -> tuple[Tensor, ...]:
+    """The first channels of each parameter, as many as given for its first dimensions.
+
+    A backward pass adds to the parameters' `grad` as usual. `torch.autograd.grad` does not see these parameters.
+    """
+    learns = torch.is_grad_enabled() and slices[0][0].requires_grad
+    if learns and any(size != length for p, sizes in slices for size, length in zip(sizes, p.shape, strict=False)):
+        parameters = [parameter for parameter, _ in slices]
+        return _Slices.apply([sizes for _, sizes in slices], *parameters)
+    return tuple(parameter[tuple(map(slice, sizes))] for parameter, sizes in slices)
+
+
+class _Slices(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, sizes: Sequence[tuple[int, ...]], *parameters: nn.Parameter) -> tuple[Tensor, ...]:
+        ctx.indices = [tuple(map(slice, each)) for each in sizes]
+        ctx.parameters = parameters
+        return tuple(p.detach()[index] for p, index in zip(parameters, ctx.indices, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
+        task = torch._C._current_graph_task_id()
+        if task not in _waiting:
+            _waiting.clear()  # of a backward pass that failed
+            _waiting[task] = []
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: _add_gradients(_waiting.pop(task)))
+        _waiting[task] += zip(ctx.parameters, ctx.indices, gradients, strict=True)
+        return None, *[None] * len(gradients)
+
+
+Gradients = list[tuple[nn.Parameter, tuple[slice, ...], Tensor]]  # each of a slice of a parameter
+_waiting: dict[int, Gradients] = {}  # by backward pass
+
+
+@torch.no_grad()
+def _add_gradients(gradients: Gradients) -> None:
+    """Add the gradients of slices to those of their parameters."""
+    fresh = list(dict.fromkeys(parameter for parameter, *_ in gradients if parameter.grad is None))
+    if fresh:
+        # One tensor of zeros for all, in the layout that the optimizer wants.
+        zeros = fresh[0].new_zeros(sum(parameter.numel() for parameter in fresh))
+        for parameter, part in zip(fresh, zeros.split([parameter.numel() for parameter in fresh]), strict=True):
+            parameter.grad = part.as_strided(parameter.shape, parameter.stride())
+    while gradients:
+        # A parameter that was used twice has two turns.
+        turn = {parameter: (parameter.grad[index], gradient) for parameter, index, gradient in reversed(gradients)}
+        torch._foreach_add_(*map(list, zip(*turn.values(), strict=True)))
+        taken = {id(gradient) for _, gradient in turn.values()}
+        gradients = [entry for entry in gradients if id(entry[2]) not in taken]
+
+
 class ElasticConv1x1(nn.Conv2d):
     """1x1 convolution without bias from the first input channels to the first `out_channels` output channels."""
 
     def forward(self, x: Tensor, out_channels: int) -> Tensor:
         """(B, C, H, W) to (B, out_channels, H, W)."""
-        return F.conv2d(x, self.weight[:out_channels, : x.shape[1]])
+        (weight,) = first_channels((self.weight, (out_channels, x.shape[1])))
+        return F.conv2d(x, weight)
 
     def extract(self, in_channels: int, out_channels: int) -> nn.Conv2d:
         return _plain_conv1x1(self.weight[:out_channels, :in_channels])
@@ -81,11 +154,12 @@ class ElasticBatchNorm(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         c = x.shape[1]
+        weight, bias = first_channels((self.weight, (c,)), (self.bias, (c,)))
         mean, var = self.running_mean[:c], self.running_var[:c]
-        return F.batch_norm(x, mean, var, self.weight[:c], self.bias[:c], self.training, self.momentum, self.eps)
+        return F.batch_norm(x, mean, var, weight, bias, self.training, self.momentum, self.eps)
 
     def extract(self, channels: int) -> nn.BatchNorm2d:
-        norm = _blank(nn.BatchNorm2d, channels, self.eps, self.momentum)
+        norm = _blank(BatchNorm2d, channels, self.eps, self.momentum)
         tensors = {name: getattr(self, name)[:channels] for name in NORM_TENSORS}
         return copy_module(norm, num_batches_tracked=self.num_batches_tracked, **tensors)
 
@@ -107,10 +181,10 @@ class ElasticDepthwiseConv(nn.Module):
 
     def kernel(self, channels: int, size: int) -> Tensor:
         """The weights of the first `channels` channels at kernel `size`, (channels, 1, size, size)."""
-        weight = self.weight[:channels]
+        (weight,) = first_channels((self.weight, (channels,)))
         for smaller in range(self.weight.shape[-1] - 2, size - 1, -2):
             matrix = self.get_parameter(f"{smaller + 2}to{smaller}_matrix")
-            centre = weight[:, :, 1:-1, 1:-1].flatten(1)  # (channels, smaller**2)
+            centre = F.pad(weight, (-1, -1, -1, -1)).flatten(1)  # (channels, smaller**2)
             weight = F.linear(centre, matrix).view(channels, 1, smaller, smaller)
         return weight
 
@@ -145,9 +219,12 @@ class ElasticSqueezeExcitation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         c = x.shape[1]
         s = self.squeeze_channels(c)
+        weight1, bias1, weight2, bias2 = first_channels(
+            (self.fc1.weight, (s, c)), (self.fc1.bias, (s,)), (self.fc2.weight, (c, s)), (self.fc2.bias, (c,))
+        )
         scale = x.mean((2, 3), keepdim=True)  # (B, c, 1, 1)
-        scale = F.relu(F.conv2d(scale, self.fc1.weight[:s, :c], self.fc1.bias[:s]))  # (B, s, 1, 1)
-        scale = F.hardsigmoid(F.conv2d(scale, self.fc2.weight[:c, :s], self.fc2.bias[:c]))  # (B, c, 1, 1)
+        scale = F.relu(F.conv2d(scale, weight1, bias1))  # (B, s, 1, 1)
+        scale = F.hardsigmoid(F.conv2d(scale, weight2, bias2))  # (B, c, 1, 1)
         return x * scale
 
     def extract(self, channels: int) -> SqueezeExcitation:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lib.elastic import ElasticInvertedResidual, Segment
+from lib.elastic import BatchNorm2d, ElasticInvertedResidual, ReLU6, Segment
 from lib.genotype import BlockChoices, Genotype
 
 
@@ -67,7 +67,7 @@ def _predictor(kind: str, in_channels: int, outputs: int) -> nn.Sequential:
         return nn.Sequential(nn.Conv2d(in_channels, outputs, 3, padding=1))
     return nn.Sequential(
         nn.Conv2d(in_channels, in_channels, 3, padding=1, groups=in_channels, bias=False),
-        nn.BatchNorm2d(in_channels),
-        nn.ReLU6(inplace=True),
+        BatchNorm2d(in_channels),
+        ReLU6(),
         nn.Conv2d(in_channels, outputs, 1),
     )

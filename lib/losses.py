@@ -7,6 +7,8 @@ computed in float32 whatever its input, and is finite and has a gradient on a ba
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -20,6 +22,7 @@ from lib.config import DistillConfig, LossConfig
 from lib.priors import VARIANCES, encode, pairwise_iou
 
 SMOOTH_L1_BETA = 1 / 9
+ROUNDS = 8  # in which objects that want the same prior find others, on a GPU
 
 
 def at_least_one(counts: Tensor) -> Tensor:
@@ -27,17 +30,40 @@ def at_least_one(counts: Tensor) -> Tensor:
     return counts.float().clamp(min=1)
 
 
+class Rows:
+    """The N priors of a mask (B, P), of tensors (B, P, ...), and sums over them.
+
+    On a CPU they are picked. To list them, a GPU would make the host wait: there, all priors are computed, and those
+    outside of the mask have weight 0.
+    """
+
+    def __init__(self, mask: Tensor):
+        self.index = mask.nonzero(as_tuple=True) if mask.device.type == "cpu" else None
+        self.mask = mask
+
+    def pick(self, x: Tensor) -> Tensor:
+        """(B, P, ...) to (N, ...), or as it is."""
+        return x if self.index is None else x[self.index]
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of what was picked, (N, ...) or (B, P, ...)."""
+        if self.index is None:
+            x = torch.where(self.mask.view(*self.mask.shape, *[1] * (x.ndim - 2)), x, 0)
+        return x.sum()
+
+
 class Targets(NamedTuple):
     """The targets of a batch; the same for every network with these priors."""
 
     prior_labels: Tensor  # (B, P)
-    offsets: Tensor  # (N, 4) of the positive priors, image by image
+    rows: Rows  # the priors that stand for an object
+    offsets: Tensor  # (N, 4) of these priors, image by image; on a GPU (B, P, 4)
     normalizer: Tensor  # scalar, divides sums over the positive priors
 
     @property
     def positive(self) -> Tensor:
         """(B, P) whether a prior stands for an object."""
-        return self.prior_labels > 0
+        return self.rows.mask
 
 
 class DetectionLoss:
@@ -64,9 +90,21 @@ class DetectionLoss:
         prior_labels, object_index = match(
             boxes, labels, priors_cxcywh, self.config.matched_threshold, self.config.unmatched_threshold
         )
-        image, prior = (prior_labels > 0).nonzero(as_tuple=True)
-        offsets = encode(boxes[image, object_index[image, prior]], priors_cxcywh[prior], self.variances)
-        return Targets(prior_labels, offsets, self.normalizer((prior_labels > 0).sum()))
+        rows = Rows(prior_labels > 0)
+        if boxes.shape[1]:
+            boxes = boxes.gather(1, object_index[..., None].expand(-1, -1, 4))  # (B, P, 4)
+        else:
+            boxes = boxes.new_zeros(*prior_labels.shape, 4)
+        priors = rows.pick(priors_cxcywh.expand(len(boxes), -1, -1))
+        offsets = encode(rows.pick(boxes), priors, self.variances)
+        return Targets(prior_labels, rows, offsets, self.normalizer(rows.mask.sum()))
+
+    def match_together(self, objects: Sequence[tuple[Tensor, Tensor]], priors_cxcywh: Tensor) -> list[Targets]:
+        """Targets of batches, each with its (boxes, labels), such that the mean of their losses is that of one batch
+        with all of their images."""
+        targets = [self.match(boxes, labels, priors_cxcywh) for boxes, labels in objects]
+        normalizer = self.normalizer(sum(t.positive.sum() for t in targets)) / len(targets)
+        return [t._replace(normalizer=normalizer) for t in targets]
 
     def match_together(self, objects: Sequence[tuple[Tensor, Tensor]], priors_cxcywh: Tensor) -> list[Targets]:
         """Targets of batches, each with its (boxes, labels), such that the mean of their losses is that of one batch
@@ -81,14 +119,14 @@ class DetectionLoss:
         `loc` is the smooth L1 distance of the positive priors' offsets, summed over all four, divided by the number of
         positive priors, times `loc_coef`.
         """
-        normalizer = targets.normalizer
+        normalizer, rows = targets.normalizer, targets.rows
         if self.config.type == "focal":
-            cls = focal_loss(logits, targets.prior_labels, self.config.alpha, self.config.gamma, normalizer)
+            cls = focal_loss(logits, targets.prior_labels, self.config.alpha, self.config.gamma, normalizer, rows)
         else:
-            cls = multibox_loss(logits, targets.prior_labels, self.config.neg_pos_ratio, normalizer)
-        predicted = offsets[targets.positive].float()  # (N, 4)
-        loc = F.smooth_l1_loss(predicted, targets.offsets.float(), reduction="sum", beta=SMOOTH_L1_BETA)
-        return {"cls": cls, "loc": self.config.loc_coef * loc / normalizer}
+            cls = multibox_loss(logits, targets.prior_labels, self.config.neg_pos_ratio, normalizer, rows)
+        predicted = rows.pick(offsets).float()
+        distance = F.smooth_l1_loss(predicted, targets.offsets.float(), reduction="none", beta=SMOOTH_L1_BETA)
+        return {"cls": cls, "loc": self.config.loc_coef * rows.sum(distance) / normalizer}
 
     def distillation(
         self, student_logits: Tensor, teacher_logits: Tensor, targets: Targets, config: DistillConfig
@@ -115,59 +153,78 @@ def match(
     if boxes.shape[1] == 0:
         background = labels.new_zeros(len(boxes), len(priors_cxcywh))
         return background, background.clone()
-    iou = pairwise_iou(boxes, box_convert(priors_cxcywh, "cxcywh", "xyxy"))  # (B, M, P)
+    iou = pairwise_iou(boxes, _corners(priors_cxcywh))  # (B, M, P)
     iou.masked_fill_((labels == 0)[..., None], -1)
     prior_iou, object_index = iou.max(1)  # (B, P)
     prior_labels = labels.gather(1, object_index)
-    prior_labels[prior_iou < matched_threshold] = -1
-    prior_labels[prior_iou < unmatched_threshold] = 0
+    prior_labels.masked_fill_(prior_iou < matched_threshold, -1)
+    prior_labels.masked_fill_(prior_iou < unmatched_threshold, 0)
     # Last, so that no threshold and no other object takes an object's best prior away.
-    best_prior, exists = _best_priors(iou)
-    image, obj = exists.nonzero(as_tuple=True)
-    prior = best_prior[image, obj]
-    prior_labels[image, prior] = labels[image, obj]
-    object_index[image, prior] = obj
+    best_prior, missing = _best_priors(iou)
+    # What is not an object goes to a column that is cut off again.
+    place = best_prior.masked_fill(missing, len(priors_cxcywh))
+    objects = torch.arange(boxes.shape[1], device=boxes.device).expand_as(place)
+    prior_labels = F.pad(prior_labels, (0, 1)).scatter_(1, place, labels)[:, :-1]
+    object_index = F.pad(object_index, (0, 1)).scatter_(1, place, objects)[:, :-1]
     return prior_labels, object_index
 
 
+@functools.lru_cache(maxsize=16)
+def _corners(priors_cxcywh: Tensor) -> Tensor:
+    """Priors (P, 4) as xyxy. A detector has one tensor of them for each image size."""
+    return box_convert(priors_cxcywh, "cxcywh", "xyxy")
+
+
 def _best_priors(iou: Tensor) -> tuple[Tensor, Tensor]:
-    """The best prior (B, M) of each object, no two the same in an image, and whether the object has one (B, M).
+    """The best prior (B, M) of each object, no two the same in an image, and whether it has none (B, M).
 
     `iou` (B, M, P) is -1 where a pair is not allowed, and is overwritten. The result is that of taking the pair with
     the highest IoU again and again. Proposals find it for all images at once (Gale and Shapley, 1962): of the objects
     that want the same prior, the one that overlaps it most keeps it, and the others turn to their next best.
+
+    To know whether all have found one, a GPU would make the host wait: there, an object that still has none after
+    `ROUNDS` rounds stays without.
     """
-    best_iou, best = iou.max(2)  # (B, M)
-    num_objects = best.shape[1]
+    num_objects = iou.shape[1]
     # Of equal IoUs the earlier object wins; [i, j] says that j comes before i.
     earlier = torch.ones(num_objects, num_objects, dtype=torch.bool, device=iou.device).tril(-1)
-    while True:
+    on_cpu = iou.device.type == "cpu"
+    # n objects can lose n (n - 1) / 2 times.
+    for left in itertools.count() if on_cpu else reversed(range(min(num_objects * (num_objects - 1) // 2, ROUNDS) + 1)):
+        best_iou, best = iou.max(2)  # (B, M)
         this_iou, other_iou = best_iou[:, :, None], best_iou[:, None, :]
-        outbid = (other_iou > this_iou) | ((other_iou == this_iou) & earlier)  # (B, M, M)
-        lost = (outbid & (best[:, :, None] == best[:, None, :])).any(2) & (best_iou >= 0)
-        image, obj = lost.nonzero(as_tuple=True)
-        if len(image) == 0:
-            return best, best_iou >= 0
-        iou[image, obj, best[image, obj]] = -1
-        best_iou[image, obj], best[image, obj] = iou[image, obj].max(1)
+        outbid = torch.where(earlier, other_iou >= this_iou, other_iou > this_iou)  # (B, M, M)
+        lost = (outbid & (best[:, :, None] == best[:, None, :])).any(2)
+        if not ((lost & (best_iou >= 0)).any() if on_cpu else left):
+            break
+        iou.scatter_(2, best[..., None], best_iou.masked_fill(lost, -1)[..., None])
+    return best, lost | (best_iou < 0)
 
 
 def focal_loss(
-    logits: Tensor, prior_labels: Tensor, alpha: float = 0.25, gamma: float = 2.0, normalizer: Tensor | None = None
+    logits: Tensor,
+    prior_labels: Tensor,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    normalizer: Tensor | None = None,
+    rows: Rows | None = None,
 ) -> Tensor:
     """Sigmoid focal loss over classes 1..C (Lin et al. 2017, equation 5), summed, then divided by `normalizer` or the
     number of positive priors.
 
     Column 0 is not used: in a background prior every class is absent.
     """
-    x = logits[..., 1:].float().contiguous()  # (B, P, C)
-    absent = (1 - alpha) * _AbsentFocal.apply(x, gamma).sum(-1)  # (B, P)
-    image, prior = (prior_labels > 0).nonzero(as_tuple=True)
-    present = x[image, prior, prior_labels[image, prior] - 1]  # (N,) the logit of each positive prior's class
+    x = logits[..., 1:]  # (B, P, C)
+    rows = rows or Rows(prior_labels > 0)
+    column = rows.pick(prior_labels).clamp(min=0)[..., None]
+    present = rows.pick(logits).gather(-1, column)[..., 0]  # (N,) the logit of each positive prior's class
+    every = torch.cat([each.float().flatten() for each in (x, -present, present)])
+    losses = _AbsentFocal.apply(every, gamma).split([x.numel(), present.numel(), present.numel()])
+    absent, of_present, of_absent = losses[0].view(x.shape), losses[1].view_as(present), losses[2].view_as(present)
     # Every class counts as absent first, then the few present ones are corrected: no one-hot target is ever built.
-    correction = alpha * _AbsentFocal.apply(-present, gamma) - (1 - alpha) * _AbsentFocal.apply(present, gamma)
-    total = (absent * (prior_labels >= 0)).sum() + correction.sum()
-    return total / (at_least_one((prior_labels > 0).sum()) if normalizer is None else normalizer)
+    total = ((1 - alpha) * absent.sum(-1) * (prior_labels >= 0)).sum()
+    total = total + rows.sum(alpha * of_present - (1 - alpha) * of_absent)
+    return total / (at_least_one(rows.mask.sum()) if normalizer is None else normalizer)
 
 
 class _AbsentFocal(torch.autograd.Function):
@@ -191,7 +248,11 @@ class _AbsentFocal(torch.autograd.Function):
 
 
 def multibox_loss(
-    logits: Tensor, prior_labels: Tensor, neg_pos_ratio: float = 3, normalizer: Tensor | None = None
+    logits: Tensor,
+    prior_labels: Tensor,
+    neg_pos_ratio: float = 3,
+    normalizer: Tensor | None = None,
+    rows: Rows | None = None,
 ) -> Tensor:
     """Softmax cross entropy of the positive priors and of each image's hardest negatives (SSD, Liu et al. 2016,
     section 2.2), summed, then divided by `normalizer` or the number of positive priors.
@@ -201,13 +262,13 @@ def multibox_loss(
     """
     target = prior_labels.clamp(min=0)
     loss = F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="none").view_as(target)  # (B, P)
-    positive = prior_labels > 0
-    count = neg_pos_ratio * positive.sum(1, keepdim=True).clamp(min=1)  # (B, 1)
+    rows = rows or Rows(prior_labels > 0)
+    count = neg_pos_ratio * rows.mask.sum(1, keepdim=True).clamp(min=1)  # (B, 1)
     # No loss is below 0, so the zeros that replace positive and ignored priors are sorted last and add nothing.
     hardest = loss.masked_fill(prior_labels != 0, 0).sort(1, descending=True).values
     mined = hardest * (torch.arange(hardest.shape[1], device=hardest.device) < count)
-    total = loss[positive].sum() + mined.sum()
-    return total / (at_least_one(positive.sum()) if normalizer is None else normalizer)
+    total = rows.sum(rows.pick(loss)) + mined.sum()
+    return total / (at_least_one(rows.mask.sum()) if normalizer is None else normalizer)
 
 
 def adaptive_distillation(
@@ -226,8 +287,9 @@ def adaptive_distillation(
     distribution of its own (sigmoid), with "multibox" all C + 1 are one (softmax). The temperature, and the factor
     temperature^2, are Hinton et al. 2015's. Neither the weight nor the teacher has a gradient.
     """
-    student = student_logits[mask].float() / config.temperature  # (N, C + 1), N in the mask
-    teacher = teacher_logits.detach()[mask].float() / config.temperature
+    rows = Rows(mask)
+    student = rows.pick(student_logits).float() / config.temperature  # (N, C + 1)
+    teacher = rows.pick(teacher_logits.detach()).float() / config.temperature
     if loss_type == "focal":
         log_p = torch.stack([F.logsigmoid(-student[:, 1:]), F.logsigmoid(student[:, 1:])], -1)  # (N, C, 2)
         log_q = torch.stack([F.logsigmoid(-teacher[:, 1:]), F.logsigmoid(teacher[:, 1:])], -1)
@@ -239,7 +301,7 @@ def adaptive_distillation(
     entropy = -(q * log_q).sum(-1)
     # Rounding may leave a divergence just below 0, whose power would be NaN.
     weight = -torch.expm1(-(divergence.detach() + config.beta * entropy).clamp(min=0))
-    total = config.temperature**2 * (weight.pow(config.gamma) * divergence).sum()
+    total = config.temperature**2 * rows.sum(weight.pow(config.gamma) * divergence)
     return total / (at_least_one(mask.sum()) if normalizer is None else normalizer)
 
 

@@ -202,9 +202,9 @@ def _best_overlaps(spans: Tensor, cells: int, sides: Tensor, clip: bool) -> tupl
 
 def encode(boxes_xyxy: Tensor, priors_cxcywh: Tensor, variances: tuple[float, float] = VARIANCES) -> Tensor:
     """Offsets (..., 4) from priors to boxes, in units of the variances (SSD, Liu et al. 2016, equation 2)."""
-    boxes = box_convert(boxes_xyxy, "xyxy", "cxcywh")
-    centre = (boxes[..., :2] - priors_cxcywh[..., :2]) / priors_cxcywh[..., 2:] / variances[0]
-    size = (boxes[..., 2:].clamp(min=SMALLEST_SIZE) / priors_cxcywh[..., 2:]).log() / variances[1]
+    low, high = boxes_xyxy[..., :2], boxes_xyxy[..., 2:]
+    centre = ((low + high) / 2 - priors_cxcywh[..., :2]) / priors_cxcywh[..., 2:] / variances[0]
+    size = ((high - low).clamp(min=SMALLEST_SIZE) / priors_cxcywh[..., 2:]).log() / variances[1]
     return torch.cat([centre, size], dim=-1)
 
 
@@ -215,16 +215,21 @@ def decode(offsets: Tensor, priors_cxcywh: Tensor, variances: tuple[float, float
     return torch.cat([centre - size / 2, centre + size / 2], dim=-1)
 
 
+def box_areas(boxes_xyxy: Tensor) -> Tensor:
+    """(...) of boxes (..., 4)."""
+    return (boxes_xyxy[..., 2:] - boxes_xyxy[..., :2]).prod(-1)
+
+
 def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
     """IoU of every box of `a` (..., P, 4) with every box of `b` (..., M, 4), both xyxy: (..., P, M).
 
     Leading dimensions broadcast. A box without area overlaps nothing: 0, never NaN.
     """
-    ax1, ay1, ax2, ay2 = (x.contiguous()[..., :, None] for x in a.unbind(-1))  # (..., P, 1)
-    bx1, by1, bx2, by2 = (x.contiguous()[..., None, :] for x in b.unbind(-1))  # (..., 1, M)
+    ax1, ay1, ax2, ay2 = a.mT.contiguous()[..., :, None].unbind(-3)  # (..., P, 1)
+    bx1, by1, bx2, by2 = b.mT.contiguous()[..., None, :].unbind(-3)  # (..., 1, M)
     # In place where possible: at this size, allocating memory costs more than the arithmetic.
     width = torch.minimum(ax2, bx2).sub_(torch.maximum(ax1, bx1)).clamp_(min=0)
     height = torch.minimum(ay2, by2).sub_(torch.maximum(ay1, by1)).clamp_(min=0)
     intersection = width * height  # (..., P, M)
-    areas = (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1)
+    areas = box_areas(a)[..., :, None] + box_areas(b)[..., None, :]
     return intersection / areas.sub_(intersection).clamp_(min=torch.finfo(areas.dtype).tiny)
