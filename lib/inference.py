@@ -196,9 +196,8 @@ def find_own_ids(paths: Sequence[Path], data: DataConfig) -> dict[Path, int | st
         try:
             annotations = load_annotations(data, split)
         except UserError as error:
-            say(
-                f"note: image ids are the files' names where {split} annotations would have them: {str(error).splitlines()[0]}"
-            )
+            reason = str(error).splitlines()[0]
+            say(f"note: no image ids of the {split} annotations, but the files' names: {reason}")
             continue
         for i in range(len(annotations)):
             path = Path(annotations.paths[i])
