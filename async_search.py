@@ -219,7 +219,8 @@ def resolve_run(args: argparse.Namespace, supernet: Supernet, path: Path) -> cli
         "search.max_latency_ms": args.max_latency,
         "search.latency_table": args.latency_table,
     }
-    run = cli.CommandLine(args, "search", flags).resolve(to_dict(supernet.config), f"the supernet {path}")
+    command = cli.CommandLine(args, "search", flags)
+    run = command.resolve(to_dict(supernet.config), f"the supernet {path}", reads_data=not args.measure_latency)
     validate_network(run.config, supernet.config, ("search_space", "backbone", "head", "loss"), path)
     return run
 

@@ -223,9 +223,10 @@ def trained_detector(args: argparse.Namespace) -> Path:
     return where / "best.pt" if where.is_dir() else where
 
 
-def configured_again(args: argparse.Namespace, config: Config, path: Path) -> Config:
+def configured_again(args: argparse.Namespace, config: Config, path: Path, reads_data: bool = True) -> Config:
     """The configuration of the detector in `path`, changed by --cfg, flags and --set."""
-    return cli.CommandLine(args, "final").resolve(to_dict(config), f"the detector {path}").config
+    command = cli.CommandLine(args, "final")
+    return command.resolve(to_dict(config), f"the detector {path}", reads_data=reads_data).config
 
 
 def evaluate_again(args: argparse.Namespace, device: torch.device) -> None:
@@ -289,7 +290,7 @@ def predict(args: argparse.Namespace) -> None:
     path, pictures = trained_detector(args), find_pictures(args.predict)
     detector, own_ids = inference.load(path, args.device), {}
     if isinstance(detector, inference.TorchDetector):
-        detector.config = configured_again(args, detector.config, path)
+        detector.config = configured_again(args, detector.config, path, reads_data=False)
         own_ids = inference.find_own_ids(pictures, detector.config.data)
     elif args.cfg or args.set or args.data:
         raise UserError(f"{path}: an exported file has its settings inside; --cfg, --set and --data work with best.pt")

@@ -23,12 +23,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib import checkpoint, config_io, distributed, shapes
-from lib.config import Config
+from lib.config import Config, DataConfig
 from lib.errors import UserError
 from lib.plain import check, read_json, shown
 
 RUNS = Path("runs")
 POINTER = RUNS / "last.json"  # the last run of each stage, for commands that name none
+READ_PATHS = (  # keys of the configuration that name what is read, besides data.root
+    *("data.train_annotations", "data.train_images", "data.test_annotations", "data.test_images"),
+    *("backbone.pretrained_path", "search.latency_table", "final.supernet_state_dict"),
+)
 RESERVED = (".", "..", POINTER.name)
 RESUMABLE = ("last.pt", "evals.jsonl", "plan.json")  # what a training, a search and a comparison resume from
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -99,7 +103,13 @@ class CommandLine:
         """The value that the user gave `key`; None where neither a flag nor --set nor --cfg does."""
         return config_io.get_key(config_io.with_changes(self._file or {}, self._changes), key)
 
-    def resolve(self, inherited: dict | None = None, inherited_from: str = "", folder_name: str | None = None) -> Run:
+    def resolve(
+        self,
+        inherited: dict | None = None,
+        inherited_from: str = "",
+        folder_name: str | None = None,
+        reads_data: bool = True,
+    ) -> Run:
         """The run of this command. `inherited` is the configuration of what it starts from, read from `inherited_from`.
 
         `folder_name` is the name of the run's folder where it is not the stage's. Raises UserError, naming the key.
@@ -114,9 +124,11 @@ class CommandLine:
         # The folder comes before the rest: with --resume it may hold the configuration.
         name = _plain_name(self.given("name") or layer.get("name"))
         folder = args.train_dir or RUNS / name / (folder_name or self.stage)
+        layer_is_foreign = layer is inherited
         goes_on = args.resume and self._file is None and (saved := _saved_config(folder))
         if goes_on:
             layer, source = saved, f"{folder / 'config.yaml'}, with which this run began"
+            layer_is_foreign = False
         # Flags and --set override whichever layer was chosen.
         if args.data and not any(key == "data.dataset_type" for key, _ in self._changes):
             layer = _with_own_pictures(layer, Path(args.data))
@@ -141,7 +153,34 @@ class CommandLine:
                     config.supernet.distill.weight = began.supernet.distill.weight
                     notes = []
                 config.head = began.head if fits_priors else config.head
+        if layer_is_foreign:
+            if reads_data and self.given("data.root") is None:
+                _refuse_foreign_data(config.data, source)
+            notes = [*notes, *_far_paths(config, source)]
         return Run(folder, config, source, notes)
+
+
+def _refuse_foreign_data(data: DataConfig, source: str) -> None:
+    """Raise UserError if a file that may be a stranger's decides on a folder to draw the built-in pictures in.
+
+    So it may below the current folder alone. Pictures that are read only have to be there.
+    """
+    root = Path(data.root)
+    draws = data.dataset_type == "shapes" and not (root / shapes.MARKER).exists()
+    if draws and not root.resolve().is_relative_to(Path.cwd()):
+        raise UserError(f"data.root: {source} has {root}, which is not below this folder; --data DIR names another")
+    if data.dataset_type != "shapes" and not root.is_dir():
+        raise UserError(f"data.root: {source} has {root}, which is not here; --data DIR names the data's folder")
+
+
+def _far_paths(config: Config, source: str) -> list[str]:
+    """A line for each path of an inherited configuration that leads out of the current folder. They are only read."""
+    far = []
+    for key in READ_PATHS:
+        path = Path(str(config_io.get_key(config_io.to_dict(config), key)))
+        if path.is_absolute() or ".." in path.parts:
+            far.append(f"note: {key} is {path}, from {source}")
+    return far
 
 
 def _default_config(data: str | None) -> tuple[dict, str]:

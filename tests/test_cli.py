@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,28 @@ def test_a_foreign_name_cannot_choose_where_to_write(name):
     inherited = tiny() | {"name": name}
     with pytest.raises(UserError, match="name: expected a plain name"):
         resolve("final", inherited=inherited)
+
+
+@pytest.mark.parametrize(("kind", "words"), [("shapes", "not below this folder"), ("voc", "not here"), ("auto", "not")])
+def test_a_foreign_configuration_cannot_choose_where_pictures_are_drawn(kind, words, tmp_path, monkeypatch):
+    """Its other paths are only read, and shown where they lead elsewhere."""
+    inherited = tiny() | {"data": {"dataset_type": kind, "root": str(tmp_path / "victim"), "test_images": "../x"}}
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    with pytest.raises(UserError, match=f"data.root: somewhere has .*victim, which is {words}.*--data DIR"):
+        resolve("final", inherited=inherited)
+    resolve("final", "--set", "data.root=mine", inherited=inherited)
+    (tmp_path / "victim").mkdir()
+    if kind != "shapes":
+        assert "note: data.test_images is ../x, from somewhere" in resolve("final", inherited=inherited).describe()
+
+
+def test_a_printed_command_is_quoted_for_a_shell():
+    words = {"load": 'it\'s a "run"; rm -rf $HOME', "train_dir": "-x", "index": 2}
+    line = cli.command("final_train.py", **words)
+    assert shlex.split(line) == [
+        *("python", "final_train.py", "--load", words["load"], "--train-dir=-x", "--index", "2"),
+    ]
 
 
 def test_a_mistake_names_the_layer_that_it_stands_in():
