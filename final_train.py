@@ -244,6 +244,8 @@ def evaluate_again(args: argparse.Namespace, device: torch.device) -> None:
             print(f"{name:11} {value:.6f}")
     for name, values in metrics["per_class"].items():
         print(f"  {name}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in values.items()))
+    for note in test.notes:
+        print(f"note: {note}")
     print(f"detector: {path}, epoch {detector.epoch}, {len(test)} test images")
     if distributed.world().main:
         results = [

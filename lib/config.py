@@ -61,7 +61,7 @@ class DataConfig:
     train_images: str = ""  # the folder that its file names start from
     test_annotations: str = ""
     test_images: str = ""
-    test_portion: Annotated[float, Bounds(0, BELOW_ONE)] = 0.2  # of the pictures, where there is no test data
+    test_portion: Share = 0.2  # of the pictures, where there is no test data; 1 = they are all test data
     classes: list[str] = field(default_factory=list)  # [] = as found in the training data
     num_classes: CountOrZero = 0  # without the background; 0 = as found, else checked against the data
     data_portion: list[Share] = field(default_factory=lambda: [0.9, 0.1])  # trains the supernet, scores candidates

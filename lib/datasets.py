@@ -82,7 +82,7 @@ def _cut(annotations: Annotations, data: DataConfig, split: str) -> Annotations:
     hashes = [hashlib.sha256(f"test-{annotations.ids[i]}".encode()).digest() for i in range(count)]
     ranked = sorted(range(count), key=hashes.__getitem__)
     kept = round(data.test_portion * count)
-    if kept == count or (split == "test" and kept == 0):
+    if (count if split == "train" else 0) == kept:
         raise UserError(
             f"{data.root}: no test data here, and data.test_portion={data.test_portion:g} of {count} images is {kept}"
         )

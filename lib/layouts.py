@@ -67,12 +67,12 @@ def find_layout(data: DataConfig, split: str, faults: Faults) -> Layout:
     }
     named = {split: [n for n in names if n] for split, names in zip(("train", "test"), keys[found.kind], strict=True)}
     train, test, left_out = _divide(found, named)
-    if not train:
+    if not train and (split == "train" or not test):
         everything = _few(sorted(item for items in found.groups.values() for item in items))
         raise UserError(
             f"{root}: {found.what}: which of them is the training data? Found {everything} (data.train_sets)"
         )
-    notes = [f"{root}: {found.what}; training data: {_few(train)}; test data: {_few(test) if test else 'none'}"]
+    notes = [f"{root}: {found.what}; training data: {_few(train)}; test data: {_few(test)}"]
     if left_out:
         notes.append(f"{root}: neither trains nor tests: {_few(left_out)}")
     chosen = test if split == "test" and test else train
@@ -80,7 +80,7 @@ def find_layout(data: DataConfig, split: str, faults: Faults) -> Layout:
 
 
 def _few(names: Sequence[str]) -> str:
-    return ", ".join(names) if len(names) <= 4 else f"{len(names)} files from {names[0]} to {names[-1]}"
+    return (", ".join(names) or "none") if len(names) <= 4 else f"{len(names)} files from {names[0]} to {names[-1]}"
 
 
 def _recognise(root: Path, data: DataConfig, faults: Faults) -> Found:
@@ -153,7 +153,7 @@ def _voc_lists(root: Path, faults: Faults) -> Found | None:
     groups = defaultdict(list)
     for name in names:
         groups[SPLIT_OF.get(name.rpartition("/")[2].lower(), ONE_OF_MANY)].append(name)
-    if len(names) == 1:  # whatever it is called
+    if len(names) == 1 and ONE_OF_MANY in groups:  # whatever it is called
         groups = {"train": names}
 
     def pairs(sets: list[str], _: str) -> list[Pair]:
@@ -164,8 +164,12 @@ def _voc_lists(root: Path, faults: Faults) -> Found | None:
 
 def voc_sets(root: Path) -> list[str]:
     """Image sets under `root`, which is a VOCdevkit ("VOC2007/trainval") or a bare folder ("trainval")."""
-    files = sorted(file for parent in ("", "*/", "VOCdevkit/*/") for file in root.glob(f"{parent}ImageSets/Main/*.txt"))
-    return [(file.parents[2].relative_to(root) / file.stem).as_posix() for file in files]
+    for below in ("ImageSets/Main", "ImageSets"):  # some tools leave Main out
+        for_parents = (root.glob(f"{parent}{below}/*.txt") for parent in ("", "*/", "VOCdevkit/*/"))
+        if files := sorted(file for found in for_parents for file in found):
+            folders = [file.parents[below.count("/") + 1] for file in files]
+            return [(d.relative_to(root) / file.stem).as_posix() for d, file in zip(folders, files, strict=True)]
+    return []
 
 
 def voc_pairs(root: Path, set_name: str, faults: Faults) -> list[Pair]:
@@ -177,6 +181,7 @@ def voc_pairs(root: Path, set_name: str, faults: Faults) -> list[Pair]:
     parent, _, name = set_name.rpartition("/")
     folder = root / parent
     file = folder / "ImageSets" / "Main" / f"{name}.txt"
+    file = file if is_there(file) else folder / "ImageSets" / f"{name}.txt"
     tree, lines = Tree(folder), [slashes(line) for line in read_lines(file)]
     if not lines:
         faults.add("picture", "empty image set", f"{file}: the image set is empty")

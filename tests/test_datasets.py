@@ -113,7 +113,8 @@ def test_data_without_a_test_set_gives_a_part_of_it(tmp_path):
     for portion, split in ((0.0, "test"), (0.96, "train")):
         with pytest.raises(UserError, match=r"no test data here, and data\.test_portion=.* of 10 images is"):
             load_annotations(voc_config(tmp_path / "a", test_portion=portion), split)
-    assert len(load_annotations(voc_config(tmp_path / "a", test_portion=0), "train")) == 10
+    for portion, split in ((0, "train"), (1, "test")):
+        assert len(load_annotations(voc_config(tmp_path / "a", test_portion=portion), split)) == 10
 
 
 def test_a_class_that_the_test_set_lacks_is_a_class_without_objects(tmp_path):

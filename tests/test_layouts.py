@@ -194,6 +194,11 @@ def test_voc_folders_in_all_their_forms(tmp_path):
         assert ids(load(root)) == ["VOC2007_1", "VOC2012_1"] and ids(load(root, "test")) == ["t"]
     assert ids(load(devkit / "VOC2007")) == ["VOC2007_1"] and len(load(devkit / "VOC2007").notes) == 1
     assert ids(load(devkit, train_sets=["VOC2012/trainval"])) == ["VOC2012_1"]
+    write_voc(tmp_path / "flat", {"a": [("cat", 1, 1, 9, 9)]})
+    write_voc(tmp_path / "flat", {"b": []}, "test")
+    for file in (tmp_path / "flat/ImageSets/Main").iterdir():
+        file.rename(tmp_path / "flat/ImageSets" / file.name)
+    assert ids(load(tmp_path / "flat")) == ["a"] and ids(load(tmp_path / "flat", "test")) == ["b"]
 
 
 @pytest.mark.parametrize(
@@ -220,6 +225,13 @@ def test_which_sets_train_and_test(tmp_path, sets, named, train, test):
     else:
         held = set(ids(load(tmp_path, "test", classes=["cat"], test_portion=0.5, **named)))
         assert len(held) == 1 and held | set(ids(found)) == pictures and not held & set(ids(found))
+
+
+def test_a_folder_with_test_data_alone_serves_for_evaluation(tmp_path):
+    write_voc(tmp_path, TEST, "test")
+    assert ids(load(tmp_path, "test", classes=["cat", "dog"])) == ["q0", "q1"]
+    with pytest.raises(UserError, match=r"which of them is the training data\? Found test \(data\.train_sets\)"):
+        load(tmp_path)
 
 
 def test_pictures_of_one_name_in_two_folders_keep_apart(tmp_path):
