@@ -324,6 +324,21 @@ def photos(tmp_path):
     return read_voc(tmp_path, ["trainval"], ["cat", "dog"])
 
 
+def test_more_unreadable_pictures_than_allowed_are_an_error(tmp_path):
+    write_voc(tmp_path, {stem: [("cat", 1, 1, 30, 20)] for stem in "abcd"})
+    annotations = read_voc(tmp_path, ["trainval"])
+    for transform in (TrainTransform(32), EvalTransform(32)):
+        dataset = DetectionDataset(annotations, range(4), transform, on_error="skip", max_skipped=0.25)
+        Path(annotations.paths[1]).write_bytes(b"")
+        assert dataset[0, 1][3] == (2 if dataset.training else 1)
+        content = Path(annotations.paths[2]).read_bytes()
+        Path(annotations.paths[2]).write_bytes(b"")
+        with pytest.raises(UnreadableImage, match=r"c\.jpg: .*; so far 2 of 4 pictures, more than data\.max_skipped"):
+            dataset[0, 2]
+        Path(annotations.paths[2]).write_bytes(content)
+        annotations = read_voc(tmp_path, ["trainval"])
+
+
 def test_a_large_jpeg_is_decoded_as_small_as_training_shows_it(photos, monkeypatch):
     transform = TrainTransform(32, AugmentConfig(distort=0))
     whole = DetectionDataset(photos, [0], transform, cache=True)
