@@ -18,10 +18,21 @@ import torch
 from torch import Tensor
 
 from lib.errors import UserError, did_you_mean
-from lib.folders import Tree, folder_of, split_of, stem
 from lib.images import read_header
-from lib.labels import OBJECT, Faults, coco_image, read_coco_json, read_voc_xml, read_yolo_txt, slashes
-from lib.layouts import Pair, voc_pairs
+from lib.labels import (
+    OBJECT,
+    Faults,
+    coco_image,
+    folder_of,
+    is_there,
+    read_coco_json,
+    read_voc_xml,
+    read_yolo_txt,
+    slashes,
+    split_of,
+    stem,
+)
+from lib.layouts import Pair, Tree, voc_pairs
 from lib.plain import shown
 
 
@@ -311,6 +322,28 @@ def _picture_folder(root: Path, names: Sequence[str], beside: Path) -> tuple[Pat
     prefix = f"{best[1]}/" if best[1] else ""
     found = {name[len(prefix) :] for name in pictures if name.startswith(prefix)}
     return root / best[1], best[2], found
+
+
+def same_pictures(paths: Sequence[str], others: Sequence[str]) -> list[tuple[str, str]]:
+    """Each of `paths` that has the same bytes as one of `others`, with the first of these."""
+    known = set(others)
+    same = [(path, path) for path in paths if path in known]
+    # Only files of a size that both sides have are read.
+    rest = [path for path in paths if path not in known]
+    sizes = ({_size(path) for path in rest} & {_size(path) for path in others}) - {-1, 0} if rest else set()
+    by_digest = {_digest(path): path for path in reversed(others) if _size(path) in sizes}
+    for path in rest:
+        if _size(path) in sizes and (other := by_digest.get(_digest(path))):
+            same.append((path, other))
+    return same
+
+
+def _size(path: str) -> int:
+    return Path(path).stat().st_size if is_there(Path(path)) else -1
+
+
+def _digest(path: str) -> bytes:
+    return hashlib.sha256(Path(path).read_bytes()).digest()
 
 
 def _assemble(

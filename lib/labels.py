@@ -10,6 +10,7 @@ import codecs
 import json
 import logging
 import math
+import os
 import re
 import xml.etree.ElementTree as ElementTree
 from array import array
@@ -22,12 +23,14 @@ import yaml
 
 from lib import distributed
 from lib.errors import UserError, one_line
+from lib.images import SUFFIXES
 from lib.plain import read_bytes, shown
 
 logger = logging.getLogger(__name__)
 MOST_BYTES = 64 * 1024**2  # of a label file that is not JSON
 MOST_YAML, MOST_BRACKETS = 1024**2, 1000  # parsing takes time with the square of the latter
 MOST_SHOWN = 20  # faults of a data set that are named; the others are counted
+SNIFFED = 64 * 1024  # bytes at each end of a JSON file
 LARGEST_SIDE = 1_000_000  # pixels; what is beyond is a mistake
 FARTHEST = 10.0 * LARGEST_SIDE  # a corner beyond this is a mistake as well
 
@@ -140,6 +143,47 @@ def usable_size(width: object, height: object) -> tuple[int, int] | None:
     if not all(1 <= side <= LARGEST_SIDE and side == int(side) for side in sides):
         return None
     return int(sides[0]), int(sides[1])
+
+
+# Names of files.
+
+SPLIT_WORDS = {
+    "train": "train training default",
+    "trainval": "trainval",
+    "val": "val valid validation",
+    "test": "test testing",
+}
+SPLIT_OF = {word: split for split, words in SPLIT_WORDS.items() for word in words.split()}
+
+
+def stem(name: str) -> str:
+    """`name` without the suffix of a picture."""
+    suffix = suffix_of(name)
+    return name[: -len(suffix)] if suffix in SUFFIXES else name
+
+
+def bare(path: str) -> str:
+    """The path of a picture or an XML file without its suffix; some tools name the latter a.jpg.xml."""
+    return stem(path[:-4] if suffix_of(path) == ".xml" else path)
+
+
+def folder_of(path: str) -> str:
+    return path.rpartition("/")[0]
+
+
+def suffix_of(name: str) -> str:
+    base, dot, suffix = name.rpartition("/")[2].rpartition(".")
+    return dot + suffix.lower() if base else ""
+
+
+def split_of(*paths: str) -> str:
+    """ "train", "val" or "test", by the last word in the paths that tells; "" where none does."""
+    for path in paths:
+        for part in reversed(path.split("/")):
+            for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", stem(part)):
+                if word.lower() in SPLIT_OF:
+                    return SPLIT_OF[word.lower()]
+    return ""
 
 
 # VOC.
@@ -302,6 +346,18 @@ def _coco_categories(path: Path, entries: list, used: dict) -> tuple[dict[int, s
     return {number: name for number, name, _ in sorted(found)}, notes
 
 
+def is_coco(path: Path) -> bool:
+    """Whether the beginning and the end of a JSON file show keys of COCO's."""
+    try:
+        with path.open("rb") as file:
+            ends = file.read(SNIFFED)
+            file.seek(max(file.seek(0, os.SEEK_END) - SNIFFED, 0))
+            ends += file.read()
+    except OSError:
+        return False
+    return sum(key in ends for key in (b'"images"', b'"annotations"', b'"categories"')) >= 2
+
+
 # YOLO.
 
 
@@ -356,3 +412,20 @@ def read_yolo_yaml(path: Path) -> tuple[dict[int, str], str, dict[str, list[str]
         splits[split] = splits.get(split, []) + [slashes(value) for value in values if value]
     base = data.get("path")
     return {int(key): name for key, name in pairs}, slashes(base) if isinstance(base, str) else "", splits
+
+
+def yolo_label(picture: str) -> Path | None:
+    """The label file of a picture: in labels/ where the picture is in images/, or beside it."""
+    beside = f"{stem(picture)}.txt"
+    before, images, after = beside.rpartition("/images/")
+    paths = ([f"{before}/labels/{after}"] if images else []) + [beside]
+    return next((Path(path) for path in paths if is_there(Path(path))), None)
+
+
+def plain_names(file: Path, names: dict[int, str]) -> dict[int, str]:
+    """Class names in one printable line; where one is missing, the class goes by its number."""
+    plain = {number: class_name(name) or f"class {number}" for number, name in sorted(names.items())}
+    twice = [name for name, count in Counter(plain.values()).items() if count > 1]
+    if twice:
+        raise UserError(f"{file}: two classes are called '{twice[0]}'")
+    return plain

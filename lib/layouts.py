@@ -5,7 +5,7 @@ Nothing is opened but lists of pictures, YAML files and the ends of JSON files.
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import os
 import re
 from collections import Counter, defaultdict
@@ -15,13 +15,33 @@ from typing import Any, NamedTuple
 
 from lib.config import DataConfig
 from lib.errors import UserError, did_you_mean
-from lib.folders import MASKS, SPLIT_OF, Tree, folder_of, split_of, stem
-from lib.labels import Faults, class_name, is_there, picture_name, read_lines, read_text, read_yolo_yaml, slashes
+from lib.images import SUFFIXES
+from lib.labels import (
+    SPLIT_OF,
+    Faults,
+    bare,
+    folder_of,
+    is_coco,
+    is_there,
+    picture_name,
+    plain_names,
+    read_lines,
+    read_text,
+    read_yolo_yaml,
+    slashes,
+    split_of,
+    stem,
+    suffix_of,
+    yolo_label,
+)
 
+DEEPEST = 8  # folders below the data set's
+USUAL = {"JPEGImages", "Annotations"}
+# Pictures in these folders are the masks of others.
+MASKS = {"segmentationclass", "segmentationobject", "mask", "masks", "trimaps"}
 ONE_OF_MANY = "other"  # VOC has two sets for each class, such as cat_train
 LABEL_COLUMN = re.compile(r"(.*\S)\s+(?:-1|0|1)")  # of the image sets of one class
 NOT_INSTANCES = re.compile(r"captions|keypoints|panoptic|image_info|stuff|results|detections|predictions", re.I)
-SNIFFED = 64 * 1024  # bytes at each end of a JSON file
 
 
 class Pair(NamedTuple):
@@ -53,6 +73,86 @@ class Found(NamedTuple):
     notes: Sequence[str] = ()
 
 
+class Tree:
+    """The files below a folder by suffix, as paths relative to it, sorted."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.files: dict[str, list[str]] = defaultdict(list)
+        seen = set()
+        for folder, folders, names in os.walk(root, followlinks=True):
+            below = os.path.relpath(folder, root).replace(os.sep, "/")
+            try:
+                place = Path(folder).stat()
+            except OSError:  # may not be entered
+                continue
+            if (place.st_dev, place.st_ino) in seen or below.count("/") >= DEEPEST:
+                folders.clear()  # a link back, or too deep
+                continue
+            seen.add((place.st_dev, place.st_ino))
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for name in sorted(names):
+                suffix = suffix_of(name)
+                kind = "picture" if suffix in SUFFIXES else suffix
+                if not name.startswith("."):
+                    self.files[kind].append(name if below == "." else f"{below}/{name}")
+        self.pictures = self.files["picture"]
+
+    @functools.cached_property
+    def by_stem(self) -> dict[str, list[str]]:
+        """Pictures and XML files, each by its name without folder and suffix."""
+        found = defaultdict(list)
+        for path in (*self.pictures, *self.files[".xml"]):
+            found[bare(path).rpartition("/")[2]].append(path)
+        return found
+
+    def find(self, name: str, xml: bool = False, beside: str = "") -> str | None:
+        """The picture (or the XML file) of this name, with or without folders and suffix; None if there is none.
+
+        Of several pictures, the one that the annotation `beside` names, then the one whose folders have most in common
+        with it, then no mask, then a JPEG. None if that does not tell.
+        """
+        wanted = stem(name)
+        candidates = [
+            path
+            for path in self.by_stem.get(wanted.rpartition("/")[2], ())
+            if (suffix_of(path) == ".xml") == xml and f"/{bare(path)}".endswith(f"/{wanted}")
+        ]
+        if len(candidates) < 2:
+            return candidates[0] if candidates else None
+        filename = picture_name(self.root / beside) if beside.endswith(".xml") else ""
+
+        def unlike(path: str) -> tuple:
+            folders, suffix = path.split("/")[:-1], suffix_of(path)
+            shared = Counter(folders) & Counter(beside.split("/")[:-1])
+            return (
+                not f"/{path}".endswith(f"/{name}"),
+                path.rpartition("/")[2] != filename,
+                -sum(shared.values()),
+                USUAL.isdisjoint(folders),
+                not MASKS.isdisjoint(folder.lower() for folder in folders),
+                len(folders),
+                SUFFIXES.index(suffix) if suffix in SUFFIXES else 0,
+            )
+
+        best, second = sorted(candidates, key=unlike)[:2]
+        return best if unlike(best) < unlike(second) else None
+
+    def tail(self, name: str) -> str:
+        """Of a path on another machine, the longest end that is a picture here; `name` if none is."""
+        parts = name.split("/")
+        # Without its folders, only a path that certainly comes from elsewhere is looked for.
+        foreign = re.match(r"/|[A-Za-z]:", name) is not None
+        ends = ("/".join(parts[start:]) for start in range(len(parts) - (not foreign)))
+        return next((end for end in ends if self.find(end)), name)
+
+    def describe(self) -> str:
+        called = {"": "files without suffix", "picture": "pictures"}
+        counts = {called.get(kind, kind): len(names) for kind, names in self.files.items() if names}
+        few = sorted(counts.items(), key=lambda item: -item[1])[:6]
+        return ", ".join(f"{kind}: {count}" for kind, count in few)
+
+
 def find_layout(data: DataConfig, split: str, faults: Faults) -> Layout:
     """The files of a split ("train" or "test") of the data set in `data.root`.
 
@@ -60,18 +160,13 @@ def find_layout(data: DataConfig, split: str, faults: Faults) -> Layout:
     """
     root = Path(data.root)
     found = _recognise(root, data, faults)
-    keys = {
-        "voc": (data.train_sets, data.test_sets),
-        "coco": ([data.train_annotations], [data.test_annotations]),
-        "yolo": ([], []),
-    }
-    named = {split: [n for n in names if n] for split, names in zip(("train", "test"), keys[found.kind], strict=True)}
+    keys = {"voc": (data.train_sets, data.test_sets), "coco": ([data.train_annotations], [data.test_annotations])}
+    train_keys, test_keys = keys.get(found.kind, ([], []))
+    named = {"train": [key for key in train_keys if key], "test": [key for key in test_keys if key]}
     train, test, left_out = _divide(found, named)
     if not train and (split == "train" or not test):
-        everything = _few(sorted(item for items in found.groups.values() for item in items))
-        raise UserError(
-            f"{root}: {found.what}: which of them is the training data? Found {everything} (data.train_sets)"
-        )
+        items = _few(sorted(item for group in found.groups.values() for item in group))
+        raise UserError(f"{root}: {found.what}: which is the training data? Found {items} (data.train_sets)")
     notes = [f"{root}: {found.what}; training data: {_few(train)}; test data: {_few(test)}"]
     if left_out:
         notes.append(f"{root}: neither trains nor tests: {_few(left_out)}")
@@ -90,14 +185,13 @@ def _recognise(root: Path, data: DataConfig, faults: Faults) -> Found:
     if kind in ("auto", "voc") and (found := _voc_lists(root, faults)):
         return found
     tree = Tree(root)
-    ways = {
-        "yolo": lambda: _yolo(tree, data, with_yaml=True),
-        "coco": lambda: _coco(tree, data),
-        "voc": lambda: _voc_files(tree, faults),
-        "yolo ": lambda: _yolo(tree, data, with_yaml=False),
-    }
-    for name, way in ways.items():
-        if kind in ("auto", name.strip()) and (found := way()):
+    for name, way in (
+        ("yolo", lambda: _yolo_yaml(tree, data)),
+        ("coco", lambda: _coco(tree, data)),
+        ("voc", lambda: _voc_files(tree, faults)),
+        ("yolo", lambda: _yolo_files(tree, data)),
+    ):
+        if kind in ("auto", name) and (found := way()):
             return found
     expected = {
         "voc": "VOC (ImageSets/Main/*.txt, or an XML file for each picture)",
@@ -121,18 +215,17 @@ def _divide(found: Found, named: dict[str, list[str]]) -> tuple[list[str], list[
                 key = f"data.{split}_{'annotations' if found.kind == 'coco' else 'sets'}"
                 raise UserError(f"{key}: '{name}' is not there{did_you_mean(name, everything)}")
     taken = {*named["train"], *named["test"]}
-    groups = {split: [item for item in items if item not in taken] for split, items in found.groups.items()}
     group_of = {item: split for split, items in found.groups.items() for item in items}
-    train, val, both, test, other = (groups.get(split, []) for split in ("train", "val", "trainval", "test", ""))
-    train = train or other
+    free = {split: [item for item in items if item not in taken] for split, items in found.groups.items()}
+    train, val, both, test = (free.get(split, []) for split in ("train", "val", "trainval", "test"))
+    train = train or free.get("", [])
     if named["train"]:
         # Validation data that is a part of what trains cannot test.
         val = [] if "trainval" in {group_of[name] for name in named["train"]} else val
         chosen, tests = named["train"], named["test"] or test or val
     elif named["test"]:
-        seen = {group_of[name] for name in named["test"]}
-        chosen = train if "val" in seen and train else (both or train + val)
         tests = named["test"]
+        chosen = train if train and "val" in {group_of[name] for name in tests} else both or train + val
     elif test:
         chosen, tests = both or train + val, test
     else:
@@ -198,8 +291,8 @@ def voc_pairs(root: Path, set_name: str, faults: Faults) -> list[Pair]:
         xml = tree.find(name, xml=True, beside="Annotations/")
         picture = tree.find(line, beside=xml or "JPEGImages/")
         if picture is None:
-            missing = f"{folder / 'JPEGImages' / name}.jpg: no such image, but {set_name} lists it"
-            faults.add("picture", "missing", missing)
+            text = f"{folder / 'JPEGImages' / name}.jpg: no such image, but {set_name} lists it"
+            faults.add("picture", "missing", text)
             continue
         # Listed twice, it counts once.
         pairs.setdefault(picture, Pair(name, str(folder / picture), folder / (xml or f"Annotations/{name}.xml")))
@@ -226,8 +319,8 @@ def _voc_files(tree: Tree, faults: Faults) -> Found | None:
                 faults.add("picture", "missing", f"{tree.root / xml}: the picture that it belongs to is not there")
         return found
 
-    rest = len([name for name in tree.pictures if MASKS.isdisjoint(name.lower().split("/"))])
-    rest -= len(set(picture_of.values()) - {None})
+    others = set(tree.pictures) - set(picture_of.values())
+    rest = sum(MASKS.isdisjoint(name.lower().split("/")) for name in others)
     notes = [f"{tree.root}: {rest} pictures have no XML file, so they were not annotated: left out"] if rest > 0 else []
     return Found("voc", "VOC, an XML file for each picture", groups, pairs, {}, notes)
 
@@ -238,7 +331,7 @@ def _voc_files(tree: Tree, faults: Faults) -> Found | None:
 def _coco(tree: Tree, data: DataConfig) -> Found | None:
     groups = defaultdict(list)
     for path in tree.files[".json"]:
-        if not NOT_INSTANCES.search(path.rpartition("/")[2]) and _is_coco(tree.root / path):
+        if not NOT_INSTANCES.search(path.rpartition("/")[2]) and is_coco(tree.root / path):
             groups[split_of(path)].append(path)
     for split, key in (("train", data.train_annotations), ("test", data.test_annotations)):
         if key and not any(key in names for names in groups.values()):
@@ -247,11 +340,13 @@ def _coco(tree: Tree, data: DataConfig) -> Found | None:
                 raise UserError(f"{tree.root / key}: no such annotation file (data.{split}_annotations){near}")
             groups[split].append(key)
     for split, names in groups.items():
+        named = data.test_annotations if split == "test" else data.train_annotations
+        if named or len(names) < 2:
+            continue
         # Beside others of their split, COCO's own names decide.
         own = [name for name in names if name.rpartition("/")[2].startswith(("instances", "_annotations.coco"))]
-        groups[split] = names = own if len(own) == 1 and len(names) > 1 else names
-        named = data.test_annotations if split == "test" else data.train_annotations
-        if len(names) > 1 and not named and (split or not groups.get("train")):
+        groups[split] = own if len(own) == 1 else names
+        if len(own) != 1 and (split or not groups.get("train")):
             which = "test" if split == "test" else "train"
             raise UserError(f"{tree.root}: several COCO files, {_few(names)}: data.{which}_annotations names the one")
 
@@ -262,33 +357,23 @@ def _coco(tree: Tree, data: DataConfig) -> Found | None:
     return Found("coco", "COCO", groups, parts, {}) if groups else None
 
 
-def _is_coco(path: Path) -> bool:
-    """Whether the beginning and the end of a JSON file show keys of COCO's."""
-    try:
-        with path.open("rb") as file:
-            ends = file.read(SNIFFED)
-            file.seek(max(file.seek(0, os.SEEK_END) - SNIFFED, 0))
-            ends += file.read()
-    except OSError:
-        return False
-    return sum(key in ends for key in (b'"images"', b'"annotations"', b'"categories"')) >= 2
-
-
 # YOLO.
 
 
-def _yolo(tree: Tree, data: DataConfig, with_yaml: bool) -> Found | None:
-    if with_yaml:
-        for path in (name for name in tree.files[".yaml"] + tree.files[".yml"] if name.count("/") < 2):
-            try:
-                names, base, groups = read_yolo_yaml(tree.root / path)
-            except UserError:
-                if data.dataset_type == "yolo" or path == "data.yaml":
-                    raise
-                continue
-            if groups["train"] or groups["val"]:
-                return _yolo_lists(tree, path, names, base, groups)
-        return None
+def _yolo_yaml(tree: Tree, data: DataConfig) -> Found | None:
+    for path in (name for name in tree.files[".yaml"] + tree.files[".yml"] if name.count("/") < 2):
+        try:
+            names, base, groups = read_yolo_yaml(tree.root / path)
+        except UserError:
+            if data.dataset_type == "yolo" or path == "data.yaml":
+                raise
+            continue
+        if groups["train"] or groups["val"]:
+            return _yolo_lists(tree, path, names, base, groups)
+    return None
+
+
+def _yolo_files(tree: Tree, data: DataConfig) -> Found | None:
     files = [name for name in tree.files[".txt"] if name.rpartition("/")[2] == "classes.txt"]
     files += tree.files[".names"] + tree.files[".labels"]
     in_labels = any("labels" in name.split("/") for name in tree.files[".txt"])
@@ -297,34 +382,19 @@ def _yolo(tree: Tree, data: DataConfig, with_yaml: bool) -> Found | None:
         return None
     if not files and not data.classes:
         raise UserError(f"{tree.root}: YOLO labels without class names: add data.yaml or classes.txt, or data.classes")
-    names = dict(enumerate(read_text(tree.root / files[0]).rstrip().splitlines() if files else data.classes))
+    source = files[0] if files else ""
+    names = dict(enumerate(read_text(tree.root / source).rstrip().splitlines() if files else data.classes))
     lists = {SPLIT_OF[name[:-4]]: [name] for name in tree.files[".txt"] if name[:-4] in SPLIT_OF}
     if lists.get("train"):
-        return _yolo_lists(tree, files[0] if files else "", names, "", lists)
+        return _yolo_lists(tree, source, names, "", lists)
     groups = defaultdict(list)
     for folder in dict.fromkeys(map(folder_of, tree.pictures)):
         groups[split_of(folder)].append(folder or ".")
 
     def pairs(chosen: list[str], _: str) -> list[Pair]:
-        pictures = [str(tree.root / name) for name in tree.pictures if (folder_of(name) or ".") in chosen]
-        return _yolo_pairs(tree.root, pictures)
+        return _yolo_pairs(tree.root, [str(tree.root / p) for p in tree.pictures if (folder_of(p) or ".") in chosen])
 
-    return Found(
-        "yolo",
-        "YOLO, a text file for each picture",
-        groups,
-        pairs,
-        _plain_names(tree.root / files[0] if files else tree.root, names),
-    )
-
-
-def _plain_names(file: Path, names: dict[int, str]) -> dict[int, str]:
-    """Class names in one printable line; where one is missing, the class goes by its number."""
-    plain = {number: class_name(name) or f"class {number}" for number, name in sorted(names.items())}
-    twice = [name for name, count in Counter(plain.values()).items() if count > 1]
-    if twice:
-        raise UserError(f"{file}: two classes are called '{twice[0]}'")
-    return plain
+    return Found("yolo", "YOLO, a text file for each picture", groups, pairs, plain_names(tree.root / source, names))
 
 
 def _yolo_lists(tree: Tree, source: str, names: dict[int, str], base: str, groups: dict[str, list[str]]) -> Found:
@@ -333,11 +403,15 @@ def _yolo_lists(tree: Tree, source: str, names: dict[int, str], base: str, group
     bases = [file.parent / base, file.parent, tree.root / base, tree.root.parent / base]
     notes = []
     for split, values in groups.items():
-        for value in [value for value in values if _locate(bases, value) is None]:
-            if split == "train":
-                raise UserError(f"{file}: train: no folder or list '{value}' here")
-            values.remove(value)
-            notes.append(f"{file}: {split}: no folder or list '{value}' here")
+        for value in list(values):
+            problem = "no folder or list" if _locate(bases, value) is None else ""
+            if split == "train" and problem:
+                raise UserError(f"{file}: train: {problem} '{value}' here")
+            if split != "train" and value in groups["train"]:
+                problem = "not test data, since it is the training data:"
+            if problem:
+                values.remove(value)
+                notes.append(f"{file}: {split}: {problem} '{value}'")
 
     def pairs(chosen: list[str], _: str) -> list[Pair]:
         pictures: dict[str, None] = {}  # each once, in order
@@ -351,7 +425,7 @@ def _yolo_lists(tree: Tree, source: str, names: dict[int, str], base: str, group
                 pictures[str(picture or place.parent / line)] = None
         return _yolo_pairs(tree.root, list(pictures))
 
-    return Found("yolo", f"YOLO, {source or 'lists'}", groups, pairs, _plain_names(file, names), notes)
+    return Found("yolo", f"YOLO, {source or 'lists'}", groups, pairs, plain_names(file, names), notes)
 
 
 def _locate(bases: Sequence[Path], value: str) -> Path | None:
@@ -374,33 +448,3 @@ def _yolo_pairs(root: Path, pictures: list[str]) -> list[Pair]:
             "folder labels/ beside images/ or next to it"
         )
     return pairs
-
-
-def yolo_label(picture: str) -> Path | None:
-    """The label file of a picture: in labels/ where the picture is in images/, or beside it."""
-    beside = f"{stem(picture)}.txt"
-    before, images, after = beside.rpartition("/images/")
-    paths = ([f"{before}/labels/{after}"] if images else []) + [beside]
-    return next((Path(path) for path in paths if is_there(Path(path))), None)
-
-
-def same_pictures(paths: Sequence[str], others: Sequence[str]) -> list[tuple[str, str]]:
-    """Each of `paths` that has the same bytes as one of `others`, with the first of these."""
-    known = set(others)
-    same = [(path, path) for path in paths if path in known]
-    # Only files of a size that both sides have are read.
-    rest = [path for path in paths if path not in known]
-    sizes = ({_size(path) for path in rest} & {_size(path) for path in others}) - {-1, 0} if rest else set()
-    by_digest = {_digest(path): path for path in reversed(others) if _size(path) in sizes}
-    for path in rest:
-        if _size(path) in sizes and (other := by_digest.get(_digest(path))):
-            same.append((path, other))
-    return same
-
-
-def _size(path: str) -> int:
-    return Path(path).stat().st_size if is_there(Path(path)) else -1
-
-
-def _digest(path: str) -> bytes:
-    return hashlib.sha256(Path(path).read_bytes()).digest()

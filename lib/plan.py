@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lib import distributed
-from lib.annotations import Annotations
+from lib.annotations import Annotations, same_pictures
 from lib.config import Config, DataConfig, HeadConfig, TrainConfig
 from lib.datasets import Batch, collate, eval_loader, reading
 from lib.detector import SSD, ElasticSSD, detect
@@ -27,7 +27,6 @@ from lib.final_training import detection_losses
 from lib.genotype import Genotype, SearchSpace
 from lib.images import UnreadableImage, check_header, read_header
 from lib.labels import Faults
-from lib.layouts import same_pictures
 from lib.log import progress
 from lib.priors import best_iou, coverage, fit_priors, prior_boxes, priors_per_cell
 from lib.scoring import Scorer, prepare_scoring_data

@@ -8,10 +8,10 @@ import pytest
 import torch
 from tiny_data import write_coco, write_picture, write_voc
 
+from lib.annotations import same_pictures
 from lib.config import DataConfig
 from lib.datasets import load_annotations
 from lib.errors import UserError
-from lib.layouts import same_pictures
 
 TRAIN = {f"p{i}": [("cat", 5, 5, 30, 25), ("dog", 20, 4, 40, 28)][: i % 3] for i in range(6)}
 TEST = {"q0": [("dog", 1, 2, 30, 20)], "q1": []}
@@ -104,6 +104,11 @@ def test_yolo_as_its_tools_write_it(tmp_path):
     (tmp_path / "data.yaml").write_text(head + "train: ../images/train\nval: ../images/val\ntest: ../test/images\n")
     as_read(tmp_path, "YOLO, data.yaml")
     assert any("no folder or list '../test/images'" in note for note in load(tmp_path).notes)
+    # One set for everything, as in COCO128.
+    (tmp_path / "data.yaml").write_text(head + "train: images\nval: images\n")
+    held = set(ids(load(tmp_path, "test")))
+    assert held and held | set(ids(load(tmp_path))) == {*TRAIN, *TEST} and not held & set(ids(load(tmp_path)))
+    assert any("val: not test data" in note for note in load(tmp_path).notes)
     # Without data.yaml.
     (tmp_path / "data.yaml").unlink()
     with pytest.raises(UserError, match=r"add data.yaml or classes.txt, or data.classes"):
@@ -230,7 +235,7 @@ def test_which_sets_train_and_test(tmp_path, sets, named, train, test):
 def test_a_folder_with_test_data_alone_serves_for_evaluation(tmp_path):
     write_voc(tmp_path, TEST, "test")
     assert ids(load(tmp_path, "test", classes=["cat", "dog"])) == ["q0", "q1"]
-    with pytest.raises(UserError, match=r"which of them is the training data\? Found test \(data\.train_sets\)"):
+    with pytest.raises(UserError, match=r"which is the training data\? Found test \(data\.train_sets\)"):
         load(tmp_path)
 
 
