@@ -24,7 +24,7 @@ from pathlib import Path
 
 from lib import checkpoint, config_io, distributed, shapes
 from lib.config import Config, DataConfig
-from lib.errors import UserError
+from lib.errors import UserError, naming
 from lib.plain import check, read_json, shown
 
 RUNS = Path("runs")
@@ -122,7 +122,8 @@ class CommandLine:
         else:
             layer, source = _default_config(args.data)
         # The folder comes before the rest: with --resume it may hold the configuration.
-        name = _plain_name(self.given("name") or layer.get("name"))
+        with contextlib.nullcontext() if self.given("name") else naming(source):
+            name = _plain_name(self.given("name") or layer.get("name"))
         folder = args.train_dir or RUNS / name / (folder_name or self.stage)
         layer_is_foreign = layer is inherited
         goes_on = args.resume and self._file is None and (saved := _saved_config(folder))

@@ -30,7 +30,7 @@ from lib.postprocess import Detections, class_scores, postprocess
 from lib.priors import decode, prior_boxes, priors_per_cell
 from lib.shrinking import full_space, space_at
 
-MOST_WEIGHTS = 1e9
+MOST_WEIGHTS = 3e8
 MOST_PRIORS = 400_000  # of an image
 
 

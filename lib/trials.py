@@ -166,6 +166,8 @@ def contestants(
 
     No genotype appears twice; one in several roles has all their names. Raises UserError if `count` cannot be found.
     """
+    if count < 0:
+        raise UserError(f"--compare-random {count}: expected 0 or more")
     space = supernet.space
     largest, smallest = space.largest(), space.smallest()
     names: dict[Genotype, str] = {}

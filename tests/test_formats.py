@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lib import checkpoint, cli, config_io, pretrained
+from lib import checkpoint, cli, config_io, inference, pretrained
 from lib.config import Config
 from lib.datasets import load_split
 from lib.detector import load_detector, load_supernet
@@ -296,6 +296,26 @@ def test_no_metadata_of_an_exported_file_ends_in_a_traceback(detector):
     for text in ("", "{", "[" * 100_000, "NaN"):
         entries = {key: json.dumps(value) for key, value in content.items()} | {"classes": text}
         assert not accepts_or_names(lambda entries=entries: read(entries), "other.onnx", text[:20])
+
+
+@pytest.mark.parametrize(
+    ("outputs", "words"),
+    [
+        ([torch.rand(1, 5, 4), torch.rand(1, 5), torch.full((1, 5), 7)], "finds labels above 2"),
+        ([torch.rand(1, 5, 4), torch.rand(1, 3), torch.ones(1, 5)], "does not run on its pictures"),
+        ([torch.rand(5), torch.rand(5)], "does not run on its pictures"),
+    ],
+)
+def test_an_exported_file_that_answers_nonsense_is_named(outputs, words, monkeypatch):
+    session = SimpleNamespace(
+        get_outputs=lambda: [SimpleNamespace(name=name) for name in ("boxes", "scores", "labels")]
+    )
+    monkeypatch.setattr(inference, "open_session", lambda path: session)
+    metadata = SimpleNamespace(classes=["cat", "dog"], category_ids=[1, 2], image_size=64)
+    monkeypatch.setattr(inference, "read_metadata", lambda *_: metadata)
+    monkeypatch.setattr(inference, "run_session", lambda *_: outputs)
+    with pytest.raises(UserError, match=rf"other\.onnx: {words}"):
+        inference.OnnxDetector("other.onnx").detect(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
 
 
 def test_no_log_and_no_pointer_ends_in_a_traceback(tmp_path, monkeypatch):

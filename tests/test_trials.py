@@ -93,6 +93,8 @@ def test_one_in_two_roles_has_both_names(supernet, monkeypatch):
     monkeypatch.setattr(trials, "TRIES", 10)
     with pytest.raises(UserError, match=r"--compare-random 99: only \d+ other sub-networks .* within 10%"):
         contestants(supernet, space.smallest(), None, 99, 0)
+    with pytest.raises(UserError, match="--compare-random -1: expected 0 or more"):
+        contestants(supernet, space.smallest(), None, -1, 0)
 
 
 def test_the_short_recipe_keeps_its_proportions(tiny_config):
