@@ -74,7 +74,11 @@ def replacing(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
 
 def link(path: Path, name: Path) -> None:
     """Make `name` the file that `path` is now. It stays so when `path` is replaced."""
+    with contextlib.suppress(FileNotFoundError):
+        if name.samefile(path):
+            return
     partial = name.with_name(f".{name.name}.{os.getpid()}.part")
+    partial.unlink(missing_ok=True)  # of a process of the same number; a copy would go into the file behind it
     try:
         os.link(path, partial)
     except OSError:  # a file system without hard links

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import shutil
 import signal
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from lib import checkpoint
-from lib.checkpoint import code_revision, lock
+from lib.checkpoint import code_revision, lock, lock_folder, remove_leftovers
 from lib.errors import UserError
 
 
@@ -241,3 +242,67 @@ def test_a_copy_within_another_checkout_has_none(checkout, monkeypatch):
     assert code_revision(checkout / "copy") is None
     monkeypatch.setenv("PATH", "")
     assert code_revision(checkout) is None  # no git here
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_second_name_keeps_the_file_that_the_first_one_had(tmp_path, monkeypatch, links):
+    """With hard links, which take no time and no space, and without."""
+
+    def refuse(*_):
+        raise PermissionError
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    last, good = tmp_path / "last.pt", tmp_path / "last_good.pt"
+    for epoch in (1, 2):
+        checkpoint.save(last, {"epoch": epoch})
+        for _ in range(2):
+            checkpoint.link(last, good)
+        assert checkpoint.read(good)["epoch"] == epoch
+    left = tmp_path / f".last_good.pt.{os.getpid()}.part"  # of a killed process of the same number
+    left.hardlink_to(good)
+    checkpoint.save(last, {"epoch": 3})
+    keep = tmp_path / "keep.pt"
+    keep.hardlink_to(good)
+    checkpoint.link(last, good)
+    assert [checkpoint.read(path)["epoch"] for path in (last, good, keep)] == [3, 3, 2]
+    assert {path.name for path in tmp_path.iterdir()} == {"last.pt", "last_good.pt", "keep.pt"}
+
+
+def test_one_process_at_a_time_writes_to_a_folder(tmp_path):
+    """The others are told which one; afterwards nothing is left of the lock, nor of a folder that stayed empty."""
+    folder = tmp_path / "runs" / "new"
+    with lock_folder(folder):
+        assert folder.is_dir()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checkpoint, "LOCK_PATIENCE", 0.0)
+            with (
+                pytest.raises(UserError, match=rf"new: in use by process {os.getpid()} on .+--train-dir"),
+                lock_folder(folder),
+            ):
+                pass
+        assert (folder / ".lock").exists()
+    assert not folder.exists()
+    with lock_folder(folder):
+        (folder / "last.pt").write_text("")
+    assert [path.name for path in folder.iterdir()] == ["last.pt"]
+    (folder / ".lock").write_text("process 1 on a machine that was switched off")
+    with lock_folder(folder):
+        assert (folder / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(checkpoint.fcntl, "flock", refuse)
+    with lock_folder(tmp_path):
+        assert "this file system has no locks; start no second process" in capsys.readouterr().out
+
+
+def test_what_dead_processes_left_over_goes_and_nothing_else(tmp_path):
+    mine, others = f".last.pt.{os.getpid()}.part", (".part", ".hidden.part", "notes.part", ".last.pt.1.part", "last.pt")
+    for name in (mine, ".last.pt.999999999.part", *others):
+        (tmp_path / name).touch()
+    remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {mine, *others}
