@@ -251,6 +251,7 @@ def test_a_second_name_keeps_the_file_that_the_first_one_had(tmp_path, monkeypat
     def refuse(*_):
         raise PermissionError
 
+    hard_link = os.link
     if not links:
         monkeypatch.setattr(os, "link", refuse)
     last, good = tmp_path / "last.pt", tmp_path / "last_good.pt"
@@ -260,10 +261,10 @@ def test_a_second_name_keeps_the_file_that_the_first_one_had(tmp_path, monkeypat
             checkpoint.link(last, good)
         assert checkpoint.read(good)["epoch"] == epoch
     left = tmp_path / f".last_good.pt.{os.getpid()}.part"  # of a killed process of the same number
-    left.hardlink_to(good)
+    hard_link(good, left)
     checkpoint.save(last, {"epoch": 3})
     keep = tmp_path / "keep.pt"
-    keep.hardlink_to(good)
+    hard_link(good, keep)
     checkpoint.link(last, good)
     assert [checkpoint.read(path)["epoch"] for path in (last, good, keep)] == [3, 3, 2]
     assert {path.name for path in tmp_path.iterdir()} == {"last.pt", "last_good.pt", "keep.pt"}
