@@ -25,7 +25,7 @@ from lib.datasets import Batch, collate, eval_loader, reading
 from lib.detector import SSD, ElasticSSD, detect
 from lib.final_training import detection_losses
 from lib.genotype import Genotype, SearchSpace
-from lib.images import UnreadableImage, check_header, read_header
+from lib.images import UnreadableImage, read_size
 from lib.labels import Faults
 from lib.log import progress
 from lib.priors import best_iou, coverage, fit_priors, prior_boxes, priors_per_cell
@@ -182,7 +182,7 @@ def check_pictures(splits: Mapping[str, Split], data: DataConfig) -> list[str]:
 
     def fault(path: str) -> str | None:
         try:
-            check_header(path, read_header(path), pictures[path], data.max_pixels)
+            read_size(path, pictures[path], data.max_pixels)
         except UnreadableImage as error:
             return str(error)
         return None
@@ -264,6 +264,7 @@ def training_seconds(
     budget = watch.left() / 2
     loading = watch.typical(lambda: collate([dataset[key] for key in keys]), LOADING_SHARE * budget)
     batch = collate([dataset[key] for key in keys]).to(device)
+    trainer.update(phases[0][1](batch))  # the very first step sets much up
     works = [lambda forward=forward: trainer.update(forward(batch)) for _, forward in phases]
     seconds = 0.0
     for (epochs, _), step in zip(phases, watch.each(works, "measure training", budget), strict=True):
