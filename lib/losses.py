@@ -106,13 +106,6 @@ class DetectionLoss:
         normalizer = self.normalizer(sum(t.positive.sum() for t in targets)) / len(targets)
         return [t._replace(normalizer=normalizer) for t in targets]
 
-    def match_together(self, objects: Sequence[tuple[Tensor, Tensor]], priors_cxcywh: Tensor) -> list[Targets]:
-        """Targets of batches, each with its (boxes, labels), such that the mean of their losses is that of one batch
-        with all of their images."""
-        targets = [self.match(boxes, labels, priors_cxcywh) for boxes, labels in objects]
-        normalizer = self.normalizer(sum(t.positive.sum() for t in targets)) / len(targets)
-        return [t._replace(normalizer=normalizer) for t in targets]
-
     def __call__(self, logits: Tensor, offsets: Tensor, targets: Targets) -> dict[str, Tensor]:
         """The scalars `cls` and `loc`, to be added; logits (B, P, C + 1), offsets (B, P, 4).
 
@@ -160,12 +153,12 @@ def match(
     prior_labels.masked_fill_(prior_iou < matched_threshold, -1)
     prior_labels.masked_fill_(prior_iou < unmatched_threshold, 0)
     # Last, so that no threshold and no other object takes an object's best prior away.
-    best_prior, missing = _best_priors(iou)
+    objects = torch.arange(boxes.shape[1], device=boxes.device)
+    best_prior, missing = _best_priors(iou, objects)
     # What is not an object goes to a column that is cut off again.
     place = best_prior.masked_fill(missing, len(priors_cxcywh))
-    objects = torch.arange(boxes.shape[1], device=boxes.device).expand_as(place)
     prior_labels = F.pad(prior_labels, (0, 1)).scatter_(1, place, labels)[:, :-1]
-    object_index = F.pad(object_index, (0, 1)).scatter_(1, place, objects)[:, :-1]
+    object_index = F.pad(object_index, (0, 1)).scatter_(1, place, objects.expand_as(place))[:, :-1]
     return prior_labels, object_index
 
 
@@ -175,19 +168,20 @@ def _corners(priors_cxcywh: Tensor) -> Tensor:
     return box_convert(priors_cxcywh, "cxcywh", "xyxy")
 
 
-def _best_priors(iou: Tensor) -> tuple[Tensor, Tensor]:
+def _best_priors(iou: Tensor, objects: Tensor) -> tuple[Tensor, Tensor]:
     """The best prior (B, M) of each object, no two the same in an image, and whether it has none (B, M).
 
-    `iou` (B, M, P) is -1 where a pair is not allowed, and is overwritten. The result is that of taking the pair with
-    the highest IoU again and again. Proposals find it for all images at once (Gale and Shapley, 1962): of the objects
-    that want the same prior, the one that overlaps it most keeps it, and the others turn to their next best.
+    `objects` are 0 to M - 1, `iou` (B, M, P) is -1 where a pair is not allowed, and is overwritten. The result is that
+    of taking the pair with the highest IoU again and again. Proposals find it for all images at once (Gale and Shapley,
+    1962): of the objects that want the same prior, the one that overlaps it most keeps it, and the others turn to their
+    next best.
 
     To know whether all have found one, a GPU would make the host wait: there, an object that still has none after
     `ROUNDS` rounds stays without.
     """
-    num_objects = iou.shape[1]
     # Of equal IoUs the earlier object wins; [i, j] says that j comes before i.
-    earlier = torch.ones(num_objects, num_objects, dtype=torch.bool, device=iou.device).tril(-1)
+    earlier = objects[:, None] > objects
+    num_objects = len(objects)
     on_cpu = iou.device.type == "cpu"
     # n objects can lose n (n - 1) / 2 times.
     for left in itertools.count() if on_cpu else reversed(range(min(num_objects * (num_objects - 1) // 2, ROUNDS) + 1)):
@@ -291,8 +285,8 @@ def adaptive_distillation(
     student = rows.pick(student_logits).float() / config.temperature  # (N, C + 1)
     teacher = rows.pick(teacher_logits.detach()).float() / config.temperature
     if loss_type == "focal":
-        log_p = torch.stack([F.logsigmoid(-student[:, 1:]), F.logsigmoid(student[:, 1:])], -1)  # (N, C, 2)
-        log_q = torch.stack([F.logsigmoid(-teacher[:, 1:]), F.logsigmoid(teacher[:, 1:])], -1)
+        log_p = torch.stack([F.logsigmoid(-student[..., 1:]), F.logsigmoid(student[..., 1:])], -1)  # (N, C, 2)
+        log_q = torch.stack([F.logsigmoid(-teacher[..., 1:]), F.logsigmoid(teacher[..., 1:])], -1)
     else:
         log_p = student.log_softmax(-1)  # (N, C + 1)
         log_q = teacher.log_softmax(-1)

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from lib import checkpoint, distributed
 from lib.config import Config, TrainConfig
 from lib.errors import UserError
-from lib.losses import DetectionLoss
+from lib.losses import DetectionLoss, at_least_one
 
 Losses = dict[str, Tensor]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -88,7 +88,8 @@ def build_ema(model: nn.Module, decay: float) -> AveragedModel:
 
 def detection_loss(config: Config) -> DetectionLoss:
     """The configured loss; when several processes share a batch, normalised by the whole batch."""
-    return DetectionLoss(config.loss, variances=tuple(config.head.variances), normalizer=distributed.normalizer)
+    normalizer = distributed.normalizer if distributed.world().size > 1 else at_least_one
+    return DetectionLoss(config.loss, variances=tuple(config.head.variances), normalizer=normalizer)
 
 
 class Diverged(UserError):
