@@ -333,7 +333,7 @@ class DetectorFile(NamedTuple):
     config: dict
     genotype: dict
     classes: list[str]
-    category_ids: list[int]
+    category_ids: list[int | None]  # None: the test set's file lacks the class
     epoch: Annotated[int, Bounds(0)]
 
 
@@ -406,9 +406,10 @@ def load_detector(path: Path) -> Detector:
     )
 
 
-def check_ids(category_ids: Sequence[int], classes: Sequence[str]) -> None:
-    """Raise UserError unless each class has a category id of its own."""
-    if len(category_ids) != len(classes) or len(set(category_ids)) < len(classes):
+def check_ids(category_ids: Sequence[int | None], classes: Sequence[str]) -> None:
+    """Raise UserError unless each class has a category id of its own, or none."""
+    known = [number for number in category_ids if number is not None]
+    if len(category_ids) != len(classes) or len(set(known)) < len(known):
         raise UserError(f"category_ids: expected {len(classes)} different ones, found {shown(list(category_ids))}")
 
 

@@ -223,7 +223,7 @@ class Metadata(NamedTuple):
     """What an exported file says about itself, as JSON; its types are checked."""
 
     classes: list[str]
-    category_ids: list[int]
+    category_ids: list[int | None]
     genotype: dict
     image_size: Annotated[int, Bounds(32, 8192)]
     postprocess: dict

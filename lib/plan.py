@@ -79,9 +79,13 @@ def describe_training(name: str, config: TrainConfig, images: int, batches_per_e
         batches = f"{config.accumulate} {batches}"
     if processes > 1:
         batches = f"{batches} over {processes} processes"
+    steps = -(-batches_per_epoch // config.accumulate)
+    warmup = config.lr_schedule.warmup_steps
+    note = f"\nnote: {name}.lr_schedule.warmup_steps is {warmup}: the training ends before its learning rate is reached"
     return (
-        f"{name}: {config.epochs} epochs of {-(-batches_per_epoch // config.accumulate)} steps, {batches}, "
+        f"{name}: {config.epochs} epochs of {steps} steps, {batches}, "
         f"{images} images, {config.optimizer}, learning rate {config.learning_rate:g} ({config.lr_schedule.type})"
+        f"{note if warmup >= config.epochs * steps else ''}"
     )
 
 

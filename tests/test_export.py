@@ -18,6 +18,7 @@ from torchvision.ops import box_iou
 
 import final_train
 from lib import checkpoint, export
+from lib.annotations import Objects
 from lib.config import PostprocessConfig
 from lib.config_io import to_dict
 from lib.datasets import load_annotations
@@ -272,12 +273,12 @@ def trained(data, tiny_trained, tiny_graph):
     best = [to_pixels(d, *size) for d, size in zip(found, test.sizes.tolist(), strict=True)]
     boxes, labels = (torch.cat([d[name][:6] for d in best]) for name in ("boxes", "labels"))
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    objects = {"boxes": boxes, "labels": labels, "area": area, "ignore": torch.zeros(len(boxes), dtype=torch.bool)}
-    offsets = torch.arange(0, len(boxes) + 1, 6)
+    nothing_ignored = torch.zeros(len(boxes), dtype=torch.bool)
+    objects = Objects(boxes, labels, nothing_ignored, area, offsets=torch.arange(0, len(boxes) + 1, 6))
     return (
         detector,
         add_nms(tiny_graph, detector.config.postprocess),
-        dataclasses.replace(test, **objects, offsets=offsets),
+        dataclasses.replace(test, objects=objects, truth=objects),
     )
 
 

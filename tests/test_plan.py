@@ -206,6 +206,10 @@ def test_the_plan_says_sizes_costs_and_priors(tiny_detector, tiny_config):
 def test_the_plan_says_how_long_training_is(tiny_config):
     line = plan.describe_training("final", tiny_config().final, 24, 6)
     assert line == "final: 2 epochs of 6 steps, batches of 4, 24 images, sgd, learning rate 0.01 (cosine)"
+    short = tiny_config(final__lr_schedule__warmup_steps=12).final
+    assert plan.describe_training("final", short, 24, 6).startswith(
+        f"{line}\nnote: final.lr_schedule.warmup_steps is 12: "
+    )
 
 
 def test_the_first_call_does_not_count_and_the_median_does(clock):
