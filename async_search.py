@@ -149,7 +149,7 @@ def measure_latency(args: argparse.Namespace, supernet: Supernet, config: Config
     load = {"load": args.load} if args.load else {}
     print(f"wrote {path}")
     following = cli.command("async_search.py", **load, latency_table=path, max_latency=f"{(low + high) / 2:.3g}")
-    print(f"next: {following}")
+    print(f"next: {following}{' --resume' if (folder / 'evals.jsonl').exists() else ''}")
 
 
 def start_genotypes(
@@ -407,9 +407,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = search_run.folder
     if (folder / "last.pt").exists():
         raise UserError(f"{folder}: holds a training (last.pt); a search needs a folder of its own (--train-dir)")
+    task = prepare(args, search_run, supernet, path)
+    print_plan(task)
     with cli.claim(folder / "evals.jsonl", args):
-        task = prepare(args, search_run, supernet, path)
-        print_plan(task)
         if args.dry_run:
             print_estimate(task)
         else:

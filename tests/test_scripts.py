@@ -231,7 +231,7 @@ def test_a_pretrained_network_goes_through_all_stages(flow, arguments, tmp_path)
 
 def test_a_second_search_pays_for_nothing_twice(flow, tmp_path):
     folder, _ = flow
-    options = ["--load", folder / "runs/tiny/supernet", "--gpus", "cpu", "--train-dir", tmp_path / "search"]
+    options = ["--load", folder / "runs/tiny/supernet", "--gpus", "cpu", "--train-dir", tmp_path / "search", "--resume"]
     evaluations = tmp_path / "search" / "evals.jsonl"
     run(tmp_path, SEARCH, *options, "--controller", "random")
     first, best = read_lines(evaluations), (tmp_path / "search" / "best.json").read_text()
@@ -266,7 +266,7 @@ def test_a_search_knows_latency_by_its_table(flow, tmp_path, monkeypatch, capsys
 
     shutil.copy(folder / "runs/tiny/search/evals.jsonl", "search")
     known = read_lines(tmp_path / "search/evals.jsonl")
-    options += ["--gpus", "cpu", "--latency-table", "search/latency_cpu.json"]
+    options += ["--resume", "--gpus", "cpu", "--latency-table", "search/latency_cpu.json"]
     assert " ms" in run(tmp_path, SEARCH, *options)
     reused = read_lines(tmp_path / "search/evals.jsonl")
     assert reused[: len(known)] == known and len(reused) < 2 * len(known)  # latency is no reason to evaluate anew
