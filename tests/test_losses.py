@@ -16,7 +16,7 @@ from torchvision.models.detection.ssd import SSD
 from torchvision.ops import box_convert, box_iou, sigmoid_focal_loss
 
 from lib.config import DistillConfig, LossConfig
-from lib.losses import DetectionLoss, Targets, adaptive_distillation, focal_loss, focal_prior_bias, match, multibox_loss
+from lib.losses import DetectionLoss, adaptive_distillation, focal_loss, focal_prior_bias, match, multibox_loss
 from lib.priors import decode, prior_boxes
 
 PRIORS = prior_boxes([(3, 3), (1, 1)], [0.3, 0.7, 0.9], [[2], []])  # (38, 4)
