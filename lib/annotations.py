@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lib.errors import UserError, did_you_mean
-from lib.images import read_header
+from lib.images import read_size
 from lib.labels import (
     OBJECT,
     Faults,
@@ -34,6 +34,8 @@ from lib.labels import (
 )
 from lib.layouts import Pair, Tree, voc_pairs
 from lib.plain import shown
+
+ROUNDING = 0.01  # pixels; shares of a picture, written with few digits, are off by less
 
 
 class PackedStrings:
@@ -172,11 +174,11 @@ def read_pairs(
         try:
             if yolo_names is None:
                 voc = read_voc_xml(label_file, faults)
-                size = voc.size or read_header(path)[:2]
+                size = voc.size or read_size(path)
                 objects = voc.objects
                 swapped += voc.swapped
             else:
-                width, height = size = read_header(path)[:2]
+                width, height = size = read_size(path)
                 boxes = read_yolo_txt(label_file, faults) if label_file else []
                 objects = [
                     (
@@ -286,7 +288,7 @@ def _coco_pictures(
                 raise UserError(f"{folder / end}: no such image, but {path} lists it")
             if end in listed:
                 raise UserError(f"{path}: image '{name}' is there twice")
-            size = size or read_header(str(folder / end))[:2]
+            size = size or read_size(str(folder / end))
         except UserError as error:
             faults.add("picture", "missing or unreadable", str(error))
             continue
@@ -391,10 +393,11 @@ def _assemble(
         outside = f"lies outside of the image ({sizes[owner[i]].tolist()})"
         reason = outside if _has_area(box_xyxy) else "has no area"
         dropped.append(f"{pictures[owner[i]].path}: box {box_xyxy.tolist()} of '{name}' {reason}")
-    overhanging = int((boxes != objects["box_xyxy"]).any(1)[keep].sum())
+    beyond = np.abs(boxes - objects["box_xyxy"]).max(1, initial=0)[keep]
+    overhanging = int((beyond > ROUNDING).sum())
     if overhanging:
         notes.append(f"{root}: {overhanging} boxes reach beyond the edge of their image: cut off for training only")
-    same = keep.all() and not overhanging
+    same = keep.all() and not beyond.any()
     return Annotations(
         classes=classes,
         category_ids=tuple(category_ids),

@@ -27,9 +27,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.ops import nms
+from torchvision.transforms.functional import pil_to_tensor
 
 from lib import checkpoint
 from lib.config import DataConfig
@@ -37,7 +38,7 @@ from lib.datasets import load_annotations
 from lib.detector import detect, load_detector
 from lib.errors import UserError
 from lib.export import DETECTIONS, open_session, read_metadata, run_session, unpad
-from lib.images import MAX_PIXELS, UnreadableImage, is_signed, read_picture, to_pillow, to_tensor, write_picture
+from lib.images import MAX_PIXELS, UnreadableImage, is_signed, read_picture, write_picture
 from lib.log import progress, say
 from lib.metrics import to_pixels
 from lib.postprocess import Detections
@@ -319,7 +320,7 @@ def draw(image: Tensor, detections: Detections, classes: Sequence[str], threshol
     shown = list(zip(boxes, labels, detections.scores[keep].tolist(), strict=True))
     colour_of = class_colours(len(classes))
 
-    picture = to_pillow(image)
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
     pen = ImageDraw.Draw(picture)
     text_size = max(SMALLEST_TEXT, min(height, width) // 28)
     for box, label, _ in shown:
@@ -331,7 +332,7 @@ def draw(image: Tensor, detections: Detections, classes: Sequence[str], threshol
             name, font = f"class {label + 1}", font_of("")
         pen.font = ImageFont.truetype(font, text_size)
         _write_label(pen, f"{name} {score:.2f}", box, colour_of[label])
-    return to_tensor(picture)
+    return pil_to_tensor(picture)
 
 
 @functools.cache
