@@ -290,12 +290,16 @@ def predict(args: argparse.Namespace) -> None:
     if not 0 <= args.threshold <= 1:
         raise UserError(f"--threshold {args.threshold}: expected a score from 0 to 1")
     path, pictures = trained_detector(args), find_pictures(args.predict)
-    detector, own_ids = inference.load(path, args.device), {}
-    if isinstance(detector, inference.TorchDetector):
-        detector.config = configured_again(args, detector.config, path, reads_data=False)
-        own_ids = inference.find_own_ids(pictures, detector.config.data)
+    own_ids = {}
+    if path.suffix != ".onnx":
+        loaded = load_detector(path)
+        config = configured_again(args, loaded.config, path, reads_data=False)
+        detector = inference.torch_detector(loaded._replace(config=config), args.device)
+        own_ids = inference.find_own_ids(pictures, config.data)
     elif args.cfg or args.set or args.data:
         raise UserError(f"{path}: an exported file has its settings inside; --cfg, --set and --data work with best.pt")
+    else:
+        detector = inference.load(path)
     inference.draw_pictures(detector, pictures, args.out, args.threshold, own_ids)
 
 

@@ -28,7 +28,6 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")  
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # told by a file's content, not by its suffix
 MAX_PIXELS = 100_000_000
 LARGE_PICTURE = 1_000_000  # pixels; a smaller JPEG gains nothing from reduced decoding
-LONGEST_JPEG = 65_500  # pixels a side that libjpeg writes
 WRITTEN_BY = "SSD architecture search --predict"  # in the EXIF data of a picture that `write_picture` signs
 Size = tuple[int, int]  # width, height
 
@@ -194,7 +193,7 @@ def is_large_jpeg(path: str, size: Tensor) -> bool:
 
 
 def write_picture(image: Tensor, path: Path, signed: bool = False) -> None:
-    """Write `image` (3, H, W) uint8, no side over LONGEST_JPEG, as a JPEG; its folder is created if needed."""
+    """Write `image` (3, H, W) uint8, no side over 65,500, as a JPEG; its folder is created if needed."""
     exif = Image.Exif() if signed else b""
     if signed:
         exif[SOFTWARE] = WRITTEN_BY

@@ -19,10 +19,9 @@ import json
 import os
 import time
 import unicodedata
-from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +34,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from lib import checkpoint
 from lib.config import DataConfig
 from lib.datasets import load_annotations
-from lib.detector import detect, load_detector
+from lib.detector import Detector, detect, load_detector
 from lib.errors import UserError
 from lib.export import DETECTIONS, open_session, read_metadata, run_session, unpad
 from lib.images import MAX_PIXELS, UnreadableImage, is_signed, read_picture, write_picture
@@ -47,8 +46,10 @@ from lib.transforms import EvalTransform
 
 SAME_PLACE = 0.6  # IoU from which two detections count as one place when they are drawn
 SMALLEST_TEXT = 11  # pixels
+LONGEST_JPEG = 65_500  # pixels a side that libjpeg writes
 EMPTY_LIST = "[\n]\n"
-LIST_FORMAT = "predict/1"  # of pictures.json, which also says that --predict wrote to that folder
+LIST_FORMAT = "predict/1"  # of pictures.json
+LIST_START = b'{\n "format": "predict/1",'  # says that --predict wrote to that folder
 
 
 class PictureDetections(NamedTuple):
@@ -59,24 +60,21 @@ class PictureDetections(NamedTuple):
     names: list[str]
 
 
-class PictureDetector(ABC):
-    """`detector(picture)` returns PictureDetections. A subclass implements `detect` for a batch."""
+@dataclass
+class PictureDetector:
+    """`detector(picture)` returns PictureDetections; `load` makes one."""
 
-    max_pixels = MAX_PIXELS  # a file with more is refused
-
-    def __init__(self, classes: Sequence[str], category_ids: Sequence[int], image_size: int):
-        self.classes = tuple(classes)
-        self.category_ids = tuple(category_ids)
-        self.image_size = image_size
-        self._resize = EvalTransform(image_size)
-
-    @abstractmethod
-    def detect(self, images: Tensor) -> list[Detections]:
-        """Detections, with normalised boxes, of images (B, 3, S, S) uint8, S = `image_size`."""
+    classes: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    image_size: int
+    # Detections, with normalised boxes, of images (B, 3, S, S) uint8, S = `image_size`.
+    detect: Callable[[Tensor], list[Detections]]
+    max_pixels: int = MAX_PIXELS  # a file with more is refused
 
     def detect_picture(self, image: Tensor) -> Detections:
         """Detections, with normalised boxes, of one picture (3, H, W) uint8 RGB of any size."""
-        resized, *_ = self._resize(image, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+        resize = EvalTransform(self.image_size)
+        resized, *_ = resize(image, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
         return self.detect(resized[None])[0]
 
     def __call__(self, picture: Tensor | str | Path) -> PictureDetections:
@@ -90,54 +88,44 @@ class PictureDetector(ABC):
         return PictureDetections(found["boxes"], found["scores"], names)
 
 
-class TorchDetector(PictureDetector):
-    """A checkpoint of final_train.py, on a PyTorch device."""
-
-    def __init__(self, path: Path, device: str = "auto"):
-        loaded = load_detector(path)
-        super().__init__(loaded.classes, loaded.category_ids, loaded.model.image_size)
-        self.config = loaded.config
-        self.device = pick_device(device)
-        self.model = loaded.model.to(self.device, memory_format=torch.channels_last)
-
-    @property
-    def max_pixels(self) -> int:
-        return self.config.data.max_pixels
-
-    def detect(self, images: Tensor) -> list[Detections]:
-        return detect(self.model, [images], self.config, self.device)
-
-
-class OnnxDetector(PictureDetector):
-    """A file of final_train.py --export that includes NMS, on the CPU."""
-
-    def __init__(self, path: Path):
-        self.session = open_session(path)
-        metadata = read_metadata(self.session, path)
-        if [output.name for output in self.session.get_outputs()] != list(DETECTIONS):
-            raise UserError(f"{path}: was exported with --no-nms, so it has no detections as its output")
-        super().__init__(metadata.classes, metadata.category_ids, metadata.image_size)
-        self._path = path
-
-    def detect(self, images: Tensor) -> list[Detections]:
-        try:
-            found = unpad(*run_session(self.session, images, DETECTIONS))
-        except Exception as error:  # the graph may be a stranger's, and onnxruntime's exceptions have no common base
-            raise UserError(f"{self._path}: does not run on its pictures: {error}") from None
-        if any(len(image.labels) and image.labels.max() > len(self.classes) for image in found):
-            raise UserError(f"{self._path}: finds labels above {len(self.classes)}, the number of its classes")
-        return found
-
-
 def load(path: str | Path, device: str = "auto") -> PictureDetector:
     """The detector in a run's folder (its best.pt), a checkpoint, or an exported .onnx file. Raises UserError.
 
     `device` is auto, cpu, cuda or cuda:N, and applies to checkpoints; onnxruntime runs on the CPU.
     """
     path = Path(path)
-    if path.suffix == ".onnx":
-        return OnnxDetector(path)
-    return TorchDetector(path / "best.pt" if path.is_dir() else path, device)
+    return _onnx_detector(path) if path.suffix == ".onnx" else torch_detector(load_detector(path), device)
+
+
+def torch_detector(loaded: Detector, device: str) -> PictureDetector:
+    """A checkpoint of final_train.py, on a PyTorch device."""
+    place, config = pick_device(device), loaded.config
+    model = loaded.model.to(place, memory_format=torch.channels_last)
+
+    def run(images: Tensor) -> list[Detections]:
+        return detect(model, [images], config, place)
+
+    return PictureDetector(loaded.classes, loaded.category_ids, model.image_size, run, config.data.max_pixels)
+
+
+def _onnx_detector(path: Path) -> PictureDetector:
+    """A file of final_train.py --export that includes NMS, on the CPU."""
+    session = open_session(path)
+    metadata = read_metadata(session, path)
+    if [output.name for output in session.get_outputs()] != list(DETECTIONS):
+        raise UserError(f"{path}: was exported with --no-nms, so it has no detections as its output")
+    classes = tuple(metadata.classes)
+
+    def run(images: Tensor) -> list[Detections]:
+        try:
+            found = unpad(*run_session(session, images, DETECTIONS))
+        except Exception as error:  # the graph may be a stranger's, and onnxruntime's exceptions have no common base
+            raise UserError(f"{path}: does not run on its pictures: {error}") from None
+        if any(len(image.labels) and image.labels.max() > len(classes) for image in found):
+            raise UserError(f"{path}: finds labels above {len(classes)}, the number of its classes")
+        return found
+
+    return PictureDetector(classes, tuple(metadata.category_ids), metadata.image_size, run)
 
 
 # --predict: which picture gets which id and which output, and whether it may be written.
@@ -160,26 +148,22 @@ def plan_jobs(paths: Sequence[Path], own_ids: Mapping[Path, int | str]) -> list[
     places = [Path(os.path.normpath(path.absolute())) for path in paths]
     root = os.path.commonpath([place.parent for place in places])
     # 000000000139.jpg is COCO's picture 139. Its ids are int64.
-    number_of = {path: int(path.stem) for path in paths if path.stem.isascii() and path.stem.isdigit()}
-    times = Counter([*number_of.values(), *own_ids.values()])
-    jobs, targets, ids = [], set(), set()
+    numbers = {path: int(path.stem) for path in paths if path.stem.isascii() and path.stem.isdigit()}
+    times = Counter(numbers.values())
+    owner = {image_id: path for path, image_id in reversed(own_ids.items())}
+    jobs, targets = [], set()
     for path, place in zip(paths, places, strict=True):
         name = place.relative_to(root)
-        numbered = (f"{name.stem}_{i}" for i in itertools.count(2))
-        for stem in itertools.chain((name.stem, name.name), numbered):
-            target = name.with_name(f"{stem}.jpg")
-            # Not every file system tells A.jpg from a.jpg.
-            if str(target).casefold() not in targets:
-                break
-        targets.add(str(target).casefold())
-        image_id: int | str = target.with_suffix("").as_posix()
-        if path in own_ids and own_ids[path] not in ids:
-            image_id = own_ids[path]
-        elif number_of.get(path, 2**63) < 2**63 and times[number_of[path]] == 1:
-            image_id = number_of[path]
-        elif times[image_id]:
-            image_id = target.as_posix()
-        ids.add(image_id)
+        stems = itertools.chain((name.stem, name.name), (f"{name.stem}_{i}" for i in itertools.count(2)))
+        # Not every file system tells A.jpg from a.jpg.
+        free = (stem for stem in stems if str(name.with_name(stem)).casefold() not in targets)
+        target = name.with_name(f"{next(free)}.jpg")
+        targets.add(str(target.with_suffix("")).casefold())
+        choices = [own_ids.get(path), target.with_suffix("").as_posix(), target.as_posix()]
+        if path in numbers and numbers[path] < 2**63 and times[numbers[path]] == 1:
+            choices.insert(1, numbers[path])
+        # The first that is no other picture's.
+        image_id = next(c for c in choices if c is not None and owner.setdefault(c, path) == path)
         jobs.append(Job(path, image_id, target))
     return jobs
 
@@ -211,30 +195,23 @@ def find_own_ids(paths: Sequence[Path], data: DataConfig) -> dict[Path, int | st
 
 def refuse_to_overwrite(jobs: Sequence[Job], out: Path) -> None:
     """Raise UserError where a picture would be written where one is read, through a link, or over a foreign file."""
-    elsewhere = "name another folder with --out"
     sources = {parent for job in jobs for parent in (job.path.absolute().parent.resolve(), job.path.resolve().parent)}
-    real = out.resolve()
+    real, faults = out.resolve(), []
     for folder in dict.fromkeys((Path(), *(job.target.parent for job in jobs))):
-        if os.path.lexists(out / folder) and not (out / folder).is_dir():
-            raise UserError(f"--out {out}: {out / folder} is not a folder")
-        if (out / folder).resolve() != real / folder:
-            raise UserError(f"--out {out}: {out / folder} is a link; {elsewhere}")
-        if real / folder in sources:
-            raise UserError(f"--out {out}: pictures are read from {out / folder}; {elsewhere}")
+        path = out / folder
+        if path.resolve() != real / folder or (os.path.lexists(path) and not path.is_dir()):
+            faults.append(f"{path}: is a link, or is not a folder")
+        elif real / folder in sources:
+            faults.append(f"{path}: pictures are read from it")
+    ours = False
+    with contextlib.suppress(OSError):
+        ours = (out / "pictures.json").read_bytes().startswith(LIST_START)
     for name in ("pictures.json", "detections.json", *(job.target for job in jobs)):
         path = out / name
-        if os.path.lexists(path) and (
-            path.is_symlink() or not (is_signed(path) if path.suffix == ".jpg" else _is_ours(out))
-        ):
-            raise UserError(f"{path}: exists, and --predict did not write it; {elsewhere}")
-
-
-def _is_ours(out: Path) -> bool:
-    """Whether --predict wrote to this folder before."""
-    try:
-        return json.loads((out / "pictures.json").read_text())["format"] == LIST_FORMAT
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
+        if path.is_symlink() or (path.exists() and not (ours if path.suffix == ".json" else is_signed(path))):
+            faults.append(f"{path}: exists, and --predict did not write it")
+    if faults:
+        raise UserError(f"{faults[0]}; name another folder with --out")
 
 
 def draw_pictures(
@@ -263,6 +240,8 @@ def draw_pictures(
     for job in progress(jobs, "predict"):
         try:
             image = read_picture(str(job.path), max_pixels=detector.max_pixels, note=lambda text: say(f"note: {text}"))
+            if max(image.shape) > LONGEST_JPEG:
+                raise UnreadableImage(f"{job.path}: has a side of more than {LONGEST_JPEG:,} pixels")
         except UnreadableImage as error:
             say(f"skipped: {error}")
             continue
@@ -319,7 +298,6 @@ def draw(image: Tensor, detections: Detections, classes: Sequence[str], threshol
     labels = (detections.labels[keep] - 1).tolist()
     shown = list(zip(boxes, labels, detections.scores[keep].tolist(), strict=True))
     colour_of = class_colours(len(classes))
-
     picture = Image.fromarray(image.permute(1, 2, 0).numpy())
     pen = ImageDraw.Draw(picture)
     text_size = max(SMALLEST_TEXT, min(height, width) // 28)
@@ -331,7 +309,17 @@ def draw(image: Tensor, detections: Detections, classes: Sequence[str], threshol
         if font is None:
             name, font = f"class {label + 1}", font_of("")
         pen.font = ImageFont.truetype(font, text_size)
-        _write_label(pen, f"{name} {score:.2f}", box, colour_of[label])
+        # A filled label on top of the box, or inside its upper edge if there is no room above.
+        text = f"{name} {score:.2f}"
+        text_width, text_height = pen.textbbox((0, 0), text)[2:]
+        margin = max(1, text_height // 8)
+        label_width, label_height = text_width + 2 * margin, text_height + 2 * margin
+        x = max(0, min(box[0], width - label_width))
+        y = box[1] - label_height if box[1] >= label_height else box[1]
+        pen.rectangle((x, y, x + label_width, y + label_height), fill=colour_of[label])
+        red, green, blue = colour_of[label]
+        dark_text = 0.299 * red + 0.587 * green + 0.114 * blue > 128
+        pen.text((x + margin, y + margin), text, fill="black" if dark_text else "white")
     return pil_to_tensor(picture)
 
 
@@ -359,15 +347,3 @@ def class_colours(count: int) -> list[tuple[int, int, int]]:
     """`count` RGB colours, evenly spaced in hue."""
     colours = [colorsys.hsv_to_rgb(i / count, 0.9, 0.95) for i in range(count)]
     return [tuple(round(255 * channel) for channel in colour) for colour in colours]
-
-
-def _write_label(pen: ImageDraw.ImageDraw, text: str, box: Sequence[float], colour: tuple[int, int, int]) -> None:
-    """A filled label on top of the box, or inside its upper edge if there is no room above."""
-    width, height = pen.textbbox((0, 0), text)[2:]
-    margin = max(1, height // 8)
-    width, height = width + 2 * margin, height + 2 * margin
-    x = max(0, min(box[0], pen.im.size[0] - width))
-    y = box[1] - height if box[1] >= height else box[1]
-    pen.rectangle((x, y, x + width, y + height), fill=colour)
-    brightness = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]
-    pen.text((x + margin, y + margin), text, fill="black" if brightness > 128 else "white")

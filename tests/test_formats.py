@@ -315,7 +315,7 @@ def test_an_exported_file_that_answers_nonsense_is_named(outputs, words, monkeyp
     monkeypatch.setattr(inference, "read_metadata", lambda *_: metadata)
     monkeypatch.setattr(inference, "run_session", lambda *_: outputs)
     with pytest.raises(UserError, match=rf"other\.onnx: {words}"):
-        inference.OnnxDetector("other.onnx").detect(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+        inference.load("other.onnx").detect(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
 
 
 def test_no_log_and_no_pointer_ends_in_a_traceback(tmp_path, monkeypatch):
