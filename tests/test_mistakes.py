@@ -44,7 +44,7 @@ MISTAKES = {
         "nowhere",
     ),
     "a missing data folder without a configuration": ([SEARCH, "--data", "nowhere"], "--data nowhere: no such folder"),
-    "pictures of one's own without a configuration": ([SUPERNET, "--data", "bare"], r"bare: expected .*need a config"),
+    "a folder that holds no data set": ([SUPERNET, "--data", "runs"], r"runs: expected VOC .*COCO .*YOLO .*; found "),
     "a wrong number of classes": ([SUPERNET, "--set", "data.num_classes=3"], r"data\.num_classes: 3.* 5 classes"),
     "a pretrained network that is not there": (
         [SUPERNET, "--set", "backbone.pretrained_path=efficientnet_lite", "--train-dir", "new"],
