@@ -300,7 +300,7 @@ def predict(args: argparse.Namespace) -> None:
         raise UserError(f"{path}: an exported file has its settings inside; --cfg, --set and --data work with best.pt")
     else:
         detector = inference.load(path)
-    inference.draw_pictures(detector, pictures, args.out, args.threshold, own_ids)
+    inference.draw_pictures(detector, inference.plan_jobs(pictures, own_ids), args.out, args.threshold)
 
 
 def make_parser() -> argparse.ArgumentParser:

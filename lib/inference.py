@@ -48,8 +48,7 @@ SAME_PLACE = 0.6  # IoU from which two detections count as one place when they a
 SMALLEST_TEXT = 11  # pixels
 LONGEST_JPEG = 65_500  # pixels a side that libjpeg writes
 EMPTY_LIST = "[\n]\n"
-LIST_FORMAT = "predict/1"  # of pictures.json
-LIST_START = b'{\n "format": "predict/1",'  # says that --predict wrote to that folder
+LIST_START = '{\n "format": "predict/1",\n "images": '  # of pictures.json: says that --predict wrote to that folder
 
 
 class PictureDetections(NamedTuple):
@@ -128,9 +127,6 @@ def _onnx_detector(path: Path) -> PictureDetector:
     return PictureDetector(classes, tuple(metadata.category_ids), metadata.image_size, run)
 
 
-# --predict: which picture gets which id and which output, and whether it may be written.
-
-
 class Job(NamedTuple):
     """A picture of --predict."""
 
@@ -145,21 +141,20 @@ def plan_jobs(paths: Sequence[Path], own_ids: Mapping[Path, int | str]) -> list[
     An id is the data set's own (`own_ids`), else a number where the file's name is one and no other picture's, else the
     output's name without its suffix.
     """
-    places = [Path(os.path.normpath(path.absolute())) for path in paths]
-    root = os.path.commonpath([place.parent for place in places])
+    whole = [Path(os.path.normpath(path.absolute())) for path in paths]
+    root = os.path.commonpath([path.parent for path in whole])
     # 000000000139.jpg is COCO's picture 139. Its ids are int64.
     numbers = {path: int(path.stem) for path in paths if path.stem.isascii() and path.stem.isdigit()}
     times = Counter(numbers.values())
     owner = {image_id: path for path, image_id in reversed(own_ids.items())}
-    jobs, targets = [], set()
-    for path, place in zip(paths, places, strict=True):
-        name = place.relative_to(root)
+    jobs, taken = [], set()
+    for path, name in zip(paths, (path.relative_to(root) for path in whole), strict=True):
         stems = itertools.chain((name.stem, name.name), (f"{name.stem}_{i}" for i in itertools.count(2)))
         # Not every file system tells A.jpg from a.jpg.
-        free = (stem for stem in stems if str(name.with_name(stem)).casefold() not in targets)
-        target = name.with_name(f"{next(free)}.jpg")
-        targets.add(str(target.with_suffix("")).casefold())
-        choices = [own_ids.get(path), target.with_suffix("").as_posix(), target.as_posix()]
+        place = next(p for p in map(name.with_name, stems) if str(p).casefold() not in taken)
+        taken.add(str(place).casefold())
+        target = Path(f"{place}.jpg")
+        choices = [own_ids.get(path), place.as_posix(), target.as_posix(), str(path)]
         if path in numbers and numbers[path] < 2**63 and times[numbers[path]] == 1:
             choices.insert(1, numbers[path])
         # The first that is no other picture's.
@@ -181,8 +176,7 @@ def find_own_ids(paths: Sequence[Path], data: DataConfig) -> dict[Path, int | st
         try:
             annotations = load_annotations(data, split)
         except UserError as error:
-            reason = str(error).splitlines()[0]
-            say(f"note: no image ids of the {split} annotations, but the files' names: {reason}")
+            say(f"note: no image ids of the {split} annotations, but the files' names: {error}")
             continue
         for i in range(len(annotations)):
             path = Path(annotations.paths[i])
@@ -193,47 +187,38 @@ def find_own_ids(paths: Sequence[Path], data: DataConfig) -> dict[Path, int | st
     return own_ids
 
 
-def refuse_to_overwrite(jobs: Sequence[Job], out: Path) -> None:
+def _refuse_to_overwrite(jobs: Sequence[Job], out: Path) -> None:
     """Raise UserError where a picture would be written where one is read, through a link, or over a foreign file."""
     sources = {parent for job in jobs for parent in (job.path.absolute().parent.resolve(), job.path.resolve().parent)}
-    real, faults = out.resolve(), []
-    for folder in dict.fromkeys((Path(), *(job.target.parent for job in jobs))):
-        path = out / folder
-        if path.resolve() != real / folder or (os.path.lexists(path) and not path.is_dir()):
-            faults.append(f"{path}: is a link, or is not a folder")
-        elif real / folder in sources:
-            faults.append(f"{path}: pictures are read from it")
-    ours = False
+    real, ours = out.resolve(), False
     with contextlib.suppress(OSError):
-        ours = (out / "pictures.json").read_bytes().startswith(LIST_START)
-    for name in ("pictures.json", "detections.json", *(job.target for job in jobs)):
+        ours = (out / "pictures.json").read_bytes().startswith(LIST_START.encode())
+    for name in (Path("pictures.json"), Path("detections.json"), *(job.target for job in jobs)):
         path = out / name
-        if path.is_symlink() or (path.exists() and not (ours if path.suffix == ".json" else is_signed(path))):
-            faults.append(f"{path}: exists, and --predict did not write it")
-    if faults:
-        raise UserError(f"{faults[0]}; name another folder with --out")
+        if path.resolve() != real / name or any(parent.is_file() for parent in path.parents):
+            reason = "a part of its path is a link or a file"
+        elif (real / name).parent in sources:
+            reason = "pictures are read from this folder"
+        elif path.exists() and not (ours if path.suffix == ".json" else is_signed(path)):
+            reason = "exists, and --predict did not write it"
+        else:
+            continue
+        raise UserError(f"{path}: {reason}; name another folder with --out")
 
 
-def draw_pictures(
-    detector: PictureDetector,
-    paths: Sequence[Path],
-    out: Path,
-    threshold: float,
-    own_ids: Mapping[Path, int | str] | None = None,
-) -> None:
+def draw_pictures(detector: PictureDetector, jobs: Sequence[Job], out: Path, threshold: float) -> None:
     """Write each picture to `out` with its detections of at least `threshold`, and all detections to detections.json.
 
     pictures.json lists the id, the file and the drawn picture of each. A picture that cannot be read is reported and
     skipped. Raises UserError if none can be read, or before anything is written if something would be overwritten.
     """
-    jobs = plan_jobs(paths, own_ids or {})
-    refuse_to_overwrite(jobs, out)
+    _refuse_to_overwrite(jobs, out)
     letterless = [name for name in detector.classes if font_of(name) is None]
     if letterless:
         names = ", ".join(letterless)
         say(f"note: labels show numbers for {names}: no font here has their letters; put one that has into ~/.fonts")
     pictures = [{"id": job.image_id, "file_name": str(job.path), "drawn": job.target.as_posix()} for job in jobs]
-    checkpoint.write_text(out / "pictures.json", json.dumps({"format": LIST_FORMAT, "images": pictures}, indent=1))
+    checkpoint.write_text(out / "pictures.json", LIST_START + json.dumps(pictures, indent=1) + "\n}")
     checkpoint.write_text(out / "detections.json", EMPTY_LIST)
     read, boxes, best = 0, 0, 0.0
     start = time.perf_counter()
@@ -279,9 +264,6 @@ def coco_results(image_id: int | str, found: dict[str, Tensor], category_ids: Se
         {"image_id": image_id, "category_id": category_ids[label - 1], "bbox": bbox, "score": score}
         for label, bbox, score in zip(*columns, strict=True)
     ]
-
-
-# Drawing.
 
 
 def visible(detections: Detections, threshold: float) -> Tensor:

@@ -117,7 +117,7 @@ def test_pictures_are_drawn_and_their_detections_written(tiny_checkpoint, pictur
     exif[0x112] = 6
     Image.open(picture).rotate(90, expand=True).save(turned, exif=exif)
     detector, out = load(tiny_checkpoint), tmp_path / "out"
-    draw_pictures(detector, [bad, picture, turned], out, 0.1)
+    draw_pictures(detector, plan_jobs([bad, picture, turned], {}), out, 0.1)
     printed = capsys.readouterr().out
     assert "skipped: " in printed and "bad.jpg" in printed
     assert f"wrote 2 pictures and detections.json to {out}, skipped 1 that cannot be read" in printed
@@ -135,16 +135,25 @@ def test_pictures_are_drawn_and_their_detections_written(tiny_checkpoint, pictur
         mine = [r for r in results if r["image_id"] == listed[path]["id"]]
         assert len(mine) == len(detector(path).scores) and mine[0]["score"] == detector(path).scores[0].item()
     # Once more: what it wrote itself it may write again. Nothing is above this threshold.
-    draw_pictures(detector, [bad, picture, turned], out, 1.0)
+    draw_pictures(detector, plan_jobs([bad, picture, turned], {}), out, 1.0)
     assert f"no detection reached --threshold 1; try {best * 0.8:.2g}" in capsys.readouterr().out
     with pytest.raises(UserError, match="none of the 1 pictures could be read"):
-        draw_pictures(detector, [bad], tmp_path / "nothing", 0.1)
+        draw_pictures(detector, plan_jobs([bad], {}), tmp_path / "nothing", 0.1)
 
 
 def content(folder: Path) -> dict:
     """Every file and link below a folder."""
     files = [path for path in folder.rglob("*") if path.is_symlink() or path.is_file()]
     return {p: (p.is_dir() or p.read_bytes(), p.lstat().st_ino, p.lstat().st_mtime_ns) for p in files}
+
+
+def test_a_picture_that_is_too_long_for_a_jpeg_is_skipped(tiny_checkpoint, picture, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(inference, "LONGEST_JPEG", 200)
+    Image.new("RGB", (201, 20)).save(tmp_path / "long.png")
+    draw_pictures(load(tiny_checkpoint), plan_jobs([tmp_path / "long.png", picture], {}), tmp_path / "out", 0.1)
+    printed = capsys.readouterr().out
+    assert "long.png: has a side of more than 200 pixels" in printed and "wrote 1 pictures" in printed
+    assert [path.name for path in (tmp_path / "out").rglob("*.jpg")] == ["photo.jpg"]
 
 
 @pytest.mark.parametrize(
@@ -187,8 +196,8 @@ def test_nothing_is_written_where_it_reads_through_links_or_over_foreign_files(t
         else:
             (out / "detections.json").write_text("[]")
     before = content(tmp_path)
-    with pytest.raises(UserError, match=r"name another folder with --out|is not a folder"):
-        draw_pictures(load(tiny_checkpoint), paths, out, 0.1)
+    with pytest.raises(UserError, match="name another folder with --out"):
+        draw_pictures(load(tiny_checkpoint), plan_jobs(paths, {}), out, 0.1)
     assert content(tmp_path) == before
 
 
@@ -214,6 +223,9 @@ def test_every_picture_has_an_id_and_an_output_of_its_own(tmp_path):
     jobs = plan_jobs(paths, {paths[0]: 7, paths[1]: 7, paths[3]: "b"})
     assert [job.image_id for job in jobs][:4] == [7, "a.png", "A_2", "b"]
     assert len({job.image_id for job in jobs}) == len(jobs)
+    # Its id and its name are those of other pictures.
+    ids = [job.image_id for job in plan_jobs(paths[:4], {paths[1]: "a", paths[2]: "a.jpg"})]
+    assert ids == [str(paths[0]), "a", "a.jpg", "a.png.jpg"]
     (alone,) = plan_jobs([tmp_path / "000000000139.jpg"], {})
     assert alone.image_id == 139 and str(alone.target) == "000000000139.jpg"
 
@@ -278,7 +290,7 @@ def test_a_name_in_another_script_is_drawn_with_a_font_that_has_its_letters(
     assert torch.equal(draw(image, FOUND, names, 0.2), as_number)
     detector = load(tiny_checkpoint)
     detector.classes = ("cat", *names)
-    draw_pictures(detector, [picture], tmp_path / "out", 0.1)
+    draw_pictures(detector, plan_jobs([picture], {}), tmp_path / "out", 0.1)
     assert capsys.readouterr().out.count("no font here has their letters") == 1
     font_of.cache_clear()
 
