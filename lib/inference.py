@@ -72,8 +72,7 @@ class PictureDetector:
 
     def detect_picture(self, image: Tensor) -> Detections:
         """Detections, with normalised boxes, of one picture (3, H, W) uint8 RGB of any size."""
-        resize = EvalTransform(self.image_size)
-        resized, *_ = resize(image, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+        resized, *_ = EvalTransform(self.image_size)(image, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
         return self.detect(resized[None])[0]
 
     def __call__(self, picture: Tensor | str | Path) -> PictureDetections:
@@ -213,9 +212,8 @@ def draw_pictures(detector: PictureDetector, jobs: Sequence[Job], out: Path, thr
     skipped. Raises UserError if none can be read, or before anything is written if something would be overwritten.
     """
     _refuse_to_overwrite(jobs, out)
-    letterless = [name for name in detector.classes if font_of(name) is None]
-    if letterless:
-        names = ", ".join(letterless)
+    names = ", ".join(name for name in detector.classes if font_of(name) is None)
+    if names:
         say(f"note: labels show numbers for {names}: no font here has their letters; put one that has into ~/.fonts")
     pictures = [{"id": job.image_id, "file_name": str(job.path), "drawn": job.target.as_posix()} for job in jobs]
     checkpoint.write_text(out / "pictures.json", LIST_START + json.dumps(pictures, indent=1) + "\n}")
@@ -293,7 +291,7 @@ def draw(image: Tensor, detections: Detections, classes: Sequence[str], threshol
         pen.font = ImageFont.truetype(font, text_size)
         # A filled label on top of the box, or inside its upper edge if there is no room above.
         text = f"{name} {score:.2f}"
-        text_width, text_height = pen.textbbox((0, 0), text)[2:]
+        *_, text_width, text_height = pen.textbbox((0, 0), text)
         margin = max(1, text_height // 8)
         label_width, label_height = text_width + 2 * margin, text_height + 2 * margin
         x = max(0, min(box[0], width - label_width))
