@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from lib import distributed
 from lib.annotations import Annotations, read_coco_files, read_pairs
@@ -194,12 +194,17 @@ class Batch:
 def collate(samples: Sequence[Sample]) -> Batch:
     """A batch from samples with different numbers of objects, possibly none."""
     images, boxes, labels, rows = zip(*samples, strict=True)
-    return Batch(
+    batch = Batch(
         images=default_collate(images),  # in a loader process straight into shared memory
         boxes=pad_sequence(boxes, batch_first=True),
         labels=pad_sequence(labels, batch_first=True),
         index=torch.tensor(rows),
     )
+    if get_worker_info() is not None:
+        # It would be done anyway, but later, where nobody hears of a failure.
+        for tensor in vars(batch).values():
+            tensor.share_memory_()
+    return batch
 
 
 class DetectionDataset(Dataset):

@@ -25,10 +25,10 @@ from lib.log import keep_streams_open, say
 MAX_CPU_WORKERS = 8  # by default; more have to be asked for
 # What the lack of something looks like in the exceptions of PyTorch and Python, and what helps.
 SHORTAGES = {
-    "shared memory|[Bb]us error": "/dev/shm is too small: docker run --shm-size=2g, or --set data.workers=0",
     "Too many open files|ancdata": "too many open files: ulimit -n 65536, or a smaller data.workers",
-    r"DataLoader worker \(pid": "a loader process was killed, mostly for want of memory: a smaller data.workers, "
-    "data.cache=false, or in a container a larger /dev/shm (docker run --shm-size=2g)",
+    "shared memory|</torch_|[Bb]us error": "/dev/shm is too small: docker run --shm-size=2g, or --set data.workers=0",
+    r"DataLoader worker \(pid": "a loader process has ended, for want of memory (a smaller data.workers, "
+    "data.cache=false), of /dev/shm (docker run --shm-size=2g) or of open files (ulimit -n 65536)",
     "[Oo]ut of memory|an't allocate memory|annot allocate memory|MemoryError": "out of memory: a smaller batch_size "
     "with accumulate in its place, or precision=bf16",
 }
@@ -192,10 +192,11 @@ def _name_what_lacks(main: Callable[[], None]) -> None:
     try:
         main()
     except (OSError, MemoryError, RuntimeError) as error:
-        text = " ".join(f"{type(error).__name__}: {error}".split())
+        # Of an error in a loader process, its traceback's last line.
+        text = f"{type(error).__name__}: {error}".strip().splitlines()[-1]
         for pattern, remedy in SHORTAGES.items():
-            if found := re.search(pattern, text):
-                raise UserError(f"{remedy} ({text[found.start() :][:120]})") from None
+            if re.search(pattern, text):
+                raise UserError(f"{remedy} ({text[:160]})") from None
         if getattr(error, "filename", None) is None:
             raise
         raise UserError(f"{error.filename}: {error.strerror}") from None

@@ -19,7 +19,7 @@ import torch
 from lib.distributed import PeerLost
 from lib.errors import UserError
 from lib.log import progress, say
-from lib.runtime import StopRequest, devices_of, pick_device, pick_workers, run, seed_everything
+from lib.runtime import Stopped, StopRequest, devices_of, pick_device, pick_workers, run, seed_everything
 
 
 class Fork:
@@ -256,3 +256,76 @@ def test_closed_streams_and_a_full_disk_are_no_reason_to_stop():
     for target in (main, full):
         with forked(target) as process:
             assert process.wait() == 0 and not process.stderr.read()
+
+
+@pytest.mark.parametrize(
+    ("error", "remedy"),
+    [
+        (MemoryError(), "out of memory: a smaller batch_size"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), "out of memory: a smaller batch"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes."), "out of memory"),
+        (RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left"), "--shm-size=2g, or"),
+        (
+            RuntimeError(
+                "Caught RuntimeError in DataLoader worker process 0.\n ...\nunable to mmap 9 bytes </torch_1>"
+            ),
+            "shm",
+        ),
+        (
+            RuntimeError("unable to open shared memory object </torch_1>: Too many open files (24)"),
+            "ulimit -n 65536, or",
+        ),
+        (OSError(24, "Too many open files"), "ulimit -n"),
+        (
+            RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"),
+            "a loader process has ended, for want of mem",
+        ),
+    ],
+)
+def test_what_the_machine_lacks_is_one_line_with_the_remedy(capsys, error, remedy):
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run(main)
+    printed = capsys.readouterr().err
+    assert caught.value.code == 2 and remedy in printed and printed.count("\n") == 1
+
+
+def test_a_stop_has_the_status_of_its_signal(capsys):
+    for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143), (signal.SIGUSR1, 143)):
+
+        def main(number=number) -> None:
+            with StopRequest() as stop:
+                os.kill(os.getpid(), number)
+                assert stop.requested and stop.number == number
+            raise Stopped("everything is saved", stop.number)
+
+        with pytest.raises(SystemExit) as caught:
+            run(main)
+        assert caught.value.code == status
+        assert capsys.readouterr().out == "stopped; everything is saved\n"
+
+
+def test_a_batch_systems_warning_is_no_first_signal():
+    """Slurm sends SIGUSR1 and later SIGTERM: that is not a second request, which would end the save."""
+
+    def main() -> None:
+        with StopRequest():
+            for number in (signal.SIGUSR1, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
+                os.kill(os.getpid(), number)
+                time.sleep(0.01)
+        print("saved")
+
+    with forked(main) as process:
+        assert process.wait() == 0 and process.stdout.read() == "saved\n"
+
+
+def test_under_nohup_a_closed_terminal_is_no_signal():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
