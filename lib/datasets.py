@@ -413,9 +413,22 @@ def eval_loader(
     return make_loader(dataset, distributed.deal(batches) if shared else batches, workers, device)
 
 
+class _Loader(DataLoader):
+    """Whatever the death of a loader process breaks first, the error says that the process is dead."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        try:
+            yield from super().__iter__()
+        except (ConnectionError, EOFError, FileNotFoundError) as error:
+            # Not of the pictures: a batch was to be fetched from a process that is gone.
+            if getattr(error, "filename", None) or "in DataLoader worker" in str(error):
+                raise
+            raise RuntimeError(f"DataLoader worker (pid unknown) exited unexpectedly: {error!r}") from None
+
+
 def make_loader(dataset: Dataset, batches: Iterable, workers: int, device: Device) -> DataLoader:
     """A loader of Batches; `batches` are lists of keys (epoch, row)."""
-    return DataLoader(
+    return _Loader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,

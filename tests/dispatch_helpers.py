@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from lib.dispatcher import Result, WorkerPool
+from lib.dispatcher import Result, WorkerPool, die_with_parent
 
 PATIENCE = 120  # seconds until a test gives up waiting
 
@@ -46,3 +46,15 @@ def is_alive(pid: int) -> bool:
 
 def pids_in(folder: Path) -> list[int]:
     return [int(file.name) for file in folder.iterdir()]
+
+
+def outlive(path: str) -> None:
+    """What a loader process does, as far as its end is concerned."""
+    die_with_parent()
+    Path(path).write_text(str(os.getpid()))
+    time.sleep(60)
+
+
+def start_a_child(method: str, path: str) -> None:
+    multiprocessing.get_context(method).Process(target=outlive, args=(path,), daemon=True).start()
+    time.sleep(60)

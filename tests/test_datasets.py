@@ -1,4 +1,7 @@
+import functools
 import logging
+import os
+import resource
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -407,3 +410,61 @@ def test_the_configured_augmentation_is_the_one_that_is_used(annotations):
         batches = list(loader_of(annotations, batch_size=5, augment=augment))
         pairs = [(plain[int(i)], image) for b in batches for i, image in zip(b.index, b.images, strict=True)]
         assert len(pairs) == 10 and all(torch.equal(a, b) for a, b in pairs) == unchanged
+
+
+@pytest.mark.parametrize(("count", "batch", "size"), [(1, 4, 1), (1, 4, 2), (2, 4, 2), (5, 2, 1), (3, 2, 1)])
+def test_no_process_ever_has_a_batch_of_one(count, batch, size):
+    """BatchNorm needs two images: a single picture counts twice."""
+    for rank in range(size):
+        sampler = EpochSampler(range(count), batch, 0, World(rank, size))
+        for epoch in (1, 2):
+            sampler.set_epoch(epoch)
+            batches = list(sampler)
+            assert len(batches) == len(sampler) >= 1 and all(len(keys) >= 2 for keys in batches)
+            assert {row for keys in batches for _, row in keys} <= set(range(count))
+
+
+class Faulty(Dataset):
+    """Its third sample comes with a fault of the loader process."""
+
+    def __init__(self, fault):
+        self.fault = fault
+
+    def __getitem__(self, key):
+        if key[1] == 2:
+            self.fault()
+        return torch.zeros(3, 64, 64, dtype=torch.uint8), torch.zeros(1, 4), torch.ones(1, dtype=torch.int64), key[1]
+
+
+def fill_shared_memory():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # stands in for Docker's 64 MB
+
+
+def be_killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def give_up():
+    datasets._give_up(RuntimeError("no room"), None)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [(fill_shared_memory, "</torch_|shared memory"), (be_killed, "DataLoader worker"), (give_up, "DataLoader worker")],
+)
+def test_a_fault_of_a_loader_process_is_an_error_and_never_a_wait(fault, words, monkeypatch):
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
+    loader = make_loader(Faulty(fault), [[(0, i)] for i in range(4)], 1, "cpu")
+    with pytest.raises(RuntimeError, match=words):
+        list(loader)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_a_loader_process_goes_on_after_a_signal_to_all_processes(number):
+    """The main process, which had it too, may still need batches before it has saved."""
+    loader = make_loader(Faulty(functools.partial(signal_oneself, number)), [[(0, i)] for i in range(6)], 1, "cpu")
+    assert [batch.index.item() for batch in loader] == list(range(6))
+
+
+def signal_oneself(number):
+    os.kill(os.getpid(), number)

@@ -328,3 +328,33 @@ def test_targets_serve_any_number_of_networks():
     assert first["cls"] != second["cls"]
     for name in ("prior_labels", "positive", "offsets", "normalizer"):
         assert torch.equal(getattr(before, name), getattr(targets, name))
+
+
+@pytest.mark.parametrize("loss_type", ["focal", "multibox"])
+def test_batches_that_share_a_step_weigh_their_objects_as_one_batch_does(loss_type):
+    """The mean of their losses, and its gradient; one has no object at all, the last one is smaller."""
+    loss = DetectionLoss(LossConfig(type=loss_type))
+    boxes, labels = random_batch(3, images=7)
+    labels[2:4] = 0
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(7, len(PRIORS), CLASSES + 1, generator=generator).requires_grad_()
+    offsets = torch.randn(7, len(PRIORS), 4, generator=generator).requires_grad_()
+    config = DistillConfig()
+
+    def all_losses(rows, targets):
+        found = loss(logits[rows], offsets[rows], targets)
+        return {**found, "distill": loss.distillation(logits[rows], logits[rows].flip(0), targets, config)}
+
+    parts = [slice(0, 2), slice(2, 4), slice(4, 6), slice(6, 7)]
+    together = loss.match_together([(boxes[part], labels[part]) for part in parts], PRIORS)
+    several = [all_losses(part, targets) for part, targets in zip(parts, together, strict=True)]
+    mean = {name: sum(item[name] for item in several) / len(several) for name in ("cls", "loc")}
+    whole = all_losses(slice(0, 7), loss.match(boxes, labels, PRIORS))
+    gradients = []
+    for losses in (mean, whole):
+        gradients.append(torch.autograd.grad(losses["cls"] + losses["loc"], (logits, offsets), retain_graph=True))
+        torch.testing.assert_close(losses["cls"], whole["cls"])
+        torch.testing.assert_close(losses["loc"], whole["loc"])
+    torch.testing.assert_close(*gradients)
+    alone = [loss(logits[part], offsets[part], loss.match(boxes[part], labels[part], PRIORS)) for part in parts]
+    assert (sum(item["loc"] for item in alone) / 4 - whole["loc"]).abs() > 0.01  # each by itself weighs otherwise

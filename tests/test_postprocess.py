@@ -171,3 +171,18 @@ def test_suppression_is_within_a_class_and_an_image():
     found = postprocess(logits, torch.zeros(2, 2, 4), priors, PostprocessConfig(), "focal", VARIANCES)
     assert [d.labels.tolist() for d in found] == [[1, 2], [1, 2]]
     assert box_iou(found[0].boxes, found[0].boxes).min() > 0.9
+
+
+def test_a_score_that_is_nan_hides_no_other_detection():
+    """It counts as none, in every place and number; topk would put it first."""
+    logits, offsets, priors = random_output(batch=3)
+    config = PostprocessConfig(top_k=5, confidence_threshold=0.3)
+    broken = logits.clone()
+    broken[0, ::2] = float("nan")
+    broken[1] = float("nan")
+    logits[0, ::2], logits[1] = -100.0, -100.0
+    found = postprocess(broken, offsets, priors, config, "focal", (0.1, 0.2))
+    expected = postprocess(logits, offsets, priors, config, "focal", (0.1, 0.2))
+    assert [len(d.scores) for d in found] == [len(d.scores) for d in expected] == [5, 0, 5]
+    for mine, theirs in zip(found, expected, strict=True):
+        assert all(map(torch.equal, mine, theirs))

@@ -15,11 +15,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from dispatch_helpers import is_alive, start_a_child, wait_for
+from tiny_runs import _SERVER
 
 from lib.distributed import PeerLost
 from lib.errors import UserError
 from lib.log import progress, say
-from lib.runtime import Stopped, StopRequest, devices_of, pick_device, pick_workers, run, seed_everything
+from lib.runtime import (
+    Stopped,
+    StopRequest,
+    devices_of,
+    pick_device,
+    pick_workers,
+    run,
+    seed_everything,
+)
 
 
 class Fork:
@@ -329,3 +339,14 @@ def test_under_nohup_a_closed_terminal_is_no_signal():
             assert not stop.requested
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_a_loader_process_ends_with_its_parent_however_it_was_started(tmp_path, method):
+    path = tmp_path / "pid"
+    parent = _SERVER.Process(target=start_a_child, args=(method, str(path)))
+    parent.start()
+    wait_for(lambda: path.exists() and path.read_text())
+    parent.kill()
+    parent.join()
+    wait_for(lambda: not is_alive(int(path.read_text())), seconds=20)
