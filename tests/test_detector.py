@@ -467,6 +467,19 @@ def test_a_supernets_space_is_that_of_the_last_epoch_it_trained(supernet, epoch,
     assert loaded.detector.space.stages[1].block.expand == (3, 6)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_supernet_that_diverged_is_refused(supernet, value):
+    """By everything that reads one: a search, another supernet that starts from it, a final training."""
+    detector, path = supernet
+    with torch.no_grad():
+        detector.predictors.boxes[0][-1].bias[2] = value
+    change(path, model=detector.state_dict())
+    with pytest.raises(
+        UserError, match=r"last\.pt: predictors\.boxes.*bias is not finite: its training diverged"
+    ):
+        load_supernet(path)
+
+
 def test_the_moving_average_is_what_is_loaded(tiny_detector, tiny_config, tmp_path):
     config, detector = tiny_config(supernet__ema_decay=0.9), tiny_detector()
     trainer = Trainer(detector, config.supernet, CPU, 4)

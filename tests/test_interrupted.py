@@ -45,6 +45,10 @@ def assert_equal_state(a, b, path="payload"):
 def interrupted(folder, script, arguments, number):
     """The checkpoints of a run and of one that sends itself a signal within its second epoch and is then resumed."""
     whole = start(folder, script, *arguments, "--train-dir", "whole")
+    if script == FINAL:
+        wait_for(lambda: (folder / "whole" / ".lock").exists())
+        second = finish(start(folder, script, *arguments, "--train-dir", "whole", "--resume"))
+        assert second.returncode == 2 and "whole: in use by process" in second.stderr, second.stderr
     signalled = SIGNALLED.replace("NUMBER", str(int(number)))
     done = finish(start(folder, script, *arguments, "--train-dir", "broken", prelude=signalled))
     if number == signal.SIGINT:

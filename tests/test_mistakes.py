@@ -35,6 +35,7 @@ PLANS = {  # what each script's plan must say
 NETWORK = (
     r"backbone\.mult_ratio: expected 0\.125 as in the supernet runs/tiny/supernet/last\.pt \(--load .*\), found 0\.25"
 )
+REVERSED = "[triangle, star, square, cross, circle]"
 MISTAKES = {
     "an unknown key": ([SUPERNET, "--set", "supernet.epoch=3"], "supernet.epoch.*epochs"),
     "a wrong type": ([SUPERNET, "--set", "supernet.epochs=many"], "supernet.epochs.*many"),
@@ -65,6 +66,27 @@ MISTAKES = {
     "a start that is denied": (
         [FINAL, "--from-scratch", "--load", "runs/tiny/final"],
         r"--load .*final: starts from a detector; --from-scratch",
+    ),
+    "another network on going on": (
+        [SUPERNET, "--resume", "--set", "backbone.mult_ratio=0.25"],
+        r"backbone\.mult_ratio: expected 0\.125, with which .*supernet.last\.pt began, found 0\.25; --train-dir",
+    ),
+    "another seed on going on": ([SUPERNET, "--resume", "--seed", "7"], "seed: expected 0, with which .*found 7"),
+    "another split on going on": (
+        [SUPERNET, "--resume", "--set", "data.data_portion=[0.5, 0.5]"],
+        r"data\.data_portion: expected \[0\.75, 0\.25\], with which .*found \[0\.5, 0\.5\]",
+    ),
+    "another optimizer on going on": (
+        [FINAL, "--resume", "--set", "final.optimizer=adamw"],
+        r"final\.optimizer: expected 'sgd', with which .*final.last\.pt began, found 'adamw'",
+    ),
+    "the folder of the other training": (
+        [FINAL, "--resume", "--train-dir", "runs/tiny/supernet"],
+        r"supernet.last\.pt: is of the other training",
+    ),
+    "a supernet with the classes in another order": (
+        [SUPERNET, "--load", "runs/tiny/supernet", "--train-dir", "new", "--set", f"data.classes={REVERSED}"],
+        r"data\.classes: expected circle, cross, .* in this order, as in .*backbone\.pretrained_path=",
     ),
     "a run that is there already": ([SUPERNET], r"last\.pt exists: --resume"),
     "no epoch of search": ([SEARCH, "--set", "search.num_epochs=0"], "search.num_epochs"),
