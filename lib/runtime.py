@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -202,6 +203,13 @@ def _name_what_lacks(main: Callable[[], None]) -> None:
         raise UserError(f"{error.filename}: {error.strerror}") from None
 
 
+def _let_go(error: BaseException | None) -> None:
+    """Free what the frames of an error hold. Loaders end their processes then; Python's exit waits 5 s for each."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a script's main function and exit with its status: 2 for a user's mistake, 1 for a lost process of the job.
 
@@ -221,9 +229,11 @@ def run(main: Callable[[], None]) -> None:
             print("\n" * lost + f"error: {error}", file=sys.stderr)
         # The report is out, so the launcher may end this process now.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        _let_go(error)
         sys.exit(1 if lost else 2)
     except Stopped as stopped:
         say(f"stopped; {stopped}")
+        _let_go(stopped)
         distributed.leave()
         sys.exit(130 if stopped.number == signal.SIGINT else 143)
     except KeyboardInterrupt:
