@@ -32,6 +32,7 @@ ATTEMPTS = 3  # of a job before it is given up, and of a worker to start
 GRACE_SECONDS = 2.0  # how long `close` lets workers exit by themselves
 KILL_SECONDS = 10.0  # how long a killed process may take to go, which a hung driver can prevent
 OUT_OF_MEMORY = ", probably for want of memory: try fewer workers (--gpus) or a smaller search.batch_size"
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # by a terminal or a batch system
 EXIT = b""  # the message that ends a worker
 CONTEXT = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
 
@@ -92,7 +93,13 @@ class WorkerPool(contextlib.AbstractContextManager):
         self._waiting: deque[Hashable] = deque()  # jobs that no worker holds
         self._failures: Counter[Hashable] = Counter()
         self._done: list[Result] = []
-        self._workers = [self._start(slot, failed_starts=0) for slot in range(len(self._devices))]
+        self._workers: list[Worker] = []
+        try:
+            for slot in range(len(self._devices)):
+                self._workers.append(self._start(slot, failed_starts=0))
+        except BaseException:
+            self.close()
+            raise
 
     def __exit__(self, *_) -> None:
         self.close()
@@ -301,7 +308,7 @@ class _Process(Worker):
 class Dispatcher(WorkerPool):
     """A WorkerPool of spawned processes.
 
-    A worker exits by itself when this process is gone, and ignores Ctrl-C, which this process handles. Workers are
+    A worker exits by itself when this process is gone, and ignores `STOPS`, which this process handles. Workers are
     daemons: they may not start `multiprocessing` children of their own.
     """
 
@@ -358,13 +365,13 @@ class Dispatcher(WorkerPool):
 
 @contextlib.contextmanager
 def _settings_for_children(threads: int | None) -> Iterator[None]:
-    """Children started within have `threads` CPU threads, and Ctrl-C blocked until they can ignore it."""
+    """Children started within have `threads` CPU threads, and `STOPS` blocked until they can ignore them."""
     variables = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads)) if threads else {}
     saved = dict(os.environ)
     os.environ.update(variables)
-    # Started before the mask is set: otherwise spawn starts it, and that unblocks Ctrl-C.
+    # Started before the mask is set: otherwise spawn starts it, and that unblocks Ctrl-C and SIGTERM.
     resource_tracker.ensure_running()
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
         yield
     finally:
@@ -377,8 +384,9 @@ def _settings_for_children(threads: int | None) -> Iterator[None]:
 def _worker_main(conn: connection.Connection, setup: Callable, device: str, args: tuple) -> None:
     """The main function of a worker process: set up, then run jobs until the EXIT message."""
     die_with_parent()
-    # A terminal sends Ctrl-C to the whole process group, but only the parent knows how to stop.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # They reach the whole process group, but only the parent knows how to stop.
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
     jobs: queue.SimpleQueue = queue.SimpleQueue()
     threading.Thread(target=_receive_jobs, args=(conn, jobs), daemon=True).start()
     function, message = set_up(setup, device, args)

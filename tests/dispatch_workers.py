@@ -86,8 +86,9 @@ def do_environment(name, device, args):
 
 
 def do_interrupt(argument, device, args):
-    """What Ctrl-C in the terminal does to every process of the group."""
-    os.kill(os.getpid(), signal.SIGINT)
+    """What Ctrl-C in the terminal, or a batch system, does to every process of the group."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        os.kill(os.getpid(), number)
     return "alive"
 
 

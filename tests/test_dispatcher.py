@@ -258,6 +258,22 @@ def test_a_worker_that_hangs_or_fails_in_its_setup_is_replaced(make, tmp_path):
         wait_for(lambda: sum(map(is_alive, pids_in(tmp_path))) == 1, seconds=5)
 
 
+def test_no_worker_is_left_where_not_all_can_be_started(monkeypatch):
+    """They ignore the SIGTERM that ends children at an interpreter's exit, which then would wait for ever."""
+    start = Dispatcher._start
+
+    def start_one(self, slot, failed_starts):
+        if slot == 1:
+            raise OSError("Too many open files")
+        return start(self, slot, failed_starts)
+
+    monkeypatch.setattr(Dispatcher, "_start", start_one)
+    before = set(multiprocessing.active_children())
+    with pytest.raises(OSError, match="Too many open files"):
+        Dispatcher(setup, (), ["cpu", "cpu"])
+    assert set(multiprocessing.active_children()) == before
+
+
 def test_close_ends_hung_and_busy_workers_in_seconds(make, tmp_path):
     dispatcher = make(setup, (), ["cpu", "cpu"])
     dispatcher.submit("hung", ("pid_then_sleep", str(tmp_path)))
@@ -281,12 +297,13 @@ def test_memory_that_cannot_be_had_fails_the_job_and_not_the_worker(make):
         assert results["modest"].value == 1 << 10
 
 
-def test_ctrl_c_is_left_to_the_parent():
+def test_ctrl_c_and_sigterm_are_left_to_the_parent():
     """While the worker starts, and while it runs a job."""
     before = set(multiprocessing.active_children())
     with Dispatcher(setup, (), ["cpu"]) as dispatcher:
         (process,) = set(multiprocessing.active_children()) - before
         os.kill(process.pid, signal.SIGINT)
+        os.kill(process.pid, signal.SIGTERM)
         dispatcher.submit("where", ("where", None))
         assert take(dispatcher, 1)[0].value[2] == process.pid
         dispatcher.submit("interrupt", ("interrupt", None))
