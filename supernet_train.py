@@ -30,7 +30,6 @@ from lib.config import Config, DistillConfig, SupernetConfig
 from lib.config_io import to_dict
 from lib.datasets import Batch, load_annotations, load_split, save_split, split_indices, train_loader
 from lib.detector import ElasticSSD, load_weights
-from lib.elastic import sort_hidden_channels
 from lib.errors import UserError
 from lib.genotype import Genotype, SearchSpace, read_genotype_file
 from lib.log import duration, plot_training, say
@@ -45,6 +44,7 @@ from lib.shrinking import (
     due_epochs,
     first_narrower_epoch,
     make_panel,
+    sort_hidden_channels,
     space_at,
     value_at,
 )

@@ -6,9 +6,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import multiprocessing.queues
-import os
-import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,12 +21,12 @@ from lib import distributed
 from lib.annotations import Annotations, read_coco_files, read_pairs
 from lib.checkpoint import write_text
 from lib.config import Config, DataConfig
-from lib.dispatcher import die_with_parent
 from lib.errors import UserError
 from lib.images import MAX_PIXELS, UnreadableImage, is_large_jpeg, read_picture
 from lib.labels import Faults
 from lib.layouts import find_layout
 from lib.plain import check, read_json
+from lib.runtime import start_loader_process
 from lib.shapes import CLASSES, write_shapes
 from lib.transforms import EvalTransform, TrainTransform, Transform, scale_view
 
@@ -38,7 +35,6 @@ Device = torch.device | str
 logger = logging.getLogger(__name__)
 SPLIT_FORMAT = "split/1"
 CACHE_BYTES = 2 * 1024**3  # of decoded pictures, per process
-GRACE_SECONDS = 10  # that a loader process goes on after SIGTERM
 
 
 def load_annotations(data: DataConfig, split: Literal["train", "test"]) -> Annotations:
@@ -435,28 +431,7 @@ def make_loader(dataset: Dataset, batches: Iterable, workers: int, device: Devic
         collate_fn=collate,
         pin_memory=torch.device(device).type == "cuda",
         persistent_workers=workers > 0,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_loader_process,
         # Without its own generator, each epoch draws from the global one, which a resumed epoch would do twice.
         generator=torch.Generator(),
     )
-
-
-def _start_worker(worker: int) -> None:
-    """Use one thread: the main process uses the others. Leave signals to the main process."""
-    die_with_parent()
-    torch.set_num_threads(1)
-    # Ctrl-C, and the SIGTERM of torchrun, reach the whole group of processes, so the worker leaves the group. A batch
-    # system may signal each process.
-    os.setpgid(0, 0)
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    # The main process may still need batches to end its step, and it ends its children by SIGTERM too.
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))
-    # By default, a batch that does not fit into shared memory is dropped, and the main process waits for it forever.
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_give_up)
-
-
-def _give_up(error: Exception, _batch: object) -> None:
-    """End this loader process, which cannot hand its batches over. The main process notices within seconds."""
-    os.write(2, f"loader process: {' '.join(str(error).split())}\n".encode())
-    os._exit(1)

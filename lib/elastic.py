@@ -334,36 +334,6 @@ def extract_segment(segment: Segment) -> nn.Sequential:
 
 
 @torch.no_grad()
-def sort_hidden_channels(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None = None, average: nn.Module | None = None
-) -> int:
-    """Sort the hidden channels of each elastic block, most important first, so that narrow slices keep the best ones.
-
-    Importance is the L1 norm of the projection's weights (Once-for-All, section 3.3). The largest sub-network's output
-    does not change. The optimizer's per-parameter state and `average`, a module of the same structure (a moving average
-    of the weights), are permuted along. Returns the number of blocks sorted.
-    """
-    count = 0
-    for path, block in model.named_modules():
-        if not isinstance(block, ElasticInvertedResidual) or block.expand is None:
-            continue
-        count += 1
-        order = block.project.weight.abs().sum((0, 2, 3)).argsort(descending=True, stable=True)
-        axes = list(block.hidden_axes())
-        if average is not None:
-            # By the model's order, not by its own: an averaged channel must stay the average of that channel.
-            axes += average.get_submodule(path).hidden_axes()
-        for module, name, dim in axes:
-            tensor = getattr(module, name)
-            # The optimizer's state of the weight's shape (momentum, second moments) belongs to the same channels.
-            state = optimizer.state.get(tensor, {}) if optimizer is not None else {}
-            per_weight = [t for t in state.values() if isinstance(t, Tensor) and t.shape == tensor.shape]
-            for t in (tensor, *per_weight):
-                t.copy_(t.index_select(dim, order))
-    return count
-
-
-@torch.no_grad()
 def copy_module(module: nn.Module, **tensors: Tensor) -> nn.Module:
     """A deep copy of `module`, in a fraction of copy.deepcopy's time: a search cuts out every candidate as one.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import multiprocessing.queues
 import os
 import platform
 import random
@@ -20,6 +21,7 @@ import torch
 
 from lib import distributed
 from lib.config import Config
+from lib.dispatcher import die_with_parent
 from lib.errors import UserError
 from lib.log import keep_streams_open, say
 
@@ -33,6 +35,7 @@ SHORTAGES = {
     "[Oo]ut of memory|an't allocate memory|annot allocate memory|MemoryError": "out of memory: a smaller batch_size "
     "with accumulate in its place, or precision=bf16",
 }
+GRACE_SECONDS = 10  # that a loader process goes on after SIGTERM
 ECHO_SECONDS = 1.0  # a batch system may send SIGTERM to a process and then again to its process group
 
 
@@ -118,6 +121,27 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD of malloc.h
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def start_loader_process(worker: int) -> None:
+    """Of a DataLoader's process: use one thread, as the main process uses the others, and leave signals to that one."""
+    die_with_parent()
+    torch.set_num_threads(1)
+    # Ctrl-C, and the SIGTERM of torchrun, reach the whole group of processes, so the worker leaves the group. A batch
+    # system may signal each process.
+    os.setpgid(0, 0)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    # The main process may still need batches to end its step, and it ends its children by SIGTERM too.
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))
+    # By default, a batch that does not fit into shared memory is dropped, and the main process waits for it forever.
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_give_up)
+
+
+def _give_up(error: Exception, _batch: object) -> None:
+    """End this loader process, which cannot hand its batches over. The main process notices within seconds."""
+    os.write(2, f"loader process: {' '.join(str(error).split())}\n".encode())
+    os._exit(1)
 
 
 class Stopped(Exception):

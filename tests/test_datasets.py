@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tiny_data import write_coco, write_voc
 from torch.utils.data import Dataset
 
-from lib import datasets
+from lib import datasets, runtime
 from lib.annotations import read_voc
 from lib.config import AugmentConfig, Config, DataConfig
 from lib.datasets import (
@@ -445,7 +445,7 @@ def be_killed():
 
 
 def give_up():
-    datasets._give_up(RuntimeError("no room"), None)
+    runtime._give_up(RuntimeError("no room"), None)
 
 
 @pytest.mark.parametrize(

@@ -474,9 +474,7 @@ def test_a_supernet_that_diverged_is_refused(supernet, value):
     with torch.no_grad():
         detector.predictors.boxes[0][-1].bias[2] = value
     change(path, model=detector.state_dict())
-    with pytest.raises(
-        UserError, match=r"last\.pt: predictors\.boxes.*bias is not finite: its training diverged"
-    ):
+    with pytest.raises(UserError, match=r"last\.pt: predictors\.boxes.*bias is not finite: its training diverged"):
         load_supernet(path)
 
 

@@ -29,9 +29,9 @@ from lib.elastic import (
     extract_segment,
     make_divisible,
     run_segment,
-    sort_hidden_channels,
 )
 from lib.genotype import Block
+from lib.shrinking import sort_hidden_channels
 
 EXPANDS, KERNELS = (3, 4, 6), (3, 5, 7)
 
