@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from importlib import import_module
 
 import pytest
@@ -126,8 +127,12 @@ MISTAKES = {
 
 
 @pytest.fixture(scope="module")
-def prepared(flow):
-    folder, _ = flow
+def prepared(flow, tmp_path_factory):
+    """A copy of the stages' folder, which other tests write to meanwhile."""
+    folder = tmp_path_factory.mktemp("prepared")
+    for name in ("runs", "shapes"):
+        shutil.copytree(flow[0] / name, folder / name, ignore=shutil.ignore_patterns("*.part"))
+    shutil.copy(flow[0] / "tiny.yaml", folder)
     write_voc(folder / "bare", {"a": [("cat", 1, 1, 20, 20)]})
     write_voc(folder / "bare", {"b": []}, "test")
     (folder / "empty").mkdir()
