@@ -124,7 +124,7 @@ def rests_on(
     truth = hashlib.sha256(json.dumps(annotations.classes).encode())
     pictures = hashlib.sha256()
     for row in scored:
-        for tensor in (annotations.sizes[row], *annotations.target(row).values()):
+        for tensor in (annotations.sizes[row], *annotations.truth.of(row).values()):
             truth.update(tensor.numpy().tobytes())
     for row in (*scored, *calibration_rows(train, config)):
         path = Path(annotations.paths[row])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import random
+import re
 from dataclasses import is_dataclass
 
 import numpy as np
@@ -252,8 +253,15 @@ def test_what_a_score_rests_on_knows_the_scored_pictures_and_labels(tiny_config,
         assert (found()["pictures"] != plain["pictures"]) == (name in used)
         picture.write_bytes(pixels)
     assert found() == plain
+    # Beyond the edge too: training cuts a box off there, and scoring does not.
+    xml, keys = tmp_path / "Annotations/f.xml", set()
+    for xmax in (9000, 9001):
+        xml.write_text(re.sub("<xmax>.*?<", f"<xmax>{xmax}<", xml.read_text()))
+        keys.add(found()["annotations"])
+    assert len(keys) == 2
+    mine = found()
     other = rests_on("others", read_voc(tmp_path, ["trainval"]), train, search, config)
-    assert {name for name in plain if other[name] != plain[name]} == {"weights"}
+    assert {name for name in mine if other[name] != mine[name]} == {"weights"}
 
 
 def test_the_file_that_workers_share_holds_the_same(tmp_path, data):
