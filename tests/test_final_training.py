@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 import shutil
 from pathlib import Path
@@ -11,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_runs import killed_at
 
 from lib import checkpoint, final_training
 from lib.datasets import Batch
@@ -154,10 +154,6 @@ def test_a_run_that_ended_says_that_its_best_detector_is_gone(train, spoil, word
     assert before == {path.name: path.read_bytes() for path in train.folder.iterdir()}
 
 
-class Killed(BaseException):
-    """Stands in for a kill -9."""
-
-
 @pytest.mark.parametrize("epoch", [1, 2])
 def test_a_best_detector_of_an_epoch_that_is_trained_again_is_no_second_timeline(train, monkeypatch, epoch):
     """From a checkpoint before the best epoch, on another course: best.pt is of an epoch that this run has trained."""
@@ -179,24 +175,9 @@ def test_a_final_training_that_is_killed_between_two_writes_ends_the_same(train,
     metrics = (train.folder / "metrics.json").read_bytes()
     log = [(r["kind"], r["step"]) for r in read_log(train.folder / "log.jsonl")]
     shutil.rmtree(train.folder)
-    left = itertools.count(at // 2, -1)
-
-    def killed(do):
-        def call(*arguments, **options):
-            now = next(left) if train.evaluated and train.evaluated[-1] == 2 else -1
-            if now == 0 and at % 2 == 0:
-                raise Killed
-            do(*arguments, **options)
-            if now == 0:
-                raise Killed
-
-        return call
-
     train.evaluated.clear()
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(checkpoint, "save", killed(checkpoint.save))
-        patch.setattr(checkpoint, "write_text", killed(checkpoint.write_text))
-        patch.setattr(RunLog, "write", killed(RunLog.write))
+    writers = (checkpoint, "save"), (checkpoint, "write_text"), (RunLog, "write")
+    with killed_at(at, *writers, counts=lambda: train.evaluated[-1:] == [2]):
         train.run()
     train.run(resume=True)
     for name in names:

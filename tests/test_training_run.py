@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from test_training import network, states_equal, trainer
+from tiny_runs import Killed, killed_at
 
 from lib import checkpoint, config_io, training_run
 from lib.config import Config
@@ -150,10 +151,6 @@ def test_a_training_that_starts_over_is_scored_anew(tmp_path, stop):
     assert run.scored == [2] and logged(tmp_path) == [("train", 1), ("train", 2), ("eval", 2), ("train", 3)]
 
 
-class Killed(BaseException):
-    """Stands in for a kill -9: nothing that handles errors sees it."""
-
-
 @pytest.mark.parametrize("at", range(22))
 def test_killed_anywhere_between_two_writes_the_end_is_the_same(tmp_path, stop, monkeypatch, at):
     """Each file that is written, and each line of the log, is a point to be killed at: before it, or right after it."""
@@ -164,22 +161,7 @@ def test_killed_anywhere_between_two_writes_the_end_is_the_same(tmp_path, stop, 
         return run
 
     expected = whole(tmp_path / "whole")
-    left = itertools.count(at // 2, -1)
-
-    def killed(do):
-        def call(*arguments, **options):
-            now = next(left)
-            if now == 0 and at % 2 == 0:
-                raise Killed
-            do(*arguments, **options)
-            if now == 0:
-                raise Killed
-
-        return call
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        for owner, name in ((checkpoint, "save"), (checkpoint, "link"), (training_run.RunLog, "write")):
-            patch.setattr(owner, name, killed(getattr(owner, name)))
+    with killed_at(at, (checkpoint, "save"), (checkpoint, "link"), (training_run.RunLog, "write")):
         whole(tmp_path / "broken")
     resumed = whole(tmp_path / "broken", resume=True)
     assert states_equal(resumed.model.state_dict(), expected.model.state_dict())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -9,11 +11,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 
 from lib import config_io, dispatcher, runtime
@@ -156,3 +159,32 @@ def run(cwd: Path, script: str, *arguments: object, prelude: str = "") -> str:
 def read_lines(path: Path) -> list[dict]:
     """The records of a JSONL file, none where there is no file."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+class Killed(BaseException):
+    """Stands in for a kill -9: nothing that handles errors sees it."""
+
+
+@contextlib.contextmanager
+def killed_at(at: int, *writers: tuple[object, str], counts: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """End in Killed before (`at` even) or right after call number `at // 2` of the `writers`, (owner, name) each.
+
+    Calls are counted while `counts()` is true.
+    """
+    left = itertools.count(at // 2, -1)
+
+    def dying(write: Callable) -> Callable:
+        def call(*arguments: object, **options: object) -> None:
+            now = next(left) if counts() else -1
+            if now == 0 and at % 2 == 0:
+                raise Killed
+            write(*arguments, **options)
+            if now == 0:
+                raise Killed
+
+        return call
+
+    with contextlib.ExitStack() as patches, pytest.raises(Killed):
+        for owner, name in writers:
+            patches.enter_context(mock.patch.object(owner, name, dying(getattr(owner, name))))
+        yield
