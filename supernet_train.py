@@ -17,6 +17,7 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -62,7 +63,8 @@ def step_genotypes(space: SearchSpace, config: SupernetConfig, seed: int, step: 
     rng = random.Random(f"{seed}-{step}")
     size = rng.choice(space.image_size)
     ends = [space.largest(), space.smallest()] if config.sampling == "sandwich" else []
-    drawn = [*ends, *(space.sample(rng) for _ in range(config.samples))]
+    sample = space.sample_spread if config.sampling == "spread" else space.sample
+    drawn = [*ends, *(sample(rng) for _ in range(config.samples))]
     return list(dict.fromkeys(_at_size(genotype, size) for genotype in drawn))
 
 
@@ -137,12 +139,19 @@ class SupernetTraining(Training):
         super().begin_epoch(epoch)
         self.space = space_at(self.config, epoch)
         self.weight = value_at(self.settings.distill.weight, epoch)
+        if len(self.space.image_size) > 1:
+            self.loader.batch_sampler.image_size = partial(self._image_size, self.trainer.step, self.trainer.batch)
         # Narrower blocks keep the first channels, which should be the most important ones. Sorting is done once: not
         # again when the epoch is resumed in its middle, nor before any training, when no channel is important yet.
         trainer = self.trainer
         if epoch == self.sort_epoch and trainer.step and trainer.batch == 0:
             blocks = sort_hidden_channels(trainer.model, trainer.optimizer, trainer.ema and trainer.ema.module)
             say(f"epoch {epoch}: hidden channels of {blocks} blocks sorted by importance")
+
+    def _image_size(self, step: int, first: int, batch: int) -> int:
+        """The image size of a batch of this epoch, whose batch `first` begins the given step."""
+        step += (batch - first) // self.settings.accumulate
+        return step_genotypes(self.space, self.settings, self.config.seed, step)[0].image_size
 
     def genotypes(self) -> list[Genotype]:
         return step_genotypes(self.space, self.settings, self.config.seed, self.trainer.step)

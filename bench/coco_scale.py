@@ -136,7 +136,7 @@ def loader_worker_mb(annotations: Annotations, train: list[int]) -> dict[str, fl
 def search_worker_mb(annotations: Annotations, search: list[int], path: Path) -> dict[str, float]:
     """Private memory of a process that loads the scoring data, before and after it reads the ground truth."""
     data = {
-        "images": torch.zeros(len(search), 3, 8, 8, dtype=torch.uint8),
+        "images": {8: torch.zeros(len(search), 3, 8, 8, dtype=torch.uint8)},
         "truth": annotations.ground_truth(search),
         "sizes": annotations.sizes[torch.as_tensor(search)].tolist(),
         "classes": list(annotations.classes),

@@ -234,8 +234,8 @@ def scoring_data(images: int, bn_images: int, objects: int, num_classes: int, si
     batch = random_batch(bn_images + images, size, objects, num_classes)
     ignore = torch.zeros(objects, dtype=torch.bool)
     return {
-        "bn_images": batch.images[:bn_images],
-        "images": batch.images[bn_images:],
+        "bn_images": {size: batch.images[:bn_images]},
+        "images": {size: batch.images[bn_images:]},
         "truth": [
             {"boxes": size * boxes, "labels": labels, "ignore": ignore}
             for boxes, labels in zip(batch.boxes[bn_images:], batch.labels[bn_images:], strict=True)

@@ -43,9 +43,9 @@ def compare(args: argparse.Namespace, classes: int, scores: str, clock: common.C
     score(genotype)
 
     # The network alone, prepared as the scorer prepares it.
-    batches = data["images"].split(config.search.batch_size)
+    batches = data["images"][genotype.image_size].split(config.search.batch_size)
     model = detector.extract(genotype).to(args.device, memory_format=torch.channels_last)
-    recalibrate(model, [data["bn_images"]], args.device)
+    recalibrate(model, [data["bn_images"][genotype.image_size]], args.device)
     fused = fuse(model).to(memory_format=torch.channels_last)
     detections = detect(fused, batches, config, args.device)
     metrics = detection_metrics(detections, data["truth"], data["sizes"], data["classes"])

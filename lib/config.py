@@ -93,7 +93,12 @@ class ValueSchedule:
 
 @dataclass
 class ScheduleConfig:
-    """Which choices are open from which epoch on. A choice above a stage's own maximum counts as that maximum."""
+    """Which choices are open from which epoch on. A choice above a stage's own maximum counts as that maximum.
+
+    Without boundaries for the image size, all of `image_size_choice` is open from the first epoch on.
+    """
+
+    image_size_choice: ChoiceSchedule = field(default_factory=lambda: ChoiceSchedule([], []))
 
     kernel_choice: ChoiceSchedule = field(default_factory=lambda: ChoiceSchedule([1, 81], [[7, 5], [7, 5, 3]]))
     width_choice: ChoiceSchedule = field(
@@ -218,10 +223,13 @@ class TrainConfig:
 
 @dataclass
 class SupernetConfig(TrainConfig):
-    """Stage 1. A step trains `samples` random sub-networks; `sandwich` adds the largest and the smallest one."""
+    """Stage 1. A step trains `samples` random sub-networks; `sandwich` adds the largest and the smallest one.
+
+    `spread` draws networks whose costs cover the whole range; under `uniform` most are of average cost.
+    """
 
     epochs: Epochs = 500
-    sampling: Literal["uniform", "sandwich"] = "uniform"
+    sampling: Literal["uniform", "sandwich", "spread"] = "uniform"
     samples: Annotated[int, Bounds(1, 1000)] = 1
     sort_channels: bool = True  # by importance, once, before narrower widths open
     panel: EpochsOrZero = 3  # random sub-networks scored beside the smallest, the largest and the pretrained one

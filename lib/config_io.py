@@ -9,16 +9,16 @@ from __future__ import annotations
 import copy
 import itertools
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lib.config import ChoiceSchedule, Config, SearchConfig, TrainConfig, ValueSchedule
+from lib.config import ChoiceSchedule, Config, SearchConfig, TrainConfig
 from lib.errors import UserError, did_you_mean
-from lib.plain import MOST_SHOWN, WrongKey, check, fail, hints_of, read_bytes, refuse_bomb, shown
+from lib.plain import MOST_SHOWN, WrongKey, check, fail, hints_of, read_bytes, refuse_bomb
 
 # Keys of earlier versions that changed nothing about a network. Checkpoints and genotype files still hold them.
 RETIRED_KEYS = ("search.racing", "final.distill", "supernet.distill.teacher", "supernet.distill.priors")
@@ -40,12 +40,6 @@ def from_dict(data: dict, source: str = "", overridden: Collection[str] = ()) ->
     which the user gave on the command line.
     """
     refuse_bomb(data, source or "configuration")
-    data = copy.deepcopy(data)
-    for key in RETIRED_KEYS:
-        path, _, leaf = key.rpartition(".")
-        section = get_key(data, path)
-        if isinstance(section, dict):
-            section.pop(leaf, None)
     try:
         return _section(data, Config(), "")
     except WrongKey as error:
@@ -54,9 +48,9 @@ def from_dict(data: dict, source: str = "", overridden: Collection[str] = ()) ->
 
 
 def _is_part_of(key: str, other: str) -> bool:
-    """Whether one of two dotted paths leads to the other; a very long one may have been cut."""
-    shorter, longer = sorted((key, other[:MOST_SHOWN]), key=len)
-    return longer.startswith(shorter) and longer[len(shorter) : len(shorter) + 1] in ("", ".", "[")
+    """Whether one of two dotted paths leads to the other."""
+    shorter, longer = sorted((key, other), key=len)
+    return shorter == longer or longer.startswith((f"{shorter}.", f"{shorter}["))
 
 
 def to_dict(config: Config) -> dict:
@@ -66,7 +60,7 @@ def to_dict(config: Config) -> dict:
 
 def dump(config: Config) -> str:
     """The resolved configuration as YAML, in the order of the dataclasses."""
-    return yaml.safe_dump(asdict(config), sort_keys=False, default_flow_style=None, width=120)
+    return yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=None, width=120)
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -74,12 +68,12 @@ class _StrictLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
-        for key_node, _ in node.value:
-            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
-            if key is not None and key in seen:
-                line = key_node.start_mark.line + 1
-                raise yaml.YAMLError(f"the key '{key}' stands there twice, again in line {line}")
-            seen.add(key)
+        for key, _ in node.value:
+            name = key.value if isinstance(key, yaml.ScalarNode) else id(key)
+            if name in seen:
+                problem = f"the key '{name}' stands there twice, again"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            seen.add(name)
         return super().construct_mapping(node, deep)
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
@@ -100,12 +94,14 @@ for tag in ("int", "float"):
 def _parse_yaml(content: str | bytes, source: str) -> object:
     """The plain data of YAML. Raises UserError that begins with `source`."""
     try:
-        return yaml.load(content, Loader=_StrictLoader)
+        data = yaml.load(content, Loader=_StrictLoader)
     except Exception as error:  # PyYAML raises anything on a damaged scalar, such as !!bool maybe
         reason = getattr(error, "problem", None) or " ".join(str(error).split())
         mark = getattr(error, "problem_mark", None)
         place = f" in line {mark.line + 1}" if mark else ""
         raise UserError(f"{source}: not valid YAML: {reason}{place}") from None
+    refuse_bomb(data, source)
+    return data
 
 
 def read_yaml(path: Path) -> dict:
@@ -119,7 +115,6 @@ def read_yaml(path: Path) -> dict:
     data = {} if data is None else data
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected keys and values, found {type(data).__name__}")
-    refuse_bomb(data, str(path))
     data["name"] = data.get("name") or path.stem
     return data
 
@@ -131,11 +126,9 @@ def parse_override(override: str) -> tuple[str, object]:
     if not equals or not key:
         raise UserError(f"--set {override}: expected key.path=value, e.g. supernet.epochs=10")
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
-    if key in TEXT_KEYS and not quoted:
+    if KEYS.get(key) is str and not quoted:
         return key, text
-    value = _parse_yaml(text, f"--set {override[:MOST_SHOWN]}") if text.strip() else ""
-    refuse_bomb(value, f"--set {override[:MOST_SHOWN]}")
-    return key, value
+    return key, _parse_yaml(text, f"--set {override[:MOST_SHOWN]}") if text.strip() else ""
 
 
 def with_changes(data: dict, changes: Iterable[tuple[str, object]]) -> dict:
@@ -159,7 +152,12 @@ def get_key(data: object, key: str) -> object | None:
     return data
 
 
-# Plain data to typed dataclasses.
+def differences(config: Config, other: Config) -> Iterator[tuple[str, object, object]]:
+    """Each key whose values differ, with both values."""
+    ours, theirs = to_dict(config), to_dict(other)
+    for key in KEYS:
+        if get_key(ours, key) != get_key(theirs, key):
+            yield key, get_key(ours, key), get_key(theirs, key)
 
 
 def leaf_types(kind: type, prefix: str = "") -> dict[str, Any]:
@@ -175,28 +173,27 @@ def leaf_types(kind: type, prefix: str = "") -> dict[str, Any]:
 
 
 KEYS = leaf_types(Config)
-TEXT_KEYS = {path for path, kind in KEYS.items() if kind is str}
 
 
 def _section(value: Any, default: Any, path: str) -> Any:
     """`default`, an instance of a dataclass, with the keys of `value` set."""
     if not isinstance(value, Mapping):
-        fail(path, "a section with keys", shown(value))
+        fail(path, "a section with keys", value)
     hints = hints_of(type(default))
-    names = {f.name: f.name for f in fields(default)}
-    names |= {f.metadata["alias"]: f.name for f in fields(default) if "alias" in f.metadata}
+    names = {name: f.name for f in fields(default) for name in (f.name, *f.metadata.values())}
     prefix = f"{path}." if path else ""
     values = {}
     for key, item in value.items():
-        if not isinstance(key, str):
-            fail(path, "keys that are text", shown(key))
-        where = f"{prefix}{key}"
+        where = prefix + check(key, str, f"{path}: a key" if path else "a key")
+        if where in RETIRED_KEYS:
+            continue
         if key not in names:
             # The same key in another section is a better hint than a similar one in this section.
             elsewhere = [known for known in KEYS if known.rpartition(".")[2] == key]
-            nearest = did_you_mean(where[:MOST_SHOWN], [prefix + name for name in hints])
-            hint = f" (did you mean '{elsewhere[0]}'?)" if elsewhere else nearest
-            raise WrongKey(where[:MOST_SHOWN], f"unknown key{hint}")
+            nearest = did_you_mean(where, [prefix + name for name in names])
+            raise WrongKey(
+                where, f"unknown key (did you mean '{elsewhere[0]}'?)" if elsewhere else f"unknown key{nearest}"
+            )
         name = names[key]
         if is_dataclass(hints[name]):
             values[name] = _section(item, getattr(default, name), where)
@@ -208,40 +205,124 @@ def _section(value: Any, default: Any, path: str) -> Any:
 # What types and bounds cannot say: values that contradict each other, or that no backbone can serve.
 
 
+def _require(met: bool, key: str, expected: str, found: object) -> None:
+    if not met:
+        fail(key, expected, found)
+
+
+def _require_length(key: str, values: Sequence, expected: int, why: str) -> None:
+    _require(len(values) == expected, key, f"{expected} values, {why}", values)
+
+
+def _require_unique(key: str, values: Sequence) -> None:
+    _require(0 < len(values) == len(set(values)), key, "at least one choice, each once", values)
+
+
 def validate(config: Config) -> None:
     """Raise UserError for the first contradiction between keys, naming the key and what was expected."""
     validate_structure(config)
     _check_search(config.search)
-    for key, training in (("supernet", config.supernet), ("final", config.final)):
-        _check_rate(f"{key}.lr_schedule", training)
-    portion = config.data.data_portion
-    if len(portion) != 2 or not min(portion) > 0 or sum(portion) > 1 + 1e-9:
-        fail("data.data_portion", "two shares above 0 that sum to at most 1, for training and for scoring", portion)
-    if len(set(config.data.classes)) < len(config.data.classes) or "" in config.data.classes:
-        fail("data.classes", "names, each once", shown(config.data.classes))
-    if config.loss.unmatched_threshold > config.loss.matched_threshold:
-        fail("loss.unmatched_threshold", "at most loss.matched_threshold", config.loss.unmatched_threshold)
+    for stage, training in (("supernet", config.supernet), ("final", config.final)):
+        rate, highest = training.lr_schedule, training.learning_rate
+        ascends = rate.milestones == sorted(set(rate.milestones))
+        key = f"{stage}.lr_schedule"
+        _require(rate.type != "multistep" or ascends, f"{key}.milestones", "ascending epochs", rate.milestones)
+        falls = not rate.type.startswith("cosine") or rate.eta_min <= highest
+        _require(falls, f"{key}.eta_min", f"at most the learning rate, {highest:g}", rate.eta_min)
+    portion, classes, loss = config.data.data_portion, config.data.classes, config.loss
+    two = "two shares above 0 that sum to at most 1, for training and for scoring"
+    shares = len(portion) == 2 and min(portion) > 0 and sum(portion) <= 1 + 1e-9
+    _require(shares, "data.data_portion", two, portion)
+    _require(len(set(classes)) == len(classes) and "" not in classes, "data.classes", "names, each once", classes)
+    apart = loss.unmatched_threshold <= loss.matched_threshold
+    _require(apart, "loss.unmatched_threshold", "at most loss.matched_threshold", loss.unmatched_threshold)
 
 
 def validate_structure(config: Config) -> None:
     """The part of `validate` that a network can be built by."""
-    schedule = config.search_space.schedule_cfg
-    _check_schedule("search_space.schedule_cfg.kernel_choice", schedule.kernel_choice)
-    _check_schedule("search_space.schedule_cfg.width_choice", schedule.width_choice)
-    _check_schedule("search_space.schedule_cfg.depth_choice", schedule.depth_choice)
-    _check_schedule("supernet.distill.weight", config.supernet.distill.weight)
-    _check_space(config)
-    _check_feature_maps(config)
+    space, backbone, head = config.search_space, config.backbone, config.head
+    schedules = {
+        f"search_space.schedule_cfg.{name}": schedule
+        for name, schedule in vars(space.schedule_cfg).items()
+        if name != "image_size_choice" or schedule.boundary  # without: all sizes are open from the first epoch on
+    }
+    for key, schedule in {**schedules, "supernet.distill.weight": config.supernet.distill.weight}.items():
+        begins, values = schedule.boundary, schedule.value
+        _require(len(begins) == len(values), key, f"as many values as boundaries, {len(begins)}", values)
+        ascends = begins[:1] == [1] and all(a < b for a, b in itertools.pairwise(begins))
+        _require(ascends, f"{key}.boundary", "ascending epochs that begin with 1", begins)
+        some = not isinstance(schedule, ChoiceSchedule) or all(values)
+        _require(some, f"{key}.value", "at least one choice at every boundary", values)
+
+    stages = len(space.num_cell_groups)
+    _require(stages > 0, "search_space.num_cell_groups", "the number of blocks of each stage", space.num_cell_groups)
+    _require_length("search_space.expansions", space.expansions, stages, "one per stage")
+    if backbone.kernels:
+        _require_length("backbone.kernels", backbone.kernels, stages, "one per stage")
+    kernels = [kernel for kernel in (3, 5, 7) if kernel <= max(backbone.kernels, default=7)]
+    widest, deepest, sizes = max(space.expansions), max(space.num_cell_groups), space.image_size_choice
+    servable = {
+        "kernel_choice": (kernels, f"kernels out of {kernels}, which the backbone can serve"),
+        "depth_choice": (range(1, deepest + 1), f"integers from 1 to {deepest} (blocks of the deepest stage)"),
+        "image_size_choice": (sizes, f"sizes out of search_space.image_size_choice, {sizes}"),
+    }
+    for key, schedule in schedules.items():
+        for choice in itertools.chain(*schedule.value):
+            if key.endswith("width_choice"):
+                fits = 0.125 <= choice <= widest
+                expected = f"choices from 0.125 to {widest:g} (expansion of the widest stage)"
+            else:
+                served, expected = servable[key.rpartition(".")[2]]
+                # Whole numbers only: 7.0 equals 7, but a genotype with it would be written and keyed differently.
+                fits = choice in served and isinstance(choice, int)
+            _require(fits, f"{key}.value", expected, choice)
+    for name in ("image_size_choice", "head_width_choice", "head_kernel_choice"):
+        _require_unique(f"search_space.{name}", getattr(space, name))
+
+    # As many extra blocks, lists of aspect ratios and scales as there are feature maps.
+    extras, levels = space.num_head, backbone.feature_levels
+    maps = len(levels) + extras
+    _require(bool(levels), "backbone.feature_levels", "at least one level", levels)
+    _require_length("head.channels", head.channels, extras, "one per extra block (search_space.num_head)")
+    ratios = head.aspect_ratios
+    _require_length("head.aspect_ratios", ratios, maps, "one per feature map")
+    boxes = head.squares or all(ratios)
+    _require(boxes, "head.aspect_ratios", "a ratio for each feature map, since head.squares is false", ratios)
+    _require_length("head.scales", head.scales, maps + 1, "one per feature map and one more")
+    _require_length("head.variances", head.variances, 2, "for centres and sizes")
+    _require_length("backbone.pixel_mean", backbone.pixel_mean, 3, "one per colour")
+    _require_length("backbone.pixel_std", backbone.pixel_std, 3, "one per colour")
 
 
-def _check_schedule(key: str, schedule: ChoiceSchedule | ValueSchedule) -> None:
-    boundary, value = schedule.boundary, schedule.value
-    if len(boundary) != len(value):
-        fail(key, "as many values as boundaries", f"{len(boundary)} boundaries and {len(value)} values")
-    if not boundary or boundary[0] != 1 or any(a >= b for a, b in itertools.pairwise(boundary)):
-        fail(f"{key}.boundary", "ascending epochs that begin with 1", boundary)
-    if isinstance(schedule, ChoiceSchedule) and not all(value):
-        fail(f"{key}.value", "at least one choice at every boundary", value)
+def _check_search(config: SearchConfig) -> None:
+    for cost in ("flops", "params", "latency_ms"):
+        low, high = getattr(config, f"min_{cost}"), getattr(config, f"max_{cost}")
+        expected = f"at most search.max_{cost}, which is {high:g}"
+        _require(not 0 < high < low, f"search.min_{cost}", expected, low)
+    _require_unique("search.costs", config.costs)
+    size, population = config.tournament_size, config.population_size
+    expected = f"at most search.population_size, which is {population}"
+    _require(config.controller != "evo" or size <= population, "search.tournament_size", expected, size)
+    resamples, limit = config.resamples, config.time_limit
+    expected = "0 or at least 40, since intervals leave out 1 in 40"
+    _require(resamples == 0 or resamples >= 40, "search.resamples", expected, resamples)
+    _require(limit == 0 or limit >= 2, "search.time_limit", "0 or at least 2", limit)
+
+
+def validate_network(config: Config, trained: Config, sections: Sequence[str], path: Path) -> None:
+    """Raise UserError where `sections` of `config` describe another network than that of the supernet in `path`."""
+    for key, ours, theirs in differences(config, trained):
+        # Where the weights came from once does not matter.
+        if key.partition(".")[0] in sections and not key.startswith("backbone.pretrained_"):
+            fail(key, f"{theirs} as in the supernet {path} (--load names another one)", ours)
+
+
+def validate_shares(key: str, config: TrainConfig, processes: int) -> None:
+    """Every process has the same share of a batch, and BatchNorm needs two images. `key` is the stage's section."""
+    size = config.batch_size
+    _require(size % processes == 0, f"{key}.batch_size", f"a multiple of the {processes} processes", size)
+    expected = f"at least 2 images for each of the {processes} processes, or {key}.sync_batch_norm"
+    _require(config.sync_batch_norm or size >= 2 * processes, f"{key}.batch_size", expected, size)
 
 
 def fit_schedules(config: Config, stage: str, planned: int, typed: Collection[str]) -> list[str]:
@@ -272,108 +353,3 @@ def fit_schedules(config: Config, stage: str, planned: int, typed: Collection[st
     if isinstance(rate.T_0, int):
         rate.T_0 = max(1, round(rate.T_0 * factor))
     return [f"note: {late} is for {planned} epochs; this and all other schedules are scaled to {settings.epochs}"]
-
-
-def _check_space(config: Config) -> None:
-    """Settings for each stage of the backbone, and choices that some of its blocks can serve."""
-    space = config.search_space
-    stages = len(space.num_cell_groups)
-    if not stages:
-        fail("search_space.num_cell_groups", "the number of blocks of each stage", "none")
-    _check_length("search_space.expansions", space.expansions, stages, "one per stage")
-    if config.backbone.kernels:
-        _check_length("backbone.kernels", config.backbone.kernels, stages, "one per stage")
-
-    # Whole numbers only: 7.0 equals 7, but a genotype with it would be written and keyed differently.
-    key = "search_space.schedule_cfg"
-    largest_kernel = max(config.backbone.kernels, default=7)
-    kernels = [kernel for kernel in (3, 5, 7) if kernel <= largest_kernel]
-    for kernel in itertools.chain(*space.schedule_cfg.kernel_choice.value):
-        if kernel not in kernels or not isinstance(kernel, int):
-            fail(f"{key}.kernel_choice.value", f"kernels out of {kernels}, which the backbone can serve", kernel)
-    widest = max(space.expansions)
-    for width in itertools.chain(*space.schedule_cfg.width_choice.value):
-        if not 0.125 <= width <= widest:
-            expected = f"choices from 0.125 to {widest:g} (expansion of the widest stage)"
-            fail(f"{key}.width_choice.value", expected, width)
-    deepest = max(space.num_cell_groups)
-    for depth in itertools.chain(*space.schedule_cfg.depth_choice.value):
-        if not 1 <= depth <= deepest or not isinstance(depth, int):
-            expected = f"integers from 1 to {deepest} (blocks of the deepest stage)"
-            fail(f"{key}.depth_choice.value", expected, depth)
-    for name in ("image_size_choice", "head_width_choice", "head_kernel_choice"):
-        choices = getattr(space, name)
-        if not choices or len(set(choices)) < len(choices):
-            fail(f"search_space.{name}", "at least one choice, each once", choices or "none")
-
-
-def _check_feature_maps(config: Config) -> None:
-    """As many extra blocks, lists of aspect ratios and scales as there are feature maps."""
-    extras = config.search_space.num_head
-    maps = len(config.backbone.feature_levels) + extras
-    if not config.backbone.feature_levels:
-        fail("backbone.feature_levels", "at least one level", "none")
-    _check_length("head.channels", config.head.channels, extras, "one per extra block (search_space.num_head)")
-    _check_length("head.aspect_ratios", config.head.aspect_ratios, maps, "one per feature map")
-    if not config.head.squares and not all(config.head.aspect_ratios):
-        fail(
-            "head.aspect_ratios", "a ratio for each feature map, since head.squares is false", config.head.aspect_ratios
-        )
-    _check_length("head.scales", config.head.scales, maps + 1, "one per feature map and one more")
-    _check_length("head.variances", config.head.variances, 2, "for centres and sizes")
-    _check_length("backbone.pixel_mean", config.backbone.pixel_mean, 3, "one per colour")
-    _check_length("backbone.pixel_std", config.backbone.pixel_std, 3, "one per colour")
-
-
-def _check_length(key: str, values: Sequence, expected: int, why: str) -> None:
-    if len(values) != expected:
-        fail(key, f"{expected} values, {why}", f"{len(values)}")
-
-
-def _check_rate(key: str, config: TrainConfig) -> None:
-    schedule = config.lr_schedule
-    if schedule.type == "multistep" and schedule.milestones != sorted(set(schedule.milestones)):
-        fail(f"{key}.milestones", "ascending epochs", schedule.milestones)
-    if schedule.type.startswith("cosine") and schedule.eta_min > config.learning_rate:
-        fail(f"{key}.eta_min", f"at most the learning rate, {config.learning_rate:g}", schedule.eta_min)
-
-
-def _check_search(config: SearchConfig) -> None:
-    for low_key, low, high_key, high in (
-        ("search.min_flops", config.min_flops, "search.max_flops", config.max_flops),
-        ("search.min_params", config.min_params, "search.max_params", config.max_params),
-        ("search.min_latency_ms", config.min_latency_ms, "search.max_latency_ms", config.max_latency_ms),
-    ):
-        if 0 < high < low:
-            fail(low_key, f"at most {high_key}, which is {high:g}", low)
-    if not config.costs or len(set(config.costs)) < len(config.costs):
-        fail("search.costs", "at least one cost, each once", config.costs or "none")
-    if config.controller == "evo" and config.tournament_size > config.population_size:
-        expected = f"at most search.population_size, which is {config.population_size}"
-        fail("search.tournament_size", expected, config.tournament_size)
-    if 0 < config.resamples < 40:
-        fail("search.resamples", "0 or at least 40, since intervals leave out 1 in 40", config.resamples)
-    if 0 < config.time_limit < 2:
-        fail("search.time_limit", "0 or at least 2", config.time_limit)
-
-
-def validate_network(config: Config, trained: Config, sections: Sequence[str], path: Path) -> None:
-    """Raise UserError where `sections` of `config` describe another network than that of the supernet in `path`.
-
-    Where its weights came from once does not matter.
-    """
-    for section in sections:
-        ours, theirs = (asdict(getattr(settings, section)) for settings in (config, trained))
-        for key in ours:
-            if ours[key] != theirs[key] and key not in ("pretrained_path", "pretrained_head"):
-                expected = f"{theirs[key]} as in the supernet {path} (--load names another one)"
-                fail(f"{section}.{key}", expected, ours[key])
-
-
-def validate_shares(key: str, config: TrainConfig, processes: int) -> None:
-    """Every process has the same share of a batch, and BatchNorm needs two images. `key` is the stage's section."""
-    if config.batch_size % processes:
-        fail(f"{key}.batch_size", f"a multiple of the {processes} processes", config.batch_size)
-    if not config.sync_batch_norm and config.batch_size < 2 * processes:
-        expected = f"at least 2 images for each of the {processes} processes, or {key}.sync_batch_norm"
-        fail(f"{key}.batch_size", expected, config.batch_size)

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -206,7 +206,8 @@ def collate(samples: Sequence[Sample]) -> Batch:
 class DetectionDataset(Dataset):
     """Pictures of some rows of `annotations`, transformed. Ignored objects are left out.
 
-    A key is (epoch, row). The sample depends on (seed, epoch, row) alone, whichever process computes it.
+    A key is (epoch, row), or (epoch, row, size) for another image size than the transform's. The sample depends on the
+    seed and the key alone, whichever process computes it.
 
     Under `on_error: skip`, a picture that cannot be read is logged once. In training, the next readable row takes its
     place. In evaluation, it is black, so its objects count as missed. More than the share `max_skipped` is an error.
@@ -243,15 +244,16 @@ class DetectionDataset(Dataset):
         nothing = torch.zeros(len(annotations), 2, dtype=torch.bool)
         self.logged = vars(annotations).setdefault("logged", nothing.share_memory_())
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
-        epoch, row = key
+    def __getitem__(self, key: tuple[int, ...]) -> Sample:
+        epoch, row, *size = key
+        transform = self.transform.at(*size) if size else self.transform
         if self.reduces and is_large_jpeg(self.annotations.paths[row], self.annotations.sizes[row]):
             # A file that cannot be read this way is read, and reported, in the usual way.
             with contextlib.suppress(UnreadableImage), self._random(epoch, row):
-                return *self._reduced(row), row
+                return *self._reduced(row, transform), row
         image, shown = self._image_or_stand_in(row)
         with self._random(epoch, row):
-            return *self.transform(image, *self._objects(shown)), shown
+            return *transform(image, *self._objects(shown)), shown
 
     def read_image(self, row: int) -> Tensor:
         """The picture (3, H, W) uint8 of a row, from the cache if it is there. Raises UnreadableImage."""
@@ -291,13 +293,13 @@ class DetectionDataset(Dataset):
         counted = ~target["ignore"]
         return target["boxes"][counted], target["labels"][counted]
 
-    def _reduced(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _reduced(self, row: int, transform: TrainTransform) -> tuple[Tensor, Tensor, Tensor]:
         """The transformed sample of a JPEG that is decoded no larger than its random view needs."""
         width, height = self.annotations.sizes[row].tolist()
-        view, boxes, labels = self.transform.choose(width, height, *self._objects(row))
-        image = self._read(row, self.transform.reduction(view))
+        view, boxes, labels = transform.choose(width, height, *self._objects(row))
+        image = self._read(row, transform.reduction(view))
         view, boxes = scale_view(view, boxes, image.shape[2] / width, image.shape[1] / height)
-        return self.transform.render(image, view, boxes, labels)
+        return transform.render(image, view, boxes, labels)
 
     def _image_or_stand_in(self, row: int) -> tuple[Tensor, int]:
         """The picture of a row and the row itself; under `on_error: skip`, if need be, those of its replacement."""
@@ -330,7 +332,11 @@ class EpochSampler:
     All ranks together have the batches that a single process with `world.size` times the batch size would have. The
     last rows, which fill no batch, are left out. If the set is smaller than one batch, it gives one batch, and the
     first rows repeat so that every rank has the same number.
+
+    `image_size` may be set to a function of the batch's number in its epoch: the size of that batch's pictures.
     """
+
+    image_size: Callable[[int], int] | None = None
 
     def __init__(self, indices: Sequence[int], batch_size: int, seed: int, world: distributed.World) -> None:
         count = len(indices)
@@ -352,13 +358,15 @@ class EpochSampler:
         """Batches left in this epoch."""
         return max(self.batches_per_epoch - self.start_batch, 0)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
         generator = torch.Generator().manual_seed(_seed_from(self.seed, self.epoch))
         order = self.indices[torch.randperm(len(self.indices), generator=generator)]
         # Every n-th row is this rank's, so batch k of all ranks together is batch k of a single process.
         positions = torch.arange(self.world.rank, self.per_rank * self.world.size, self.world.size) % len(order)
-        for batch in order[positions].split(self.batch_size)[self.start_batch :]:
-            yield [(self.epoch, row) for row in batch.tolist()]
+        batches = order[positions].split(self.batch_size)
+        for number in range(self.start_batch, len(batches)):
+            size = (self.image_size(number),) if self.image_size else ()
+            yield [(self.epoch, row, *size) for row in batches[number].tolist()]
 
 
 def _seed_from(*numbers: int) -> int:
@@ -423,7 +431,7 @@ class _Loader(DataLoader):
 
 
 def make_loader(dataset: Dataset, batches: Iterable, workers: int, device: Device) -> DataLoader:
-    """A loader of Batches; `batches` are lists of keys (epoch, row)."""
+    """A loader of Batches; `batches` are lists of keys, as DetectionDataset takes them."""
     return _Loader(
         dataset,
         batch_sampler=batches,

@@ -154,6 +154,16 @@ class SearchSpace:
         """Draw every choice uniformly and independently, depths first (Once-for-All, section 3.3)."""
         return self._build(rng.choice)
 
+    def sample_spread(self, rng: random.Random) -> Genotype:
+        """Like `sample`, but the blocks lean to one side together, so that costs spread over the whole range.
+
+        With t uniform in [0, 1], option k of n is drawn from Binomial(n - 1, t), so each choice by itself is uniform.
+        Under `sample`, which draws them independently, most genotypes are of average cost.
+        """
+        t = rng.random()
+        genotype = self._build(lambda options: options[sum(rng.random() < t for _ in options[1:])])
+        return replace(genotype, image_size=rng.choice(self.image_size))
+
     def _build(self, pick: Callable) -> Genotype:
         return Genotype(
             image_size=pick(self.image_size),

@@ -144,17 +144,18 @@ def rests_on(
 
 
 def prepare_scoring_data(annotations: Annotations, train: Sequence[int], search: Sequence[int], config: Config) -> dict:
-    """Pictures as uint8 (N, 3, S, S), S the largest image size of the space, and the search split's ground truth.
+    """Pictures as uint8 (N, 3, S, S) for each image size S of the space, and the search split's ground truth.
 
+    Each size is resized from the picture itself, as a detector of that size sees it.
     BatchNorm is re-estimated on images of the training split, so no score sees its own pictures.
     """
     search = scored_rows(search, config)
     if all(bool(target["ignore"].all()) for target in annotations.ground_truth(search)):
         raise UserError(f"data.data_portion: none of the {len(search)} images that score candidates has an object")
-    size = max(config.search_space.image_size_choice)
+    calibration, sizes = calibration_rows(train, config), config.search_space.image_size_choice
     return {
-        "bn_images": _pictures(annotations, calibration_rows(train, config), size, config),
-        "images": _pictures(annotations, search, size, config),
+        "bn_images": {size: _pictures(annotations, calibration, size, config) for size in sizes},
+        "images": {size: _pictures(annotations, search, size, config) for size in sizes},
         "truth": annotations.ground_truth(search),
         "sizes": annotations.sizes[torch.as_tensor(search)].tolist(),
         "classes": list(annotations.classes),
@@ -165,7 +166,7 @@ def _pictures(annotations: Annotations, indices: Sequence[int], size: int, confi
     pictures = torch.empty(len(indices), 3, size, size, dtype=torch.uint8)
     loader = eval_loader(annotations, indices, size, 32, workers=config.data.workers, **reading(config.data))
     done = 0
-    for batch in progress(loader, "decode"):
+    for batch in progress(loader, f"decode at {size} px"):
         pictures[done : done + len(batch.images)] = batch.images
         done += len(batch.images)
     return pictures
@@ -198,7 +199,7 @@ class Scorer:
         self.data = data
         self.config = config
         self.device = device
-        self.num_images = len(data["images"])
+        self.num_images = len(data["truth"])
         self._batch_size = config.search.batch_size
 
     def __call__(self, detector: ElasticSSD, genotype: Genotype) -> dict:
@@ -208,7 +209,9 @@ class Scorer:
         """
         settings = self.config.search
         model = detector.extract(genotype).to(self.device, memory_format=torch.channels_last)
-        batches = self.data["bn_images"].split(max(settings.batch_size, 2))  # one image has no variance
+        batches = self.data["bn_images"][genotype.image_size].split(
+            max(settings.batch_size, 2)
+        )  # one image has no variance
         recalibrate(model, whole_batches(batches), self.device)
         if not torch.stack([buffer.double().sum() for buffer in model.buffers()]).isfinite().all():
             raise ArithmeticError("its BatchNorm statistics are not finite")
@@ -226,7 +229,9 @@ class Scorer:
     def _detect(self, model: SSD) -> list[Detections]:
         while True:
             try:
-                return detect(model, self.data["images"].split(self._batch_size), self.config, self.device)
+                return detect(
+                    model, self.data["images"][model.image_size].split(self._batch_size), self.config, self.device
+                )
             except torch.cuda.OutOfMemoryError:
                 if self._batch_size == 1:
                     raise

@@ -1,6 +1,6 @@
 """Progressive shrinking (Once-for-All, Cai et al., ICLR 2020): which choices are open at an epoch of stage 1.
 
-A phase opens smaller kernels, narrower blocks or shallower stages; the panel shows what that does to the AP.
+A phase opens smaller pictures or kernels, narrower blocks or shallower stages; the panel shows what that does to the AP.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lib import distributed
-from lib.config import ChoiceSchedule, Config, ScheduleConfig, ValueSchedule
+from lib.config import ChoiceSchedule, Config, ScheduleConfig, SearchSpaceConfig, ValueSchedule
 from lib.elastic import ElasticInvertedResidual
 from lib.genotype import BlockChoices, Genotype, SearchSpace, StageChoices
 from lib.log import RunLog, read_log, say
@@ -24,8 +24,9 @@ LARGEST = "largest"
 
 
 class Choices(NamedTuple):
-    """Open kernels, expand ratios and depths, in the configuration's order."""
+    """Open image sizes, kernels, expand ratios and depths, in the configuration's order."""
 
+    size: Sequence[int]
     kernel: Sequence[int]
     width: Sequence[float]
     depth: Sequence[int]
@@ -37,8 +38,11 @@ def value_at(schedule: ChoiceSchedule | ValueSchedule, epoch: int):
     return schedule.value[max(passed, 1) - 1]
 
 
-def choices_at(schedule: ScheduleConfig, epoch: int) -> Choices:
+def choices_at(space: SearchSpaceConfig, epoch: int) -> Choices:
+    schedule = space.schedule_cfg
+    sizes = schedule.image_size_choice
     return Choices(
+        size=value_at(sizes, epoch) if sizes.boundary else space.image_size_choice,
         kernel=value_at(schedule.kernel_choice, epoch),
         width=value_at(schedule.width_choice, epoch),
         depth=value_at(schedule.depth_choice, epoch),
@@ -61,6 +65,7 @@ def full_space(config: Config) -> SearchSpace:
     """Every choice that the schedule ever opens: what the supernet's weights must hold."""
     schedule = config.search_space.schedule_cfg
     ever_open = Choices(
+        size=config.search_space.image_size_choice,
         kernel=list(chain(*schedule.kernel_choice.value)),
         width=list(chain(*schedule.width_choice.value)),
         depth=list(chain(*schedule.depth_choice.value)),
@@ -70,7 +75,7 @@ def full_space(config: Config) -> SearchSpace:
 
 def space_at(config: Config, epoch: int) -> SearchSpace:
     """The sub-networks that train at `epoch`."""
-    return _space(config, choices_at(config.search_space.schedule_cfg, epoch))
+    return _space(config, choices_at(config.search_space, epoch))
 
 
 def _space(config: Config, choices: Choices) -> SearchSpace:
@@ -85,7 +90,7 @@ def _space(config: Config, choices: Choices) -> SearchSpace:
     head = BlockChoices(expand=_ascending(c.head_width_choice), kernel=_ascending(c.head_kernel_choice))
     return SearchSpace(
         backbone_type=config.backbone.backbone_type,
-        image_size=_ascending(c.image_size_choice),
+        image_size=_ascending(choices.size),
         stages=tuple(stages),
         head=(head,) * c.num_head,
     )
@@ -96,10 +101,10 @@ def _ascending(values: Sequence[float], maximum: float = math.inf) -> tuple:
 
 
 def describe_openings(config: Config, epochs: int) -> list[str]:
-    """One line per phase: its first epoch, the open kernels, widths and depths, and the number of sub-networks."""
+    """One line per phase: its first epoch, the open choices, and the number of sub-networks."""
     lines = []
     for epoch in boundaries(config.search_space.schedule_cfg, epochs):
-        choices = choices_at(config.search_space.schedule_cfg, epoch)
+        choices = choices_at(config.search_space, epoch)
         sets = []
         for name, values in choices._asdict().items():
             sets.append(f"{name} {{{', '.join(f'{value:g}' for value in sorted(values))}}}")

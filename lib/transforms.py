@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from operator import itemgetter
 from typing import NamedTuple
@@ -60,6 +61,12 @@ class TrainTransform:
         self.distort = v2.RandomPhotometricDistort(p=augment.distort)
         self.flip = v2.RandomHorizontalFlip(p=augment.flip)
         self.sanitize = v2.SanitizeBoundingBoxes(labels_getter=itemgetter(2))
+
+    def at(self, image_size: int) -> TrainTransform:
+        """The same transform for another image size."""
+        other = copy.copy(self)
+        other.image_size = image_size
+        return other
 
     def __call__(self, image: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         height, width = image.shape[-2:]

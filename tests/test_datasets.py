@@ -337,6 +337,17 @@ def test_the_order_is_a_function_of_seed_and_epoch():
     assert list(sampler) == first and sampler.batches_per_epoch == 7
 
 
+def test_a_batch_has_pictures_of_one_size(annotations):
+    """Each picture is resized once, from the source to the size of its batch."""
+    loader = train_loader(annotations, range(8), 64, 2, Config(data=DataConfig(workers=0)), "cpu")
+    loader.batch_sampler.image_size = lambda number: 32 if number == 1 else 64
+    batches = list(loader)
+    assert [batch.images.shape[-2:] for batch in batches] == [(64, 64), (32, 32), (64, 64), (64, 64)]
+    alone = DetectionDataset(annotations, range(8), TrainTransform(32, AugmentConfig()))
+    image, _, _, row = alone[1, int(batches[1].index[0])]
+    assert torch.equal(image, batches[1].images[0])
+
+
 def epochs_of(loader, start=0):
     found = []
     for epoch in (1, 2):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import statistics
 import time
 from dataclasses import replace
 
@@ -328,3 +329,18 @@ def test_an_unreadable_genotype_file_is_named(tmp_path, content):
         path.write_bytes(content)
     with pytest.raises(UserError, match=r"odd\.json: cannot be read"):
         read_genotype_file(path)
+
+
+def test_spread_samples_are_uniform_in_each_choice_and_cover_the_costs(tiny_detector):
+    """Under `sample` the number of blocks has the variance of independent draws; here that of a uniform lean."""
+    detector = tiny_detector(search_space__image_size_choice=[64, 96])
+    space, rng = detector.space, random.Random(0)
+    spread = [space.sample_spread(rng) for _ in range(2000)]
+    uniform = [space.sample(rng) for _ in range(2000)]
+    for genotype in spread[:50]:
+        space.check(genotype)
+    for choices, of in ((space.image_size, lambda g: g.image_size), (space.stages[1].depth, lambda g: g.depths[1])):
+        for choice in choices:
+            assert abs(sum(of(g) == choice for g in spread) / 2000 - 1 / len(choices)) < 0.04
+    deviations = [statistics.pstdev(detector.cost(g).flops for g in drawn) for drawn in (spread, uniform)]
+    assert deviations[0] > 1.2 * deviations[1]

@@ -69,24 +69,27 @@ def test_the_pictures_are_those_of_their_split(config, split, data):
     annotations, train, search = split
     search = search[:]
     random.Random(0).shuffle(search)
-    assert data["bn_images"].shape == (8, 3, 64, 64) and data["images"].shape == (len(search), 3, 64, 64)
-    assert data["images"].dtype == torch.uint8 and len(data["truth"]) == len(data["sizes"]) == len(search) == 12
+    bn_images, images = data["bn_images"][64], data["images"][64]
+    assert bn_images.shape == (8, 3, 64, 64) and images.shape == (len(search), 3, 64, 64)
+    assert images.dtype == torch.uint8 and len(data["truth"]) == len(data["sizes"]) == len(search) == 12
     assert data["sizes"] == [annotations.sizes[i].tolist() for i in search]
     for row, truth in zip(search, data["truth"], strict=True):
         assert torch.equal(truth["boxes"], annotations.target(row)["boxes"])
-    seen = {image.numpy().tobytes() for image in data["images"]}
-    assert len(seen) == len(search) and not seen & {image.numpy().tobytes() for image in data["bn_images"]}
-    assert len(train) > len(data["bn_images"])
+    seen = {image.numpy().tobytes() for image in images}
+    assert len(seen) == len(search) and not seen & {image.numpy().tobytes() for image in bn_images}
+    assert len(train) > len(bn_images)
 
 
 def test_fewer_pictures_of_the_search_split_on_demand(tiny_config, config, split):
     fewer = tiny_config(data__root=config.data.root, search__images=2)
-    assert len(prepare_scoring_data(*split, fewer)["images"]) == 2
+    assert len(prepare_scoring_data(*split, fewer)["images"][64]) == 2
 
 
-def test_pictures_are_prepared_at_the_largest_size(tiny_config, config, split):
-    sizes = tiny_config(data__root=config.data.root, search_space__image_size_choice=[96, 64], search__images=2)
-    assert prepare_scoring_data(*split, sizes)["images"].shape[-1] == 96
+def test_each_size_is_resized_from_the_picture_itself(tiny_config, config, split, data):
+    """Not from the largest size, which no detector of a smaller size sees."""
+    sizes = tiny_config(data__root=config.data.root, search_space__image_size_choice=[96, 64])
+    images = prepare_scoring_data(*split, sizes)["images"]
+    assert images[96].shape[-1] == 96 and torch.equal(images[64], data["images"][64])
 
 
 def test_pictures_without_any_object_cannot_score(config, split):
@@ -128,8 +131,8 @@ def test_a_score_is_that_of_the_recalibrated_extract(tiny_detector, config, data
     detector = tiny_detector(5)
     genotype = detector.space.largest()
     plain = detector.extract(genotype)
-    recalibrate(plain, data["bn_images"].split(4), CPU)
-    found = detect(plain, data["images"].split(6), config, CPU)
+    recalibrate(plain, data["bn_images"][64].split(4), CPU)
+    found = detect(plain, data["images"][64].split(6), config, CPU)
     expected = detection_metrics(found, data["truth"], data["sizes"], data["classes"])
     score = Scorer(data, config, CPU)(detector, genotype)["metrics"]
     assert {"AP", "AP50", "mAP", "flops", "params", "per_class"} <= score.keys()
@@ -142,10 +145,11 @@ def test_a_score_is_that_of_the_recalibrated_extract(tiny_detector, config, data
 def test_statistics_come_from_whole_batches_only(tiny_detector, config, data):
     """A last batch of one picture would count as much as one of four."""
     detector = tiny_detector(5)
-    more = {**data, "bn_images": torch.cat((data["bn_images"], torch.zeros(1, 3, 64, 64, dtype=torch.uint8)))}
+    images = data["bn_images"][64]
+    more = {**data, "bn_images": {64: torch.cat((images, torch.zeros_like(images[:1])))}}
     scores = [Scorer(d, config, CPU)(detector, detector.space.smallest()) for d in (data, more)]
     assert same(*scores)
-    few = {**data, "bn_images": data["bn_images"][:2]}  # less than one batch is one batch
+    few = {**data, "bn_images": {64: images[:2]}}  # less than one batch is one batch
     assert math.isfinite(Scorer(few, config, CPU)(detector, detector.space.smallest())["metrics"]["AP"])
 
 
@@ -268,7 +272,7 @@ def test_the_file_that_workers_share_holds_the_same(tmp_path, data):
     save_scoring_data(data, tmp_path / "images.pt")
     loaded = load_scoring_data(tmp_path / "images.pt")
     for name in ("bn_images", "images"):
-        assert torch.equal(loaded[name], data[name])
+        assert torch.equal(loaded[name][64], data[name][64])
     assert loaded["sizes"].tolist() == data["sizes"] and loaded["classes"] == data["classes"]
     assert len(loaded["truth"]) == len(data["truth"])
     for mine, theirs in zip(loaded["truth"], data["truth"], strict=True):

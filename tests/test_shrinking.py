@@ -44,7 +44,7 @@ def test_a_value_holds_from_its_boundary_on(epoch, value):
     ],
 )
 def test_the_reference_schedule_opens_step_by_step(epoch, kernel, width, depth):
-    choices = choices_at(Config().search_space.schedule_cfg, epoch)
+    choices = choices_at(Config().search_space, epoch)
     assert (choices.kernel, choices.width, choices.depth) == (kernel, width, depth)
     stage = space_at(Config(), epoch).stages[3]
     assert (list(stage.block.kernel), list(stage.block.expand)) == (kernel[::-1], width[::-1])
@@ -105,6 +105,15 @@ def test_head_and_image_sizes_are_read_and_ordered():
     assert space.head == (BlockChoices((0.25, 0.5), (3, 5)),) * 4
 
 
+def test_image_sizes_open_by_the_schedule():
+    config = Config()
+    config.search_space.image_size_choice = [128, 96, 64]
+    config.search_space.schedule_cfg.image_size_choice = ChoiceSchedule([1, 5], [[128], [128, 64]])
+    assert [space_at(config, epoch).image_size for epoch in (1, 4, 5, 500)] == [(128,), (128,), (64, 128), (64, 128)]
+    assert full_space(config).image_size == (64, 96, 128)
+    assert 5 in boundaries(config.search_space.schedule_cfg, 500)
+
+
 def test_boundaries_up_to_the_last_epoch():
     schedule = Config().search_space.schedule_cfg
     assert boundaries(schedule, 500) == [1, 81, 161, 241, 321, 401]
@@ -121,7 +130,7 @@ def test_first_narrower_epoch():
 
 def test_openings_in_words():
     lines = describe_openings(Config(), 100)
-    assert lines[0].startswith("from epoch 1: kernel {5, 7}, width {6}, depth {4}; 1.05e+06 sub-networks")
+    assert lines[0].startswith("from epoch 1: size {300}, kernel {5, 7}, width {6}, depth {4}; 1.05e+06 sub-networks")
     assert [line.split(":")[0] for line in lines] == ["from epoch 1", "from epoch 81"]
 
 
