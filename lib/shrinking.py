@@ -1,6 +1,6 @@
 """Progressive shrinking (Once-for-All, Cai et al., ICLR 2020): which choices are open at an epoch of stage 1.
 
-A phase opens smaller pictures or kernels, narrower blocks or shallower stages; the panel shows what that does to the AP.
+A phase opens smaller pictures or kernels, narrower blocks or shallower stages; the panel shows what that costs in AP.
 """
 
 from __future__ import annotations

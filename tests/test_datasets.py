@@ -344,7 +344,7 @@ def test_a_batch_has_pictures_of_one_size(annotations):
     batches = list(loader)
     assert [batch.images.shape[-2:] for batch in batches] == [(64, 64), (32, 32), (64, 64), (64, 64)]
     alone = DetectionDataset(annotations, range(8), TrainTransform(32, AugmentConfig()))
-    image, _, _, row = alone[1, int(batches[1].index[0])]
+    image, *_ = alone[1, int(batches[1].index[0])]
     assert torch.equal(image, batches[1].images[0])
 
 
