@@ -74,9 +74,8 @@ def replacing(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
 
 def link(path: Path, name: Path) -> None:
     """Make `name` the file that `path` is now. It stays so when `path` is replaced."""
-    with contextlib.suppress(FileNotFoundError):
-        if name.samefile(path):
-            return
+    if name.exists() and name.samefile(path):
+        return
     partial = name.with_name(f".{name.name}.{os.getpid()}.part")
     partial.unlink(missing_ok=True)  # of a process of the same number; a copy would go into the file behind it
     try:
@@ -168,11 +167,10 @@ def code_revision(root: Path = ROOT) -> str | None:
     if not (root / ".git").exists():  # a folder, or in a worktree a file
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None
+        return done.stdout.strip() or None
+    return None
 
 
 def lock(file: IO, wait: bool) -> bool:
@@ -182,10 +180,9 @@ def lock(file: IO, wait: bool) -> bool:
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError as error:
-        # Any other error means a network file system without locks.
-        if isinstance(error, BlockingIOError):
-            raise
+    except BlockingIOError:
+        raise
+    except OSError:  # a network file system without locks
         return False
     return True
 
@@ -199,8 +196,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
     if not distributed.world().main:
         yield
         return
-    path = folder / LOCK
-    is_new = not folder.exists()
+    path, is_new = folder / LOCK, not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = _open_locked(path)
@@ -224,7 +220,6 @@ def _open_locked(path: Path) -> IO:
         try:
             if not lock(file, wait=False):
                 print(f"note: {path.parent}: this file system has no locks; start no second process on this folder")
-                return file
             # The previous holder may have removed the file between this process's open and lock.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), path.stat()):
@@ -235,11 +230,8 @@ def _open_locked(path: Path) -> IO:
         except BlockingIOError:
             if time.monotonic() > give_up:
                 file.seek(0)
-                holder = file.read() or "another process"
-                file.close()
-                raise UserError(
-                    f"{path.parent}: in use by {holder}; wait for it to end, or use another folder (--train-dir)"
-                ) from None
+                remedy = "wait for it to end, or use another folder (--train-dir)"
+                raise UserError(f"{path.parent}: in use by {file.read() or 'another process'}; {remedy}") from None
             time.sleep(0.1)
         file.close()
 
@@ -248,13 +240,8 @@ def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files of processes that were killed while they wrote to `folder`."""
     for path in folder.glob(".*.part") if distributed.world().main else ():
         pid = path.name.split(".")[-2]
-        if pid.isdigit() and int(pid) != os.getpid() and not _is_running(int(pid)):
-            path.unlink(missing_ok=True)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except OSError as error:
-        return isinstance(error, PermissionError)
-    return True
+        with contextlib.suppress(PermissionError):  # a running process of another user
+            try:
+                os.kill(int(pid) if pid.isdigit() else os.getpid(), 0)
+            except ProcessLookupError:
+                path.unlink(missing_ok=True)

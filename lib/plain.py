@@ -1,8 +1,7 @@
 """Plain data that anybody may have written: JSON read strictly, and values checked against annotated types.
 
 A type is int, float, str, bool, any other class, list[...], dict[str, ...], Literal, Annotated with Bounds, a union, or
-a dataclass or NamedTuple, which stands for an object that has at least these keys. Each error names the file or the
-key, what was expected and what was found.
+a dataclass or NamedTuple, which stands for an object that has at least these keys.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import math
 import reprlib
 import types
 import typing
-from collections.abc import Callable
+from collections import Counter
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn
@@ -42,10 +41,7 @@ class WrongKey(UserError):
 
 
 def fail(key: str, expected: str, found: object) -> NoReturn:
-    raise WrongKey(key, f"expected {expected}, found {found}")
-
-
-# Files.
+    raise WrongKey(key, f"expected {expected}, found {shown(found)}")
 
 
 def read_bytes(path: Path, most: int) -> bytes:
@@ -61,10 +57,7 @@ def read_bytes(path: Path, most: int) -> bytes:
 
 
 def read_json(path: Path, form: str = "", hint: str = "") -> Any:
-    """The content of a JSON file. With `form`, an object whose "format" is that one; `hint` ends the message.
-
-    Raises UserError, in one line that names the file.
-    """
+    """The content of a JSON file. With `form`, an object whose "format" is that one; `hint` ends the message."""
     data = parse_json(read_bytes(path, MOST_BYTES), str(path))
     found = data.get("format") if isinstance(data, dict) else data
     if form and found != form:
@@ -83,8 +76,8 @@ def parse_json(text: str | bytes, source: str) -> Any:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {shown(max(keys, key=keys.count))} stands there twice")
+        ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {shown(key)} stands there twice")
     return found
 
 
@@ -97,7 +90,6 @@ def _finite(text: str) -> float:
 def refuse_bomb(data: object, source: str) -> None:
     """Raise UserError if plain data is nested very deeply, or grows when it is copied (YAML aliases, pickled loops)."""
     waiting = [(data, 0, source)]
-    key = source
     for _ in range(MOST_VALUES):
         if not waiting:
             return
@@ -105,14 +97,11 @@ def refuse_bomb(data: object, source: str) -> None:
         if depth > DEEPEST or len(waiting) > MOST_VALUES:
             break
         if isinstance(value, dict):
-            names = [f"{key}: {shown(name)}" if depth < 2 else key for name in value]
-            waiting.extend((item, depth + 1, name) for name, item in zip(names, value.values(), strict=True))
+            for name, item in value.items():
+                waiting.append((item, depth + 1, f"{key}: {shown(name)}" if depth < 2 else key))
         elif isinstance(value, (list, tuple, set)):
             waiting.extend((item, depth + 1, key) for item in value)
     raise UserError(f"{key}: nested too deeply, or too large")
-
-
-# Values.
 
 
 def check(value: Any, kind: Any, key: str = "") -> Any:
@@ -120,56 +109,38 @@ def check(value: Any, kind: Any, key: str = "") -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
         number, bounds = check(value, arguments[0], key), arguments[1]
-        if not bounds.low <= number <= bounds.high:
-            fail(key, describe(kind), shown(number))
-        return number
+        return number if bounds.low <= number <= bounds.high else fail(key, describe(kind), number)
     if origin is list:
-        if not isinstance(value, list):
-            fail(key, "a list", shown(value))
-        return [check(item, arguments[0], f"{key}[{i}]") for i, item in enumerate(value)]
+        return [check(item, arguments[0], f"{key}[{i}]") for i, item in enumerate(check(value, list, key))]
     if origin is dict:
-        items = _section(value, key)
-        return {name: check(item, arguments[1], f"{key}[{shown(name)}]") for name, item in items.items()}
+        items = check(value, dict, key).items()
+        return {check(n, str, f"{key}: a key"): check(v, arguments[1], f"{key}[{shown(n)}]") for n, v in items}
     if origin is Literal:
         # Not `in`: True equals 1 and 3.0 equals 3, and neither is what the key means.
-        if not any(value == option and type(value) is type(option) for option in arguments):
-            fail(key, f"one of {', '.join(map(str, arguments))}", shown(value))
-        return value
+        if any(value == option and type(value) is type(option) for option in arguments):
+            return value
+        fail(key, f"one of {', '.join(map(str, arguments))}", value)
     if origin in (typing.Union, types.UnionType):
         for option in arguments:
             with contextlib.suppress(UserError):
                 return check(value, option, key)
-        fail(key, describe(kind), shown(value))
+        fail(key, describe(kind), value)
     if is_dataclass(kind) or hasattr(kind, "_fields"):
-        return _record(value, kind, key)
+        items = check(value, dict, key)
+        checked = {}
+        for name, expected in hints_of(kind).items():
+            where = f"{key}: {name}" if key else name
+            if name not in items:
+                raise WrongKey(where, "is missing")
+            checked[name] = check(items[name], expected, where)
+        return kind(**checked)
     return _scalar(value, kind, key)
-
-
-def _section(value: Any, key: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        fail(key, "a section with keys", shown(value))
-    for name in value:
-        if not isinstance(name, str):
-            fail(key, "keys that are text", shown(name))
-    return value
 
 
 @functools.lru_cache
 def hints_of(kind: type) -> dict[str, Any]:
     """The annotated type of each field of a dataclass or NamedTuple."""
     return typing.get_type_hints(kind, include_extras=True)
-
-
-def _record(value: Any, kind: Callable, key: str) -> Any:
-    """`value`, an object, as a dataclass or NamedTuple. Keys that this has not are left out."""
-    items = _section(value, key)
-    fields = {}
-    for name, expected in hints_of(kind).items():
-        where = f"{key}: {name}" if key else name
-        if name not in items:
-            raise WrongKey(where, "is missing")
-        fields[name] = check(items[name], expected, where)
-    return kind(**fields)
 
 
 def _scalar(value: Any, kind: type, key: str) -> Any:
@@ -179,11 +150,11 @@ def _scalar(value: Any, kind: type, key: str) -> Any:
     accepted = (int, float) if kind is float else kind  # a whole number stays one: expand ratio 6 is not 6.0
     fits = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
     if not fits or (isinstance(value, float) and not math.isfinite(value)):
-        fail(key, describe(kind) + (", in quotes" if kind is str else ""), shown(value))
+        fail(key, describe(kind) + (", in quotes" if kind is str else ""), value)
     if kind is str and "\0" in value:  # no file name and no YAML file can hold it
-        fail(key, "text without NUL", shown(value))
+        fail(key, "text without NUL", value)
     if isinstance(value, int) and value.bit_length() > 63:  # more than a float or a tensor can hold
-        fail(key, "a number below 2**63", shown(value))
+        fail(key, "a number below 2**63", value)
     return value
 
 
@@ -196,9 +167,9 @@ def describe(kind: Any) -> str:
         if bounds.high == math.inf:
             return f"{describe(base)} of at least {bounds.low:g}"
         below = "below " if 0 < 1 - bounds.high < 1e-9 else ""
-        low, high = (str(end) if isinstance(end, int) else f"{end:g}" for end in bounds)
-        return f"{describe(base)} from {low} to {below}{high}"
-    names = {int: "an integer", float: "a number", str: "text", bool: "true or false", dict: "a section with keys"}
+        return f"{describe(base)} from {bounds.low:.7g} to {below}{bounds.high:.7g}"
+    names = {int: "an integer", float: "a number", str: "text", bool: "true or false", list: "a list"}
+    names[dict] = "a section with keys"
     if kind in names:
         return names[kind]
     if typing.get_origin(kind) is Literal:
@@ -206,25 +177,16 @@ def describe(kind: Any) -> str:
     return " or ".join(describe(option) for option in typing.get_args(kind)) or kind.__name__
 
 
+_short = reprlib.Repr()
+_short.maxlevel = 4
+_short.maxstring = _short.maxother = _short.maxlong = 4 * MOST_SHOWN
+_short.maxlist = _short.maxdict = _short.maxtuple = MOST_SHOWN
+
+
 def shown(value: object) -> str:
-    """A wrong value for an error message: cut where it is long, nested or an integer of very many digits."""
-    if isinstance(value, int) and value.bit_length() > 1000:  # Python refuses to print one of 15,000 bits
-        return f"an integer of {value.bit_length()} bits"
-    text = _short.repr(value)
+    """A wrong value for an error message, cut where it is long or nested."""
+    try:
+        text = _short.repr(value)
+    except ValueError:  # Python refuses to print an integer of thousands of digits
+        return "a huge number"
     return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
-
-
-class _Short(reprlib.Repr):
-    """repr() of bounded length and depth."""
-
-    def __init__(self):
-        super().__init__()
-        self.maxlevel = 4
-        self.maxstring = self.maxother = 4 * MOST_SHOWN
-        self.maxlist = self.maxdict = self.maxtuple = MOST_SHOWN
-
-    def repr_int(self, value: int, _level: int) -> str:
-        return repr(value) if value.bit_length() <= 1000 else f"an integer of {value.bit_length()} bits"
-
-
-_short = _Short()

@@ -69,10 +69,9 @@ def read_previous(folder: Path, config: Config, stage: str) -> dict | None:
     """
     last, good = folder / LAST, folder / LAST_GOOD
     payload = None
-    if distributed.world().main:
+    if distributed.world().main and (last.exists() or good.exists()):
         try:
-            if last.exists() or good.exists():
-                payload = checkpoint.read(last)
+            payload = checkpoint.read(last)
         except UserError as error:
             spare = f"; {good} is an earlier one: copy it to {last} to go on from there" if good.exists() else ""
             raise UserError(f"{error}{spare}") from None
@@ -82,11 +81,8 @@ def read_previous(folder: Path, config: Config, stage: str) -> dict | None:
     check(payload, _Saved, str(last))
     if ("genotype" in payload) != (stage == "final"):
         raise UserError(f"{last}: is of the other training; --train-dir names the folder of this one")
-    saved = config_io.to_dict(config_io.from_dict(payload["config"], str(last)))
-    asked = config_io.to_dict(config)
-    for key in config_io.KEYS:
-        before, now = (config_io.get_key(settings, key) for settings in (saved, asked))
-        if before != now and not _may_change(key, before, now, stage):
+    for key, now, before in config_io.differences(config, config_io.from_dict(payload["config"], str(last))):
+        if not _may_change(key, before, now, stage):
             raise UserError(f"{key}: expected {shown(before)}, with which {last} began, found {shown(now)}; {REMEDY}")
     return payload
 
@@ -100,31 +96,6 @@ def _may_change(key: str, before: object, now: object, stage: str) -> bool:
     if section in ("supernet", "search", "final"):
         return stage != "final" or key != "search.objective"  # by which the best epoch is chosen
     return key in ANY_STAGE_MAY_CHANGE
-
-
-def compare_data(payload: dict, classes: Sequence[str], data: dict[str, str], path: Path) -> None:
-    """Raise UserError if the checkpoint `payload` of `path` knows other classes or another test set.
-
-    Other training data are said. `data` are fingerprints by name.
-    """
-    if list(payload["classes"]) != list(classes):
-        known, found = (", ".join(map(str, names)) for names in (payload["classes"], classes))
-        raise UserError(f"data.classes: expected {known}, in this order, as in {path}, found {found}; {REMEDY}")
-    changed = {name for name, before in payload.get("data", {}).items() if before != data.get(name)}
-    if "test" in changed:
-        raise UserError(f"data.root: the test data are not those that {path} was evaluated on; {REMEDY}")
-    if changed:
-        say(f"note: the training data are not those that {path} was trained on so far")
-
-
-def forget_later_epochs(log: Path, epoch: int) -> None:
-    """Leave the epochs before `epoch` in a log, each once: the others are trained, and logged, again."""
-    if not distributed.world().main or not log.exists():
-        return
-    records = {(r["kind"], r["step"]): r for r in read_log(log) if r["step"] < epoch}
-    text = "".join(json.dumps(record) + "\n" for record in records.values())
-    if text.encode() != log.read_bytes():
-        checkpoint.write_text(log, text)
 
 
 class Training:
@@ -162,8 +133,12 @@ class Training:
             say(f"resumed {self.last} at epoch {trainer.epoch}, step {trainer.step}")
         # restore() may refuse the folder, so nothing is written before this point
         checkpoint.remove_leftovers(folder)
-        forget_later_epochs(folder / "log.jsonl", trainer.epoch)
-        self.log = RunLog(folder / "log.jsonl", tensorboard)
+        log = folder / "log.jsonl"
+        # Each epoch before this one stays in the log, once; the others are trained, and logged, again.
+        records = {(r["kind"], r["step"]): r for r in read_log(log) if r["step"] < trainer.epoch}
+        if log.exists():
+            checkpoint.write_text(log, "".join(json.dumps(record) + "\n" for record in records.values()))
+        self.log = RunLog(log, tensorboard)
 
     def begin_epoch(self, epoch: int) -> None:
         """Prepare the model for `epoch`, or for the rest of it after an interruption."""
@@ -171,15 +146,12 @@ class Training:
 
     def priors(self) -> Tensor:
         """The prior boxes (P, 4) cxcywh of the current step."""
-        raise NotImplementedError
 
     def losses(self, batch: Batch, targets: Targets | None) -> Iterator[Losses]:
         """The losses of one batch. Its targets are given if they depend on other batches as well."""
-        raise NotImplementedError
 
     def score(self, epoch: int) -> None:
         """Score the model after `epoch` and log the result as "eval"."""
-        raise NotImplementedError
 
     def state(self) -> dict:
         """The content of last.pt."""
@@ -188,7 +160,16 @@ class Training:
         return {**identity, **self.trainer.state_dict(), "losses": losses}
 
     def restore(self, payload: dict) -> None:
-        compare_data(payload, self.classes, self.data, self.last)
+        """Go on from `payload`. Raises UserError if it is of other classes or another test set, or does not fit."""
+        known, found = list(payload["classes"]), list(self.classes)
+        if known != found:
+            order = f"expected {', '.join(known)}, in this order, as in {self.last}"
+            raise UserError(f"data.classes: {order}, found {', '.join(found)}; {REMEDY}")
+        changed = {name for name, before in payload.get("data", {}).items() if before != self.data.get(name)}
+        if "test" in changed:
+            raise UserError(f"data.root: the test data are not those that {self.last} was evaluated on; {REMEDY}")
+        if changed:
+            say(f"note: the training data are not those that {self.last} was trained on so far")
         try:
             self.trainer.load_state_dict(payload, payload["config"][self.stage].get("batch_size"))
             losses = payload.get("losses", {"sums": {}, "batches": 0})  # earlier versions have none
@@ -218,7 +199,14 @@ class Training:
                 while trainer.epoch <= trainer.config.epochs and not stop.requested:
                     self._run_epoch(stop)
         except Diverged as error:
-            raise UserError(f"{error}; {self._where_to_go_on()}") from None
+            if not self.last.exists():
+                raise UserError(f"{error}; nothing had been saved yet") from None
+            text = f"{error}; {self.last} is the last one that was saved, --resume goes on from it"
+            if self.last_good.exists():
+                text += (
+                    f"; {self.last_good} is that of the last evaluation that found something: copy it to {self.last}"
+                )
+            raise UserError(text) from None
         self.log.close()
         if trainer.epoch <= trainer.config.epochs:
             raise Stopped(f"everything is in {self.last}, the same command with --resume goes on", stop.number)
@@ -247,8 +235,17 @@ class Training:
             self.sums, self.counted = defaultdict(float), 0
         try:
             self._train_epoch(stop)
+        except (Diverged, distributed.PeerLost):
+            raise
         except Exception as error:
-            self._rescue(error, stop)
+            # A batch system may send its signal to the loader's processes as well: then this is a stop and no error.
+            if not trainer.rewind():
+                raise
+            if not (stop.requested and "DataLoader worker (pid" in str(error)):
+                with contextlib.suppress(UserError):
+                    self.save()
+                    say(f"saved {self.last} at epoch {trainer.epoch}, step {trainer.step}; --resume goes on from it")
+                raise
         self.save()
         if trainer.batch == 0:  # not stopped within the epoch
             self._finish_epoch(epoch)
@@ -282,40 +279,19 @@ class Training:
     def _targets_together(self, batches: Sequence[Batch]) -> Sequence[Targets]:
         return self.loss.match_together([(batch.boxes, batch.labels) for batch in batches], self.priors())
 
-    def _rescue(self, error: Exception, stop: StopRequest) -> None:
-        """Save what the epoch has done before `error` ends the training. A stop that the loader heard too is no error.
-
-        A batch system may send its signal to the loader's processes as well.
-        """
-        if isinstance(error, Diverged | distributed.PeerLost) or not self.trainer.rewind():
-            raise error
-        if stop.requested and "DataLoader worker (pid" in str(error):
-            return
-        with contextlib.suppress(UserError):
-            self.save()
-            say(f"saved {self.last} at epoch {self.trainer.epoch}, step {self.trainer.step}; --resume goes on from it")
-        raise error
-
     def _keep_if_good(self, epoch: int) -> None:
         """Keep last.pt as last_good.pt if it finds something. Raises Diverged if nothing was found lately."""
+        objective = self.config.search.objective
         found = {}
         for record in read_log(self.log.path):
             if record["kind"] == "eval":
-                scores = [metrics.get(self.config.search.objective) for metrics in record["networks"].values()]
-                found[record["step"]] = max((score or 0.0 for score in scores), default=0.0)
+                scores = [metrics.get(objective) or 0.0 for metrics in record["networks"].values()]
+                found[record["step"]] = max(scores, default=0.0)
         if found[epoch] > 0 or max(found.values()) < SOMETHING:
             checkpoint.link(self.last, self.last_good)
         elif max(list(found.values())[-COLLAPSED:]) == 0:
             before = max(step for step, score in found.items() if score > 0)
             raise Diverged(
-                f"epoch {epoch}: {self.config.search.objective} has been 0 for {COLLAPSED} evaluations, after "
-                f"{found[before]:.3f} at epoch {before}; a lower learning_rate may help"
+                f"epoch {epoch}: {objective} has been 0 for {COLLAPSED} evaluations, after {found[before]:.3f} at "
+                f"epoch {before}; a lower learning_rate may help"
             )
-
-    def _where_to_go_on(self) -> str:
-        """The checkpoints from which a diverged training can be taken up again."""
-        if not self.last.exists():
-            return "nothing had been saved yet"
-        spare = f"; {self.last_good} is that of the last evaluation that found something: copy it to {self.last}"
-        found = spare if self.last_good.exists() else ""
-        return f"{self.last} is the last one that was saved, --resume goes on from it{found}"
