@@ -139,7 +139,7 @@ def measure_latency(args: argparse.Namespace, supernet: Supernet, config: Config
     if args.dry_run:
         print(f"latency: times sub-networks on {device} and writes {path}")
         return
-    table = measure_table(supernet.detector, config, device, config.search.latency_threads, config.seed)
+    table = measure_table(supernet.detector, config, device)
     table.save(path)
     costs = Coster(supernet.detector, table)
     low = costs(supernet.space.smallest())["latency_ms"]

@@ -7,7 +7,7 @@ detectors. A time is in milliseconds, from one picture to scores and boxes; non-
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -15,8 +15,8 @@ import random
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -88,13 +88,7 @@ class LatencyTable:
 def load_table(path: Path, detector: ElasticSSD) -> LatencyTable:
     """Read a table. Raises UserError unless it can predict every sub-network of `detector`."""
     again = "measure this supernet with --measure-latency"
-    data = read_json(path, FORMAT, f"; {again}")
-    del data["format"]
-    names = {field.name for field in fields(LatencyTable)}
-    if data.keys() != names:
-        wrong = ", ".join(sorted(names ^ data.keys()))
-        raise UserError(f"{path}: latency table with missing or unknown keys: {wrong}; {again}")
-    table = check(data, LatencyTable, str(path))
+    table = check(read_json(path, FORMAT, f"; {again}"), LatencyTable, str(path))
     if table.network != shared_parts(detector):
         raise UserError(f"{path}: measured on a detector with another stem, head or number of classes; {again}")
     for name in all_features(detector):
@@ -146,18 +140,14 @@ def shared_parts(detector: ElasticSSD) -> str:
     return hashlib.sha256(json.dumps([*fixed, repr(detector.predictors)]).encode()).hexdigest()
 
 
-def measure_table(detector: ElasticSSD, config: Config, device: torch.device, threads: int, seed: int) -> LatencyTable:
+def measure_table(detector: ElasticSSD, config: Config, device: torch.device) -> LatencyTable:
     """Time a designed sample of whole detectors on `device`, fit the table to it, and judge it on other detectors."""
-    rng = random.Random(seed)
+    rng = random.Random(config.seed)
     space = detector.space
     fitted = designed_sample(space, SAMPLES_PER_BLOCK * len(all_features(detector)), rng)
-    held_out = held_out_sample(space, HELD_OUT, fitted, rng)
-    make = FusedDetectors(detector, config, device)
-    rules = config.postprocess
+    held_out = held_out_sample(space, HELD_OUT, set(fitted), rng)
     # All detectors are timed in one interleaved measurement, so that both sets meet the same machine.
-    with cpu_threads(threads):
-        times = time_detectors([make(genotype) for genotype in (*fitted, *held_out)], device, ROUNDS)
-        nms = time_nms(rules.top_k, detector.num_classes, rules.nms_threshold, device, ROUNDS)
+    *times, nms = time_detectors(fused_detectors(detector, [*fitted, *held_out], config, device), config, device)
     ms = fit([features(detector, genotype) for genotype in fitted], times[: len(fitted)])
     # Detectors that the fit has not seen judge it, and with it the simplest of all predictions, one constant.
     measured = np.array(times[len(fitted) :])
@@ -167,7 +157,7 @@ def measure_table(detector: ElasticSSD, config: Config, device: torch.device, th
     return LatencyTable(
         device=str(device),
         device_name=device_name(device),
-        threads=threads,
+        threads=config.search.latency_threads,
         batch=1,
         torch=torch.__version__,
         image_sizes=list(space.image_size),
@@ -178,7 +168,7 @@ def measure_table(detector: ElasticSSD, config: Config, device: torch.device, th
         error_95=float(np.percentile(errors, 95)),
         error_constant=float(np.median(errors_of_constant)),
         nms_ms=nms,
-        nms_boxes=rules.top_k,
+        nms_boxes=config.postprocess.top_k,
         ms=ms,
     )
 
@@ -195,31 +185,27 @@ def designed_sample(space: SearchSpace, count: int, rng: random.Random) -> list[
         return values
 
     sizes = column(space.image_size)
-    stages = [
-        (column(stage.depth), [column(all_blocks(stage.block)) for _ in range(max(stage.depth))])
-        for stage in space.stages
-    ]
+    stages = []
+    for stage in space.stages:
+        depths = column(stage.depth)
+        blocks = zip(*(column(all_blocks(stage.block)) for _ in range(max(stage.depth))), strict=True)
+        stages.append([chosen[:depth] for chosen, depth in zip(blocks, depths, strict=True)])
     heads = [column(all_blocks(choices)) for choices in space.head]
-    sample: dict[Genotype, None] = {}
+    sample = []
     for i, size in enumerate(sizes):
-        chosen = tuple(tuple(blocks[i] for blocks in positions[: depths[i]]) for depths, positions in stages)
-        sample[Genotype(size, space.backbone_type, chosen, tuple(head[i] for head in heads))] = None
-    return list(sample)
+        chosen = tuple(column_of_stage[i] for column_of_stage in stages)
+        sample.append(Genotype(size, space.backbone_type, chosen, tuple(head[i] for head in heads)))
+    return list(dict.fromkeys(sample))
 
 
-def held_out_sample(space: SearchSpace, count: int, known: Sequence[Genotype], rng: random.Random) -> list[Genotype]:
+def held_out_sample(space: SearchSpace, count: int, known: Collection[Genotype], rng: random.Random) -> list[Genotype]:
     """The smallest, the largest and random genotypes, none of them `known`. Raises UserError if there are too few."""
-    sample: dict[Genotype, None] = {}
     # A small space has fewer genotypes than `count`, hence the limit on the draws.
-    draws = (space.sample(rng) for _ in range(100 * count))
-    for genotype in itertools.chain([space.smallest(), space.largest()], draws):
-        if genotype not in known:
-            sample[genotype] = None
-        if len(sample) == count:
-            break
+    drawn = [space.smallest(), space.largest(), *(space.sample(rng) for _ in range(100 * count))]
+    sample = [genotype for genotype in dict.fromkeys(drawn) if genotype not in known][:count]
     if len(sample) < MIN_HELD_OUT:
         raise UserError(f"--measure-latency: a space of {space.size():.4g} sub-networks is too small for a table")
-    return list(sample)
+    return sample
 
 
 def fit(samples: Sequence[Mapping[str, int]], milliseconds: Sequence[float]) -> dict[str, float]:
@@ -265,48 +251,32 @@ def predict(ms: Mapping[str, float], counts: Mapping[str, int]) -> float:
     return sum(count * ms[name] for name, count in counts.items())
 
 
-class FusedDetectors:
-    """`detectors(genotype)` is a whole detector as it is deployed on `device`, with BatchNorm folded.
+def fused_detectors(
+    detector: ElasticSSD, genotypes: Sequence[Genotype], config: Config, device: torch.device
+) -> list[ScoresAndBoxes]:
+    """The whole detector of each genotype as it is deployed on `device`, with BatchNorm folded.
 
-    Each block is extracted once and shared by all detectors that have it, so that hundreds of them fit into memory.
+    Each block is extracted once for all detectors that have it, so that hundreds of them fit into memory.
     """
 
-    def __init__(self, detector: ElasticSSD, config: Config, device: torch.device):
-        self._detector = detector
-        self._config = config
-        self._device = device
-        self._parts: dict[tuple[nn.Module, Block | None], nn.Module] = {}
+    @functools.cache
+    def part(module: nn.Module, block: Block | None = None) -> nn.Module:
+        plain = module if block is None else module.extract(block)
+        return fuse(plain).to(device, memory_format=torch.channels_last)
 
-    def __call__(self, genotype: Genotype) -> ScoresAndBoxes:
-        segments = self._detector.segments(genotype)
+    models = []
+    for genotype in genotypes:
         model = SSD(
             image_size=genotype.image_size,
-            normalize=self._part(self._detector.normalize),
-            backbone=[nn.Sequential(*(self._part(*step) for step in segment)) for segment in segments],
+            normalize=part(detector.normalize),
+            backbone=[nn.Sequential(*(part(*step) for step in segment)) for segment in detector.segments(genotype)],
             # The segments of the extra blocks are in `backbone`: SSD runs one after the other anyway.
             extras=[],
-            predictors=self._part(self._detector.predictors),
-            priors=self._detector.priors(genotype.image_size).to(self._device),
+            predictors=part(detector.predictors),
+            priors=detector.priors(genotype.image_size).to(device),
         )
-        return ScoresAndBoxes(model, self._config).eval()
-
-    def _part(self, module: nn.Module, block: Block | None = None) -> nn.Module:
-        key = (module, block)
-        if key not in self._parts:
-            plain = module if block is None else module.extract(block)
-            self._parts[key] = fuse(plain).to(self._device, memory_format=torch.channels_last)
-        return self._parts[key]
-
-
-@contextlib.contextmanager
-def cpu_threads(count: int) -> Iterator[None]:
-    """A context in which torch uses `count` CPU threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+        models.append(ScoresAndBoxes(model, config).eval())
+    return models
 
 
 @torch.inference_mode()
@@ -317,8 +287,6 @@ def time_parts(model: SSD, config: Config, device: torch.device) -> dict:
     """
     deployed = ScoresAndBoxes(fuse(model).to(device, memory_format=torch.channels_last), config).eval()
     net = deployed.model
-    rules = config.postprocess
-    threads = config.search.latency_threads
     picture = torch.randint(0, 256, (1, 3, *PICTURE), dtype=torch.uint8, device=device)
     x = net.normalize(picture, net.image_size)
     logits, offsets = net.predict(x)
@@ -328,10 +296,10 @@ def time_parts(model: SSD, config: Config, device: torch.device) -> dict:
         lambda: net.normalize(picture, net.image_size),
         lambda: net.predict(x),
         lambda: deployed.decode(logits, offsets),
+        nms_run(config, net.predictors.num_classes, device),
     ]
-    with cpu_threads(threads):
-        whole, resize, network, decoding = time_interleaved(runs, device, ROUNDS)
-        nms = time_nms(rules.top_k, model.predictors.num_classes, rules.nms_threshold, device, ROUNDS)
+    threads = config.search.latency_threads
+    whole, resize, network, decoding, nms = time_interleaved(runs, device, threads)
     times = {"resize": resize, "network": network, "decoding": decoding, "nms": nms, "total": whole + nms}
     return {
         "device": str(device),
@@ -339,7 +307,7 @@ def time_parts(model: SSD, config: Config, device: torch.device) -> dict:
         "threads": threads,
         "batch": 1,
         "picture": list(PICTURE),
-        "nms_boxes": rules.top_k,
+        "nms_boxes": config.postprocess.top_k,
         **{f"{name}_ms": round(ms, 4) for name, ms in times.items()},
     }
 
@@ -351,49 +319,53 @@ def describe_parts(times: dict) -> str:
     return f"latency: {times['total_ms']:.2f} ms a picture ({parts}) on {times['device_name']}{threads}"
 
 
-def time_detectors(models: Sequence[nn.Module], device: torch.device, rounds: int) -> list[float]:
-    """Milliseconds of each model for one camera picture (see `time_interleaved`).
-
-    The picture is on `device` already: what its transfer takes depends on the application.
-    """
-    picture = torch.randint(0, 256, (1, 3, *PICTURE), dtype=torch.uint8, device=device)
-    with torch.inference_mode():
-        return time_interleaved([lambda model=model: model(picture) for model in models], device, rounds)
-
-
-def time_nms(boxes: int, num_classes: int, threshold: float, device: torch.device, rounds: int) -> float:
-    """Milliseconds of non-maximum suppression of that many random boxes."""
+def nms_run(config: Config, num_classes: int, device: torch.device) -> Run:
+    """Non-maximum suppression of `top_k` random boxes."""
+    boxes = config.postprocess.top_k
     centres = torch.rand(boxes, 2, device=device)
     sizes = 0.2 * torch.rand(boxes, 2, device=device)
     corners = torch.cat([centres - sizes / 2, centres + sizes / 2], 1)  # (boxes, 4) xyxy
     scores = torch.rand(boxes, device=device)
     labels = torch.randint(0, num_classes, (boxes,), device=device)
-    times = [visit(lambda: batched_nms(corners, scores, labels, threshold), device) for _ in range(rounds)]
-    return statistics.median(times)
+    return lambda: batched_nms(corners, scores, labels, config.postprocess.nms_threshold)
 
 
-def time_interleaved(runs: Sequence[Run], device: torch.device, rounds: int) -> list[float]:
-    """Median milliseconds of each run over `rounds` rounds. A round visits every run, in a random order.
+@torch.inference_mode()
+def time_detectors(models: Sequence[ScoresAndBoxes], config: Config, device: torch.device) -> list[float]:
+    """Milliseconds of each model for one camera picture, and last those of non-maximum suppression."""
+    picture = torch.randint(0, 256, (1, 3, *PICTURE), dtype=torch.uint8, device=device)
+    runs: list[Run] = [lambda model=model: model(picture) for model in models]
+    runs.append(nms_run(config, models[0].model.predictors.num_classes, device))
+    return time_interleaved(runs, device, config.search.latency_threads)
 
-    A machine's speed drifts. So the first run serves as the reference: it is visited again and again within a round,
-    and the times of the round are divided by its median.
+
+def time_interleaved(runs: Sequence[Run], device: torch.device, threads: int) -> list[float]:
+    """Median milliseconds of each run over ROUNDS rounds, on `threads` CPU threads.
+
+    A round visits every run, in a random order. A machine's speed drifts. So the first run serves as the reference: it
+    is visited again and again within a round, and the times of the round are divided by its median.
     """
     rng = random.Random(0)
     order = list(range(len(runs)))
-    times = np.empty((rounds, len(runs)))
-    speeds = np.empty(rounds)
-    bar = progress(None, "measure", total=rounds * len(runs))
-    for n in range(rounds):
-        rng.shuffle(order)
-        reference = []
-        for position, i in enumerate(order):
-            # Within a round the speed drifts too, so the reference is measured several times.
-            if position % REFERENCE_EVERY == 0:
-                reference.append(visit(runs[0], device))
-            times[n, i] = visit(runs[i], device)
-            bar.update()
-        speeds[n] = statistics.median(reference)
-    bar.close()
+    times = np.empty((ROUNDS, len(runs)))
+    speeds = np.empty(ROUNDS)
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    bar = progress(None, "measure", total=ROUNDS * len(runs))
+    try:
+        for n in range(ROUNDS):
+            rng.shuffle(order)
+            reference = []
+            for position, i in enumerate(order):
+                # Within a round the speed drifts too, so the reference is measured several times.
+                if position % REFERENCE_EVERY == 0:
+                    reference.append(visit(runs[0], device))
+                times[n, i] = visit(runs[i], device)
+                bar.update()
+            speeds[n] = statistics.median(reference)
+    finally:
+        bar.close()
+        torch.set_num_threads(threads_before)
     # Ratios to the reference become milliseconds at the machine's usual speed.
     return (np.median(speeds) * np.median(times / speeds[:, None], axis=0)).tolist()
 

@@ -22,7 +22,7 @@ from lib.detector import ElasticSSD, Supernet, recalibrate
 from lib.errors import UserError
 from lib.final_training import FinalTraining, StartingNetwork, evaluate, final_loader, some_images
 from lib.genotype import Genotype
-from lib.latency import ROUNDS, FusedDetectors, cpu_threads, time_detectors
+from lib.latency import fused_detectors, time_detectors
 from lib.log import finite, say
 from lib.plain import check, read_json, shown
 from lib.runtime import device_name, seed_everything
@@ -198,10 +198,9 @@ def write_comparison(trials: Trials) -> str:
     """Time the networks of finished trials; write compare.json and compare.md; the table as text."""
     recipe = trials.recipe
     threads = recipe.config.search.latency_threads
-    detectors = FusedDetectors(recipe.supernet.detector, recipe.config, recipe.device)
-    with cpu_threads(threads):
-        fused = [detectors(genotype) for genotype in trials.networks.values()]
-        times = time_detectors(fused, recipe.device, ROUNDS)
+    networks = [*trials.networks.values()]
+    models = fused_detectors(recipe.supernet.detector, networks, recipe.config, recipe.device)
+    *times, _nms = time_detectors(models, recipe.config, recipe.device)
     rows = [{**row, "latency_ms": ms} for row, ms in zip(trials.results, times, strict=True)]
     epochs = recipe.config.final.epochs
     name = device_name(recipe.device)

@@ -25,15 +25,14 @@ from lib.errors import UserError
 from lib.genotype import Block, Genotype
 from lib.head import Predictors
 from lib.latency import (
-    FusedDetectors,
     all_features,
     designed_sample,
     features,
     fit,
+    fused_detectors,
     load_table,
     time_detectors,
     time_interleaved,
-    time_nms,
     visit,
 )
 from lib.postprocess import postprocess
@@ -158,22 +157,21 @@ def measured(tiny_detector, tiny_config, monkeypatch):
     times, _, _ = synthetic(detector, 0)
     made: list[Genotype] = []
 
-    class Detectors:
-        def __init__(self, *_):
-            pass
+    def detectors(_detector, genotypes, _config, _device):
+        made.extend(genotypes)
+        return genotypes
 
-        def __call__(self, genotype):
-            made.append(genotype)
-            return genotype
-
-    def clock(models, _device, _rounds):
+    def clock(models, _config, _device):
         rng = random.Random(5)
-        return [latency.predict(times, features(detector, g)) * rng.gauss(1, 0.01) for g in models]
+        of_models = [latency.predict(times, features(detector, g)) * rng.gauss(1, 0.01) for g in models]
+        return [*of_models, 0.25]
 
-    monkeypatch.setattr(latency, "FusedDetectors", Detectors)
+    monkeypatch.setattr(latency, "fused_detectors", detectors)
     monkeypatch.setattr(latency, "time_detectors", clock)
-    table = latency.measure_table(detector, tiny_config(), torch.device("cpu"), threads=1, seed=0)
-    return detector, table, made, clock(made, None, None)
+    table = latency.measure_table(detector, tiny_config(), torch.device("cpu"))
+    assert table.nms_ms == 0.25
+    *milliseconds, _ = clock(made, None, None)
+    return detector, table, made, milliseconds
 
 
 def test_the_reported_error_is_that_of_the_held_out(measured):
@@ -228,7 +226,7 @@ def test_a_table_of_another_network_is_refused(measured, tiny_detector, tmp_path
             lambda d: d.update(format="latency/2"),
             'expected a JSON object with "format": "latency/1", found .latency/2.',
         ),
-        (lambda d: d.pop("ms"), "missing or unknown keys: ms"),
+        (lambda d: d.pop("ms"), r"t\.json: ms: is missing"),
         (
             lambda d: d["ms"].update({"shared at 64": "fast"}),
             r"ms\['shared at 64'\]: expected a number, found 'fast'",
@@ -291,12 +289,13 @@ def test_the_search_refuses_at_once(measured, tiny_config, tmp_path, monkeypatch
 
 def test_a_detector_of_shared_parts_finds_what_the_extracted_one_does(tiny_detector, tiny_config):
     detector, config = tiny_detector(), tiny_config()
-    make, rng = FusedDetectors(detector, config, CPU), random.Random(0)
+    rng = random.Random(0)
     images = torch.randint(0, 256, (1, 3, *latency.PICTURE), dtype=torch.uint8)
-    for genotype in [detector.space.largest(), *(detector.space.sample(rng) for _ in range(3))]:
+    genotypes = [detector.space.largest(), *(detector.space.sample(rng) for _ in range(3))]
+    for genotype, model in zip(genotypes, fused_detectors(detector, genotypes, config, CPU), strict=True):
         plain = detector.extract(genotype)
         with torch.inference_mode():
-            scores, boxes = make(genotype)(images)
+            scores, boxes = model(images)
             logits, offsets = plain(images)
         everything = config.postprocess
         everything.confidence_threshold, everything.nms_threshold = -1.0, 1.0  # nothing is dropped
@@ -338,8 +337,8 @@ def test_the_parts_of_a_detector_are_timed_by_themselves(tiny_trained, clock, mo
 
 def test_blocks_are_shared(tiny_detector, tiny_config):
     detector = tiny_detector()
-    make, rng = FusedDetectors(detector, tiny_config(), CPU), random.Random(0)
-    models = [make(detector.space.sample(rng)) for _ in range(20)]
+    rng = random.Random(0)
+    models = fused_detectors(detector, [detector.space.sample(rng) for _ in range(20)], tiny_config(), CPU)
     weights = {p.data_ptr() for model in models for p in model.parameters()}
     most = 5 * 2 * 4 + 3  # every choice of every elastic block; the fixed one, the stem, the last convolution
     blocks = {id(block) for model in models for segment in model.model.backbone for block in segment}
@@ -348,7 +347,7 @@ def test_blocks_are_shared(tiny_detector, tiny_config):
 
 def test_each_run_has_its_own_milliseconds(clock):
     runs = [lambda ms=ms: clock.work(ms / 1000) for ms in (1, 4, 2)]
-    assert time_interleaved(runs, CPU, rounds=3) == pytest.approx([1, 4, 2])
+    assert time_interleaved(runs, CPU, threads=1) == pytest.approx([1, 4, 2])
 
 
 def test_drift_cancels(monkeypatch):
@@ -373,7 +372,8 @@ def test_drift_cancels(monkeypatch):
 
     monkeypatch.setattr(latency, "visit", slow)
     monkeypatch.setattr(latency, "progress", lambda *_, **__: Bar())
-    found = time_interleaved([lambda i=i: i for i in range(4)], CPU, rounds=5)
+    monkeypatch.setattr(latency, "ROUNDS", 5)
+    found = time_interleaved([lambda i=i: i for i in range(4)], CPU, threads=1)
     assert found == pytest.approx([t * 1.5**2 for t in true])
     assert visits[0] == 5 * (4 + 1)  # and the reference once in four
 
@@ -383,11 +383,10 @@ def test_a_visit_is_a_median_after_a_warm_up(clock):
     assert visit(lambda: clock.work(next(waits) / 1000), CPU) == pytest.approx(2)
 
 
-def test_detectors_and_nms_take_time(tiny_detector, tiny_config):
+def test_detectors_and_nms_take_time(tiny_detector, tiny_config, monkeypatch):
+    monkeypatch.setattr(latency, "ROUNDS", 2)
     detector, config = tiny_detector(), tiny_config()
-    make = FusedDetectors(detector, config, CPU)
-    model = make(detector.space.largest())
-    assert isinstance(model, ScoresAndBoxes) and not model.training
-    (milliseconds,) = time_detectors([model], CPU, rounds=2)
-    assert 0 < milliseconds < 1000
-    assert 0 < time_nms(50, 3, 0.5, CPU, rounds=2) < 1000
+    models = fused_detectors(detector, [detector.space.largest()], config, CPU)
+    assert isinstance(models[0], ScoresAndBoxes) and not models[0].training
+    milliseconds, nms = time_detectors(models, config, CPU)
+    assert 0 < milliseconds < 1000 and 0 < nms < 1000
