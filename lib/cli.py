@@ -24,7 +24,7 @@ from pathlib import Path
 
 from lib import checkpoint, config_io, distributed, shapes
 from lib.config import Config, DataConfig
-from lib.errors import UserError, naming
+from lib.errors import UserError
 from lib.plain import check, read_json, shown
 
 RUNS = Path("runs")
@@ -58,9 +58,6 @@ def make_parser(
     return parser
 
 
-# The configuration of a command.
-
-
 @dataclass(frozen=True)
 class Run:
     """A command's run: the folder that it writes to, its configuration, and where that comes from."""
@@ -89,9 +86,8 @@ class CommandLine:
         self.args = args
         self.stage = stage
         by_flag = {"data.root": args.data, "seed": args.seed, **(flags or {})}
-        save_every = {"supernet": "supernet.save_every", "final": "final.save_every"}
-        if stage in save_every:
-            by_flag[save_every[stage]] = args.save_every
+        if stage in ("supernet", "final"):
+            by_flag[f"{stage}.save_every"] = args.save_every
         self._file = config_io.read_yaml(Path(args.cfg)) if args.cfg else None
         self._changes = [(key, value) for key, value in by_flag.items() if value is not None]
         self._changes += [config_io.parse_override(text) for text in args.set]
@@ -120,22 +116,27 @@ class CommandLine:
         elif inherited is not None:
             layer, source = inherited, inherited_from
         else:
-            layer, source = _default_config(args.data)
+            path = CONFIGS / ("mine.yaml" if args.data else "shapes.yaml")
+            layer, source = config_io.read_yaml(path), f"configs/{path.name}"
+            if args.data and (name := Path(args.data).resolve().name):
+                layer["name"] = name  # every data set has a folder of its own below runs/
+        # The name becomes a folder below runs/, and a configuration may come from a stranger's file.
+        name = self.given("name") or layer.get("name")
+        if not isinstance(name, str) or not re.fullmatch(r"[^/\\\x00-\x1f]{1,100}", name) or name in RESERVED:
+            where = "" if self.given("name") else f"{source}: "
+            raise UserError(f"{where}name: expected a plain name, which becomes a folder, found {shown(name)}")
         # The folder comes before the rest: with --resume it may hold the configuration.
-        with contextlib.nullcontext() if self.given("name") else naming(source):
-            name = _plain_name(self.given("name") or layer.get("name"))
         folder = args.train_dir or RUNS / name / (folder_name or self.stage)
+        saved = _saved_config(folder) if args.resume else None
         layer_is_foreign = layer is inherited
-        goes_on = args.resume and self._file is None and (saved := _saved_config(folder))
-        if goes_on:
+        if goes_on := saved is not None and self._file is None:
             layer, source = saved, f"{folder / 'config.yaml'}, with which this run began"
             layer_is_foreign = False
         # Flags and --set override whichever layer was chosen.
-        if args.data and not any(key == "data.dataset_type" for key, _ in self._changes):
-            layer = _with_own_pictures(layer, Path(args.data))
-        changed = config_io.with_changes(layer, self._changes)
         typed = [key for key, _ in self._changes]
-        config = config_io.from_dict(changed, source, typed)
+        if args.data and "data.dataset_type" not in typed:
+            layer = _with_own_pictures(layer, Path(args.data))
+        config = config_io.from_dict(config_io.with_changes(layer, self._changes), source, typed)
         config_io.validate(config)
         notes = []
         if self.stage in ("supernet", "final"):
@@ -143,21 +144,23 @@ class CommandLine:
             if not goes_on:
                 planned = config_io.get_key(layer, f"{self.stage}.epochs") or getattr(Config(), self.stage).epochs
                 notes = config_io.fit_schedules(config, self.stage, planned, typed)
-            fits_priors = getattr(args, "fit_priors", False)
-            given = any("schedule_cfg" in key or "distill" in key for key in typed)
-            scales = not given and (bool(notes) or f"{self.stage}.epochs" in typed)
-            if args.resume and (scales or fits_priors) and (saved := _saved_config(folder)):
+            if saved is not None:
                 # What was derived when the run began stays as it is.
                 began = config_io.from_dict(saved, str(folder / "config.yaml"))
-                if scales:
+                given = any("schedule_cfg" in key or "distill" in key for key in typed)
+                if not given and (notes or f"{self.stage}.epochs" in typed):
                     config.search_space.schedule_cfg = began.search_space.schedule_cfg
                     config.supernet.distill.weight = began.supernet.distill.weight
                     notes = []
-                config.head = began.head if fits_priors else config.head
+                if getattr(args, "fit_priors", False):
+                    config.head = began.head
         if layer_is_foreign:
             if reads_data and self.given("data.root") is None:
                 _refuse_foreign_data(config.data, source)
-            notes = [*notes, *_far_paths(config, source)]
+            for key in READ_PATHS:
+                path = Path(str(config_io.get_key(config_io.to_dict(config), key)))
+                if path.is_absolute() or ".." in path.parts:
+                    notes.append(f"note: {key} is {path}, from {source}")
         return Run(folder, config, source, notes)
 
 
@@ -166,31 +169,12 @@ def _refuse_foreign_data(data: DataConfig, source: str) -> None:
 
     So it may below the current folder alone. Pictures that are read only have to be there.
     """
-    root = Path(data.root)
-    draws = data.dataset_type == "shapes" and not (root / shapes.MARKER).exists()
-    if draws and not root.resolve().is_relative_to(Path.cwd()):
-        raise UserError(f"data.root: {source} has {root}, which is not below this folder; --data DIR names another")
-    if data.dataset_type != "shapes" and not root.is_dir():
-        raise UserError(f"data.root: {source} has {root}, which is not here; --data DIR names the data's folder")
-
-
-def _far_paths(config: Config, source: str) -> list[str]:
-    """A line for each path of an inherited configuration that leads out of the current folder. They are only read."""
-    far = []
-    for key in READ_PATHS:
-        path = Path(str(config_io.get_key(config_io.to_dict(config), key)))
-        if path.is_absolute() or ".." in path.parts:
-            far.append(f"note: {key} is {path}, from {source}")
-    return far
-
-
-def _default_config(data: str | None) -> tuple[dict, str]:
-    """The configuration where nothing names one, and its file: of the built-in pictures, or of those in `data`."""
-    path = CONFIGS / ("mine.yaml" if data else "shapes.yaml")
-    layer = config_io.read_yaml(path)
-    if data and (name := Path(data).resolve().name):
-        layer["name"] = name  # every data set has a folder of its own below runs/
-    return layer, f"configs/{path.name}"
+    root, is_drawn = Path(data.root), data.dataset_type == "shapes"
+    wrong = "" if is_drawn or root.is_dir() else "here"
+    if is_drawn and not (root / shapes.MARKER).exists() and not root.resolve().is_relative_to(Path.cwd()):
+        wrong = "below this folder"
+    if wrong:
+        raise UserError(f"data.root: {source} has {root}, which is not {wrong}; --data DIR names the data's folder")
 
 
 def _with_own_pictures(layer: dict, folder: Path) -> dict:
@@ -214,13 +198,6 @@ def _saved_config(folder: Path) -> dict | None:
     if saved is not None and not saved.keys() - {"name"}:
         raise UserError(f"{path}: holds no settings any more; --cfg names a file with those that this run began with")
     return saved
-
-
-def _plain_name(name: object) -> str:
-    """`name`, which becomes a folder below runs/. A configuration may come from a stranger's file."""
-    if not isinstance(name, str) or not re.fullmatch(r"[^/\\\x00-\x1f]{1,100}", name) or name in RESERVED:
-        raise UserError(f"name: expected a plain name, which becomes a folder, found {shown(name)}")
-    return name
 
 
 def command(script: str, **flags: object) -> str:
@@ -261,21 +238,25 @@ def claim(product: Path, args: argparse.Namespace) -> Iterator[None]:
         yield
 
 
-# Where runs live.
-
-
 def remember(stage: str, folder: Path) -> None:
     """Note that `folder` is now the last run of `stage`."""
-    pointers = _pointers()
-    pointers[stage] = str(folder)
-    checkpoint.write_text(POINTER, json.dumps(pointers, indent=2) + "\n")
+    checkpoint.write_text(POINTER, json.dumps({**_pointers(), stage: str(folder)}, indent=2) + "\n")
 
 
 def last_run(stage: str) -> Path | None:
+    """The folder of the last run of `stage`, if it is still there."""
     path = _pointers().get(stage)
     with contextlib.suppress(OSError, ValueError):  # a name that is too long, or has a NUL
-        return Path(path) if isinstance(path, str) and Path(path).is_dir() else None
+        if isinstance(path, str) and Path(path).is_dir():
+            return Path(path)
     return None
+
+
+def _pointers() -> dict[str, object]:
+    """The folder of each stage's last run. A damaged file counts as none."""
+    with contextlib.suppress(UserError):
+        return check(read_json(POINTER), dict)
+    return {}
 
 
 def supernet_checkpoint(folder: Path) -> Path:
@@ -298,10 +279,3 @@ def find_genotype(name: str) -> Path:
         return search / name
     where = f" nor in {search}" if search is not None else ""
     raise UserError(f"{name}: no such genotype file here{where}; async_search.py writes best.json and pareto.json")
-
-
-def _pointers() -> dict[str, object]:
-    """The folder of each stage's last run. A damaged file counts as none."""
-    with contextlib.suppress(UserError):
-        return check(read_json(POINTER), dict)
-    return {}
