@@ -35,6 +35,7 @@ from lib.detector import SSD, detector_checkpoint, load_detector
 from lib.errors import UserError, naming
 from lib.final_training import (
     FinalTraining,
+    cut_student,
     detect_all,
     final_loader,
     find_start,
@@ -123,21 +124,21 @@ def train_from(this_run: cli.Run, choice: Choice, origin: str, args: argparse.Na
     annotations, test = load_data(config)
     if origin == "supernet" and annotations.held_out:
         refuse_seen(supernet_path(config, choice.content, args.load).parent / "split.json", annotations)
-    start = find_start(origin, config, choice.content, annotations.classes, args.load)
-    genotype = choice.genotype(start.network.space)
-    student = start.student(genotype)
+    network = find_start(origin, config, choice.content, annotations.classes, args.load)
+    genotype = choice.genotype(network.space)
+    student = cut_student(network, genotype, inherits=origin != "scratch")
     loader = final_loader(annotations, genotype.image_size, config, device)
     # The plan: everything that can be wrong has been checked by now.
     for line in (
         *this_run.describe(),
         *plan.describe_data(
             {"train": plan.Split(annotations, range(len(annotations))), "test": plan.Split(test, range(len(test)))},
-            start.network.priors(genotype.image_size),
+            network.priors(genotype.image_size),
             config.loss.matched_threshold,
         ),
         f"genotype: {genotype}",
         f"  {student.cost.flops / 1e6:.1f} M multiply-adds, {student.cost.params / 1e6:.3f} M parameters",
-        *plan.describe_priors(start.network, config),
+        *plan.describe_priors(network, config),
         plan.describe_training("final", config.final, len(annotations), loader.batch_sampler.batches_per_epoch),
     ):
         print(line)
@@ -274,12 +275,12 @@ def export_detector(args: argparse.Namespace) -> None:
     graph = export.export_graph(detector, nms=not args.no_nms)
     name = "detector_raw" if args.no_nms else "detector"
     exact = path.with_name(f"{name}.onnx")
-    reports = {exact.name: export.write_verified(graph, exact, detector, test)}
+    reports = {exact.name: export.write(graph, exact, detector, test)}
     if args.int8:
         small = path.with_name(f"{name}_int8.onnx")
         images = some_images(load_annotations(config.data, "train"), detector.model.image_size, config)
         quantized = export.quantize(graph, images)
-        reports[small.name] = export.write_measured(quantized, small, detector, test, reports[exact.name]["AP"])
+        reports[small.name] = export.write(quantized, small, detector, test, reports[exact.name]["AP"])
     export.update_report(reports, path.parent)
     for file, report in reports.items():
         print(f"wrote {path.with_name(file)}, {report['bytes'] / 1e6:.2f} MB: {export.describe(report)}")

@@ -15,7 +15,7 @@ torchvision's NMS depends on the versions of both libraries.
 from __future__ import annotations
 
 import copy
-import importlib
+import importlib.util
 import json
 import logging
 import math
@@ -60,16 +60,11 @@ DIFFERENCES = ("supernet_difference", "score_difference", "box_difference")
 
 def require(*names: str) -> list[ModuleType]:
     """Import optional packages. Raises UserError with the command that installs the missing ones."""
-    modules = []
-    missing = []
-    for name in names:
-        try:
-            modules.append(importlib.import_module(name))
-        except ImportError:
-            missing.append(name.partition(".")[0])
+    packages = dict.fromkeys(name.partition(".")[0] for name in names)
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
-        raise UserError(f"ONNX files need packages that are missing; pip install {' '.join(dict.fromkeys(missing))}")
-    return modules
+        raise UserError(f"ONNX files need packages that are missing; pip install {' '.join(missing)}")
+    return [importlib.import_module(name) for name in names]
 
 
 # The steps of lib.postprocess. An image has n = C * k candidates, the k best of each class, ordered by class.
@@ -78,19 +73,17 @@ nms (float[batch, P, C] prior_scores, float[batch, P, 4] prior_boxes)
     => (float[batch, {top_k}, 4] boxes, float[batch, {top_k}] scores, int64[batch, {top_k}] labels)
 <
     int64[1] nms_k = {{{k}}}, int64[1] nms_kept = {{{kept}}}, int64[1] nms_one = {{1}}, int64[1] nms_two = {{2}},
-    float nms_iou = {{{iou}}}, float nms_confidence = {{{confidence}}}, float nms_zero = {{0}},
-    int64[2] nms_per_image = {{-1, {n}}}, int64[2] nms_per_class = {{-1, {k}}}, int64[3] nms_four = {{1, 1, 4}},
+    float nms_iou = {{{iou}}}, float nms_confidence = {{{confidence}}}, float nms_zero = {{0}}, int64 nms_none = {{0}},
+    int64[2] nms_per_image = {{-1, {n}}}, int64[2] nms_per_class = {{-1, {k}}}, int64[2] nms_columns = {{0, 2}},
     int64[3] nms_scores_shape = {{-1, 1, {k}}}, int64[3] nms_boxes_shape = {{-1, {k}, 4}},
-    int64[2] nms_columns = {{0, 2}},
     int64[4] nms_padding = {{0, 0, 0, {padding}}}, int64[6] nms_box_padding = {{0, 0, 0, 0, {padding}, 0}}
 >
 {{
     nms_by_class = Transpose <perm = [0, 2, 1]> (prior_scores)
     nms_top, nms_prior = TopK <axis = -1> (nms_by_class, nms_k)
     nms_flat_prior = Reshape (nms_prior, nms_per_image)
-    nms_prior_column = Unsqueeze (nms_flat_prior, nms_two)
-    nms_prior_index = Expand (nms_prior_column, nms_four)
-    nms_candidates = GatherElements <axis = 1> (prior_boxes, nms_prior_index)
+    nms_prior_index = Unsqueeze (nms_flat_prior, nms_two)
+    nms_candidates = GatherND <batch_dims = 1> (prior_boxes, nms_prior_index)
     nms_group_boxes = Reshape (nms_candidates, nms_boxes_shape)
     nms_group_scores = Reshape (nms_top, nms_scores_shape)
     nms_triples = NonMaxSuppression (nms_group_boxes, nms_group_scores, nms_k, nms_iou, nms_confidence)
@@ -105,14 +98,11 @@ nms (float[batch, P, C] prior_scores, float[batch, P, 4] prior_boxes)
     nms_class = Div (nms_place, nms_k)
     nms_label = Add (nms_class, nms_one)
     nms_found = Greater (nms_best, nms_zero)
-    nms_found_int = Cast <to = 7> (nms_found)
-    nms_true_label = Mul (nms_label, nms_found_int)
-    nms_found_float = Cast <to = 1> (nms_found)
-    nms_found_column = Unsqueeze (nms_found_float, nms_two)
-    nms_place_column = Unsqueeze (nms_place, nms_two)
-    nms_place_index = Expand (nms_place_column, nms_four)
-    nms_best_boxes = GatherElements <axis = 1> (nms_candidates, nms_place_index)
-    nms_true_boxes = Mul (nms_best_boxes, nms_found_column)
+    nms_true_label = Where (nms_found, nms_label, nms_none)
+    nms_place_index = Unsqueeze (nms_place, nms_two)
+    nms_best_boxes = GatherND <batch_dims = 1> (nms_candidates, nms_place_index)
+    nms_found_column = Unsqueeze (nms_found, nms_two)
+    nms_true_boxes = Where (nms_found_column, nms_best_boxes, nms_zero)
     scores = Pad (nms_best, nms_padding)
     labels = Pad (nms_true_label, nms_padding)
     boxes = Pad (nms_true_boxes, nms_box_padding)
@@ -203,14 +193,12 @@ def open_session(model: Path | bytes):
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
-    source = str(model) if isinstance(model, Path) else model
     try:
+        source = str(model) if isinstance(model, Path) else model
         return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions have no base class of their own
-        if not isinstance(model, Path):
-            raise
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{model}: onnxruntime cannot read it: {reason}") from None
+        name = model if isinstance(model, Path) else "the exported graph"
+        raise UserError(f"{name}: onnxruntime cannot read it: {' '.join(str(error).split())[:200]}") from None
 
 
 def run_session(session, images: Tensor, outputs: Sequence[str]) -> list[Tensor]:
@@ -248,30 +236,21 @@ def unpad(boxes: Tensor, scores: Tensor, labels: Tensor) -> list[Detections]:
     return [Detections(b[k > 0], s[k > 0], k[k > 0]) for b, s, k in zip(boxes, scores, labels, strict=True)]
 
 
-def write_verified(model: ModelProto, path: Path, detector: Detector, test: Annotations) -> dict:
+def write(model: ModelProto, path: Path, detector: Detector, test: Annotations, exact_ap: float | None = None) -> dict:
     """Write `model` to `path` if it passes the gate, and return the report of `compare`. Else raise UserError.
 
-    The check reads the written bytes, under a temporary name. A graph that fails leaves no file.
+    The check reads the written bytes, under a temporary name. A graph that fails leaves no file. An int8 graph differs
+    from the detector: with `exact_ap`, that of the exact file, there is no gate, and the report has the loss of AP.
     """
     with replacing(path) as file:
         file.write(model.SerializeToString())
         file.flush()
-        report = compare(Path(file.name), detector, test)
-        refuse(report, path)
+        report = compare(Path(file.name), detector, test, parity=exact_ap is None)
+        if exact_ap is None:
+            refuse(report, path)
+        else:
+            report["AP_loss"] = exact_ap - report["AP"]
     return {**report, "bytes": path.stat().st_size}
-
-
-@torch.inference_mode()
-def write_measured(model: ModelProto, path: Path, detector: Detector, test: Annotations, exact_ap: float) -> dict:
-    """Write an int8 graph, which differs from the detector. The report has its AP and the loss from `exact_ap`."""
-    session = open_session(with_every_output(model, detector.config.postprocess).SerializeToString())
-    found = []
-    for images in test_images(detector, test):
-        found += unpad(*run_session(session, images, DETECTIONS))
-    with replacing(path) as file:
-        file.write(model.SerializeToString())
-    report = _average_precisions(found, test)
-    return {**report, "AP_loss": exact_ap - report["AP"], "bytes": path.stat().st_size}
 
 
 def update_report(reports: dict[str, dict], folder: Path) -> None:
@@ -288,8 +267,7 @@ def refuse(report: dict, path: Path) -> None:
             what = name.replace("_", " ")
             raise UserError(f"{path}: not written, since its {what} from the torch detector is {report[name]:.2g}")
     exported, trained = report["AP"], report["AP_torch"]
-    # Without any object in the test set, both are NaN.
-    both_undefined = math.isnan(exported) and math.isnan(trained)
+    both_undefined = math.isnan(exported) and math.isnan(trained)  # without any object in the test set
     if not both_undefined and not abs(exported - trained) <= AP_TOLERANCE:
         raise UserError(f"{path}: not written, since its AP is {exported:.4f}, the torch detector's {trained:.4f}")
 
@@ -304,18 +282,16 @@ def describe(report: dict) -> str:
 
 
 @torch.inference_mode()
-def compare(path: Path, detector: Detector, test: Annotations) -> dict:
-    """Compare an exported file with its detector on every test image: largest absolute differences, and both APs.
+def compare(path: Path, detector: Detector, test: Annotations, parity: bool = True) -> dict:
+    """AP, AP50 and, with `parity`, the differences of an exported file from its detector, on every test image.
 
     Three paths must agree: the elastic network (see `elastic_view`), the plain network, and the file in onnxruntime.
-    `supernet_difference` is that of logits and offsets between the first two. `score_difference` and `box_difference`
-    are those of all priors, before NMS, between the last two.
+    `supernet_difference` is the largest absolute one of logits and offsets between the first two, `score_difference`
+    and `box_difference` are those of all priors, before NMS, between the last two. `AP_torch` is the detector's AP.
     """
     (onnx,) = require("onnx")
-    config = detector.config
-    rules = config.postprocess
-    network = detector.model
-    session = open_session(with_every_output(onnx.load(path), rules).SerializeToString())
+    config, network = detector.config, detector.model
+    session = open_session(with_every_output(onnx.load(path), config.postprocess).SerializeToString())
     deployed = ScoresAndBoxes(network, config)
     elastic = elastic_view(detector)
     worst = dict.fromkeys(DIFFERENCES, 0.0)
@@ -323,26 +299,28 @@ def compare(path: Path, detector: Detector, test: Annotations) -> dict:
     trained = []
     # One pass over the images serves both comparisons: tensors image by image, AP at the end.
     for images in test_images(detector, test):
+        *detections, prior_scores, prior_boxes = run_session(session, images, [*DETECTIONS, *PRIORS])
+        exported += unpad(*detections)
+        if not parity:
+            continue
         logits, offsets = network(images)  # (B, P, C + 1), (B, P, 4)
         scores, boxes = deployed.decode(logits, offsets)  # (B, P, C), (B, P, 4)
-        *detections, prior_scores, prior_boxes = run_session(session, images, [*DETECTIONS, *PRIORS])
         raw = torch.cat((logits, offsets), -1)
         elastic_raw = torch.cat(elastic(images, detector.genotype), -1)
         pairs = ((elastic_raw, raw), (prior_scores, scores), (prior_boxes, boxes))
         for name, (a, b) in zip(DIFFERENCES, pairs, strict=True):
             # max() would lose a NaN that is not the first argument, so NaN counts as infinite.
-            difference = float((a - b).abs().nan_to_num(nan=math.inf).max())
-            worst[name] = max(worst[name], difference)
-        exported += unpad(*detections)
-        trained += postprocess(logits, offsets, network.priors, rules, config.loss.type, config.head.variances)
-    reference = _average_precisions(trained, test)
-    return {**worst, **_average_precisions(exported, test), "AP_torch": reference["AP"]}
+            worst[name] = max(worst[name], float((a - b).abs().nan_to_num(nan=math.inf).max()))
+        trained += postprocess(
+            logits, offsets, network.priors, config.postprocess, config.loss.type, config.head.variances
+        )
+    report = _average_precisions(exported, test)
+    return {**worst, **report, "AP_torch": _average_precisions(trained, test)["AP"]} if parity else report
 
 
 def test_images(detector: Detector, test: Annotations) -> Iterator[Tensor]:
     """Batches (B, 3, S, S) of all test images."""
-    data = detector.config.data
-    size = detector.model.image_size
+    data, size = detector.config.data, detector.model.image_size
     batch_size = detector.config.final.batch_size
     loader = eval_loader(test, range(len(test)), size, batch_size, workers=data.workers, **reading(data))
     return (batch.images for batch in progress(loader, "evaluate"))

@@ -40,8 +40,7 @@ from lib.export import (
     unpad,
     update_report,
     with_every_output,
-    write_measured,
-    write_verified,
+    write,
 )
 from lib.genotype import Genotype
 from lib.head import Predictors
@@ -291,7 +290,7 @@ def tampered(graph, change):
 
 def test_a_faithful_graph_is_written_and_measured(trained, tmp_path):
     detector, graph, test = trained
-    report = write_verified(graph, tmp_path / "detector.onnx", detector, test)
+    report = write(graph, tmp_path / "detector.onnx", detector, test)
     assert [p.name for p in tmp_path.iterdir()] == ["detector.onnx"]
     assert report["AP"] == pytest.approx(report["AP_torch"], abs=5e-4) and report["AP_torch"] > 0.5
     assert all(0 <= report[f"{name}_difference"] < 1e-5 for name in ("supernet", "score", "box"))
@@ -331,7 +330,7 @@ def move_a_bias(initializers):
 def test_a_tampered_graph_leaves_no_file(trained, tmp_path, change, words):
     detector, graph, test = trained
     with pytest.raises(UserError, match=f"detector.onnx: not written, since .*{words}"):
-        write_verified(tampered(graph, change), tmp_path / "detector.onnx", detector, test)
+        write(tampered(graph, change), tmp_path / "detector.onnx", detector, test)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -341,7 +340,7 @@ def test_a_graph_of_other_weights_is_refused(trained, tmp_path):
     with torch.no_grad():
         other.predictors.classes[0][-1].bias.add_(0.01)
     with pytest.raises(UserError, match="not written, since its score difference"):
-        write_verified(graph, tmp_path / "detector.onnx", detector._replace(model=other), test)
+        write(graph, tmp_path / "detector.onnx", detector._replace(model=other), test)
 
 
 @pytest.mark.parametrize(
@@ -387,7 +386,7 @@ def test_an_elastic_layer_that_computes_something_else_is_seen(trained, monkeypa
 
     monkeypatch.setattr("lib.export.elastic_view", spoiled)
     with pytest.raises(UserError, match="supernet difference"):
-        write_verified(graph, tmp_path / "detector.onnx", detector, test)
+        write(graph, tmp_path / "detector.onnx", detector, test)
 
 
 def test_a_measured_graph_is_written_whatever_its_ap(trained, tmp_path):
@@ -395,8 +394,8 @@ def test_a_measured_graph_is_written_whatever_its_ap(trained, tmp_path):
     same, worse = tmp_path / "same.onnx", tmp_path / "detector_int8.onnx"
     onnx.save(graph, same)
     exact = compare(same, detector, test)["AP"]
-    assert write_measured(graph, same, detector, test, exact)["AP_loss"] == 0
-    report = write_measured(tampered(graph, suppress_more), worse, detector, test, exact)
+    assert write(graph, same, detector, test, exact)["AP_loss"] == 0
+    report = write(tampered(graph, suppress_more), worse, detector, test, exact)
     assert report["AP_loss"] == exact - report["AP"] > 0.01 and worse.is_file()
 
 
