@@ -53,7 +53,6 @@ class Worker:
     """What a pool knows about one worker, which runs its `jobs` in order."""
 
     slot: int
-    failed_starts: int  # predecessors in this slot, in a row, that failed before they were ready
     ready: bool = field(default=False, init=False)
     jobs: deque[Hashable] = field(default_factory=deque, init=False)
     # time.monotonic() at which the first of `jobs` started, or, of a worker that is not ready, its set-up
@@ -91,12 +90,13 @@ class WorkerPool(contextlib.AbstractContextManager):
         self._threads = threads_per_worker
         self._messages: dict[Hashable, bytes] = {}  # id and payload, pickled, of every job without a result
         self._waiting: deque[Hashable] = deque()  # jobs that no worker holds
-        self._failures: Counter[Hashable] = Counter()
+        self._failures: Counter[Hashable] = Counter()  # attempts of each job
+        self._failed_starts: Counter[int] = Counter()  # workers of each slot, in a row, that failed to be ready
         self._done: list[Result] = []
         self._workers: list[Worker] = []
         try:
             for slot in range(len(self._devices)):
-                self._workers.append(self._start(slot, failed_starts=0))
+                self._workers.append(self._start(slot))
         except BaseException:
             self.close()
             raise
@@ -114,7 +114,7 @@ class WorkerPool(contextlib.AbstractContextManager):
         return max(0, self.MAX_AHEAD * len(self._workers) - len(self._messages))
 
     def submit(self, job_id: Hashable, payload: Any) -> None:
-        """Queue a job. Beyond `free_slots` it waits here until a worker has room. Raises what `results` raises."""
+        """Queue a job. Beyond `free_slots` it waits here until a worker has room."""
         if job_id in self._messages:
             raise ValueError(f"job {job_id!r} is pending already")
         self._messages[job_id] = pickle.dumps((job_id, payload))
@@ -137,8 +137,9 @@ class WorkerPool(contextlib.AbstractContextManager):
                     self._replace(worker)
             for worker in list(self._workers):
                 if time.monotonic() - worker.since > (limit := self._limit(worker)):
-                    late = "no result within {:g} s" if worker.ready else "not ready within {:g} s ({})"
-                    self._replace(worker, late.format(limit, "search.first_time_limit"))
+                    late = f"no result within {limit:g} s"
+                    early = f"not ready within {limit:g} s (search.first_time_limit)"
+                    self._replace(worker, late if worker.ready else early)
             self._hand_out()
             if time.monotonic() >= deadline:
                 break
@@ -154,7 +155,7 @@ class WorkerPool(contextlib.AbstractContextManager):
         self._waiting.clear()
 
     @abstractmethod
-    def _start(self, slot: int, failed_starts: int) -> Worker:
+    def _start(self, slot: int) -> Worker:
         """Start a worker on this slot's device. Its first message is that of `set_up`."""
 
     @abstractmethod
@@ -162,12 +163,12 @@ class WorkerPool(contextlib.AbstractContextManager):
         """Wait at most `timeout` seconds for a message or a death; return the workers concerned."""
 
     @abstractmethod
-    def _receive(self, worker: Worker) -> tuple[list[bytes], bool]:
-        """The messages that have arrived, and whether more can follow: False once the worker is dead."""
+    def _receive(self, worker: Worker) -> Iterator[bytes]:
+        """The messages that have arrived. Raises OSError or EOFError after the last one of a dead worker."""
 
     @abstractmethod
-    def _send(self, worker: Worker, message: bytes) -> bool:
-        """Hand a job to a worker; False if the worker is known to be dead."""
+    def _send(self, worker: Worker, message: bytes) -> None:
+        """Hand a job to a worker. If that is dead, the job is lost, and `_listen` reports the death."""
 
     @abstractmethod
     def _kill(self, worker: Worker) -> str:
@@ -175,9 +176,8 @@ class WorkerPool(contextlib.AbstractContextManager):
 
     def _limit(self, worker: Worker) -> float:
         """Seconds that a worker may take for what it does."""
-        if not worker.ready:
-            return self._setup_limit or math.inf
-        return (worker.jobs and self.time_limit) or math.inf
+        limit = self._setup_limit if not worker.ready else self.time_limit if worker.jobs else None
+        return limit or math.inf
 
     def _hand_out(self) -> None:
         """Send waiting jobs to the ready workers that hold the fewest."""
@@ -193,31 +193,30 @@ class WorkerPool(contextlib.AbstractContextManager):
             starting = sum(not w.ready for w in self._workers)
             if worker.jobs and (retried or len(self._waiting) <= starting):
                 return
-            if not self._send(worker, self._messages[job_id]):
-                self._replace(worker)
-                continue
+            self._send(worker, self._messages[job_id])
             if not worker.jobs:
                 worker.since = time.monotonic()
             worker.jobs.append(self._waiting.popleft())
 
     def _drain(self, worker: Worker) -> bool:
         """Act on the messages of `set_up` and `run_job` that have arrived. False if the worker is of no more use."""
-        messages, alive = self._receive(worker)
-        for kind, *content in map(pickle.loads, messages):
-            if kind == "ready":
-                worker.ready = True
-                worker.failed_starts = 0
-            elif kind == "setup_failed":
-                user_error, text = content
-                if user_error:
-                    raise UserError(text + self.SETUP_HINT)
-                worker.fault = text
-                return False
-            elif kind == "placed":
-                worker.since = time.monotonic()
-            else:
-                self._end_attempt(worker, *content)
-        return alive
+        try:
+            for kind, *content in map(pickle.loads, self._receive(worker)):
+                if kind == "ready":
+                    worker.ready = True
+                    self._failed_starts[worker.slot] = 0
+                elif kind == "setup_failed":
+                    user_error, worker.fault = content
+                    if user_error:
+                        raise UserError(worker.fault + self.SETUP_HINT)
+                    return False
+                elif kind == "placed":
+                    worker.since = time.monotonic()
+                else:
+                    self._end_attempt(worker, *content)
+        except (EOFError, OSError):
+            return False
+        return True
 
     def _end_attempt(self, worker: Worker, job_id: Hashable, seconds: float, value: Any, error: str | None) -> None:
         """Keep the result of a job, or queue the job again if it failed."""
@@ -247,11 +246,11 @@ class WorkerPool(contextlib.AbstractContextManager):
             error = reason or f"the worker died ({how})"
             self._end_attempt(worker, culprit, time.monotonic() - worker.since, value=None, error=error)
         # A setup that always fails would restart for ever.
-        failed_starts = 0 if worker.ready else worker.failed_starts + 1
-        if failed_starts >= ATTEMPTS:
+        self._failed_starts[worker.slot] += not worker.ready
+        if self._failed_starts[worker.slot] >= ATTEMPTS:
             why = worker.fault or reason or how
             raise UserError(f"worker {self._name(worker)} failed {ATTEMPTS} times in a row before it was ready: {why}")
-        self._workers[worker.slot] = self._start(worker.slot, failed_starts)
+        self._workers[worker.slot] = self._start(worker.slot)
 
     def _name(self, worker: Worker) -> str:
         return f"{self._devices[worker.slot]}#{worker.slot}"
@@ -312,7 +311,7 @@ class Dispatcher(WorkerPool):
     daemons: they may not start `multiprocessing` children of their own.
     """
 
-    def _start(self, slot: int, failed_starts: int) -> _Process:
+    def _start(self, slot: int) -> _Process:
         conn, worker_conn = CONTEXT.Pipe()
         args = (worker_conn, self._setup, self._devices[slot], self._args)
         process = CONTEXT.Process(target=_worker_main, args=args, daemon=True)
@@ -320,30 +319,24 @@ class Dispatcher(WorkerPool):
             process.start()
         # With this end closed here, the worker's death closes the pipe.
         worker_conn.close()
-        return _Process(slot, failed_starts, process, conn)
+        return _Process(slot, process, conn)
 
     def _listen(self, timeout: float | None) -> list[_Process]:
         owners = {channel: w for w in self._workers for channel in (w.conn, w.process.sentinel)}
         ready = connection.wait(owners, timeout)
         return list({owners[channel].slot: owners[channel] for channel in ready}.values())
 
-    def _receive(self, worker: _Process) -> tuple[list[bytes], bool]:
+    def _receive(self, worker: _Process) -> Iterator[bytes]:
         # Asked before the pipe is read: if the worker is dead, all that it ever sent is in the pipe by now.
-        alive = worker.process.is_alive()
-        messages = []
-        try:
-            while worker.conn.poll():
-                messages.append(worker.conn.recv_bytes())
-        except (EOFError, OSError):
-            worker.conn.close()
-            alive = False
-        return messages, alive
+        is_dead = not worker.process.is_alive()
+        while worker.conn.poll():
+            yield worker.conn.recv_bytes()
+        if is_dead:
+            raise EOFError
 
-    def _send(self, worker: _Process, message: bytes) -> bool:
+    def _send(self, worker: _Process, message: bytes) -> None:
         with contextlib.suppress(OSError):
             worker.conn.send_bytes(message)
-            return True
-        return False
 
     def _kill(self, worker: _Process) -> str:
         worker.process.kill()
@@ -366,9 +359,9 @@ class Dispatcher(WorkerPool):
 @contextlib.contextmanager
 def _settings_for_children(threads: int | None) -> Iterator[None]:
     """Children started within have `threads` CPU threads, and `STOPS` blocked until they can ignore them."""
-    variables = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads)) if threads else {}
-    saved = dict(os.environ)
-    os.environ.update(variables)
+    before = dict(os.environ)
+    if threads:
+        os.environ.update(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
     # Started before the mask is set: otherwise spawn starts it, and that unblocks Ctrl-C and SIGTERM.
     resource_tracker.ensure_running()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
@@ -376,9 +369,8 @@ def _settings_for_children(threads: int | None) -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for name in variables.keys() - saved.keys():
-            del os.environ[name]
-        os.environ.update(saved)
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _worker_main(conn: connection.Connection, setup: Callable, device: str, args: tuple) -> None:
@@ -388,7 +380,15 @@ def _worker_main(conn: connection.Connection, setup: Callable, device: str, args
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
     jobs: queue.SimpleQueue = queue.SimpleQueue()
-    threading.Thread(target=_receive_jobs, args=(conn, jobs), daemon=True).start()
+
+    def receive_jobs() -> None:
+        with contextlib.suppress(EOFError, OSError):  # the parent is gone
+            while True:
+                jobs.put(conn.recv_bytes())
+        os._exit(1)
+
+    # Jobs are received while the main thread computes, so that the parent never waits.
+    threading.Thread(target=receive_jobs, daemon=True).start()
     function, message = set_up(setup, device, args)
     conn.send_bytes(message)
     if function is not None:
@@ -396,14 +396,7 @@ def _worker_main(conn: connection.Connection, setup: Callable, device: str, args
             conn.send_bytes(run_job(function, job))
 
 
-def _receive_jobs(conn: connection.Connection, jobs: queue.SimpleQueue) -> None:
-    """Receive while the main thread computes, so that the parent never waits. Exit when the parent is gone."""
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            jobs.put(conn.recv_bytes())
-    os._exit(1)
-
-
+@dataclass
 class TimeLimit:
     """`factor` times the running median of the successful jobs' seconds in this run, and at least `floor` seconds.
 
@@ -411,12 +404,11 @@ class TimeLimit:
     with a `factor` of 0.
     """
 
-    def __init__(self, factor: float = 10.0, floor: float = 60.0, least: int = 10, first: float | None = None):
-        self.factor = factor
-        self.floor = floor
-        self.least = least
-        self.first = first
-        self._sorted: list[float] = []
+    factor: float = 10.0
+    floor: float = 60.0
+    least: int = 10
+    first: float | None = None
+    _sorted: list[float] = field(default_factory=list, init=False)
 
     def add(self, seconds: float) -> None:
         """Take in the duration of a successful job."""

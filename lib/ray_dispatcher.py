@@ -11,7 +11,7 @@ import math
 import os
 import pickle
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,8 +97,8 @@ def most_threads(cpus: Sequence[int], workers: int) -> int:
 @dataclass
 class _Actor(Worker):
     handle: Any
-    calls: deque = field(default_factory=deque)  # references to the messages not yet received, in order
-    end: str = ""  # how it died
+    calls: deque  # references to the messages not yet received, in order
+    end: str = field(default="", init=False)  # how it died
 
 
 class _Remote:
@@ -128,7 +128,7 @@ class RayDispatcher(WorkerPool):
 
     SETUP_HINT = " (reported by a Ray worker: every machine needs this run's files under the same paths)"
 
-    def _start(self, slot: int, failed_starts: int) -> _Actor:
+    def _start(self, slot: int) -> _Actor:
         threads = self._threads or 1
         on_gpu = self._devices[slot].startswith("cuda")
         options = {
@@ -140,7 +140,7 @@ class RayDispatcher(WorkerPool):
         }
         device = "cuda:0" if on_gpu else self._devices[slot]
         handle = _ray().remote(_Remote).options(**options).remote(self._setup, device, self._args)
-        actor = _Actor(slot, failed_starts, handle, calls=deque([handle.placed.remote(), handle.ready.remote()]))
+        actor = _Actor(slot, handle, deque([handle.placed.remote(), handle.ready.remote()]))
         actor.since = math.inf  # it may wait for room on a machine for as long as it takes
         return actor
 
@@ -149,32 +149,26 @@ class RayDispatcher(WorkerPool):
         ready, _ = _ray().wait([*owners], num_returns=1, timeout=timeout)
         return [owners[call] for call in ready]
 
-    def _receive(self, worker: _Actor) -> tuple[list[bytes], bool]:
+    def _receive(self, worker: _Actor) -> Iterator[bytes]:
         ray = _ray()
-        messages = []
         while worker.calls and ray.wait([worker.calls[0]], timeout=0)[0]:
             try:
-                messages.append(ray.get(worker.calls[0]))
+                message = ray.get(worker.calls[0])
             except ray.exceptions.RayError as error:
-                worker.end = _reason_of_death(error)
-                return messages, False
+                # One line of Ray's report: the first and the one that names the reason, without the advice.
+                first, *lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["Ray error"]
+                reason = next((line for line in lines if line.startswith("The actor is dead because")), "")
+                worker.end = f"{first} {reason.partition(' Some common causes')[0]}".strip()
+                raise EOFError from None
             worker.calls.popleft()
-        return messages, True
+            yield message
 
-    def _send(self, worker: _Actor, message: bytes) -> bool:
+    def _send(self, worker: _Actor, message: bytes) -> None:
         worker.calls.append(worker.handle.run.remote(message))
-        return True
 
     def _kill(self, worker: _Actor) -> str:
         _ray().kill(worker.handle, no_restart=True)
         return worker.end
-
-
-def _reason_of_death(error: Exception) -> str:
-    """One line of Ray's report: its first line and the one that names the reason, without the advice."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    reason = next((line for line in lines[1:] if line.startswith("The actor is dead because")), "")
-    return f"{lines[0]} {reason.partition(' Some common causes')[0]}".strip()
 
 
 def _ray():

@@ -262,10 +262,10 @@ def test_no_worker_is_left_where_not_all_can_be_started(monkeypatch):
     """They ignore the SIGTERM that ends children at an interpreter's exit, which then would wait for ever."""
     start = Dispatcher._start
 
-    def start_one(self, slot, failed_starts):
+    def start_one(self, slot):
         if slot == 1:
             raise OSError("Too many open files")
-        return start(self, slot, failed_starts)
+        return start(self, slot)
 
     monkeypatch.setattr(Dispatcher, "_start", start_one)
     before = set(multiprocessing.active_children())
