@@ -220,6 +220,7 @@ def _initialise(model: ElasticSSD) -> None:
         nn.init.normal_(net[-1].weight, std=0.01)
 
 
+@torch.no_grad()
 def recalibrate(model: nn.Module, images: Iterable[Tensor], device: torch.device) -> None:
     """Reset the BatchNorm statistics and re-estimate them as the cumulative average over batches of images."""
     # torch's update_bn counts the batches on the device, and waits for it in each layer and batch.
@@ -268,7 +269,7 @@ def module_cost(module: nn.Module, input_shape: Sequence[int]) -> tuple[Cost, Te
 
     No arithmetic is done. Convolutions and linear layers count, as in the papers.
     """
-    shadow = copy.deepcopy(module).to("meta").eval()
+    shadow = copy_module(module).to("meta").eval()
     flops = 0
 
     def count(layer: nn.Module, inputs: tuple, output: Tensor) -> None:
@@ -311,10 +312,8 @@ def detect(model: SSD, images: Iterable[Tensor], config: Config, device: torch.d
     found: list[Detections] = []
     for batch in images:
         logits, offsets = model(batch.to(device, non_blocking=True))
-        detections = postprocess(
-            logits, offsets, model.priors, config.postprocess, config.loss.type, config.head.variances
-        )
-        found += [Detections(*(tensor.cpu() for tensor in each)) for each in detections]
+        rules, loss_type, variances = config.postprocess, config.loss.type, config.head.variances
+        found += postprocess(logits, offsets, model.priors, rules, loss_type, variances)
     return found
 
 

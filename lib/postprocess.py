@@ -18,7 +18,7 @@ SMALL_CALL = 64  # boxes that NMS processes in less time than a call of it takes
 
 
 class Detections(NamedTuple):
-    """The detections of one picture, best first."""
+    """The detections of one picture, best first, on the CPU."""
 
     boxes: Tensor  # (K, 4) normalised xyxy
     scores: Tensor  # (K,)
@@ -45,78 +45,76 @@ def postprocess(
     `top_k` best survivors are kept. Boxes are clipped to the image.
 
     Whether a box survives NMS depends on better boxes only. So it is enough to process the best candidates if `top_k`
-    of them survive: with many classes, NMS of all candidates takes longer than the network. Images that need more
-    candidates get them one image at a time, which bounds the memory.
+    of them survive: with many classes, NMS of all candidates takes longer than the network. The best ones are found on
+    the tensors' device and copied to the CPU in one go; the rest, and the result, are there.
     """
     scores = class_scores(logits, loss_type)  # (B, P, C)
     size = scores.shape[1:]
     count = FIRST_CANDIDATES * config.top_k
     found, complete = _detect(_best_candidates(scores, offsets, priors_cxcywh, variances, count), size, config)
-    # The rest one by one: a few crowded images must not make the batch pay.
-    for i in (~complete).nonzero().flatten().tolist():
-        image = slice(i, i + 1)
+    crowded = (~complete).nonzero().flatten()
+    if len(crowded):
+        scores, offsets, priors_cxcywh = scores[crowded].cpu(), offsets[crowded].cpu(), priors_cxcywh.cpu()
+    # One by one, which bounds the memory: a few crowded images must not make the batch pay.
+    for row, i in enumerate(crowded.tolist()):
+        image = slice(row, row + 1)
         more = count
         while not complete[i]:
             more *= MORE_CANDIDATES
             candidates = _best_candidates(scores[image], offsets[image], priors_cxcywh, variances, more)
-            (found[i],), complete[image] = _detect(candidates, size, config)
+            (found[i],), complete[i : i + 1] = _detect(candidates, size, config)
     return found
-
-
-class Candidates(NamedTuple):
-    """The K best pairs of a prior and a class of each image, by falling score."""
-
-    boxes: Tensor  # (B, K, 4) normalised xyxy
-    scores: Tensor  # (B, K)
-    labels: Tensor  # (B, K) from 0
 
 
 def _best_candidates(
     scores: Tensor, offsets: Tensor, priors_cxcywh: Tensor, variances: Sequence[float], count: int
-) -> Candidates:
-    """The `count` best candidates of each image, or all; scores (B, P, C), offsets (B, P, 4)."""
+) -> Tensor:
+    """The `count` best pairs of a prior and a class of each image, or all: (B, K, 6) by falling score, on the CPU.
+
+    A row is x1, y1, x2, y2, the score and the label from 0; scores are (B, P, C), offsets (B, P, 4).
+    """
     num_classes = scores.shape[2]
     best, place = scores.flatten(1).topk(min(count, scores.shape[1:].numel()))  # (B, K)
-    if bool(best[:, 0].isnan().any()):  # topk counts NaN as the best
-        best, place = scores.flatten(1).nan_to_num(0.0).topk(best.shape[1])
     prior = place // num_classes
-    offsets = offsets.gather(1, prior[..., None].expand(-1, -1, 4)).float()  # (B, K, 4)
-    boxes = decode(offsets, priors_cxcywh[prior], variances).clamp(0, 1)
-    return Candidates(boxes, best, place % num_classes)
+    picked = offsets.gather(1, prior[..., None].expand(-1, -1, 4)).float()  # (B, K, 4)
+    boxes = decode(picked, priors_cxcywh[prior], variances).clamp(0, 1)
+    candidates = torch.cat((boxes, best[..., None], (place % num_classes)[..., None]), -1).cpu()
+    if bool(candidates[:, 0, 4].isnan().any()):  # topk counts NaN as the best
+        return _best_candidates(scores.nan_to_num(0.0), offsets, priors_cxcywh, variances, count)
+    return candidates
 
 
-def _detect(candidates: Candidates, size: torch.Size, config: PostprocessConfig) -> tuple[list[Detections], Tensor]:
+def _detect(candidates: Tensor, size: torch.Size, config: PostprocessConfig) -> tuple[list[Detections], Tensor]:
     """Detections of each image, and whether (B,) further candidates, of (P, C) = `size`, could not change them."""
-    above = candidates.scores > config.confidence_threshold
+    above = candidates[..., 4] > config.confidence_threshold
     survivors, entered = _nms_by_class(candidates, above, size[1], config)
     # More candidates are worse ones: below the threshold, beyond `top_k`, or not admitted to NMS.
     complete = ~above[:, -1] | (survivors.sum(1) >= config.top_k) | (entered >= config.pre_nms_top_k).all(1)
     complete |= above.shape[1] == size.numel()
     kept = survivors & (survivors.cumsum(1) <= config.top_k)
-    counts = kept.sum(1).tolist()
-    boxes, scores, labels = (column[kept].split(counts) for column in candidates)
+    rows = candidates[kept].split(kept.sum(1).tolist())
     # Copies: a view would keep the memory of the whole batch, and take it along to another process.
-    rows = zip(boxes, scores, labels, strict=True)
-    return [Detections(b.clone(), s.clone(), label + 1) for b, s, label in rows], complete
+    return [Detections(row[:, :4].clone(), row[:, 4].clone(), row[:, 5].long() + 1) for row in rows], complete
 
 
 def _nms_by_class(
-    candidates: Candidates, above: Tensor, num_classes: int, config: PostprocessConfig
+    candidates: Tensor, above: Tensor, num_classes: int, config: PostprocessConfig
 ) -> tuple[Tensor, Tensor]:
     """Which of the candidates that are `above` (B, K) the threshold survive (B, K), and how many entered (B, C)."""
     # Images and classes with few boxes share a call, in which each group is shifted to a place of its own: boxes lie in
     # [0, 1], places are 2 apart. The shift is in float64 to lose no digit; torchvision's batched_nms uses float32.
-    images = torch.arange(len(above), device=above.device)[:, None]
+    images = torch.arange(len(above))[:, None]
     index = above.flatten().nonzero().flatten()
-    group = (num_classes * images + candidates.labels).flatten()[index]  # the classes of an image are neighbours
+    labels = candidates[..., 5].long()
+    group = (num_classes * images + labels).flatten()[index]  # the classes of an image are neighbours
     counts = group.bincount(minlength=len(above) * num_classes)
     group, order = group.sort(stable=True)  # best first within a group
-    rank = torch.arange(len(group), device=group.device) - (counts.cumsum(0) - counts)[group]
+    rank = torch.arange(len(group)) - (counts.cumsum(0) - counts)[group]
     enters = rank < config.pre_nms_top_k
     counts = counts.clamp(max=config.pre_nms_top_k)
     index = index[order[enters]]
-    shifted = candidates.boxes.flatten(0, 1)[index].double() + 2 * group[enters, None]
-    scores = candidates.scores.flatten()[index].double()
+    entering = candidates.flatten(0, 1)[index].double()
+    shifted = entering[:, :4] + 2 * group[enters, None]
     # One call per group would cost more than the work in it: small neighbours share one.
     sizes = [0]
     for count in counts.tolist():
@@ -124,6 +122,6 @@ def _nms_by_class(
             sizes.append(0)
         sizes[-1] += count
     survivors = torch.zeros_like(above)
-    calls = zip(index.split(sizes), shifted.split(sizes), scores.split(sizes), strict=True)
+    calls = zip(index.split(sizes), shifted.split(sizes), entering[:, 4].split(sizes), strict=True)
     survivors.view(-1)[torch.cat([i[nms(b, s, config.nms_threshold)] for i, b, s in calls])] = True
     return survivors, counts.view(len(above), num_classes)

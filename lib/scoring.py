@@ -12,9 +12,9 @@ import functools
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -26,14 +26,14 @@ from lib.config import Config
 from lib.config_io import from_dict as config_from_dict
 from lib.config_io import to_dict
 from lib.datasets import eval_loader, reading
-from lib.detector import SSD, ElasticSSD, detect, fuse, load_supernet, recalibrate
+from lib.detector import ElasticSSD, detect, fuse, load_supernet, recalibrate
 from lib.errors import UserError
 from lib.genotype import Genotype
 from lib.log import finite, progress
 from lib.metrics import Evaluation, summarise, to_pixels
-from lib.postprocess import Detections
 from lib.runtime import keep_freed_memory
 
+T = TypeVar("T")
 SCORING_VERSION = 3  # raised when scores change: scores of different versions are never compared
 CONFIDENCE = 0.95
 # What no score depends on: every other key of the configuration is part of what a score rests on, so a new key is too.
@@ -191,8 +191,8 @@ def load_scoring_data(path: Path) -> dict:
 class Scorer:
     """`scorer(detector, genotype)` scores one sub-network of `detector` on the search split.
 
-    The sub-network is extracted, its BatchNorm statistics are re-estimated and folded into its convolutions. The
-    batch size is halved if the device runs out of memory.
+    The sub-network is extracted, its BatchNorm statistics are re-estimated and folded into its convolutions, on
+    `device`: a detector that is there already is not copied. The batch size is halved if its memory does not suffice.
     """
 
     def __init__(self, data: dict, config: Config, device: torch.device):
@@ -200,7 +200,6 @@ class Scorer:
         self.config = config
         self.device = device
         self.num_images = len(data["truth"])
-        self._batch_size = config.search.batch_size
 
     def __call__(self, detector: ElasticSSD, genotype: Genotype) -> dict:
         """The "metrics" (COCO's twelve numbers, mAP, AP per class, flops, params) and the number of "images".
@@ -209,13 +208,13 @@ class Scorer:
         """
         settings = self.config.search
         model = detector.extract(genotype).to(self.device, memory_format=torch.channels_last)
-        batches = self.data["bn_images"][genotype.image_size].split(
-            max(settings.batch_size, 2)
-        )  # one image has no variance
-        recalibrate(model, whole_batches(batches), self.device)
+        bn_images, images = (self.data[name][genotype.image_size] for name in ("bn_images", "images"))
+        # One image has no variance.
+        self._fitting(lambda size: recalibrate(model, whole_batches(bn_images.split(max(size, 2))), self.device))
         if not torch.stack([buffer.double().sum() for buffer in model.buffers()]).isfinite().all():
             raise ArithmeticError("its BatchNorm statistics are not finite")
-        detections = self._detect(fuse(model, inplace=True))
+        fused = fuse(model, inplace=True)
+        detections = self._fitting(lambda size: detect(fused, images.split(size), self.config, self.device))
         pixels = [to_pixels(found, *size) for found, size in zip(detections, self.data["sizes"], strict=True)]
         evaluation = Evaluation(len(self.data["classes"]), self.data["truth"], pixels)
         metrics = {**summarise(evaluation, self.data["classes"]), **detector.cost(genotype)._asdict()}
@@ -226,17 +225,18 @@ class Scorer:
             result |= {"objective": settings.objective, "resampled": {str(self.num_images): pack(scores)}}
         return result
 
-    def _detect(self, model: SSD) -> list[Detections]:
+    def _fitting(self, work: Callable[[int], T]) -> T:
+        """`work(batch_size)` with the configured batch size, halved as long as the device runs out of memory."""
+        # Each candidate starts from the whole size, so that no score depends on what was scored before.
+        size = self.config.search.batch_size
         while True:
             try:
-                return detect(
-                    model, self.data["images"][model.image_size].split(self._batch_size), self.config, self.device
-                )
+                return work(size)
             except torch.cuda.OutOfMemoryError:
-                if self._batch_size == 1:
+                if size == 1:
                     raise
-                self._batch_size //= 2
-                torch.cuda.empty_cache()
+            size //= 2
+            torch.cuda.empty_cache()
 
 
 def scoring_worker(device: str, supernet: str, sha256: str, data: str, settings: dict):
@@ -248,7 +248,7 @@ def scoring_worker(device: str, supernet: str, sha256: str, data: str, settings:
     A job is {"genotype": Genotype.to_dict()}, its result what `Scorer` gives, without the AP of each class.
     """
     keep_freed_memory()
-    detector = load_supernet(Path(supernet), mmap=True).detector
+    detector = load_supernet(Path(supernet), mmap=True).detector.to(device)
     if checkpoint.sha256(Path(supernet)) != sha256:
         raise UserError(
             f"{supernet}: has changed since the search began; what was scored is in the ledger: put that file back and "

@@ -18,6 +18,7 @@ from lib.datasets import Batch
 from lib.detector import ElasticSSD
 from lib.final_training import detection_losses
 from lib.losses import DetectionLoss
+from lib.scoring import Scorer
 from lib.training import build_optimizer, detection_loss
 
 GPU = torch.device("cuda:0")
@@ -93,6 +94,30 @@ def test_a_step_never_makes_the_host_wait_and_launches_few_operators():
     assert all((waits, copies) == (0, 0) for _, waits, copies in found.values()), found
     for name, limits in most.items():
         assert all(found[name, dtype][0] <= limit for dtype, limit in limits.items()), found
+
+
+def count_scoring(nms_threshold: float) -> tuple[int, int]:
+    """Waits and copies of scoring the smallest sub-network on four pictures in batches of two."""
+    config, detector, batch = reference()
+    images = {300: batch.images}
+    objects = [{"boxes": 300 * b, "labels": n, "ignore": n < 0} for b, n in zip(batch.boxes, batch.labels, strict=True)]
+    classes = [f"class {i + 1}" for i in range(20)]
+    data = {"bn_images": images, "images": images, "truth": objects, "sizes": [[300, 300]] * 4, "classes": classes}
+    config.search.batch_size = 2
+    config.postprocess.nms_threshold = nms_threshold
+    scorer = Scorer(data, config, GPU)
+    detector.to(GPU)
+    imaginary_gpu.counts.clear()
+    scorer(detector, detector.space.smallest())
+    return imaginary_gpu.counts.totals()[1:]
+
+
+def test_scoring_waits_once_a_batch_and_copies_pictures_only():
+    """And once a candidate, whether its statistics are finite. There were 27 waits for each picture."""
+    assert on_imaginary_gpu(lambda: count_scoring(nms_threshold=0.45)) == (2 + 1, 2 + 2)
+    # Few boxes survive, so further candidates are tried: for that, everything is copied once.
+    waits, _ = on_imaginary_gpu(lambda: count_scoring(nms_threshold=0.01))
+    assert waits == 4 * 2 + 1
 
 
 @pytest.mark.parametrize("kind", ["focal", "multibox"])

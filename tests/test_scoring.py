@@ -13,10 +13,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_data import write_voc
+from tiny_data import read_voc, write_voc
 
 from lib import checkpoint
-from lib.annotations import read_voc
 from lib.config_io import KEYS, to_dict
 from lib.datasets import load_annotations, split_indices
 from lib.detector import ElasticSSD, detect, recalibrate
@@ -292,19 +291,26 @@ def test_a_score_comes_with_those_on_resamples_of_the_images(tiny_detector, tiny
 
 
 def test_the_batch_is_halved_until_it_fits(tiny_detector, config, data, monkeypatch):
+    """In detection and in the re-estimation of BatchNorm, for each candidate anew."""
     detector, sizes = tiny_detector(5), []
 
-    def detect_with_little_memory(model, batches, *rest):
-        sizes.append(max(map(len, batches)))
-        if sizes[-1] > 2:
-            raise torch.cuda.OutOfMemoryError
-        return detect(model, batches, *rest)
+    def with_little_memory(work):
+        def limited(model, batches, *rest):
+            batches = list(batches)
+            sizes.append(max(map(len, batches)))
+            if sizes[-1] > 2:
+                raise torch.cuda.OutOfMemoryError
+            return work(model, batches, *rest)
+
+        return limited
 
     scorer = Scorer(data, config, CPU)
     expected = scorer(detector, detector.space.smallest())
-    monkeypatch.setattr("lib.scoring.detect", detect_with_little_memory)
+    monkeypatch.setattr("lib.scoring.detect", with_little_memory(detect))
     found = scorer(detector, detector.space.smallest())
     assert sizes == [4, 2] and found["metrics"]["AP"] == pytest.approx(expected["metrics"]["AP"], abs=1e-6)
+    monkeypatch.setattr("lib.scoring.recalibrate", with_little_memory(recalibrate))
+    assert math.isfinite(scorer(detector, detector.space.smallest())["metrics"]["AP"]) and sizes[2:] == [4, 2, 4, 2]
     monkeypatch.setattr("lib.scoring.detect", lambda *_: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError("full")))
     with pytest.raises(torch.cuda.OutOfMemoryError, match="full"):
         scorer(detector, detector.space.smallest())
