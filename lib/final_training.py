@@ -40,15 +40,9 @@ class Student(NamedTuple):
     inherits: bool  # its weights are those of another training, whose BatchNorm statistics are not its own
 
 
-class StartingNetwork(NamedTuple):
-    """The network that a student is cut from, and where its weights come from."""
-
-    network: ElasticSSD
-    origin: Literal["supernet", "pretrained", "scratch"]
-
-    def student(self, genotype: Genotype) -> Student:
-        """Cut the sub-network of `genotype` out."""
-        return Student(genotype, self.network.extract(genotype), self.network.cost(genotype), self.origin != "scratch")
+def cut_student(network: ElasticSSD, genotype: Genotype, inherits: bool) -> Student:
+    """The sub-network of `genotype`, cut out of `network`."""
+    return Student(genotype, network.extract(genotype), network.cost(genotype), inherits)
 
 
 def find_start(
@@ -57,8 +51,8 @@ def find_start(
     source: dict,
     classes: Sequence[str],
     load: Path | None,
-) -> StartingNetwork:
-    """The network to start from.
+) -> ElasticSSD:
+    """The network that a student is cut from, with the weights to start from.
 
     `source` is the content of the genotype file, which may name a supernet; `load` is the run of another one.
     """
@@ -66,13 +60,13 @@ def find_start(
         path = supernet_path(config, source, load)
         supernet = load_supernet_of(path, classes)
         validate_network(config, supernet.config, ("search_space", "backbone", "head"), path)
-        return StartingNetwork(supernet.detector, origin)
+        return supernet.detector
     network = ElasticSSD(config, len(classes))
     if origin == "pretrained":
         if not config.backbone.pretrained_path:
             raise UserError("--from-pretrained: backbone.pretrained_path is empty; set it in the YAML or with --set")
         print("\n".join(as_table(load_pretrained(network, config, classes).rows)))
-    return StartingNetwork(network, origin)
+    return network
 
 
 def supernet_path(config: Config, source: dict, load: Path | None) -> Path:
@@ -98,8 +92,7 @@ def load_supernet_of(path: Path, classes: Sequence[str]) -> Supernet:
 
 def final_loader(annotations: Annotations, image_size: int, config: Config, device: torch.device) -> DataLoader:
     """Augmented batches of all of the training data."""
-    everything = range(len(annotations))
-    return train_loader(annotations, everything, image_size, config.final.batch_size, config, device)
+    return train_loader(annotations, range(len(annotations)), image_size, config.final.batch_size, config, device)
 
 
 def some_images(annotations: Annotations, image_size: int, config: Config) -> Iterator[torch.Tensor]:
@@ -180,13 +173,13 @@ class FinalTraining(Training):
         self.cost = student.cost._asdict()
         self.test = test
         self.classes = test.classes
-        self.data = {"training": loader.dataset.annotations.fingerprint(), "test": test.fingerprint()}
+        images, settings = loader.dataset.annotations, config.final
+        self.data = {"training": images.fingerprint(), "test": test.fingerprint()}
         self.loss = detection_loss(config)
         self.best: dict = {}
-        settings = config.final
         if student.inherits:
-            images = some_images(loader.dataset.annotations, student.model.image_size, config)
-            recalibrate(student.model.to(device), images, device)
+            sample = some_images(images, student.model.image_size, config)
+            recalibrate(student.model.to(device), sample, device)
         backbone_lr = settings.base_net_lr if settings.freeze_base_net else None
         steps = loader.batch_sampler.batches_per_epoch
         trainer = Trainer(student.model, settings, device, steps, backbone_lr=backbone_lr)
@@ -240,28 +233,24 @@ class FinalTraining(Training):
 
     def restore(self, payload: dict) -> None:
         if Genotype.from_dict(payload["genotype"]) != self.genotype:
-            raise UserError(
-                f"{self.folder / 'last.pt'}: holds another genotype; name its own with --genotype, or another folder "
-                "with --train-dir"
-            )
+            remedy = "name its own with --genotype, or another folder with --train-dir"
+            raise UserError(f"{self.last}: holds another genotype; {remedy}")
         super().restore(payload)
         self.best = payload["best"]
-        kept, problem = distributed.from_main(self._kept_epoch() if self.best and distributed.world().main else (0, ""))
+        kept, problem = 0, ""  # the epoch of best.pt, or what is wrong with that file
+        if self.best and distributed.world().main:
+            try:
+                kept = checkpoint.read(self.folder / "best.pt").get("epoch", 0)
+            except UserError as error:
+                problem = str(error)
+        kept, problem = distributed.from_main((kept, problem))
         if problem and self.trainer.epoch > self.config.final.epochs:
-            raise UserError(
-                f"{problem}; this run has ended, so it is not made again: {self.last} is the detector of the last epoch"
-            )
+            ended = f"this run has ended, so it is not made again: {self.last} is the detector of the last epoch"
+            raise UserError(f"{problem}; {ended}")
         # Gone, or of an epoch that is trained again from an earlier checkpoint: the best of what follows is kept.
         if problem or kept >= self.trainer.epoch:
             say(f"note: {problem or f'{self.folder}: best.pt is of epoch {kept}, which is trained again'}")
             self.best = {}
-
-    def _kept_epoch(self) -> tuple[int, str]:
-        """The epoch of best.pt, or what is wrong with that file."""
-        try:
-            return checkpoint.read(self.folder / "best.pt").get("epoch", 0), ""
-        except UserError as error:
-            return 0, str(error)
 
     def measure_latency(self) -> dict:
         """Milliseconds of the detector on this device, also added to metrics.json. For one process of a job."""

@@ -20,7 +20,7 @@ from lib.config import Config
 from lib.config_io import to_dict
 from lib.detector import ElasticSSD, Supernet, recalibrate
 from lib.errors import UserError
-from lib.final_training import FinalTraining, StartingNetwork, evaluate, final_loader, some_images
+from lib.final_training import FinalTraining, cut_student, evaluate, final_loader, some_images
 from lib.genotype import Genotype
 from lib.latency import fused_detectors, time_detectors
 from lib.log import finite, say
@@ -140,17 +140,16 @@ class Trials:
     def _try(self, start: str, genotype: Genotype, folder: Path) -> dict:
         """The metrics of one network from one start."""
         recipe = self.recipe
-        starting = StartingNetwork(recipe.supernet.detector, "supernet")
+        network = recipe.supernet.detector
         if start == "inherited":
-            model = starting.network.extract(genotype).to(recipe.device, memory_format=torch.channels_last)
+            model = network.extract(genotype).to(recipe.device, memory_format=torch.channels_last)
             recalibrate(model, some_images(recipe.annotations, genotype.image_size, recipe.config), recipe.device)
             return finite(evaluate(model, recipe.test, recipe.config, recipe.device))
         seed_everything(recipe.config.seed)
         # Made for either start, so that all trainings begin with the same random state.
         untrained = ElasticSSD(recipe.config, len(recipe.annotations.classes))
-        if start == "scratch":
-            starting = StartingNetwork(untrained, "scratch")
-        student = starting.student(genotype)
+        network = untrained if start == "scratch" else network
+        student = cut_student(network, genotype, inherits=start != "scratch")
         loader = final_loader(recipe.annotations, genotype.image_size, recipe.config, recipe.device)
         previous = read_previous(folder, recipe.config, "final")
         training = FinalTraining(recipe.config, folder, student, loader, recipe.test, recipe.device, previous=previous)

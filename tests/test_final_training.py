@@ -15,7 +15,7 @@ from tiny_runs import killed_at
 from lib import checkpoint, final_training
 from lib.datasets import Batch
 from lib.errors import UserError
-from lib.final_training import FinalTraining, StartingNetwork, freeze_norms, supernet_path
+from lib.final_training import FinalTraining, cut_student, freeze_norms, supernet_path
 from lib.log import RunLog, read_log
 from lib.losses import DetectionLoss
 from lib.training import Trainer
@@ -86,9 +86,9 @@ def train(tiny_detector, tiny_config, batch, tmp_path, monkeypatch):
 
     def make(resume=False, largest=False, **changes):
         config = tiny_config(final__epochs=3, final__save_every=1, **changes)
-        start = StartingNetwork(tiny_detector(), "scratch")
-        space = start.network.space
-        student = start.student(space.largest() if largest else space.smallest())
+        detector = tiny_detector()
+        genotype = detector.space.largest() if largest else detector.space.smallest()
+        student = cut_student(detector, genotype, inherits=False)
         sampler = SimpleNamespace(batches_per_epoch=1, set_epoch=lambda epoch, start: None)
         dataset = SimpleNamespace(annotations=FakeTestSet())
         loader = type("Loader", (list,), {"batch_sampler": sampler, "dataset": dataset})([batch])
