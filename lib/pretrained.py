@@ -54,12 +54,13 @@ def load_pretrained(detector: ElasticSSD, config: Config, classes: Sequence[str]
         raise UserError(f"{config.backbone.pretrained_path} ({source.name}): {misfit}") from None
     rows = [("recognised as", source.name), *embedding.rows]
     # The weights can start the training even if a setting differs.
-    for key, original in source.settings._asdict().items():
-        if (value := getattr(config.backbone, key)) != original:
-            rows.append(("note", f"backbone.{key} is {value}, it was trained with {original}"))
-    for key in ("scales", "aspect_ratios", "squares") if source.head and config.backbone.pretrained_head else ():
-        if (value := getattr(config.head, key)) != (original := getattr(source.head, key)):
-            rows.append(("note", f"head.{key} is {value}, its predictors were trained with {original}"))
+    pairs = [("backbone", key, source.settings, "it was") for key in source.settings._fields]
+    if source.head and config.backbone.pretrained_head:
+        pairs += [("head", key, source.head, "its predictors were") for key in ("scales", "aspect_ratios", "squares")]
+    for section, key, settings, what in pairs:
+        value, original = getattr(getattr(config, section), key), getattr(settings, key)
+        if value != original:
+            rows.append(("note", f"{section}.{key} is {value}, {what} trained with {original}"))
     return Embedding(embedding.genotype, rows)
 
 
@@ -104,8 +105,8 @@ def _embed_backbone(detector: ElasticSSD, source: Source) -> tuple[list[tuple[Bl
     rows = [("stem", "loaded")]
     stages = []
     for i in range(len(source.stages)):
-        stage, what = _embed_stage(detector, source, i)
-        stages.append(stage)
+        blocks, what = _embed_stage(detector, source, i)
+        stages.append(blocks)
         rows.append((f"stage {i}", what))
     if backbone.last_conv is not None:
         _load_conv_norm(backbone.last_conv, source.last_conv, source.settings.norm_eps, "last 1x1 convolution")
@@ -120,9 +121,10 @@ def _embed_stage(detector: ElasticSSD, source: Source, i: int) -> tuple[tuple[Bl
     theirs = source.stages[i]
     if len(theirs) > len(blocks) and not source.elastic:
         raise Misfit(f"stage {i} has {len(theirs)} blocks, the search space at most {len(blocks)}")
-    loaded = []
-    for j, (ours, tensors) in enumerate(zip(blocks, theirs, strict=False)):
-        loaded.append(_embed_block(ours, tensors, choices.block, source, f"stage {i}, block {j}"))
+    loaded = [
+        _embed_block(ours, tensors, choices.block, source, f"stage {i}, block {j}")
+        for j, (ours, tensors) in enumerate(zip(blocks, theirs, strict=False))
+    ]
     for surplus in blocks[len(loaded) :]:
         nn.init.zeros_(surplus.project_norm.weight)  # the residual branch is zero: the block is the identity
         nn.init.zeros_(surplus.project_norm.bias)
@@ -140,17 +142,8 @@ def _embed_block(
     ours: ElasticInvertedResidual, theirs: Tensors, choices: BlockChoices, source: Source, where: str
 ) -> Block:
     """Copy one inverted residual block. Returns the smallest choice that holds it."""
-    theirs_in, hidden, theirs_out = _check_block(theirs, where)
+    hidden = _check_block(ours, theirs, where)
     room = ours.project.in_channels
-    # Only hidden channels can be added without changing the function; all else must agree.
-    for what, found, expected in (
-        ("input channels", theirs_in, ours.in_channels),
-        ("output channels", theirs_out, ours.out_channels),
-        ("expanding convolution", "expand.weight" in theirs, ours.expand is not None),
-        ("squeeze-and-excitation", "squeeze_excitation.fc1.weight" in theirs, ours.squeeze_excitation is not None),
-    ):
-        if found != expected:
-            raise Misfit(f"{where}: {what}: {found}, the search space has {expected}")
     if hidden > room and not source.elastic:
         raise Misfit(f"{where}: {hidden} hidden channels, the largest expand ratio has {room}")
     hidden = min(hidden, room)  # an elastic source is cut to fit
@@ -166,36 +159,39 @@ def _embed_block(
     # Zeros keep surplus hidden channels from reaching the output.
     ours.project.weight.zero_()
     ours.project.weight[:, :hidden] = theirs["project.weight"][:, :hidden]
-    _load_norm(ours.project_norm, theirs, "project_norm", eps, theirs_out)
+    _load_norm(ours.project_norm, theirs, "project_norm", eps, ours.out_channels)
     expand = min(e for e in choices.expand if ours.hidden_channels(e) >= hidden)
     return Block(expand, min(k for k in choices.kernel if k >= kernel))
 
 
-def _check_block(theirs: Tensors, where: str) -> tuple[int, int, int]:
-    """Input, hidden and output channels of a block. Raises Misfit unless its tensors are all there and fit together."""
-    outputs, hidden, *_ = _shape(theirs, "project.weight", 4, where)
-    kernel = _shape(theirs, "depthwise.weight", 4, where)[-1]
+def _check_block(ours: ElasticInvertedResidual, theirs: Tensors, where: str) -> int:
+    """Hidden channels of a block. Raises Misfit if anything but these and its kernel differs from `ours`."""
+    for part in ("expand", "squeeze_excitation"):
+        found, expected = (any(name.startswith(f"{part}.") for name in theirs), getattr(ours, part) is not None)
+        if found != expected:
+            raise Misfit(f"{where}: {part}: {found}, the search space has {expected}")
+    # Only hidden channels can be added without changing the function; all else must agree.
+    hidden = _sizes(theirs, "project.weight", where)[1] if ours.expand is not None else ours.in_channels
+    kernel = _sizes(theirs, "depthwise.weight", where)[-1]
     if kernel not in (3, 5, 7):
         raise Misfit(f"{where}: depthwise.weight: a kernel of {kernel}, expected 3, 5 or 7")
-    inputs = hidden
-    shapes = {"project.weight": (outputs, hidden, 1, 1), "depthwise.weight": (hidden, 1, kernel, kernel)}
-    shapes |= _norm_shapes("depthwise_norm", hidden) | _norm_shapes("project_norm", outputs)
+    shapes = {"project.weight": (ours.out_channels, hidden, 1, 1), "depthwise.weight": (hidden, 1, kernel, kernel)}
+    shapes |= _norm_shapes("depthwise_norm", hidden) | _norm_shapes("project_norm", ours.out_channels)
     shapes |= {name: (k * k, k * k) for k, name in MATRICES.items() if name in theirs}
-    if "expand.weight" in theirs:
-        inputs = _shape(theirs, "expand.weight", 4, where)[1]
-        shapes |= {"expand.weight": (hidden, inputs, 1, 1), **_norm_shapes("expand_norm", hidden)}
-    if "squeeze_excitation.fc1.weight" in theirs:
-        squeezed = _shape(theirs, "squeeze_excitation.fc1.weight", 4, where)[0]
+    if ours.expand is not None:
+        shapes |= {"expand.weight": (hidden, ours.in_channels, 1, 1), **_norm_shapes("expand_norm", hidden)}
+    if ours.squeeze_excitation is not None:
+        squeezed = _sizes(theirs, "squeeze_excitation.fc1.weight", where)[0]
         for name, rows, columns in (("fc1", squeezed, hidden), ("fc2", hidden, squeezed)):
             shapes[f"squeeze_excitation.{name}.weight"] = (rows, columns, 1, 1)
             shapes[f"squeeze_excitation.{name}.bias"] = (rows,)
     _check_tensors(theirs, shapes, where)
-    return inputs, hidden, outputs
+    return hidden
 
 
-def _shape(theirs: Tensors, name: str, dimensions: int, where: str) -> tuple[int, ...]:
-    if name not in theirs or theirs[name].ndim != dimensions:
-        raise Misfit(f"{where}: {name}: expected {dimensions} dimensions, found {_found(theirs, name)}")
+def _sizes(theirs: Tensors, name: str, where: str) -> tuple[int, ...]:
+    if name not in theirs or theirs[name].ndim != 4:
+        raise Misfit(f"{where}: {name}: expected the weights of a convolution")
     return tuple(theirs[name].shape)
 
 
@@ -206,16 +202,13 @@ def _norm_shapes(name: str, channels: int) -> dict[str, tuple[int, ...]]:
 def _check_tensors(theirs: Tensors, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
     """Raise Misfit unless these tensors have these shapes and finite real numbers, of variances none below 0."""
     for name, shape in shapes.items():
-        if name not in theirs or tuple(theirs[name].shape) != shape:
-            raise Misfit(f"{where}: {name}: weights of {_found(theirs, name)}, expected {shape}")
+        found = tuple(theirs[name].shape) if name in theirs else "nothing"
+        if found != shape:
+            raise Misfit(f"{where}: {name}: weights of {found}, expected {shape}")
         tensor = theirs[name]
         real = holds_numbers(tensor) and bool(tensor.isfinite().all())
         if not real or (name.endswith("running_var") and bool((tensor < 0).any())):
             raise Misfit(f"{where}: {name}: expected finite real numbers, of variances none below 0")
-
-
-def _found(theirs: Tensors, name: str) -> str:
-    return str(tuple(theirs[name].shape)) if name in theirs else "nothing"
 
 
 def _load_depthwise(ours: ElasticDepthwiseConv, theirs: Tensors, hidden: int, where: str) -> int:
@@ -297,20 +290,16 @@ def _load_predictors(detector: ElasticSSD, theirs: Tensors) -> str:
 
 def _with_classes(detector: ElasticSSD, theirs: Tensors, known: Sequence[str], wanted: Sequence[str]) -> Tensors:
     """`theirs` with class logits for `wanted`: the background's and those of `known` classes, else `detector`'s."""
-    ours = detector.predictors.state_dict()
     result = dict(theirs)
     for level, net in enumerate(detector.predictors.classes):
         for part in ("weight", "bias"):
             name = f"classes.{level}.{len(net) - 1}.{part}"
-            if name not in theirs or theirs[name].shape[1:] != ours[name].shape[1:]:
-                continue
-            if not theirs[name].ndim or len(theirs[name]) % (len(known) + 1):
-                continue
-            merged = ours[name].unflatten(0, (-1, len(wanted) + 1)).clone()  # (priors of a cell, classes + 1, ...)
-            given = theirs[name].unflatten(0, (-1, len(known) + 1))
+            merged = getattr(net[-1], part).unflatten(0, (-1, len(wanted) + 1)).clone()  # (priors, classes + 1, ...)
+            fitting = (len(merged) * (len(known) + 1), *merged.shape[2:])
             # Another number of priors in a cell: none of these logits has a counterpart.
-            if len(merged) != len(given):
+            if name not in theirs or theirs[name].shape != fitting:
                 continue
+            given = theirs[name].unflatten(0, (-1, len(known) + 1))
             merged[:, 0] = given[:, 0]
             for label, class_name in enumerate(wanted, start=1):
                 if class_name in known:

@@ -316,7 +316,7 @@ def test_surplus_channels_and_blocks_learn():
         ({"search_space__expansions": [1, 4, 6, 6, 6, 6, 6]}, "stage 1, block 0: 96 hidden channels, .* has 64"),
         (
             {"backbone__layer_channels": [32, 16, 24, 40, 64, 96, 160, 320]},
-            "stage 2, block 0: output channels: 32, the search space has 40",
+            r"stage 2, block 0: project.weight: weights of \(32, 144, 1, 1\), expected \(40, 144, 1, 1\)",
         ),
     ],
 )
