@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,17 +27,9 @@ from lib.plain import check
 
 def progress(items: Iterable | None, description: str, total: int | None = None, initial: int = 0) -> tqdm:
     """A progress bar with rate and remaining time on stderr; a line every 30 seconds if that is not a terminal."""
-    return tqdm(
-        items,
-        description,
-        total=total,
-        initial=initial,
-        file=sys.stderr,
-        mininterval=0.2 if sys.stderr.isatty() else 30.0,
-        leave=False,
-        dynamic_ncols=True,
-        disable=not distributed.world().main,
-    )
+    interval = 0.2 if sys.stderr.isatty() else 30.0
+    shape = {"leave": False, "dynamic_ncols": True, "disable": not distributed.world().main}
+    return tqdm(items, description, total=total, initial=initial, file=sys.stderr, mininterval=interval, **shape)
 
 
 def say(message: str) -> None:
@@ -62,19 +54,16 @@ class _Tolerant(ObjectWrapper):
     """A stream that discards what it cannot write, and everything after it."""
 
     def write(self, text: str) -> None:
-        try:
-            self._wrapped.write(text)
-        except OSError:
-            self._discard()
+        self._or_discard(lambda: self._wrapped.write(text))
 
     def flush(self) -> None:
-        try:
-            self._wrapped.flush()
-        except OSError:
-            self._discard()
+        self._or_discard(self._wrapped.flush)
 
-    def _discard(self) -> None:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), self._wrapped.fileno())
+    def _or_discard(self, operation: Callable[[], object]) -> None:
+        try:
+            operation()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._wrapped.fileno())
 
     def __eq__(self, other: object) -> bool:  # tqdm.write compares streams to find the bars on its screen
         return self._wrapped == getattr(other, "_wrapped", other)
@@ -125,13 +114,13 @@ class _Line(NamedTuple):
 
 def read_log(path: Path) -> list[dict]:
     """The records of a log, without lines that a crash cut short. No file is no records."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ()
     records = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(ValueError, RecursionError, UserError):
-                record = json.loads(line)
-                check({"losses": {}, "networks": {}, **check(record, dict)}, _Line)
-                records.append(record)
+    for line in lines:
+        with contextlib.suppress(ValueError, RecursionError, UserError):
+            record = check(json.loads(line), dict)
+            check({"losses": {}, "networks": {}, **record}, _Line)
+            records.append(record)
     return records
 
 
@@ -141,12 +130,13 @@ def plot_training(log: Path, picture: Path, metric: str, phases: Sequence[int] =
         return
     from matplotlib.figure import Figure
 
-    records = read_log(log)
     # By epoch: the records of a resumed epoch replace those of its first attempt.
-    losses = {r["step"]: r.get("losses", {}) for r in records if r["kind"] == "train"}
-    scores = {}
-    for record in records:
-        if record["kind"] == "eval":
+    losses: dict[int, dict] = {}
+    scores: dict[int, dict] = {}
+    for record in read_log(log):
+        if record["kind"] == "train":
+            losses[record["step"]] = record.get("losses", {})
+        elif record["kind"] == "eval":
             scores[record["step"]] = {name: values.get(metric) for name, values in record.get("networks", {}).items()}
     figure = Figure(figsize=(8, 7))
     top, bottom = figure.subplots(2, 1, sharex=True)
