@@ -66,8 +66,7 @@ class PictureDetector:
     classes: tuple[str, ...]
     category_ids: tuple[int, ...]
     image_size: int
-    # Detections, with normalised boxes, of images (B, 3, S, S) uint8, S = `image_size`.
-    detect: Callable[[Tensor], list[Detections]]
+    detect: Callable[[Tensor], list[Detections]]  # of images (B, 3, image_size, image_size) uint8; boxes in [0, 1]
     max_pixels: int = MAX_PIXELS  # a file with more is refused
 
     def detect_picture(self, image: Tensor) -> Detections:
@@ -92,22 +91,8 @@ def load(path: str | Path, device: str = "auto") -> PictureDetector:
     `device` is auto, cpu, cuda or cuda:N, and applies to checkpoints; onnxruntime runs on the CPU.
     """
     path = Path(path)
-    return _onnx_detector(path) if path.suffix == ".onnx" else torch_detector(load_detector(path), device)
-
-
-def torch_detector(loaded: Detector, device: str) -> PictureDetector:
-    """A checkpoint of final_train.py, on a PyTorch device."""
-    place, config = pick_device(device), loaded.config
-    model = loaded.model.to(place, memory_format=torch.channels_last)
-
-    def run(images: Tensor) -> list[Detections]:
-        return detect(model, [images], config, place)
-
-    return PictureDetector(loaded.classes, loaded.category_ids, model.image_size, run, config.data.max_pixels)
-
-
-def _onnx_detector(path: Path) -> PictureDetector:
-    """A file of final_train.py --export that includes NMS, on the CPU."""
+    if path.suffix != ".onnx":
+        return torch_detector(load_detector(path), device)
     session = open_session(path)
     metadata = read_metadata(session, path)
     if [output.name for output in session.get_outputs()] != list(DETECTIONS):
@@ -119,11 +104,22 @@ def _onnx_detector(path: Path) -> PictureDetector:
             found = unpad(*run_session(session, images, DETECTIONS))
         except Exception as error:  # the graph may be a stranger's, and onnxruntime's exceptions have no common base
             raise UserError(f"{path}: does not run on its pictures: {error}") from None
-        if any(len(image.labels) and image.labels.max() > len(classes) for image in found):
+        if any((image.labels > len(classes)).any() for image in found):
             raise UserError(f"{path}: finds labels above {len(classes)}, the number of its classes")
         return found
 
     return PictureDetector(classes, tuple(metadata.category_ids), metadata.image_size, run)
+
+
+def torch_detector(loaded: Detector, device: str) -> PictureDetector:
+    """A checkpoint of final_train.py, on a PyTorch device."""
+    place, config = pick_device(device), loaded.config
+    model = loaded.model.to(place, memory_format=torch.channels_last)
+
+    def run(images: Tensor) -> list[Detections]:
+        return detect(model, [images], config, place)
+
+    return PictureDetector(loaded.classes, loaded.category_ids, model.image_size, run, config.data.max_pixels)
 
 
 class Job(NamedTuple):
@@ -189,9 +185,8 @@ def find_own_ids(paths: Sequence[Path], data: DataConfig) -> dict[Path, int | st
 def _refuse_to_overwrite(jobs: Sequence[Job], out: Path) -> None:
     """Raise UserError where a picture would be written where one is read, through a link, or over a foreign file."""
     sources = {parent for job in jobs for parent in (job.path.absolute().parent.resolve(), job.path.resolve().parent)}
-    real, ours = out.resolve(), False
-    with contextlib.suppress(OSError):
-        ours = (out / "pictures.json").read_bytes().startswith(LIST_START.encode())
+    real, listed = out.resolve(), out / "pictures.json"
+    ours = listed.is_file() and listed.read_bytes().startswith(LIST_START.encode())
     for name in (Path("pictures.json"), Path("detections.json"), *(job.target for job in jobs)):
         path = out / name
         if path.resolve() != real / name or any(parent.is_file() for parent in path.parents):
@@ -274,10 +269,9 @@ def draw(image: Tensor, detections: Detections, classes: Sequence[str], threshol
     """A copy of `image` (3, H, W) uint8 with the detections of at least `threshold`: a box and a label each."""
     keep = visible(detections, threshold)
     height, width = image.shape[-2:]
-    boxes = (detections.boxes[keep] * torch.tensor([width, height, width, height])).tolist()
-    labels = (detections.labels[keep] - 1).tolist()
-    shown = list(zip(boxes, labels, detections.scores[keep].tolist(), strict=True))
-    colour_of = class_colours(len(classes))
+    found = to_pixels(Detections(*(column[keep] for column in detections)), width, height)
+    shown = list(zip(*(found[name].tolist() for name in ("boxes", "labels", "scores")), strict=True))
+    colour_of = [(0, 0, 0), *class_colours(len(classes))]  # by label
     picture = Image.fromarray(image.permute(1, 2, 0).numpy())
     pen = ImageDraw.Draw(picture)
     text_size = max(SMALLEST_TEXT, min(height, width) // 28)
@@ -285,9 +279,9 @@ def draw(image: Tensor, detections: Detections, classes: Sequence[str], threshol
         pen.rectangle(box, outline=colour_of[label], width=max(1, min(height, width) // 150))
     # The best detection is drawn last, so that nothing covers its label.
     for box, label, score in reversed(shown):
-        name, font = " ".join(classes[label].split()), font_of(classes[label])
+        name, font = " ".join(classes[label - 1].split()), font_of(classes[label - 1])
         if font is None:
-            name, font = f"class {label + 1}", font_of("")
+            name, font = f"class {label}", font_of("")
         pen.font = ImageFont.truetype(font, text_size)
         # A filled label on top of the box, or inside its upper edge if there is no room above.
         text = f"{name} {score:.2f}"
@@ -298,8 +292,8 @@ def draw(image: Tensor, detections: Detections, classes: Sequence[str], threshol
         y = box[1] - label_height if box[1] >= label_height else box[1]
         pen.rectangle((x, y, x + label_width, y + label_height), fill=colour_of[label])
         red, green, blue = colour_of[label]
-        dark_text = 0.299 * red + 0.587 * green + 0.114 * blue > 128
-        pen.text((x + margin, y + margin), text, fill="black" if dark_text else "white")
+        is_bright = 0.299 * red + 0.587 * green + 0.114 * blue > 128
+        pen.text((x + margin, y + margin), text, fill="black" if is_bright else "white")
     return pil_to_tensor(picture)
 
 
