@@ -6,6 +6,7 @@ ratios of several rounds; a table shows it with its 10% and 90% quantiles.
 
 import argparse
 import contextlib
+import hashlib
 import json
 import math
 import multiprocessing
@@ -30,8 +31,10 @@ from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 # A bench imports this file before any of lib, so it can be started in any folder.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lib import config_io, scoring
+from lib import checkpoint, config_io, scoring
+from lib.cli import supernet_checkpoint
 from lib.config import Config, TrainConfig
+from lib.config_io import to_dict
 from lib.datasets import Batch, load_annotations, load_split
 from lib.detector import SSD, Cost, ElasticSSD, Supernet
 from lib.errors import UserError
@@ -86,13 +89,17 @@ def clock_of(device: torch.device) -> Clock:
 def report(args: argparse.Namespace, rows: Sequence[dict], **more: object) -> None:
     """Print `rows` as a Markdown table with their keys as the head; write them, the flags and the machine as JSON."""
     print(", ".join(f"{name} {value}" for name, value in vars(args).items()))
-    for cells in (rows[0], ["---"] * len(rows[0]), *(map(_cell, row.values()) for row in rows)):
-        print(f"| {' | '.join(cells)} |")
+    print_table(rows)
     machine = {"processor": device_name(CPU), "threads": torch.get_num_threads()}
     content = {"machine": machine, "flags": vars(args), "rows": rows, **more}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(content, indent=1, default=str) + "\n")
     print(f"wrote {args.out}")
+
+
+def print_table(rows: Sequence[dict]) -> None:
+    for cells in (rows[0], ["---"] * len(rows[0]), *(map(_cell, row.values()) for row in rows)):
+        print(f"| {' | '.join(cells)} |")
 
 
 def _cell(value: object) -> str:
@@ -110,6 +117,35 @@ def run_stage(script: str, folder: Path, flags: Sequence[object], jobs: int) -> 
     env = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
     with (folder / "stdout.txt").open("a") as file:
         subprocess.run(list(map(str, command)), check=True, stdout=file, stderr=file, env=env)
+
+
+def random_of_cost(supernet: Supernet, share: float, count: int) -> list[Genotype]:
+    """Random sub-networks with `share` of the largest one's multiply-adds, to 2.5%."""
+    rng, cost = random.Random(1), supernet.detector.cost
+    target = share * cost(supernet.space.largest()).flops
+    found: list[Genotype] = []
+    while len(found) < count:
+        genotype = supernet.space.sample_spread(rng)
+        if abs(cost(genotype).flops / target - 1) < 0.025 and genotype not in found:
+            found.append(genotype)
+    return found
+
+
+def train_alone(args: argparse.Namespace, genotype: Genotype, supernet: Supernet, seed: int) -> dict:
+    """final_train.py on one genotype of the supernet in `args.supernet`; its metrics at the end.
+
+    The folder in `args.out` has the genotype's hash and the seed as its name, so benches with the same folder share it.
+    """
+    name = hashlib.sha256(str(genotype).encode()).hexdigest()[:10]
+    folder, path = args.out / f"{name}-{seed}", supernet_checkpoint(args.supernet)
+    source = {"supernet": {"path": str(path), "sha256": checkpoint.sha256(path)}, "config": to_dict(supernet.config)}
+    if not (folder / "genotype.json").exists():
+        checkpoint.write_text(folder / "genotype.json", json.dumps({**genotype.to_dict(), **source}))
+    flags = ["--genotype", folder / "genotype.json", "--seed", seed]
+    for key in ("epochs", "eval_every"):  # no choice of the best of several evaluations, which would favour noise
+        flags += ["--set", f"final.{key}={args.epochs}"]
+    run_stage("final_train.py", folder, flags, args.jobs)
+    return json.loads((folder / "metrics.json").read_text())
 
 
 def timed(run: Callable[[], object], clock: Clock) -> TimedRun:

@@ -1,88 +1,124 @@
-"""Whether inherited AP predicts final AP: sub-networks over the whole range of multiply-adds, each trained alone too.
+"""Whether inherited AP predicts final AP: sub-networks of a supernet, each trained alone as well.
 
-    python bench/rank_correlation.py --supernet runs/lite0/supernet --count 8 --epochs 8
+    python bench/rank_correlation.py --supernet runs/wide/supernet --epochs 4
 
-Each is scored with the supernet's weights, on the search split (as the search does) and on the test set. Then
-final_train.py trains each by the same short recipe and evaluates it on the test set. Prints a table and Kendall's tau
-with a 95% bootstrap interval over the sub-networks: 1 is the same order, 0 none. Writes OUT/rank_correlation.json. A
-second call reuses finished trainings.
+`--count` sub-networks cover the whole range of multiply-adds, `--band` more have a quarter of the largest one's. Each is
+scored with the supernet's weights on the search split, as the search does. Then final_train.py trains each by one short
+recipe, `--seeds` times, and evaluates it on the test set. `--also` scores the same sub-networks with the weights of
+further supernets: what another way to train the supernet is worth.
+
+Prints two tables: the sub-networks, and Kendall's tau-b of each predictor and the mean final AP. "given the cost" is
+the partial tau without what multiply-adds explain; "in the band" is that of sub-networks of one cost. Intervals (95%)
+are bootstrapped over sub-networks and seeds. The tau between two seeds is the most that any predictor of one training
+could reach. Writes OUT/rank_correlation.json. A second call reuses finished trainings.
 """
 
 import argparse
-import json
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import common
 import numpy as np
 
-from lib import checkpoint
 from lib.cli import supernet_checkpoint
-from lib.config_io import to_dict
-from lib.detector import Supernet, load_supernet
-from lib.genotype import Genotype
+from lib.detector import load_supernet
 from lib.runtime import run
+from lib.scoring import Scorer
+
+DRAWS = 2000  # of the bootstrap
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--supernet", type=Path, required=True, help="folder of a supernet run")
-    parser.add_argument("--count", type=int, default=8, help="sub-networks, smallest and largest among them")
-    parser.add_argument("--epochs", type=int, default=8, help="of each final training (default: 8)")
+    parser.add_argument("--also", type=Path, nargs="*", default=[], help="supernets of the same space and split")
+    parser.add_argument("--count", type=int, default=8, help="sub-networks over the range, both ends among them")
+    parser.add_argument("--band", type=int, default=6, help="sub-networks of nearly the same multiply-adds")
+    parser.add_argument("--seeds", type=int, default=2, help="trainings of each (default: 2)")
+    parser.add_argument("--epochs", type=int, default=4, help="of each training (default: 4)")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, which share the cores (default: 2)")
     parser.add_argument("--out", type=Path, help="folder (default: SUPERNET/../rank_correlation)")
     args = parser.parse_args()
     args.out = args.out or args.supernet.parent / "rank_correlation"
-    path = supernet_checkpoint(args.supernet)
-    supernet = load_supernet(path)
-    detector = supernet.detector
-    chosen = common.genotypes_by_cost(detector, supernet.space, args.count)
-    on_search, on_test = common.run_scorers(supernet, path.parent)
+    supernet = load_supernet(supernet_checkpoint(args.supernet))
+    spread = common.genotypes_by_cost(supernet.detector, supernet.space, args.count)
+    chosen = [*spread, *common.random_of_cost(supernet, 0.25, args.band)]
+
     with ThreadPoolExecutor(args.jobs) as pool:
-        jobs = [pool.submit(train, f"{i}", genotype, supernet, path, args) for i, genotype in enumerate(chosen)]
-        final = [job.result() for job in jobs]
-    values = {
-        "flops": [detector.cost(genotype).flops / 1e6 for genotype in chosen],
-        "search": [on_search(detector, genotype)["metrics"]["AP"] for genotype in chosen],
-        "test": [on_test(detector, genotype)["metrics"]["AP"] for genotype in chosen],
-        "final": [metrics["AP"] for metrics in final],
-    }
-    taus = {}
-    for name in ("search", "test", "flops"):
-        pair = np.array(values[name]), np.array(values["final"])
-        low, high = bootstrap(*pair)
-        taus[name] = {"tau": kendall_tau(*pair), "low": low, "high": high}
-    heads = ("M multiply-adds", "inherited AP (search split)", "inherited AP (test)", "final AP (test)")
-    rows = [dict(zip(heads, row, strict=True)) for row in zip(*values.values(), strict=True)]
+        trainings = [(genotype, supernet, seed) for seed in range(args.seeds) for genotype in chosen]
+        jobs = [pool.submit(common.train_alone, args, *training) for training in trainings]
+        aps = [job.result()["AP"] for job in jobs]
+    final = np.array(aps).reshape(args.seeds, len(chosen)).T  # (networks, seeds)
+
+    flops = np.array([supernet.detector.cost(genotype).flops / 1e6 for genotype in chosen])
+    predictors = {"multiply-adds": flops}
+    scorer = Scorer(common.search_split_data(supernet, args.supernet), supernet.config, common.CPU)
+    for folder in (args.supernet, *args.also):
+        detector = load_supernet(supernet_checkpoint(folder)).detector
+        scores = [scorer(detector, genotype)["metrics"]["AP"] for genotype in chosen]
+        predictors[f"inherited AP, {folder.parent.name}"] = np.array(scores)
+    in_band = np.arange(len(chosen)) >= args.count
+    rows = [
+        {
+            "sub-network": f"{i}{' (band)' * bool(in_band[i])}, {genotype.image_size} px",
+            "M multiply-adds": flops[i],
+            **{name: values[i] for name, values in predictors.items() if name != "multiply-adds"},
+            "final AP": ", ".join(f"{ap:.3f}" for ap in final[i]),
+        }
+        for i, genotype in enumerate(chosen)
+    ]
+    taus = [{"predictor": name, **correlations(values, flops, final, in_band)} for name, values in predictors.items()]
+    if args.seeds > 1:
+        taus.append({"predictor": "another seed", **ceiling(final, flops, in_band)})
     args.out /= "rank_correlation.json"
-    common.report(args, rows, tau=taus, genotypes=[genotype.to_dict() for genotype in chosen])
-    for name, found in taus.items():
-        print("tau of {0} and final AP: {tau:.2f}, 95% interval {low:.2f} to {high:.2f}".format(name, **found))
+    common.report(args, rows, taus=taus, genotypes=[genotype.to_dict() for genotype in chosen], final=final.tolist())
+    common.print_table(taus)
 
 
-def train(name: str, genotype: Genotype, supernet: Supernet, path: Path, args: argparse.Namespace) -> dict:
-    """final_train.py on one genotype; the metrics of its last epoch on the test set."""
-    folder = args.out / name
-    folder.mkdir(parents=True, exist_ok=True)
-    source = {"supernet": {"path": str(path), "sha256": checkpoint.sha256(path)}, "config": to_dict(supernet.config)}
-    (folder / "genotype.json").write_text(json.dumps({**genotype.to_dict(), **source}))
-    epochs = ["--set", f"final.epochs={args.epochs}", "--set", f"final.eval_every={args.epochs}"]
-    common.run_stage("final_train.py", folder, ["--genotype", folder / "genotype.json", *epochs], args.jobs)
-    return json.loads((folder / "metrics.json").read_text())
+def correlations(values: np.ndarray, flops: np.ndarray, final: np.ndarray, in_band: np.ndarray) -> dict[str, str]:
+    """The three taus of one predictor and the mean over the seeds of `final` (networks, seeds), as text."""
+    return {
+        "tau": with_interval(kendall_tau, values, final),
+        "given the cost": with_interval(partial_tau, values, final, flops),
+        "in the band": with_interval(kendall_tau, values[in_band], final[in_band]),
+    }
+
+
+def ceiling(final: np.ndarray, flops: np.ndarray, in_band: np.ndarray) -> dict[str, str]:
+    """The same between the final APs of two seeds, averaged over the pairs of seeds."""
+    pairs = list(itertools.combinations(final.T, 2))
+    return {
+        "tau": f"{np.mean([kendall_tau(a, b) for a, b in pairs]):.2f}",
+        "given the cost": f"{np.mean([partial_tau(a, b, flops) for a, b in pairs]):.2f}",
+        "in the band": f"{np.mean([kendall_tau(a[in_band], b[in_band]) for a, b in pairs]):.2f}",
+    }
+
+
+def with_interval(tau, values: np.ndarray, final: np.ndarray, *given: np.ndarray) -> str:
+    """tau(values, mean final AP, *given), with the interval over resampled networks and, of each, resampled seeds."""
+    rng = np.random.default_rng(0)
+    networks, seeds = final.shape
+    drawn = []
+    for rows in rng.integers(networks, size=(DRAWS, networks)):
+        means = np.take_along_axis(final[rows], rng.integers(seeds, size=(networks, seeds)), axis=1).mean(1)
+        drawn.append(tau(values[rows], means, *(each[rows] for each in given)))
+    low, high = np.nanquantile(drawn, [0.025, 0.975])
+    return f"{tau(values, final.mean(1), *given):.2f} ({low:.2f} to {high:.2f})"
 
 
 def kendall_tau(a: np.ndarray, b: np.ndarray) -> float:
     """Kendall's tau-b: agreeing pairs minus disagreeing ones, over the pairs that are no tie. NaN if all are ties."""
     x, y = (np.sign(np.subtract.outer(values, values)) for values in (a, b))
-    untied = np.sqrt((x != 0).sum() * (y != 0).sum())
+    untied = np.sqrt(float((x != 0).sum()) * float((y != 0).sum()))
     return float((x * y).sum() / untied) if untied else float("nan")
 
 
-def bootstrap(a: np.ndarray, b: np.ndarray, draws: int = 5000) -> tuple[float, float]:
-    """The 95% percentile interval of tau over resampled sub-networks; resamples that are all ties are left out."""
-    rng = np.random.default_rng(0)
-    taus = [kendall_tau(a[rows], b[rows]) for rows in rng.integers(len(a), size=(draws, len(a)))]
-    return tuple(np.nanquantile(taus, [0.025, 0.975]).tolist())
+def partial_tau(a: np.ndarray, b: np.ndarray, given: np.ndarray) -> float:
+    """Kendall's partial rank correlation of `a` and `b` without what `given` explains (Kendall, 1942)."""
+    ab, ag, bg = kendall_tau(a, b), kendall_tau(a, given), kendall_tau(b, given)
+    unexplained = np.sqrt((1 - ag**2) * (1 - bg**2))
+    return (ab - ag * bg) / unexplained if unexplained else float("nan")
 
 
 if __name__ == "__main__":
