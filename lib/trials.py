@@ -24,7 +24,7 @@ from lib.final_training import FinalTraining, cut_student, evaluate, final_loade
 from lib.genotype import Genotype
 from lib.latency import fused_detectors, time_detectors
 from lib.log import finite, say
-from lib.plain import check, read_json, shown
+from lib.plain import check, read_json
 from lib.runtime import device_name, seed_everything
 from lib.training_run import read_previous
 
@@ -65,30 +65,22 @@ class Recipe(NamedTuple):
     device: torch.device
 
 
-class _Scores(NamedTuple):
+class Scores(NamedTuple):
     """What the table needs of one trial's metrics."""
 
     AP: float
     AP50: float
 
 
-class _Result(NamedTuple):
+class Result(NamedTuple):
     """What the table needs of a result.json."""
 
     name: str
     flops: float
     params: float
-    inherited: _Scores
-    fine_tuned: _Scores
-    scratch: _Scores
-
-
-def _read_result(path: Path, name: str) -> dict:
-    """The content of the result.json of a network's trials."""
-    content = read_json(path)
-    if check(content, _Result, str(path)).name != name:
-        raise UserError(f"{path}: expected the trials of '{name}', found those of {shown(content['name'])}")
-    return content
+    inherited: Scores
+    fine_tuned: Scores
+    scratch: Scores
 
 
 class Trials:
@@ -112,16 +104,14 @@ class Trials:
         self.plan = json.loads(json.dumps(plan))  # tuples become lists, as in the file
         path = folder / "plan.json"
         known = check(read_json(path), dict, str(path)) if path.exists() else self.plan
-        for key, value in self.plan.items():
-            if known.get(key) != value:
-                raise UserError(
-                    f"{folder}: holds a comparison with another '{key}'; start this one elsewhere with --train-dir"
-                )
+        if other := [key for key, value in self.plan.items() if known.get(key) != value]:
+            elsewhere = "start this one elsewhere with --train-dir"
+            raise UserError(f"{folder}: holds a comparison with another '{other[0]}'; {elsewhere}")
         checkpoint.write_text(path, json.dumps(self.plan, indent=1) + "\n")
 
     def run(self) -> None:
         """Do what is missing; then `results` are complete. Raises Stopped after a signal."""
-        self.results = []
+        self.results.clear()
         for number, (name, genotype) in enumerate(self.networks.items(), start=1):
             folder = self.folder / name.replace(" ", "_")
             result = folder / "result.json"
@@ -135,7 +125,9 @@ class Trials:
                 # best.pt stays for use; last.pt and last_good.pt are large and were only needed to resume
                 for last in folder.glob("*/last*.pt"):
                     last.unlink()
-            self.results.append(_read_result(result, name))
+            content = read_json(result)
+            check(content, Result, str(result))
+            self.results.append(content)
 
     def _try(self, start: str, genotype: Genotype, folder: Path) -> dict:
         """The metrics of one network from one start."""
