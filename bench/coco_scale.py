@@ -23,8 +23,9 @@ import common
 import numpy as np
 import torch
 
-from lib.annotations import Annotations, read_coco
+from lib.annotations import Annotations, assemble, read_coco
 from lib.datasets import DetectionDataset, make_loader, split_indices
+from lib.labels import Faults
 from lib.log import progress
 from lib.runtime import run
 from lib.scoring import load_scoring_data, save_scoring_data
@@ -64,12 +65,13 @@ def main() -> None:
 def measure(path: Path) -> dict:
     """What the process of its own measures on one annotation file."""
     start = time.perf_counter()
-    annotations = read_coco(path, path.parent / path.stem, [], "raise")
+    faults = Faults()
+    annotations = assemble(read_coco(path, [(path, path.parent / path.stem)], faults), path, [], faults)
     train, search = split_indices(annotations, [1 - SEARCH_SHARE, SEARCH_SHARE], 0)
     seconds = time.perf_counter() - start
     return {
         "images": len(annotations),
-        "boxes": len(annotations.boxes),
+        "boxes": len(annotations.objects.boxes),
         "seconds": seconds,
         "peak_mb": memory_mb("/proc/self/status", "VmHWM"),
         "loader": loader_worker_mb(annotations, train),

@@ -93,7 +93,7 @@ def torchvision_loader(annotations: Annotations, size: int, augment: bool) -> Lo
 
     def load(_epoch: int, row: int) -> tuple[Tensor, Tensor]:
         image = Image.open(annotations.paths[row]).convert("RGB")
-        target = annotations.target(row)
+        target = annotations.objects.of(row)
         boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=image.size[::-1])
         sample = transform({"image": image, "boxes": boxes, "labels": target["labels"]})
         return sample["image"].as_subclass(Tensor), sample["boxes"].as_subclass(Tensor) / size

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,10 +18,10 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from lib import distributed
-from lib.annotations import Annotations, read_coco_files, read_pairs
+from lib.annotations import Annotations, assemble, ranked, read_coco, read_pairs
 from lib.checkpoint import write_text
 from lib.config import Config, DataConfig
-from lib.errors import UserError
+from lib.errors import UserError, did_you_mean
 from lib.images import MAX_PIXELS, UnreadableImage, is_large_jpeg, read_picture
 from lib.labels import Faults
 from lib.layouts import find_layout
@@ -51,116 +51,86 @@ def load_annotations(data: DataConfig, split: Literal["train", "test"]) -> Annot
         # A small set may not show all classes.
         return load_annotations(replace(data, dataset_type="voc", classes=data.classes or list(CLASSES)), split)
     faults = Faults(data.on_error, data.max_skipped)
-    layout = find_layout(data, split, faults)
+    found, parts, cut = find_layout(data, split, faults)
     classes: Sequence[str] = data.classes
-    if split == "test" and not classes and not layout.cut:
+    if split == "test" and not classes and not cut:
         classes = load_annotations(data, "train").classes
-    if layout.kind == "coco":
-        strict = split == "train" or layout.cut
-        annotations = read_coco_files(root, layout.parts, classes, faults, layout.notes, all_classes=strict)
-        annotations = _complete_category_ids(annotations, data)
-    else:
-        names = layout.names if layout.kind == "yolo" else None
-        annotations = read_pairs(root, layout.parts, classes, faults, names, layout.notes)
-    found = f"{len(annotations.classes)} classes ({', '.join(annotations.classes)})"
+    content = read_coco(root, parts, faults) if found.kind == "coco" else read_pairs(parts, faults, found.names)
+    known = content.category_ids
+    unknown = [name for name in classes if name not in known] if known is not None else []
+    if unknown and (split == "train" or cut):
+        raise UserError(f"{root}: unknown class '{unknown[0]}'{did_you_mean(unknown[0], known)}")
+    if unknown:
+        # The ids of classes that a COCO file does not list: those of the training data, where they are free.
+        theirs: dict[str, int] = {}
+        with contextlib.suppress(UserError):  # an evaluation may have the test data alone
+            train = load_annotations(replace(data, classes=[]), "train")
+            theirs = dict(zip(train.classes, train.category_ids, strict=True))
+        for name in unknown:
+            free = name in theirs and theirs[name] not in known.values()
+            known[name] = theirs[name] if free else max(known.values(), default=0) + 1
+    annotations = assemble(content, root, classes, faults, split, data.test_portion if cut else None)
     if data.num_classes not in (0, len(annotations.classes)):
-        raise UserError(f"data.num_classes: {data.num_classes}, but {root} has {found}")
-    return _cut(annotations, data, split) if layout.cut else annotations
-
-
-def _cut(annotations: Annotations, data: DataConfig, split: str) -> Annotations:
-    """The part of data without test data that trains, or that is kept for the test.
-
-    Which pictures that are depends on their ids alone: with another seed, in another stage or for another network, it
-    is the same test set, so no score rests on pictures that something has been trained on.
-    """
-    count = len(annotations)
-    hashes = [hashlib.sha256(f"test-{annotations.ids[i]}".encode()).digest() for i in range(count)]
-    ranked = sorted(range(count), key=hashes.__getitem__)
-    kept = round(data.test_portion * count)
-    if (count if split == "train" else 0) == kept:
+        names = ", ".join(annotations.classes)
         raise UserError(
-            f"{data.root}: no test data here, and data.test_portion={data.test_portion:g} of {count} images is {kept}"
+            f"data.num_classes: {data.num_classes}, but {root} has {len(annotations.classes)} classes ({names})"
         )
-    test, train = sorted(ranked[:kept]), sorted(ranked[kept:])
-    note = f"{data.root}: {kept} of {count} images are kept for the test (data.test_portion), whatever the seed"
-    held_out = tuple(annotations.ids[i] for i in test)
-    part = annotations.take(test if split == "test" else train)
-    return replace(part, held_out=held_out, notes=[*annotations.notes, note])
-
-
-def _complete_category_ids(annotations: Annotations, data: DataConfig) -> Annotations:
-    """Ids for the classes that a COCO file does not list: those of the training data, where they are free."""
-    if None not in annotations.category_ids:
-        return annotations
-    ids = list(annotations.category_ids)
-    theirs: dict[str, int] = {}
-    with contextlib.suppress(UserError):  # an evaluation may have the test data alone
-        train = load_annotations(replace(data, classes=[]), "train")
-        theirs = dict(zip(train.classes, train.category_ids, strict=True))
-    for i, name in enumerate(annotations.classes):
-        if ids[i] is None:
-            free = theirs.get(name)
-            ids[i] = (
-                free if free is not None and free not in ids else max((n for n in ids if n is not None), default=0) + 1
-            )
-    return replace(annotations, category_ids=tuple(ids))
+    return annotations
 
 
 def split_indices(annotations: Annotations, data_portion: Sequence[float], seed: int) -> tuple[list[int], list[int]]:
     """Rows of `annotations` that train the supernet, and rows that score candidates: disjoint, in ascending order.
 
-    Images are ranked by a hash of seed and image id, so the split depends on nothing else and the portions are exact.
-    Portions that sum to less than 1 leave images out.
+    The split depends on the seed and the image ids alone, and the portions are exact. Portions that sum to less than 1
+    leave images out.
     """
     count = len(annotations)
-    hashes = [hashlib.sha256(f"{seed}-{annotations.ids[i]}".encode()).digest() for i in range(count)]
-    # Ranks of hashes, not a random permutation of rows: the order in which images are read does not matter.
-    ranked = sorted(range(count), key=hashes.__getitem__)
+    order = ranked([annotations.ids[i] for i in range(count)], seed)
     first, second = round(data_portion[0] * count), round(sum(data_portion) * count)
-    train, search = sorted(ranked[:first]), sorted(ranked[first:second])
+    train, search = sorted(order[:first]), sorted(order[first:second])
     for portion, rows in zip(data_portion, (train, search), strict=True):
         if not rows:
             raise UserError(f"data.data_portion: {portion} of {count} images rounds to zero images")
     return train, search
 
 
+class SavedSplit(NamedTuple):
+    """Image ids, which stay valid if the order of the rows changes."""
+
+    train: list[str]
+    search: list[str]
+
+
 def save_split(path: Path, annotations: Annotations, train: Sequence[int], search: Sequence[int]) -> None:
-    """Write the split as JSON of image ids, which stay valid if the order of the rows changes."""
     ids = {"train": [annotations.ids[i] for i in train], "search": [annotations.ids[i] for i in search]}
     if annotations.held_out:
-        ids["test"] = list(annotations.held_out)  # for `load_split`, which compares it
+        ids["test"] = list(annotations.held_out)  # for the reader of the file
     write_text(path, json.dumps({"format": SPLIT_FORMAT, **ids}))
 
 
 def load_split(path: Path, annotations: Annotations) -> tuple[list[int], list[int]]:
     """The rows (train, search) of a saved split.
 
-    Raises UserError if it cannot be read, names an image that `annotations` lack, or has one on both sides.
+    Raises UserError if it cannot be read, names an image that `annotations` lack, or has one twice.
     """
-    content = read_json(path, SPLIT_FORMAT)
-    train_ids, search_ids = (check(content.get(side), list[str], f"{path}: {side}") for side in ("train", "search"))
-    if not train_ids or not search_ids or len(set(train_ids)) + len(set(search_ids)) < len(train_ids) + len(search_ids):
+    refuse_seen(path, annotations)  # the data may have changed since the split was saved
+    saved = check(read_json(path, SPLIT_FORMAT), SavedSplit, str(path))
+    both = [*saved.train, *saved.search]
+    if not saved.train or not saved.search or len(set(both)) < len(both):
         raise UserError(f"{path}: expected images on both sides of the split, each once")
-    # The data may have changed since the split was saved.
-    refuse_seen(path, annotations)
     row_of = {annotations.ids[i]: i for i in range(len(annotations))}
-    for image_id in (*train_ids, *search_ids):
+    for image_id in both:
         if image_id not in row_of:
             raise UserError(f"{path}: image '{image_id}' is not in the data")
-    common = set(train_ids) & set(search_ids)
-    if common:
-        raise UserError(f"{path}: image '{min(common)}' is on both sides of the split")
-    return [row_of[i] for i in train_ids], [row_of[i] for i in search_ids]
+    return [row_of[i] for i in saved.train], [row_of[i] for i in saved.search]
 
 
 def refuse_seen(path: Path, annotations: Annotations) -> None:
     """Raise UserError if images that are kept for the test have trained, or chosen, what the split in `path` is of."""
     if not annotations.held_out or not path.is_file():
         return
-    content = read_json(path, SPLIT_FORMAT)
-    seen = {name for side in ("train", "search") for name in check(content.get(side), list[str], f"{path}: {side}")}
-    if common := seen & set(annotations.held_out):
+    saved = check(read_json(path, SPLIT_FORMAT), SavedSplit, str(path))
+    if common := {*saved.train, *saved.search} & set(annotations.held_out):
         raise UserError(
             f"{path}: {len(common)} images of the test set took part in the supernet's training or search, such as "
             f"'{min(common)}': data.test_portion or the data has changed since (0 keeps no images for the test)"
@@ -289,7 +259,7 @@ class DetectionDataset(Dataset):
             yield
 
     def _objects(self, row: int) -> tuple[Tensor, Tensor]:
-        target = self.annotations.target(row)
+        target = self.annotations.objects.of(row)
         counted = ~target["ignore"]
         return target["boxes"][counted], target["labels"][counted]
 

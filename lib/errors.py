@@ -10,10 +10,13 @@ MOST_SHOWN = 1500  # characters of a message
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. Scripts print its message without a traceback and exit with status 2."""
+    """A mistake that the user can mend. Scripts print its message without a traceback and exit with status 2.
+
+    Each argument is one line of it.
+    """
 
     def __str__(self) -> str:
-        return one_line(super().__str__())
+        return "\n  ".join(one_line(str(line)) for line in self.args)
 
 
 def one_line(text: str) -> str:

@@ -7,10 +7,11 @@ names the file. What is wrong with a single object goes to `faults`, and the obj
 from __future__ import annotations
 
 import codecs
+import contextlib
 import json
 import logging
 import math
-import os
+import posixpath
 import re
 import xml.etree.ElementTree as ElementTree
 from array import array
@@ -22,7 +23,7 @@ import numpy as np
 import yaml
 
 from lib import distributed
-from lib.errors import UserError, one_line
+from lib.errors import UserError
 from lib.images import SUFFIXES
 from lib.plain import read_bytes, shown
 
@@ -33,21 +34,16 @@ MOST_SHOWN = 20  # faults of a data set that are named; the others are counted
 SNIFFED = 64 * 1024  # bytes at each end of a JSON file
 LARGEST_SIDE = 1_000_000  # pixels; what is beyond is a mistake
 FARTHEST = 10.0 * LARGEST_SIDE  # a corner beyond this is a mistake as well
+SPLIT_OF = {"train": "train", "training": "train", "default": "train", "trainval": "trainval"}
+SPLIT_OF |= {"val": "val", "valid": "val", "validation": "val", "test": "test", "testing": "test"}
 
 # One object while a file is read, eight float64: numbers of its picture and its class, a box in continuous pixels from
 # 0, whether the object is ignored, and its area, NaN if the file gives none.
 OBJECT = np.dtype([("image", "f8"), ("label", "f8"), ("box_xyxy", "f8", 4), ("ignore", "f8"), ("area", "f8")])
 
 
-class FaultyData(UserError):
-    """Several faults of a data set, one a line."""
-
-    def __str__(self) -> str:
-        return "\n  ".join(one_line(line) for line in self.args)
-
-
 class Faults:
-    """The faults of a data set's files, each of which costs a picture or an object.
+    """The faults of a data set's files, each of which costs a picture or an object, and what else is to be said of it.
 
     `on_error` "raise": `close` raises one UserError that lists them. "skip": they are logged and counted, and `close`
     raises only if more than the share `max_skipped` of the pictures or the objects was lost.
@@ -58,6 +54,8 @@ class Faults:
         self.max_skipped = max_skipped
         self.counts: Counter[tuple[str, str]] = Counter()  # by what was lost ("picture" or "object") and the kind
         self.named: list[str] = []
+        self.notes: list[str] = []
+        self.swapped = 0  # boxes whose corners were exchanged
 
     def add(self, lost: str, kind: str, message: str, count: int = 1) -> None:
         self.counts[lost, kind] += count
@@ -67,37 +65,29 @@ class Faults:
                 logger.warning("%s; skipped", message)
 
     def close(self, source: Path, pictures: int, objects: int) -> list[str]:
-        """One line for each kind of loss beside the `pictures` and `objects` that are left."""
-        total = sum(self.counts.values())
-        if total and not self.skip:
+        """The notes, with a line for each kind of loss beside the `pictures` and `objects` that are left."""
+        if self.counts and not self.skip:
             if len(self.named) == 1:
-                raise UserError(self.named[0])
+                raise UserError(*self.named)
+            total = self.counts.total()
             more = [f"and {total - len(self.named)} more"] if total > len(self.named) else []
-            raise FaultyData(f"{source}: {total} faults (data.on_error=skip leaves them out):", *self.named, *more)
-        lines = []
+            raise UserError(f"{source}: {total} faults (data.on_error=skip leaves them out):", *self.named, *more)
+        if self.swapped:
+            self.notes.append(f"{source}: {self.swapped} boxes had their corners in the wrong order: put right")
         for lost, left in (("picture", pictures), ("object", objects)):
             kinds = {kind: count for (what, kind), count in self.counts.items() if what == lost}
             gone = sum(kinds.values())
-            if not gone:
-                continue
             line = f"{source}: {gone} of {gone + left} {lost}s left out ({', '.join(f'{kinds[k]} {k}' for k in kinds)})"
             if gone > self.max_skipped * (gone + left):
                 raise UserError(f"{line}, more than data.max_skipped={self.max_skipped:g}; the first: {self.named[0]}")
-            lines.append(line)
-            if distributed.world().main:
-                logger.warning("%s", line)
-        return lines
+            if gone:
+                self.notes.append(line)
+                if distributed.world().main:
+                    logger.warning("%s", line)
+        return self.notes
 
 
-# Text.
-
-
-def is_there(path: Path) -> bool:
-    """Whether a file or folder exists. A name from a stranger's file may be too long, or hold a NUL."""
-    try:
-        return path.exists()
-    except (OSError, ValueError):
-        return False
+# Text, and names of files. Paths have forward slashes.
 
 
 def read_text(path: Path, latin: bool = False) -> str:
@@ -134,46 +124,14 @@ def slashes(path: str) -> str:
     return re.sub(r"^(\./+)+", "", path.replace("\\", "/"))
 
 
-def usable_size(width: object, height: object) -> tuple[int, int] | None:
-    """Width and height of a picture as whole numbers; None where they are missing, zero or absurd."""
-    try:
-        sides = float(width), float(height)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    if not all(1 <= side <= LARGEST_SIDE and side == int(side) for side in sides):
-        return None
-    return int(sides[0]), int(sides[1])
-
-
-# Names of files.
-
-SPLIT_WORDS = {
-    "train": "train training default",
-    "trainval": "trainval",
-    "val": "val valid validation",
-    "test": "test testing",
-}
-SPLIT_OF = {word: split for split, words in SPLIT_WORDS.items() for word in words.split()}
+def suffix_of(name: str) -> str:
+    return posixpath.splitext(name)[1].lower()
 
 
 def stem(name: str) -> str:
     """`name` without the suffix of a picture."""
     suffix = suffix_of(name)
     return name[: -len(suffix)] if suffix in SUFFIXES else name
-
-
-def bare(path: str) -> str:
-    """The path of a picture or an XML file without its suffix; some tools name the latter a.jpg.xml."""
-    return stem(path[:-4] if suffix_of(path) == ".xml" else path)
-
-
-def folder_of(path: str) -> str:
-    return path.rpartition("/")[0]
-
-
-def suffix_of(name: str) -> str:
-    base, dot, suffix = name.rpartition("/")[2].rpartition(".")
-    return dot + suffix.lower() if base else ""
 
 
 def split_of(*paths: str) -> str:
@@ -186,6 +144,22 @@ def split_of(*paths: str) -> str:
     return ""
 
 
+def usable_size(*sides: object) -> tuple[int, int] | None:
+    """Width and height of a picture as whole numbers; None where they are missing, zero or absurd."""
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        width, height = map(float, sides)
+        if all(1 <= side <= LARGEST_SIDE and side.is_integer() for side in (width, height)):
+            return int(width), int(height)
+    return None
+
+
+def refuse_twice(source: Path, what: str, values: list) -> None:
+    """Raise UserError if two classes have the same name, or the same id."""
+    value, count = Counter(values).most_common(1)[0] if values else ("", 0)
+    if count > 1:
+        raise UserError(f"{source}: {count} classes have the same {what} {shown(value)}")
+
+
 # VOC.
 
 
@@ -193,7 +167,6 @@ class VocFile(NamedTuple):
     filename: str  # of the picture, without folders; "" where there is none
     size: tuple[int, int] | None  # width, height; None where the picture has to be asked
     objects: list[tuple[str, tuple[float, ...], bool]]  # class, box, difficult
-    swapped: int  # boxes whose corners were exchanged
 
 
 def read_voc_xml(path: Path, faults: Faults) -> VocFile:
@@ -207,58 +180,50 @@ def read_voc_xml(path: Path, faults: Faults) -> VocFile:
         raise UserError(f"{path}: cannot be read as a VOC annotation: {error}") from None
     if tree.tag != "annotation":
         raise UserError(f"{path}: not a VOC annotation: expected <annotation>, found <{tree.tag[:40]}>")
-    objects, swapped = [], 0
+    objects = []
     for element in tree.iter("object"):
+        texts = [element.findtext(f"bndbox/{key}") or "" for key in ("xmin", "ymin", "xmax", "ymax")]
+        name = class_name(element.findtext("name"))
         try:
-            name = class_name(element.findtext("name"))
-            if not name:
-                raise ValueError("<name> is missing")
-            x1, y1, x2, y2 = (_corner(element, key) for key in ("xmin", "ymin", "xmax", "ymax"))
-        except ValueError as error:
-            faults.add("object", "malformed object", f"{path}: malformed object: {error}")
+            x1, y1, x2, y2 = corners = [float(text) for text in texts]
+            usable = name and all(abs(corner) <= FARTHEST for corner in corners)
+        except ValueError:
+            usable = False
+        if not usable:
+            found = shown([element.findtext("name"), *texts])
+            expected = "expected <name> and the numbers <xmin>, <ymin>, <xmax>, <ymax> in <bndbox>"
+            faults.add("object", "malformed object", f"{path}: malformed object: {expected}, found {found}")
             continue
         # VOC's corners are 1-based and inclusive, so a box without width has x1 = x2 + 1.
-        swapped += x1 > x2 + 1 or y1 > y2 + 1
-        x1, x2 = (x2, x1) if x1 > x2 + 1 else (x1, x2)
-        y1, y2 = (y2, y1) if y1 > y2 + 1 else (y1, y2)
+        wrong_x, wrong_y = x1 > x2 + 1, y1 > y2 + 1
+        faults.swapped += wrong_x or wrong_y
+        x1, x2 = (x2, x1) if wrong_x else (x1, x2)
+        y1, y2 = (y2, y1) if wrong_y else (y1, y2)
         difficult = (element.findtext("difficult") or "").strip().lower()
         objects.append((name, (x1 - 1, y1 - 1, x2, y2), difficult in ("1", "1.0", "true", "yes")))
-    filename = slashes((tree.findtext("filename") or "").strip()).rpartition("/")[2]
-    return VocFile(filename, usable_size(*map(tree.findtext, ("size/width", "size/height"))), objects, swapped)
+    filename = posixpath.basename(slashes((tree.findtext("filename") or "").strip()))
+    return VocFile(filename, usable_size(tree.findtext("size/width"), tree.findtext("size/height")), objects)
 
 
 def picture_name(path: Path) -> str:
     """The <filename> of a VOC annotation; "" where it cannot be read."""
-    try:
+    with contextlib.suppress(UserError):
         return read_voc_xml(path, Faults()).filename
-    except UserError:
-        return ""
-
-
-def _corner(element: ElementTree.Element, key: str) -> float:
-    text = (element.findtext(f"bndbox/{key}") or "").strip()
-    if not text:
-        raise ValueError(f"<bndbox><{key}> is missing")
-    value = float(text)
-    if not abs(value) <= FARTHEST:
-        raise ValueError(f"<{key}> is {text[:40]}")
-    return value
+    return ""
 
 
 # COCO.
 
 
 class CocoFile(NamedTuple):
-    images: list  # entries as they are; `coco_image` checks one
+    images: dict[int | str, tuple[str, tuple[int, int] | None]]  # file name, and size where the file has it, by id
     categories: dict[int, str]  # names by id, sorted by id
     objects: np.ndarray  # (M,) of OBJECT
     image_ids: list[int | str]  # the image id that each number in `objects` stands for
-    category_ids: list[int]  # likewise
-    notes: list[str]
+    category_ids: list[int | str]  # likewise
 
 
-class _Taken:
-    """Stands in the document for an annotation whose numbers were taken."""
+_TAKEN = object()  # in the document: an annotation whose numbers were taken
 
 
 def read_coco_json(path: Path, faults: Faults) -> CocoFile:
@@ -272,119 +237,103 @@ def read_coco_json(path: Path, faults: Faults) -> CocoFile:
             return entry
         try:
             x, y, width, height = entry["bbox"]
-            area, crowd = entry.get("area"), entry.get("iscrowd")
-            area = math.nan if area is None else area
-            if not abs(x) + abs(y) + abs(width) + abs(height) <= FARTHEST or math.isinf(area):
-                return entry
+            area = entry.get("area")
             image_id, category_id = entry["image_id"], entry["category_id"]
-            if type(image_id) is not int or type(category_id) is not int:
-                image_id, category_id = coco_id(image_id), coco_id(category_id)
+            finite = abs(x) + abs(y) + abs(width) + abs(height) <= FARTHEST and abs(area or 0) <= FARTHEST**2
+            if not finite or type(image_id) not in (int, str) or type(category_id) not in (int, str):
+                return entry
+            area = math.nan if area is None else area
             # An array of its own first: an entry with a value that is no number must add nothing to `flat`.
-            numbers = array("d", (0, 0, x, y, x + width, y + height, crowd or 0, area))
+            numbers = array("d", (0, 0, x, y, x + width, y + height, entry.get("iscrowd") or 0, area))
         except (KeyError, TypeError, ValueError, OverflowError):
             return entry
         numbers[0] = image_number.setdefault(image_id, len(image_number))
         numbers[1] = category_number.setdefault(category_id, len(category_number))
         flat.extend(numbers)
-        return _Taken
+        return _TAKEN
 
-    if not is_there(path):
-        raise UserError(f"{path}: no such annotation file (data.train_annotations, data.test_annotations)")
     try:
-        document = json.loads(read_bytes(path, path.stat().st_size), object_hook=take_numbers)
+        size = path.stat().st_size if path.is_file() else 0
+        document = json.loads(read_bytes(path, size), object_hook=take_numbers)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: malformed JSON: {error}") from None
     for key in ("images", "annotations", "categories"):
         if not isinstance(document, dict) or not isinstance(document.get(key), list):
             raise UserError(f"{path}: malformed COCO annotations: no list '{key}'")
-    wrong = [entry for entry in document["annotations"] if entry is not _Taken]
+    wrong = [entry for entry in document["annotations"] if entry is not _TAKEN]
     objects = np.array(flat).view(OBJECT)
     if len(document["annotations"]) - len(wrong) != len(objects):
         raise UserError(f"{path}: malformed COCO annotations: some stand outside of the list 'annotations'")
     for entry in wrong:
         faults.add("object", "malformed annotation", f"{path}: malformed annotation {shown(entry)}")
-    categories, notes = _coco_categories(path, document["categories"], category_number)
-    return CocoFile(document["images"], categories, objects, list(image_number), list(category_number), notes)
+    images: dict[int | str, tuple[str, tuple[int, int] | None]] = {}
+    for entry in document["images"]:
+        image = entry if isinstance(entry, dict) else {}
+        number, name = image.get("id"), image.get("file_name")
+        known = type(number) in (int, str) and isinstance(name, str)
+        if not known or number in images:
+            problem = "its id is there twice" if known else "expected an 'id' and a 'file_name'"
+            faults.add("picture", "malformed entry", f"{path}: malformed image entry {shown(entry)}: {problem}")
+            continue
+        images[number] = slashes(name), usable_size(image.get("width"), image.get("height"))
+    categories = _coco_categories(path, document["categories"], category_number, faults)
+    return CocoFile(images, categories, objects, list(image_number), list(category_number))
 
 
-def coco_id(value: Any) -> int | str:
-    """An id as JSON holds it. Raises TypeError for what is neither a whole number nor text."""
-    if type(value) is float and value.is_integer() and abs(value) < 2**53:
-        return int(value)
-    if type(value) not in (int, str):
-        raise TypeError(f"expected an id, found {shown(value)}")
-    return value
-
-
-def coco_image(entry: Any) -> tuple[int | str, str, tuple[int, int] | None]:
-    """Id, file name and size of an entry of 'images'. Raises ValueError or TypeError."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str) or not entry["file_name"]:
-        raise ValueError("no 'file_name'")
-    size = usable_size(entry.get("width"), entry.get("height"))
-    return coco_id(entry.get("id")), slashes(entry["file_name"]), size
-
-
-def _coco_categories(path: Path, entries: list, used: dict) -> tuple[dict[int, str], list[str]]:
-    """Names by id, sorted, and notes."""
+def _coco_categories(path: Path, entries: list, used: dict, faults: Faults) -> dict[int, str]:
+    """Names by id, sorted. Without a name, a class goes by its id."""
     found: list[tuple[int, str, str]] = []
     for entry in entries:
         if not isinstance(entry, dict) or type(number := entry.get("id")) is not int or "name" not in entry:
             raise UserError(f"{path}: malformed category {shown(entry)}: expected an id, a whole number, and a name")
-        # Without a name, a class goes by its id.
         name = class_name(entry["name"]) or f"category {shown(number)}"
         found.append((number, name, class_name(entry.get("supercategory"))))
-    notes = []
-    for root in [c for c in found if c[0] == 0 and 0 not in used]:
+    root, *others = sorted(found) or [(-1, "", "")]
+    if others and root[0] == 0 and 0 not in used and all(other[2] == root[1] for other in others):
         # Roboflow lists the project itself as category 0, the super-category of all others.
-        if len(found) > 1 and all(other[2] == root[1] for other in found if other is not root):
-            found.remove(root)
-            notes.append(f"{path}: category 0, '{root[1]}', is the super-category of the others: left out")
-    for column, what in ((0, "id"), (1, "name")):
-        value, count = Counter(c[column] for c in found).most_common(1)[0] if found else ("", 0)
-        if count > 1:
-            raise UserError(f"{path}: {count} categories have the same {what} {shown(value)}")
-    return {number: name for number, name, _ in sorted(found)}, notes
+        found = others
+        faults.notes.append(f"{path}: category 0, '{root[1]}', is the super-category of the others: left out")
+    refuse_twice(path, "id", [number for number, _, _ in found])
+    refuse_twice(path, "name", [name for _, name, _ in found])
+    return {number: name for number, name, _ in sorted(found)}
 
 
 def is_coco(path: Path) -> bool:
     """Whether the beginning and the end of a JSON file show keys of COCO's."""
-    try:
-        with path.open("rb") as file:
-            ends = file.read(SNIFFED)
-            file.seek(max(file.seek(0, os.SEEK_END) - SNIFFED, 0))
-            ends += file.read()
-    except OSError:
-        return False
-    return sum(key in ends for key in (b'"images"', b'"annotations"', b'"categories"')) >= 2
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        ends = file.read(SNIFFED)
+        file.seek(max(path.stat().st_size - SNIFFED, 0))
+        ends += file.read()
+        return sum(key in ends for key in (b'"images"', b'"annotations"', b'"categories"')) >= 2
+    return False
 
 
 # YOLO.
 
 
-def read_yolo_txt(path: Path, faults: Faults) -> list[tuple[int, tuple[float, ...]]]:
-    """The class number and the box, xyxy as shares of the picture, of each line. Polygons become their boxes."""
+def read_yolo_txt(
+    path: Path, names: dict[int, str], size: tuple[int, int], faults: Faults
+) -> list[tuple[str, tuple[float, ...], bool]]:
+    """As `VocFile.objects`, of a picture of `size` (width, height). Polygons become their boxes."""
     objects = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
-        words = line.split()
-        try:
-            label, *values = map(float, words) if words else (-1,)
-            if not words:
-                continue
-            if not label.is_integer() or label < 0:
-                raise ValueError(f"class {words[0][:40]}")
-            if not all(-1 <= value <= 2 for value in values):
-                raise ValueError("expected shares of the picture, from 0 to 1")
-            if len(values) == 4:
-                x, y, width, height = values
-                box = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
-            elif len(values) >= 6 and len(values) % 2 == 0:
-                box = (min(values[::2]), min(values[1::2]), max(values[::2]), max(values[1::2]))
-            else:
-                raise ValueError(f"expected a class and 4 numbers, or a polygon, found {len(words)} numbers")
-        except (ValueError, OverflowError) as error:
-            faults.add("object", "malformed line", f"{path}: line {number}: {error}")
+        if not line.split():
             continue
-        objects.append((int(label), box))
+        try:
+            label, *shares = map(float, line.split())
+            usable = label >= 0 and label.is_integer() and all(-1 <= share <= 2 for share in shares)
+        except ValueError:
+            usable = False
+        if not usable or len(shares) < 4 or len(shares) % 2:
+            expected = "expected a class, and shares of the picture: x, y, width and height, or a polygon"
+            faults.add("object", "malformed line", f"{path}: line {number}: {expected}; found {shown(line)}")
+            continue
+        box = min(shares[::2]), min(shares[1::2]), max(shares[::2]), max(shares[1::2])
+        if len(shares) == 4:
+            x, y, width, height = shares
+            box = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+        name = names.get(int(label), f"class {shown(int(label))}")
+        objects.append((name, tuple(share * side for share, side in zip(box, 2 * size, strict=True)), False))
     return objects
 
 
@@ -403,15 +352,22 @@ def read_yolo_yaml(path: Path) -> tuple[dict[int, str], str, dict[str, list[str]
     pairs = list(names.items() if isinstance(names, dict) else enumerate(names) if isinstance(names, list) else ())
     if not pairs or not all(re.fullmatch(r"\d{1,9}", str(key)) and isinstance(name, str) for key, name in pairs):
         raise UserError(f"{path}: expected the class names under 'names', found {shown(names)}")
-    splits = {}
-    for split, key in (("train", "train"), ("val", "val"), ("val", "valid"), ("test", "test")):
-        values = data.get(key)
-        values = [values] if isinstance(values, str) else values or []
+    splits: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+    for key in ("train", "val", "valid", "test"):
+        values = data.get(key) or []
+        values = [values] if isinstance(values, str) else values
         if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
             raise UserError(f"{path}: {key}: expected a folder, a list file or several, found {shown(values)}")
-        splits[split] = splits.get(split, []) + [slashes(value) for value in values if value]
+        splits[SPLIT_OF[key]] += [slashes(value) for value in values if value]
     base = data.get("path")
-    return {int(key): name for key, name in pairs}, slashes(base) if isinstance(base, str) else "", splits
+    return plain_names(path, dict(pairs)), slashes(base) if isinstance(base, str) else "", splits
+
+
+def plain_names(source: Path, names: dict) -> dict[int, str]:
+    """Class names in one printable line; where one is missing, the class goes by its number."""
+    plain = {int(key): class_name(name) or f"class {key}" for key, name in names.items()}
+    refuse_twice(source, "name", list(plain.values()))
+    return dict(sorted(plain.items()))
 
 
 def yolo_label(picture: str) -> Path | None:
@@ -419,13 +375,4 @@ def yolo_label(picture: str) -> Path | None:
     beside = f"{stem(picture)}.txt"
     before, images, after = beside.rpartition("/images/")
     paths = ([f"{before}/labels/{after}"] if images else []) + [beside]
-    return next((Path(path) for path in paths if is_there(Path(path))), None)
-
-
-def plain_names(file: Path, names: dict[int, str]) -> dict[int, str]:
-    """Class names in one printable line; where one is missing, the class goes by its number."""
-    plain = {number: class_name(name) or f"class {number}" for number, name in sorted(names.items())}
-    twice = [name for name, count in Counter(plain.values()).items() if count > 1]
-    if twice:
-        raise UserError(f"{file}: two classes are called '{twice[0]}'")
-    return plain
+    return next((Path(path) for path in paths if posixpath.exists(path)), None)

@@ -6,12 +6,14 @@ device with the user's pictures.
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from posixpath import exists
 from typing import NamedTuple
 
 import torch
@@ -19,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lib import distributed
-from lib.annotations import Annotations, same_pictures
+from lib.annotations import Annotations
 from lib.config import Config, DataConfig, HeadConfig, TrainConfig
 from lib.datasets import Batch, collate, eval_loader, reading
 from lib.detector import SSD, ElasticSSD, detect
@@ -101,7 +103,7 @@ def describe_data(splits: Mapping[str, Split], priors_cxcywh: Tensor, matched_th
     left_out, empty = [], []
     for name, split in splits.items():
         data, rows = split
-        counts = data.offsets.diff()[rows]
+        counts = data.objects.offsets.diff()[rows]
         without = [data.paths[row] for row, count in zip(rows, counts.tolist(), strict=True) if not count]
         shown = {data.paths[row] for row in rows} if data.dropped else ()
         dropped = [line for line in data.dropped if line.partition(": box ")[0] in shown]
@@ -131,9 +133,9 @@ def objects_of(split: Split) -> tuple[Tensor, Tensor]:
     data = split.annotations
     chosen = torch.zeros(len(data), dtype=torch.bool)
     chosen[torch.as_tensor(split.rows, dtype=torch.int64)] = True
-    objects = (chosen.repeat_interleave(data.offsets.diff()) & ~data.ignore).nonzero().flatten()
-    owner = torch.searchsorted(data.offsets, objects, right=True) - 1
-    return data.boxes[objects] / data.sizes[owner].repeat(1, 2), data.labels[objects]
+    objects = (chosen.repeat_interleave(data.objects.offsets.diff()) & ~data.objects.ignore).nonzero().flatten()
+    owner = torch.searchsorted(data.objects.offsets, objects, right=True) - 1
+    return data.objects.boxes[objects] / data.sizes[owner].repeat(1, 2), data.objects.labels[objects]
 
 
 def coverage_of(split: Split, priors_cxcywh: Tensor, threshold: float) -> list[float]:
@@ -158,7 +160,7 @@ def propose_priors(
     poor = [name for name, share in zip(annotations.classes, before, strict=True) if share < WELL_COVERED]
     advice = "" if fit else "; see --fit-priors"
     report = [f"note: prior boxes cover less than {WELL_COVERED:.0%} of {', '.join(poor)}{advice}"] if poor else []
-    if not (fit or (poor and if_poor)) or not len(annotations.boxes):
+    if not (fit or (poor and if_poor)) or not len(annotations.objects.boxes):
         return head, report
     sizes = detector.feature_sizes(size)
     pairs = [count // 2 for count in priors_per_cell(head.aspect_ratios, head.squares)]
@@ -207,6 +209,26 @@ def check_pictures(splits: Mapping[str, Split], data: DataConfig) -> list[str]:
             where = f"in {' or '.join(others)} and, byte for byte, in {name}"
             notes.append(f"warning: the same picture {where}: {other} = {path}{_and_more(same)}")
     return notes
+
+
+def same_pictures(paths: Sequence[str], others: Sequence[str]) -> list[tuple[str, str]]:
+    """Each of `paths` that has the same bytes as one of `others`, with the first of these."""
+    first = {path: path for path in others}
+    # Only files of a size that both sides have are read.
+    sizes = {_size(path) for path in paths if path not in first} & {_size(path) for path in others} - {0}
+    for path in others:
+        if _size(path) in sizes:
+            first.setdefault(_digest(path), path)
+    found = [(path, first.get(path) or first.get(_digest(path) if _size(path) in sizes else "")) for path in paths]
+    return [(path, other) for path, other in found if other]
+
+
+def _size(path: str) -> int:
+    return Path(path).stat().st_size if exists(path) else 0
+
+
+def _digest(path: str) -> bytes:
+    return hashlib.sha256(Path(path).read_bytes()).digest()
 
 
 class Stopwatch:

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from pycocotools.coco import COCO
-from tiny_data import write_coco, write_picture, write_voc
+from tiny_data import read_coco, read_voc, write_coco, write_picture, write_voc
 
-from lib.annotations import PackedStrings, read_coco, read_voc
+from lib.annotations import PackedStrings
+from lib.config import DataConfig
+from lib.datasets import load_annotations
 from lib.errors import UserError
 
 OBJECTS = {
@@ -30,8 +32,8 @@ def folder(tmp_path):
     return tmp_path
 
 
-def read_json(folder, **options):
-    return read_coco(folder / "instances.json", folder / "JPEGImages", **options)
+def read_json(folder, *options):
+    return read_coco(folder / "instances.json", folder / "JPEGImages", *options)
 
 
 def test_voc_corners_are_one_based_and_inclusive(folder):
@@ -40,14 +42,14 @@ def test_voc_corners_are_one_based_and_inclusive(folder):
     annotations = read_voc(folder, ["trainval"])
     assert [annotations.ids[i] for i in range(3)] == ["a_01", "b_02", "c_03"]
     assert annotations.classes == ("cat", "dog") and annotations.category_ids == (1, 2)
-    target = annotations.target(1)
+    target = annotations.objects.of(1)
     assert target["boxes"].tolist() == [[0, 0, 20, 10], [5, 6, 30, 32], [40, 20, 48, 32]]
     assert target["labels"].tolist() == [2, 1, 2]
     assert target["ignore"].tolist() == [False, True, False]
     assert target["area"].tolist() == [200, 650, 96]
     assert annotations.sizes.tolist() == [[48, 32]] * 3
     assert Path(annotations.paths[1]) == folder / "JPEGImages" / "b_02.jpg"
-    assert len(annotations.target(0)["boxes"]) == 0 and annotations.target(0)["boxes"].shape == (0, 4)
+    assert len(annotations.objects.of(0)["boxes"]) == 0 and annotations.objects.of(0)["boxes"].shape == (0, 4)
 
 
 def test_voc_and_coco_give_the_same_annotations(folder):
@@ -56,8 +58,8 @@ def test_voc_and_coco_give_the_same_annotations(folder):
     assert voc.fingerprint() == coco.fingerprint()
     for one, other in zip(voc.ground_truth(range(3)), coco.ground_truth(range(3)), strict=True):
         assert all(torch.equal(one[name], other[name]) for name in one)
-    given = read_json(folder, classes=["dog", "cat"])
-    assert given.category_ids == (18, 3) and given.target(1)["labels"].tolist() == [1, 2, 1]
+    given = read_json(folder, ["dog", "cat"])
+    assert given.category_ids == (18, 3) and given.objects.of(1)["labels"].tolist() == [1, 2, 1]
 
 
 def test_coco_agrees_with_pycocotools(folder):
@@ -67,7 +69,7 @@ def test_coco_agrees_with_pycocotools(folder):
     for image in coco.dataset["images"]:
         row = [annotations.ids[i] for i in range(3)].index(image["file_name"].removesuffix(".jpg"))
         expected = coco.loadAnns(coco.getAnnIds([image["id"]]))
-        target = annotations.target(row)
+        target = annotations.objects.of(row)
         xywh = torch.cat((target["boxes"][:, :2], target["boxes"][:, 2:] - target["boxes"][:, :2]), 1)
         assert xywh.tolist() == [a["bbox"] for a in expected]
         assert target["area"].tolist() == [a["area"] for a in expected]
@@ -79,7 +81,7 @@ def test_coco_agrees_with_pycocotools(folder):
 def test_coco_keeps_its_own_area_and_does_without(folder):
     path = folder / "instances.json"
     path.write_text(path.read_text().replace('"area": 200', '"area": 77.5').replace('"area": 650,', ""))
-    assert read_json(folder).target(1)["area"].tolist() == [77.5, 650, 96]
+    assert read_json(folder).objects.of(1)["area"].tolist() == [77.5, 650, 96]
 
 
 @pytest.mark.parametrize("kind", ["voc", "coco"])
@@ -88,7 +90,7 @@ def test_training_sees_boxes_cut_off_and_without_empty_ones_and_scoring_all_as_t
     write_voc(tmp_path, objects)
     write_coco(tmp_path / "instances.json", objects, CATEGORIES)
     annotations = read_voc(tmp_path, ["trainval"]) if kind == "voc" else read_json(tmp_path)
-    assert annotations.boxes.tolist() == [[0, 3, 48, 20]]
+    assert annotations.objects.boxes.tolist() == [[0, 3, 48, 20]]
     assert len(annotations.dropped) == 3 and all("one.jpg" in message for message in annotations.dropped)
     assert ["outside" in message for message in annotations.dropped] == [False, True, False]
     assert annotations.truth.boxes.tolist() == [list(map(float, box[1:])) for box in objects["one"]]
@@ -175,8 +177,8 @@ def test_categories_of_all_kinds(folder, categories, names, ids):
 @pytest.mark.parametrize(
     ("categories", "message"),
     [
-        ([{"id": 3, "name": "a"}, {"id": 18, "name": "a"}], "2 categories have the same name 'a'"),
-        ([{"id": 3, "name": "a"}, {"id": 3, "name": "b"}], "2 categories have the same id 3"),
+        ([{"id": 3, "name": "a"}, {"id": 18, "name": "a"}], "2 classes have the same name 'a'"),
+        ([{"id": 3, "name": "a"}, {"id": 3, "name": "b"}], "2 classes have the same id 3"),
         ([{"id": "3", "name": "a"}], "malformed category"),
         ([{"id": True, "name": "a"}], "malformed category"),
         ([7], "malformed category 7"),
@@ -220,7 +222,7 @@ def test_image_sets_as_tools_write_them(tmp_path, listed, encoding):
     write_picture(tmp_path / "SegmentationClass" / "a.png")
     (tmp_path / "ImageSets/Main/trainval.txt").write_bytes(listed.encode(encoding))
     found = read_voc(tmp_path, ["trainval"])
-    assert found.boxes.tolist() == [[1, 2, 30, 20]] and found.paths[0].endswith("JPEGImages/a.jpg")
+    assert found.objects.boxes.tolist() == [[1, 2, 30, 20]] and found.paths[0].endswith("JPEGImages/a.jpg")
 
 
 def test_image_sets_in_latin1_with_spaces_and_folders(tmp_path):
@@ -267,8 +269,12 @@ def test_voc_annotations_as_tools_write_them(tmp_path, content, box, note):
     write_voc(tmp_path, {"a": []})
     (tmp_path / "Annotations" / "a.xml").write_text(f"<annotation>{content}</annotation>")
     found = read_voc(tmp_path, ["trainval"])
-    assert found.boxes.tolist() == [list(box)] and found.sizes.tolist() == [[48, 32]] and found.classes == ("cat",)
-    assert not found.ignore.any() and all(note in line for line in found.notes) and len(found.notes) == bool(note)
+    assert (
+        found.objects.boxes.tolist() == [list(box)] and found.sizes.tolist() == [[48, 32]] and found.classes == ("cat",)
+    )
+    assert (
+        not found.objects.ignore.any() and all(note in line for line in found.notes) and len(found.notes) == bool(note)
+    )
 
 
 @pytest.mark.parametrize("said", ["a.jpg", "a.png", "c.jpg", ""])
@@ -278,14 +284,6 @@ def test_the_annotation_decides_between_pictures_of_one_stem(tmp_path, said):
     (tmp_path / "Annotations" / "a.xml").write_text(f"<annotation><filename>{said}</filename>{SIZE}</annotation>")
     found = read_voc(tmp_path, ["trainval"])
     assert Path(found.paths[0]).name == (said if said.startswith("a") else "a.jpg")
-
-
-def test_some_images_of_annotations(folder):
-    found = read_json(folder)
-    part = found.take([1, 2])
-    assert [part.ids[i] for i in range(2)] == ["b_02", "c_03"] and [part.image_id(i) for i in range(2)] == [10, 12]
-    assert all(torch.equal(part.target(1)[key], found.target(2)[key]) for key in found.target(2))
-    assert part.truth is part.objects and part.boxes.is_shared() and len(part.boxes) == 4
 
 
 def test_the_fingerprint_knows_the_contents_and_not_the_place(folder, tmp_path):
@@ -299,8 +297,8 @@ def test_the_fingerprint_knows_the_contents_and_not_the_place(folder, tmp_path):
 
 def test_tensors_are_shared_and_pickle_whole(folder):
     annotations = read_voc(folder, ["trainval"])
-    for name in ("boxes", "labels", "ignore", "area", "offsets", "sizes"):
-        assert getattr(annotations, name).is_shared(), name
+    for tensor in (*annotations.objects, annotations.sizes):
+        assert tensor.is_shared()
     assert annotations.ids.bytes.is_shared() and annotations.paths.offsets.is_shared()
     assert pickle.loads(pickle.dumps(annotations)).fingerprint() == annotations.fingerprint()
 
@@ -342,8 +340,8 @@ def test_a_fault_of_a_voc_file_is_raised_or_skipped(folder, fault, caplog):
     # A fault of an object costs the object, a fault of the file the picture.
     kept = ["b_02"] if fault.startswith("no ") else []
     assert [annotations.ids[i] for i in range(len(annotations))] == ["a_01", *kept, "c_03"]
-    assert annotations.target(len(kept) + 1)["boxes"].tolist() == [[1, 2, 3, 4]]  # still with its own image
-    assert all(len(annotations.target(1)["boxes"]) == 2 for _ in kept)
+    assert annotations.objects.of(len(kept) + 1)["boxes"].tolist() == [[1, 2, 3, 4]]  # still with its own image
+    assert all(len(annotations.objects.of(1)["boxes"]) == 2 for _ in kept)
     lost = "1 of 4 objects" if kept else "1 of 3 pictures"
     assert "b_02" in caplog.messages[0] and lost in caplog.messages[1] and len(caplog.messages) == 2
     assert annotations.notes == caplog.messages[1:]
@@ -355,7 +353,7 @@ def test_an_unknown_voc_class_names_the_file_and_the_nearest_class(folder, caplo
     with pytest.raises(UserError, match=r"b_02\.xml: unknown class 'dog' \(did you mean 'dogs'\?\)"):
         read_voc(folder, ["trainval"], ["cat", "dogs"])
     annotations = read_voc(folder, ["trainval"], ["cat", "dogs"], on_error="skip")
-    assert len(annotations) == 3 and annotations.target(1)["labels"].tolist() == [1]
+    assert len(annotations) == 3 and annotations.objects.of(1)["labels"].tolist() == [1]
 
 
 def test_an_empty_image_set_is_named(folder):
@@ -387,15 +385,15 @@ def test_a_fault_of_a_coco_annotation_is_raised_or_skipped(folder, old, new, mes
     with pytest.raises(UserError, match=message) as error:
         read_json(folder)
     assert "instances.json" in str(error.value) and "\n" not in str(error.value)
-    assert read_json(folder, on_error="skip").target(1)["boxes"].tolist() == [[5, 6, 30, 32], [40, 20, 48, 32]]
+    assert read_json(folder, (), "skip").objects.of(1)["boxes"].tolist() == [[5, 6, 30, 32], [40, 20, 48, 32]]
 
 
 def test_a_fault_of_a_coco_image_is_raised_or_skipped(folder):
     (folder / "JPEGImages" / "b_02.jpg").unlink()
     with pytest.raises(UserError, match=r"b_02\.jpg: no such image"):
         read_json(folder)
-    annotations = read_json(folder, on_error="skip")
-    assert len(annotations) == 2 and annotations.boxes.tolist() == [[1, 2, 3, 4]]
+    annotations = read_json(folder, (), "skip")
+    assert len(annotations) == 2 and annotations.objects.boxes.tolist() == [[1, 2, 3, 4]]
 
 
 @pytest.mark.parametrize(
@@ -416,12 +414,13 @@ def test_a_malformed_coco_file_is_named(folder, old, new, message):
 
 
 def test_coco_names_what_is_missing(folder):
-    with pytest.raises(UserError, match="no such annotation file"):
+    with pytest.raises(UserError, match=r"nowhere\.json: cannot be read"):
         read_coco(folder / "nowhere.json", folder)
     with pytest.raises(UserError, match="no such folder"):
         read_coco(folder / "instances.json", folder / "nowhere")
+    data = DataConfig(root=str(folder), dataset_type="coco", train_images="JPEGImages", classes=["cats"])
     with pytest.raises(UserError, match="did you mean 'cat'"):
-        read_json(folder, classes=["cats"])
+        load_annotations(data, "train")
 
 
 def test_coco_images_in_subfolders_keep_apart(tmp_path):
@@ -431,4 +430,4 @@ def test_coco_images_in_subfolders_keep_apart(tmp_path):
     write_coco(tmp_path / "instances.json", objects, CATEGORIES)
     annotations = read_json(tmp_path)
     assert [annotations.ids[i] for i in range(2)] == ["x/1", "y/1"]
-    assert np.diff(annotations.offsets.numpy()).tolist() == [1, 0]
+    assert np.diff(annotations.objects.offsets.numpy()).tolist() == [1, 0]

@@ -10,11 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_data import write_coco, write_voc
+from tiny_data import read_voc, write_coco, write_voc
 from torch.utils.data import Dataset
 
 from lib import datasets, runtime
-from lib.annotations import read_voc
 from lib.config import AugmentConfig, Config, DataConfig
 from lib.datasets import (
     DetectionDataset,
@@ -58,7 +57,7 @@ def test_the_classes_of_the_test_set_are_those_of_the_training_set(tmp_path):
     write_voc(tmp_path, {"a": [("ant", 1, 1, 9, 9)], "b": [("dog", 1, 1, 9, 9)]})
     write_voc(tmp_path, {"c": [("dog", 1, 1, 9, 9)]}, "test")
     test = load_annotations(voc_config(tmp_path), "test")
-    assert test.classes == ("ant", "dog") and test.labels.tolist() == [2]
+    assert test.classes == ("ant", "dog") and test.objects.labels.tolist() == [2]
     write_voc(tmp_path, {"d": [("dig", 1, 1, 9, 9)]}, "test")
     with pytest.raises(UserError, match=r"d\.xml: unknown class 'dig' \(did you mean 'dog'"):
         load_annotations(voc_config(tmp_path), "test")
@@ -99,7 +98,7 @@ def test_data_without_a_test_set_gives_a_part_of_it(tmp_path):
     for part in (train, test):
         rows = [ids(whole).index(name) for name in ids(part)]
         assert all(
-            torch.equal(part.target(i)[k], whole.target(row)[k])
+            torch.equal(part.objects.of(i)[k], whole.objects.of(row)[k])
             for i, row in enumerate(rows)
             for k in ("boxes", "labels")
         )
@@ -126,12 +125,12 @@ def test_a_class_that_the_test_set_lacks_is_a_class_without_objects(tmp_path):
     write_coco(tmp_path / "test.json", {"001": [("dog", 1, 2, 9, 9)]}, {"dog": 9})
     data = DataConfig(dataset_type="coco", root=str(tmp_path))
     test = load_annotations(data, "test")
-    assert (test.classes, test.category_ids) == (("cat", "dog"), (4, 9)) and test.labels.tolist() == [2]
+    assert (test.classes, test.category_ids) == (("cat", "dog"), (4, 9)) and test.objects.labels.tolist() == [2]
     # What a detector knows decides, where the training data is elsewhere.
     (tmp_path / "train.json").unlink()
     write_coco(tmp_path / "train.json", {}, {})
     test = load_annotations(replace(data, classes=["eel", "dog"]), "test")
-    assert test.category_ids == (10, 9) and test.labels.tolist() == [2]
+    assert test.category_ids == (10, 9) and test.objects.labels.tolist() == [2]
     with pytest.raises(UserError, match=r"test\.json: unknown class 'dog' \(did you mean 'dogs'"):
         load_annotations(replace(data, classes=["dogs"]), "test")
 
@@ -226,7 +225,7 @@ def test_a_sample_is_a_function_of_seed_epoch_and_row(annotations):
 def test_ignored_objects_are_not_trained_on(annotations):
     dataset = DetectionDataset(annotations, range(10), EvalTransform(32))
     assert [len(dataset[0, row][2]) for row in range(3)] == [0, 1, 1]
-    assert annotations.target(2)["labels"].tolist() == [1, 2] and dataset[0, 2][2].tolist() == [1]
+    assert annotations.objects.of(2)["labels"].tolist() == [1, 2] and dataset[0, 2][2].tolist() == [1]
 
 
 def test_a_batch_is_padded_with_background(annotations):

@@ -12,10 +12,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_data import write_voc
+from tiny_data import read_voc, write_voc
 
 from lib import images as images_file
-from lib.annotations import read_voc
 from lib.config import AugmentConfig
 from lib.datasets import DetectionDataset
 from lib.errors import UserError

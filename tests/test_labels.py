@@ -6,9 +6,8 @@ import logging
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_data import write_picture
+from tiny_data import read_coco, read_label, write_picture
 
-from lib.annotations import read_coco, read_pairs
 from lib.config import DataConfig
 from lib.datasets import load_annotations
 from lib.errors import UserError
@@ -112,8 +111,8 @@ def test_damaged_files_are_read_or_refused(folder, data, at, cut):
         (folder / name).write_bytes(whole[: at % len(whole)] + data + whole[at % len(whole) + cut :])
     tried(lambda: read_coco(folder / "x.json", folder / "images", (), "skip"))
     picture = str(folder / "images" / "a.jpg")
-    tried(lambda: read_pairs(folder, [Pair("a", picture, folder / "x.xml")], (), Faults()))
-    tried(lambda: read_pairs(folder, [Pair("a", picture, folder / "x.txt")], (), Faults("skip"), {0: "cat"}))
+    tried(lambda: read_label(folder, Pair("a", picture, folder / "x.xml")))
+    tried(lambda: read_label(folder, Pair("a", picture, folder / "x.txt"), {0: "cat"}, "skip"))
     tried(lambda: read_yolo_yaml(folder / "x.yaml"))
     assert all(isinstance(line, str) for line in read_lines(folder / "x.txt"))
 
@@ -131,7 +130,7 @@ def test_any_text_in_an_xml_is_read_or_refused(folder, values):
     w, h, n, d, *corners = (f"<{tag}>{text}</{tag}>" for tag, text in zip(tags, texts, strict=True))
     xml = f"<annotation><size>{w}{h}</size><object>{n}{d}<bndbox>{''.join(corners)}</bndbox></object></annotation>"
     (folder / "x.xml").write_text(xml, encoding="utf-8")
-    found = tried(lambda: read_pairs(folder, [Pair("a", str(folder / "images/a.jpg"), folder / "x.xml")], (), Faults()))
+    found = tried(lambda: read_label(folder, Pair("a", str(folder / "images/a.jpg"), folder / "x.xml")))
     assert found is None or (found.truth.boxes.isfinite().all() and found.sizes.min() > 0)
 
 
@@ -139,7 +138,7 @@ def test_any_text_in_an_xml_is_read_or_refused(folder, values):
 @settings(max_examples=50)
 def test_any_yolo_text_is_read_or_skipped(folder, lines):
     (folder / "y.txt").write_text("\n".join(lines), encoding="utf-8", errors="replace")
-    for _, box in read_yolo_txt(folder / "y.txt", Faults("skip")):
+    for _, box, _ in read_yolo_txt(folder / "y.txt", {}, (1, 1), Faults("skip")):
         assert all(-2 <= corner <= 3 for corner in box)
 
 
@@ -203,7 +202,7 @@ def test_yaml_that_is_no_data_set_is_refused(folder, text):
 def test_yaml_scalars_stay_text(folder):
     (folder / "x.yaml").write_text("names: [yes, 1, null, 'cat ']\ntrain: images\nvalid: [a, b]\n")
     names, base, splits = read_yolo_yaml(folder / "x.yaml")
-    assert list(names.values()) == ["yes", "1", "null", "cat "] and base == ""
+    assert list(names.values()) == ["yes", "1", "null", "cat"] and base == ""
     assert splits == {"train": ["images"], "val": ["a", "b"], "test": []}
 
 
@@ -212,7 +211,7 @@ def test_a_folder_in_place_of_a_file_is_refused(folder):
     for read in (
         lambda: read_coco(folder / "d", folder / "images"),
         lambda: read_voc_xml(folder / "d", Faults()),
-        lambda: read_yolo_txt(folder / "d", Faults()),
+        lambda: read_yolo_txt(folder / "d", {}, (1, 1), Faults()),
         lambda: read_yolo_yaml(folder / "d"),
         lambda: read_lines(folder / "d"),
     ):
@@ -239,9 +238,9 @@ def test_polygons_become_their_boxes_and_wrong_lines_are_named(folder):
         "0 0.5 0.5 0.2 0.4\n\n2 0.1 0.2 0.3 0.2 0.2 0.6\n1 0.5 0.5\n1 200 10 30 30\nx 1 1 1 1\n-1 0 0 0 0\n"
     )
     faults = Faults("skip")
-    found = read_yolo_txt(folder / "y.txt", faults)
-    assert [label for label, _ in found] == [0, 2]
-    assert found[0][1] == pytest.approx((0.4, 0.3, 0.6, 0.7)) and found[1][1] == (0.1, 0.2, 0.3, 0.6)
+    found = read_yolo_txt(folder / "y.txt", {0: "cat", 2: "dog"}, (10, 100), faults)
+    assert [label for label, _, _ in found] == ["cat", "dog"]
+    assert found[0][1] == pytest.approx((4, 30, 6, 70)) and found[1][1] == pytest.approx((1, 20, 3, 60))
     assert ["line 4" in faults.named[0], "shares" in faults.named[1], faults.counts["object", "malformed line"]] == [
         True,
         True,
@@ -257,7 +256,9 @@ def test_all_faults_come_in_one_list(tmp_path):
         load_annotations(DataConfig(root=str(tmp_path)), "train")
     lines = str(error.value).splitlines()
     assert "30 faults (data.on_error=skip" in lines[0] and len(lines) == 22 and lines[-1].strip() == "and 10 more"
-    assert all(f"{i:02d}.xml: malformed object: <bndbox><xmin> is missing" in lines[1 + i] for i in range(20))
+    assert all(
+        f"{i:02d}.xml: malformed object: expected <name> and the numbers <xmin>" in lines[1 + i] for i in range(20)
+    )
     with pytest.raises(
         UserError, match=r"30 of 30 objects left out \(30 malformed object\), more than data.max_skipped=0.1"
     ):

@@ -8,10 +8,10 @@ import pytest
 import torch
 from tiny_data import write_coco, write_picture, write_voc
 
-from lib.annotations import same_pictures
 from lib.config import DataConfig
 from lib.datasets import load_annotations
 from lib.errors import UserError
+from lib.plan import same_pictures
 
 TRAIN = {f"p{i}": [("cat", 5, 5, 30, 25), ("dog", 20, 4, 40, 28)][: i % 3] for i in range(6)}
 TEST = {"q0": [("dog", 1, 2, 30, 20)], "q1": []}
@@ -67,8 +67,8 @@ def as_read(root, kind, train=TRAIN, test=TEST):
         assert kind in found.notes[0] and "training data:" in found.notes[0]
         for i, name in enumerate(sorted(objects)):
             boxes = torch.tensor([box[1:] for box in objects[name]], dtype=torch.float32).reshape(-1, 4)
-            torch.testing.assert_close(found.target(i)["boxes"], boxes)
-            assert [found.classes[label - 1] for label in found.target(i)["labels"]] == [
+            torch.testing.assert_close(found.objects.of(i)["boxes"], boxes)
+            assert [found.classes[label - 1] for label in found.objects.of(i)["labels"]] == [
                 box[0] for box in objects[name]
             ]
 
@@ -116,7 +116,7 @@ def test_yolo_as_its_tools_write_it(tmp_path):
     (tmp_path / "labels" / "classes.txt").write_text("cat\ndog\n")
     as_read(tmp_path, "YOLO")
     (tmp_path / "labels" / "classes.txt").write_text("cat\ncat\n")
-    with pytest.raises(UserError, match=r"classes\.txt: two classes are called 'cat'"):
+    with pytest.raises(UserError, match=r"classes\.txt: 2 classes have the same name 'cat'"):
         load(tmp_path)
     (tmp_path / "data.yaml").write_text(head + "train: images/nowhere/more\n")
     with pytest.raises(UserError, match=r"data\.yaml: train: no folder or list 'images/nowhere/more'"):
@@ -165,7 +165,7 @@ def test_coco_file_names_with_folders(tmp_path, prefix):
         del image["width"]
     (tmp_path / "instances_default.json").write_text(json.dumps(content))
     found = load(tmp_path, test_portion=0)
-    assert len(found) == 6 and len(found.labels) == 6 and found.sizes.tolist() == [[48, 32]] * 6
+    assert len(found) == 6 and len(found.objects.labels) == 6 and found.sizes.tolist() == [[48, 32]] * 6
 
 
 def test_what_is_ambiguous_or_missing_is_named_with_its_key(tmp_path):
@@ -173,9 +173,7 @@ def test_what_is_ambiguous_or_missing_is_named_with_its_key(tmp_path):
     with pytest.raises(UserError, match=r"one_train\.json, b/other_train\.json: data\.train_annotations names the one"):
         load(tmp_path)
     assert len(load(tmp_path, train_annotations="a/one_train.json", test_portion=0)) == 6
-    with pytest.raises(
-        UserError, match=r"no such annotation file \(data\.train_annotations\) \(did you mean 'a/one_tr"
-    ):
+    with pytest.raises(UserError, match=r"train_annotations: 'a/one_trian.json' is not there \(did you mean 'a/one_tr"):
         load(tmp_path, train_annotations="a/one_trian.json")
     with pytest.raises(UserError, match="expected VOC"):
         load(tmp_path, dataset_type="voc")

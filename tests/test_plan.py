@@ -10,10 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_data import write_picture, write_voc
+from tiny_data import read_voc, write_picture, write_voc
 
 from lib import plan
-from lib.annotations import read_voc
+from lib.annotations import Objects
 from lib.config import DataConfig, TrainConfig
 from lib.datasets import collate, load_annotations, split_indices, train_loader
 from lib.detector import ElasticSSD, module_cost
@@ -96,10 +96,10 @@ class RandomBoxes:
         random = torch.Generator().manual_seed(seed)
         size = torch.rand(count, 2, generator=random) ** torch.tensor([1.0, longest])
         corner = torch.rand(count, 2, generator=random) * (1 - size)
-        self.boxes = 100 * torch.cat([corner, corner + size], 1)
-        self.labels = torch.randint(1, 4, (count,), generator=random)
-        self.ignore = torch.arange(count) == 1
-        self.offsets, self.sizes = torch.tensor([0, count]), torch.tensor([[100, 100]])
+        boxes = 100 * torch.cat([corner, corner + size], 1)
+        labels = torch.randint(1, 4, (count,), generator=random)
+        self.objects = Objects(boxes, labels, torch.arange(count) == 1, torch.zeros(0), torch.tensor([0, count]))
+        self.sizes = torch.tensor([[100, 100]])
 
     def __len__(self):
         return 1

@@ -73,7 +73,7 @@ def test_the_pictures_are_those_of_their_split(config, split, data):
     assert images.dtype == torch.uint8 and len(data["truth"]) == len(data["sizes"]) == len(search) == 12
     assert data["sizes"] == [annotations.sizes[i].tolist() for i in search]
     for row, truth in zip(search, data["truth"], strict=True):
-        assert torch.equal(truth["boxes"], annotations.target(row)["boxes"])
+        assert torch.equal(truth["boxes"], annotations.objects.of(row)["boxes"])
     seen = {image.numpy().tobytes() for image in images}
     assert len(seen) == len(search) and not seen & {image.numpy().tobytes() for image in bn_images}
     assert len(train) > len(bn_images)
@@ -94,7 +94,7 @@ def test_each_size_is_resized_from_the_picture_itself(tiny_config, config, split
 def test_pictures_without_any_object_cannot_score(config, split):
     """A mean over nothing is not a number, and no search can tell such candidates apart."""
     annotations, train, _ = split
-    empty = [i for i in range(len(annotations)) if len(annotations.target(i)["labels"]) == 0]
+    empty = [i for i in range(len(annotations)) if len(annotations.objects.of(i)["labels"]) == 0]
     with pytest.raises(UserError, match=r"data\.data_portion: none of the 1 images"):
         prepare_scoring_data(annotations, train, empty[:1], config)
 

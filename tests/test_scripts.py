@@ -16,12 +16,11 @@ import pytest
 import yaml
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from tiny_data import write_voc
+from tiny_data import read_voc, write_voc
 from tiny_runs import FINAL, REPOSITORY, SEARCH, SUPERNET, environment, finish, read_lines, run, start
 
 import async_search
 from lib import checkpoint, latency
-from lib.annotations import read_voc
 from lib.checkpoint import code_revision
 from lib.detector import load_supernet
 from lib.genotype import Genotype

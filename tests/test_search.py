@@ -12,10 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from search_records import SPACE, everything_fits, make_identity, make_search
-from tiny_data import write_voc
+from tiny_data import read_voc, write_voc
 
 from async_search import score_finalists, search_loop
-from lib.annotations import read_voc
 from lib.config import Config, SearchConfig
 from lib.controllers import best_record, make_controller
 from lib.dispatcher import Result

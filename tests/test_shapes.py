@@ -5,10 +5,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from tiny_data import read_voc
 from torchvision.ops import masks_to_boxes
 
 from lib import shapes
-from lib.annotations import read_voc
 from lib.errors import UserError
 from lib.shapes import CLASSES, SHAPES, draw_picture, place, write_shapes
 
@@ -43,7 +43,7 @@ def test_its_annotations_are_read_without_a_fault(tmp_path):
     """Its two folders must not be one where the file system ignores case."""
     write_shapes(tmp_path, 8, 1, seed=0)
     voc = read_voc(tmp_path, ["trainval"], CLASSES)
-    assert voc.classes == CLASSES and not voc.dropped and len(voc) == 8 and len(voc.boxes) > 8
+    assert voc.classes == CLASSES and not voc.dropped and len(voc) == 8 and len(voc.objects.boxes) > 8
     names = [path.name.lower() for path in tmp_path.iterdir()]
     assert len(names) == len(set(names))
 

@@ -9,6 +9,10 @@ from pathlib import Path
 import torch
 
 from lib import images
+from lib.annotations import Annotations, Pair, assemble, read_pairs
+from lib.annotations import read_coco as read_coco_files
+from lib.labels import Faults
+from lib.layouts import voc_pairs
 
 Boxes = Sequence[tuple]  # (name, x1, y1, x2, y2) continuous pixels from 0, and optionally 1 for difficult or crowd
 
@@ -60,3 +64,24 @@ def write_coco(
     content = {"images": images, "annotations": annotations, "categories": categories}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content))
+
+
+def read_voc(
+    root: Path, sets: Sequence[str], classes: Sequence[str] = (), *options: object, **more: object
+) -> Annotations:
+    """Annotations of some VOC image sets; `options` are those of Faults."""
+    faults = Faults(*options, **more)
+    pairs = [pair for name in sets for pair in voc_pairs(root, name, faults)]
+    return assemble(read_pairs(pairs, faults), root, classes, faults)
+
+
+def read_coco(path: Path, folder: Path, classes: Sequence[str] = (), *options: object) -> Annotations:
+    """Annotations of a COCO file whose pictures are in `folder`; `options` are those of Faults."""
+    faults = Faults(*options)
+    return assemble(read_coco_files(path, [(path, folder)], faults), path, classes, faults)
+
+
+def read_label(root: Path, pair: Pair, names: dict[int, str] | None = None, on_error: str = "raise") -> Annotations:
+    """Annotations of one picture with its label file: VOC's, or with `names` YOLO's."""
+    faults = Faults(on_error)
+    return assemble(read_pairs([pair], faults, names), root, (), faults)
