@@ -28,12 +28,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lib.elastic import NORM_TENSORS, ElasticBatchNorm
+from lib.elastic import ElasticBatchNorm
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=15)  # for what one process does while the others wait: drawing data, computing AP
 BUCKET = 2**23  # numbers that travel together, 32 MiB in float32
-NORM_STATE = (*NORM_TENSORS, "num_batches_tracked")
 _stores: list[dist.Store] = []  # the job's key-value store, once this process has joined
 
 
@@ -133,10 +132,7 @@ def _all_reduce(tensor: Tensor, operation: dist.ReduceOp = dist.ReduceOp.SUM) ->
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace every gradient by its mean over the processes.
-
-    The same gradients are None in every process, since a step's sub-networks are the same in all of them.
-    """
+    """Replace every gradient by its mean over the processes. The same ones are None in every process."""
     size = world().size
     if size > 1:
         _in_buckets([p.grad for p in parameters if p.grad is not None], lambda flat: _all_reduce(flat).div_(size))
@@ -188,10 +184,10 @@ def deal(items: Sequence[T]) -> Sequence[T]:
 
 def collect(results: Sequence[T]) -> list[T]:
     """The results of dealt items, in the items' order, in the main process; the others get an empty list."""
-    rank, size = world().rank, world().size
+    size = world().size
     if size == 1:
         return list(results)
-    parts: list | None = [None] * size if rank == 0 else None
+    parts: list | None = [None] * size if world().main else None
     with _peers():
         dist.gather_object(list(results), parts)
     # Item i was dealt to process i % size.
@@ -244,17 +240,12 @@ class SyncBatchNorm(ElasticBatchNorm):
     """
 
     def __init__(self, replaced: nn.BatchNorm2d):
-        super().__init__(replaced.num_features, replaced.eps, replaced.momentum)
-        self.kind = type(replaced)
-        self.train(replaced.training)
-        for name in NORM_STATE:
-            setattr(self, name, getattr(replaced, name))
+        self.__dict__ = {**replaced.__dict__, "kind": type(replaced)}  # the same parameters and statistics
 
     def __deepcopy__(self, memo: dict) -> nn.BatchNorm2d:
         """The layer it replaced. A copy, such as an extracted sub-network or a moving average, runs in one process."""
-        norm = self.kind(self.num_features, self.eps, self.momentum).train(self.training)
-        for name in NORM_STATE:
-            setattr(norm, name, copy.deepcopy(getattr(self, name), memo))
+        norm = self.kind.__new__(self.kind)
+        norm.__dict__ = copy.deepcopy(self.__dict__, memo)
         return norm
 
     def forward(self, x: Tensor) -> Tensor:
