@@ -150,18 +150,15 @@ def resampled_ap(ranked: Ranked, num_classes: int, weight: np.ndarray, threshold
 
     `thresholds` chooses among `IOU_THRESHOLDS`. The matching is within images, so it is found once. A copy of a
     detection ties with its original, and the precision is highest when all copies are in: so a curve is that of one
-    pass in which each detection counts as often as its image occurs (but for the order of two detections of one image
-    and class with equal scores).
+    pass in which each detection counts as often as its image occurs.
     """
     matches = _match_area(ranked, AREAS[""], num_classes)
-    result = np.empty(len(weight))
     points = len(ranked.found.label) + len(matches.curve) + len(IOU_THRESHOLDS) * num_classes
-    step = max(1, POINTS_AT_ONCE // points)
-    for start in range(0, len(weight), step):
-        some = slice(start, start + step)
-        num_objects, ap = _average_precision(ranked, matches, weight[some], num_classes)
-        result[some] = _mean(num_objects, ap[:, thresholds])
-    return result
+    means = []
+    for some in np.array_split(weight, -(-len(weight) * points // POINTS_AT_ONCE)):
+        num_objects, ap = _average_precision(ranked, matches, some, num_classes)
+        means.append(_mean(num_objects, ap[:, thresholds]))
+    return np.concatenate(means)
 
 
 class Matches(NamedTuple):
@@ -219,16 +216,7 @@ def _average_precision(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Objects to find (R, C), and the mean (R, T, C) over `RECALLS` of the highest precision there or further on.
 
-    Step 1, `_count_along_curves`: the numbers of detections up to each right one, where the precision is highest.
-    Step 2, `_sum_over_recalls`: the area under each curve.
-
-    An example of one curve: image 0 has two objects; the detections, best score first, are one in image 0 (right), one
-    in image 1 (wrong), one in image 0 (right). In the first resample each image occurs once, in the second image 0
-    occurs twice and image 1 does not:
-
-        weight    objects    right, seen          recall      precision    average over the recalls
-        [1, 1]    2          [1, 2], [1, 3]       [0.5, 1]    [1, 2/3]     (51 * 1 + 50 * 2/3) / 101 = 0.835
-        [2, 0]    4          [2, 4], [2, 4]       [0.5, 1]    [1, 1]       (51 * 1 + 50 * 1) / 101 = 1
+    First the numbers of detections up to each right one, where the precision is highest; then the area under a curve.
     """
     wanted = take(ranked.objects, matches.wanted)
     place = wanted.image * num_classes + wanted.label

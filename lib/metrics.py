@@ -70,9 +70,12 @@ class Evaluation:
             raise ValueError(f"{len(ground_truth)} images of ground truth, but {len(detections)} of detections")
         self.num_classes = num_classes
         self.num_images = len(ground_truth)
-        self.objects = _of_classes(_ground_truth(ground_truth), num_classes)
+        image, label, boxes = _places(ground_truth)
+        has_area = all("area" in record for record in ground_truth)
+        area = _join(ground_truth, "area", float) if has_area else boxes[:, 2] * boxes[:, 3]
+        objects = GroundTruth(image, label, boxes, area, crowd=_join(ground_truth, "ignore", bool))
         found = ScoredBoxes(*_places(detections), score=_join(detections, "scores", float))
-        self.found = _of_classes(found, num_classes)
+        self.objects, self.found = _of_classes(objects, num_classes), _of_classes(found, num_classes)
         self.pairs = overlapping_pairs(self.objects, self.found, VOC_IOU)
         self.ranked = coco_eval.rank_detections(self.objects, self.found, self.pairs)
 
@@ -145,13 +148,6 @@ def _of_classes(rows: Rows, num_classes: int) -> Rows:
     return take(rows, (rows.label >= 0) & (rows.label < num_classes))
 
 
-def _ground_truth(records: Sequence[PerImage]) -> GroundTruth:
-    image, label, boxes = _places(records)
-    has_area = all("area" in record for record in records)
-    area = _join(records, "area", float) if has_area else boxes[:, 2] * boxes[:, 3]
-    return GroundTruth(image, label, boxes, area, crowd=_join(records, "ignore", bool))
-
-
 def _places(records: Sequence[PerImage]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Image (N,), label from 0 (N,) and box_xywh (N, 4) of everything in all images."""
     image = np.repeat(np.arange(len(records)), [len(record["labels"]) for record in records])
@@ -185,13 +181,12 @@ def _pycocotools(objects: GroundTruth, found: ScoredBoxes, num_classes: int) -> 
 
 def _coco(rows: GroundTruth | ScoredBoxes, num_classes: int, **columns: np.ndarray) -> COCO:
     """A COCO data set in memory. Annotations are numbered from 1, since COCOeval reads 0 as no match."""
-    columns = {"image_id": rows.image, "category_id": rows.label, "bbox": rows.box_xywh, **columns}
-    annotations = []
-    for number, values in enumerate(zip(*(column.tolist() for column in columns.values()), strict=True), 1):
-        annotations.append({"id": number, **dict(zip(columns, values, strict=True))})
+    columns |= {"image_id": rows.image, "category_id": rows.label, "bbox": rows.box_xywh}
+    columns["id"] = np.arange(1, len(rows.image) + 1)
+    values = zip(*(column.tolist() for column in columns.values()), strict=True)
     coco = COCO()
-    categories = [{"id": label} for label in range(num_classes)]
-    coco.dataset = {"images": [], "categories": categories, "annotations": annotations}
+    coco.dataset = {"images": [], "categories": [{"id": label} for label in range(num_classes)]}
+    coco.dataset["annotations"] = [dict(zip(columns, row, strict=True)) for row in values]
     coco.createIndex()
     return coco
 
