@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from lib.config import ChoiceSchedule, Config, SearchConfig, TrainConfig
+from lib.config import Config, TrainConfig
 from lib.errors import UserError, did_you_mean
 from lib.plain import MOST_SHOWN, WrongKey, check, fail, hints_of, read_bytes, refuse_bomb
 
@@ -210,103 +210,93 @@ def _require(met: bool, key: str, expected: str, found: object) -> None:
         fail(key, expected, found)
 
 
-def _require_length(key: str, values: Sequence, expected: int, why: str) -> None:
-    _require(len(values) == expected, key, f"{expected} values, {why}", values)
-
-
-def _require_unique(key: str, values: Sequence) -> None:
-    _require(0 < len(values) == len(set(values)), key, "at least one choice, each once", values)
-
-
 def validate(config: Config) -> None:
     """Raise UserError for the first contradiction between keys, naming the key and what was expected."""
     validate_structure(config)
-    _check_search(config.search)
-    for stage, training in (("supernet", config.supernet), ("final", config.final)):
+    search, data, loss = config.search, config.data, config.loss
+    for cost in ("flops", "params", "latency_ms"):
+        low, high = getattr(search, f"min_{cost}"), getattr(search, f"max_{cost}")
+        expected = f"at most search.max_{cost}, which is {high:g}"
+        _require(not 0 < high < low, f"search.min_{cost}", expected, low)
+    size, most = search.tournament_size, search.population_size
+    fits = search.controller != "evo" or size <= most
+    _require(fits, "search.tournament_size", f"at most search.population_size, which is {most}", size)
+    least = "0 or at least 40, since intervals leave out 1 in 40"
+    _require(not 0 < search.resamples < 40, "search.resamples", least, search.resamples)
+    _require(not 0 < search.time_limit < 2, "search.time_limit", "0 or at least 2", search.time_limit)
+    for key, training in (("supernet.lr_schedule", config.supernet), ("final.lr_schedule", config.final)):
         rate, highest = training.lr_schedule, training.learning_rate
-        ascends = rate.milestones == sorted(set(rate.milestones))
-        key = f"{stage}.lr_schedule"
-        _require(rate.type != "multistep" or ascends, f"{key}.milestones", "ascending epochs", rate.milestones)
+        ascends = rate.type != "multistep" or rate.milestones == sorted(set(rate.milestones))
+        _require(ascends, f"{key}.milestones", "ascending epochs", rate.milestones)
         falls = not rate.type.startswith("cosine") or rate.eta_min <= highest
         _require(falls, f"{key}.eta_min", f"at most the learning rate, {highest:g}", rate.eta_min)
-    portion, classes, loss = config.data.data_portion, config.data.classes, config.loss
+    portion, classes = data.data_portion, data.classes
     two = "two shares above 0 that sum to at most 1, for training and for scoring"
     shares = len(portion) == 2 and min(portion) > 0 and sum(portion) <= 1 + 1e-9
     _require(shares, "data.data_portion", two, portion)
     _require(len(set(classes)) == len(classes) and "" not in classes, "data.classes", "names, each once", classes)
-    apart = loss.unmatched_threshold <= loss.matched_threshold
-    _require(apart, "loss.unmatched_threshold", "at most loss.matched_threshold", loss.unmatched_threshold)
+    low, high = loss.unmatched_threshold, loss.matched_threshold
+    _require(low <= high, "loss.unmatched_threshold", "at most loss.matched_threshold", low)
 
 
 def validate_structure(config: Config) -> None:
     """The part of `validate` that a network can be built by."""
     space, backbone, head = config.search_space, config.backbone, config.head
-    schedules = {
-        f"search_space.schedule_cfg.{name}": schedule
-        for name, schedule in vars(space.schedule_cfg).items()
-        if name != "image_size_choice" or schedule.boundary  # without: all sizes are open from the first epoch on
+    stages = len(space.num_cell_groups)
+    maps = len(backbone.feature_levels) + space.num_head
+    _require(stages > 0, "search_space.num_cell_groups", "the number of blocks of each stage", space.num_cell_groups)
+    _require(maps > space.num_head, "backbone.feature_levels", "at least one level", backbone.feature_levels)
+    plain = to_dict(config)
+    for key, length, why in (
+        ("search_space.expansions", stages, "one per stage"),
+        ("backbone.kernels", stages if backbone.kernels else 0, "one per stage"),
+        ("backbone.pixel_mean", 3, "one per colour"),
+        ("backbone.pixel_std", 3, "one per colour"),
+        ("head.channels", space.num_head, "one per extra block (search_space.num_head)"),
+        ("head.aspect_ratios", maps, "one per feature map"),
+        ("head.scales", maps + 1, "one per feature map and one more"),
+        ("head.variances", 2, "for centres and sizes"),
+    ):
+        values = get_key(plain, key)
+        _require(len(values) == length, key, f"{length} values, {why}", values)
+    ratios = head.squares or all(head.aspect_ratios)
+    every = "a ratio for each feature map, since head.squares is false"
+    _require(ratios, "head.aspect_ratios", every, head.aspect_ratios)
+    choices = ("search_space.image_size_choice", "search_space.head_width_choice", "search_space.head_kernel_choice")
+    for key in (*choices, "search.costs"):
+        values = get_key(plain, key)
+        _require(0 < len(values) == len(set(values)), key, "at least one choice, each once", values)
+    _check_schedules(config)
+
+
+def _check_schedules(config: Config) -> None:
+    """Epochs in order, and choices that the backbone can serve."""
+    space = config.search_space
+    widest, deepest, sizes = max(space.expansions), max(space.num_cell_groups), space.image_size_choice
+    kernels = [kernel for kernel in (3, 5, 7) if kernel <= max(config.backbone.kernels, default=7)]
+    depths = range(1, deepest + 1)
+    servable = {
+        "kernel_choice": (lambda k: k in kernels, f"kernels out of {kernels}, which the backbone can serve"),
+        "width_choice": (lambda w: 0.125 <= w <= widest, f"0.125 to {widest:g} (expansion of the widest stage)"),
+        "depth_choice": (lambda d: d in depths, f"integers from 1 to {deepest} (blocks of the deepest stage)"),
+        "image_size_choice": (lambda s: s in sizes, f"sizes out of search_space.image_size_choice, {sizes}"),
     }
-    for key, schedule in {**schedules, "supernet.distill.weight": config.supernet.distill.weight}.items():
+    for name, schedule in {**vars(space.schedule_cfg), "distill": config.supernet.distill.weight}.items():
         begins, values = schedule.boundary, schedule.value
+        key = "supernet.distill.weight" if name == "distill" else f"search_space.schedule_cfg.{name}"
+        if name == "image_size_choice" and not begins:
+            continue  # all sizes are open from the first epoch on
         _require(len(begins) == len(values), key, f"as many values as boundaries, {len(begins)}", values)
         ascends = begins[:1] == [1] and all(a < b for a, b in itertools.pairwise(begins))
         _require(ascends, f"{key}.boundary", "ascending epochs that begin with 1", begins)
-        some = not isinstance(schedule, ChoiceSchedule) or all(values)
-        _require(some, f"{key}.value", "at least one choice at every boundary", values)
-
-    stages = len(space.num_cell_groups)
-    _require(stages > 0, "search_space.num_cell_groups", "the number of blocks of each stage", space.num_cell_groups)
-    _require_length("search_space.expansions", space.expansions, stages, "one per stage")
-    if backbone.kernels:
-        _require_length("backbone.kernels", backbone.kernels, stages, "one per stage")
-    kernels = [kernel for kernel in (3, 5, 7) if kernel <= max(backbone.kernels, default=7)]
-    widest, deepest, sizes = max(space.expansions), max(space.num_cell_groups), space.image_size_choice
-    servable = {
-        "kernel_choice": (kernels, f"kernels out of {kernels}, which the backbone can serve"),
-        "depth_choice": (range(1, deepest + 1), f"integers from 1 to {deepest} (blocks of the deepest stage)"),
-        "image_size_choice": (sizes, f"sizes out of search_space.image_size_choice, {sizes}"),
-    }
-    for key, schedule in schedules.items():
-        for choice in itertools.chain(*schedule.value):
-            if key.endswith("width_choice"):
-                fits = 0.125 <= choice <= widest
-                expected = f"choices from 0.125 to {widest:g} (expansion of the widest stage)"
-            else:
-                served, expected = servable[key.rpartition(".")[2]]
-                # Whole numbers only: 7.0 equals 7, but a genotype with it would be written and keyed differently.
-                fits = choice in served and isinstance(choice, int)
-            _require(fits, f"{key}.value", expected, choice)
-    for name in ("image_size_choice", "head_width_choice", "head_kernel_choice"):
-        _require_unique(f"search_space.{name}", getattr(space, name))
-
-    # As many extra blocks, lists of aspect ratios and scales as there are feature maps.
-    extras, levels = space.num_head, backbone.feature_levels
-    maps = len(levels) + extras
-    _require(bool(levels), "backbone.feature_levels", "at least one level", levels)
-    _require_length("head.channels", head.channels, extras, "one per extra block (search_space.num_head)")
-    ratios = head.aspect_ratios
-    _require_length("head.aspect_ratios", ratios, maps, "one per feature map")
-    boxes = head.squares or all(ratios)
-    _require(boxes, "head.aspect_ratios", "a ratio for each feature map, since head.squares is false", ratios)
-    _require_length("head.scales", head.scales, maps + 1, "one per feature map and one more")
-    _require_length("head.variances", head.variances, 2, "for centres and sizes")
-    _require_length("backbone.pixel_mean", backbone.pixel_mean, 3, "one per colour")
-    _require_length("backbone.pixel_std", backbone.pixel_std, 3, "one per colour")
-
-
-def _check_search(config: SearchConfig) -> None:
-    for cost in ("flops", "params", "latency_ms"):
-        low, high = getattr(config, f"min_{cost}"), getattr(config, f"max_{cost}")
-        expected = f"at most search.max_{cost}, which is {high:g}"
-        _require(not 0 < high < low, f"search.min_{cost}", expected, low)
-    _require_unique("search.costs", config.costs)
-    size, population = config.tournament_size, config.population_size
-    expected = f"at most search.population_size, which is {population}"
-    _require(config.controller != "evo" or size <= population, "search.tournament_size", expected, size)
-    resamples, limit = config.resamples, config.time_limit
-    expected = "0 or at least 40, since intervals leave out 1 in 40"
-    _require(resamples == 0 or resamples >= 40, "search.resamples", expected, resamples)
-    _require(limit == 0 or limit >= 2, "search.time_limit", "0 or at least 2", limit)
+        if name == "distill":
+            continue
+        _require(all(values), f"{key}.value", "at least one choice at every boundary", values)
+        fits, expected = servable[name]
+        for choice in itertools.chain(*values):
+            # Whole numbers only: 7.0 equals 7, but a genotype with it would be written and keyed differently.
+            whole = name == "width_choice" or isinstance(choice, int)
+            _require(fits(choice) and whole, f"{key}.value", expected, choice)
 
 
 def validate_network(config: Config, trained: Config, sections: Sequence[str], path: Path) -> None:
