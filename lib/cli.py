@@ -77,10 +77,7 @@ class Run:
 
 
 class CommandLine:
-    """What the user gave: `--cfg`, flags that stand for a key of the configuration, `--set`.
-
-    `flags` are values by key; None stands for a flag that was not given.
-    """
+    """What the user gave: `--cfg`, `--set`, and `flags`, values by key (None: the flag was not given)."""
 
     def __init__(self, args: argparse.Namespace, stage: str, flags: Mapping[str, object] | None = None):
         self.args = args
@@ -165,10 +162,7 @@ class CommandLine:
 
 
 def _refuse_foreign_data(data: DataConfig, source: str) -> None:
-    """Raise UserError if a file that may be a stranger's decides on a folder to draw the built-in pictures in.
-
-    So it may below the current folder alone. Pictures that are read only have to be there.
-    """
+    """Raise UserError if a file that may be a stranger's has pictures drawn elsewhere, or read where none are."""
     root, is_drawn = Path(data.root), data.dataset_type == "shapes"
     wrong = "" if is_drawn or root.is_dir() else "here"
     if is_drawn and not (root / shapes.MARKER).exists() and not root.resolve().is_relative_to(Path.cwd()):

@@ -26,7 +26,7 @@ from lib.errors import UserError
 from lib.log import keep_streams_open, say
 
 MAX_CPU_WORKERS = 8  # by default; more have to be asked for
-# What the lack of something looks like in the exceptions of PyTorch and Python, and what helps.
+# What a shortage looks like in the exceptions of PyTorch and Python, and what helps.
 SHORTAGES = {
     "Too many open files|ancdata": "too many open files: ulimit -n 65536, or a smaller data.workers",
     "shared memory|</torch_|[Bb]us error": "/dev/shm is too small: docker run --shm-size=2g, or --set data.workers=0",
@@ -40,10 +40,7 @@ ECHO_SECONDS = 1.0  # a batch system may send SIGTERM to a process and then agai
 
 
 def pick_device(name: str, flag: str = "--device") -> torch.device:
-    """The device named `auto`, `cpu`, `cuda` or `cuda:N`. Raises UserError, naming `flag`, if this machine lacks it.
-
-    In a distributed job, each process uses the GPU of its local rank.
-    """
+    """The device named `auto`, `cpu`, `cuda` (in a distributed job that of the local rank) or `cuda:N`."""
     world = distributed.world()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -61,10 +58,8 @@ def pick_device(name: str, flag: str = "--device") -> torch.device:
 
 def devices_of(device: str) -> str | None:
     """The value of --gpus that means the same as this value of --device; None for `auto`."""
-    if device == "auto":
-        return None
     picked = pick_device(device)
-    return "cpu" if picked.type == "cpu" else str(picked.index or 0)
+    return None if device == "auto" else "cpu" if picked.type == "cpu" else str(picked.index or 0)
 
 
 def pick_workers(gpus: str | None, config: Config) -> tuple[list[str], int | None]:
@@ -111,10 +106,7 @@ def seed_everything(seed: int) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Make glibc keep large freed blocks. By default they go back to the kernel, which zeroes them at each new use.
-
-    A training step frees and allocates the same blocks again and again. Does nothing where mallopt is missing.
-    """
+    """Make glibc, where there is one, keep large freed blocks, which the kernel would zero again at each new use."""
     with contextlib.suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD of malloc.h
@@ -176,7 +168,7 @@ class StopRequest:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is distributed.PeerLost:
             self._before.pop(signal.SIGTERM)
-            _ignore_launcher()
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -193,19 +185,12 @@ class StopRequest:
             self._insisted = self._insisted or time.monotonic()
         if self._signalled:
             return
-        self._signalled = True
-        self.number = number
+        self._signalled, self.number = True, number
         self.requested = self.requested or distributed.world().size == 1
         if distributed.world().main:
             # The reader of stderr may have received the same signal and be gone.
             with contextlib.suppress(OSError):
                 os.write(2, b"\nStopping after this step; once more to stop at once.\n")
-
-
-def _ignore_launcher() -> None:
-    """Ignore SIGTERM, which torchrun sends to the rest of a job as soon as one process has ended."""
-    if distributed.world().size > 1:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def run(main: Callable[[], None]) -> None:
@@ -225,7 +210,8 @@ def run(main: Callable[[], None]) -> None:
         message = error if lost or isinstance(error, UserError) else _remedy(error)
         if message is None:
             raise
-        _ignore_launcher()
+        if distributed.world().size > 1:  # torchrun sends it to the rest of a job as soon as one process has ended
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if distributed.first_to_report():
             # The lost process may have left a progress bar on this line.
             print("\n" * lost + f"error: {message}", file=sys.stderr)
@@ -244,13 +230,11 @@ def run(main: Callable[[], None]) -> None:
 
 def _remedy(error: Exception) -> UserError | None:
     """What helps where the machine refused something; None if that is not known."""
-    # Of an error in a loader process, its traceback's last line.
-    text = f"{type(error).__name__}: {error}".strip().splitlines()[-1]
-    for pattern, remedy in SHORTAGES.items():
-        if re.search(pattern, text):
-            return UserError(f"{remedy} ({text[:160]})")
-    file = getattr(error, "filename", None)
-    return None if file is None else UserError(f"{file}: {error.strerror}")
+    text = f"{type(error).__name__}: {error}".strip().splitlines()[-1]  # of a loader process's traceback, the last line
+    remedy = next((remedy for pattern, remedy in SHORTAGES.items() if re.search(pattern, text)), None)
+    if remedy:
+        return UserError(f"{remedy} ({text[:160]})")
+    return UserError(f"{error.filename}: {error.strerror}") if getattr(error, "filename", None) else None
 
 
 def _let_go(error: BaseException | None) -> None:

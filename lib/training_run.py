@@ -1,8 +1,7 @@
 """The epochs of a training: save, log, score, stop when asked to or when it diverges; and what --resume goes on from.
 
-A run goes on with the settings that it began with. What is there is read and compared before anything is written. A
-change of the keys below is carried through exactly, or changes nothing about the training; any other change is refused,
-with the key and both values.
+What is there is read and compared before anything is written. A change of the keys below is carried through exactly, or
+changes nothing about the training; any other change is refused, with the key and both values.
 """
 
 from __future__ import annotations
@@ -101,9 +100,8 @@ def _may_change(key: str, before: object, now: object, stage: str) -> bool:
 class Training:
     """The epochs of one stage: train, save last.pt, log, and score after each of the epochs in `due`.
 
-    A subclass says what the losses of a batch are, how to score, and what its checkpoints hold besides the trainer's
-    state; `stage` is its section of the configuration, `data` are fingerprints by name.
-    `previous` is what it goes on from (`read_previous`). Raises UserError, before anything is written, if it cannot.
+    `stage` is the subclass's section of the configuration, `data` are fingerprints by name. `previous` is what it goes
+    on from (`read_previous`). Raises UserError, before anything is written, if it cannot.
     """
 
     stage: str
