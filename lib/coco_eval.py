@@ -155,7 +155,7 @@ def resampled_ap(ranked: Ranked, num_classes: int, weight: np.ndarray, threshold
     matches = _match_area(ranked, AREAS[""], num_classes)
     points = len(ranked.found.label) + len(matches.curve) + len(IOU_THRESHOLDS) * num_classes
     means = []
-    for some in np.array_split(weight, -(-len(weight) * points // POINTS_AT_ONCE)):
+    for some in np.array_split(weight, max(1, -(-len(weight) * points // POINTS_AT_ONCE))):
         num_objects, ap = _average_precision(ranked, matches, some, num_classes)
         means.append(_mean(num_objects, ap[:, thresholds]))
     return np.concatenate(means)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import shlex
 import time
 from collections import Counter, defaultdict
@@ -26,8 +27,7 @@ from lib.search import Search
 REFRESH_SECONDS = 60  # an open page reloads itself this often while the search runs
 PAUSE_SECONDS = 60.0  # no worker is without a job for this long: a longer gap lies between two runs of the script
 MANY_POINTS = 2000  # more points than this are embedded in a figure as pixels, which keeps the page small
-
-
+SHARE = 0.01  # of the time since the start, at most, is spent on writing results: meanwhile no worker gets a job
 COSTS = {  # how a cost is shown: its name, what it is divided by, its unit
     "flops": ("multiply-adds", 1e6, "M"),
     "params": ("parameters", 1e6, "M"),
@@ -42,9 +42,7 @@ def cost_text(metrics: Mapping[str, float], cost: str) -> str:
 
 
 class Throttle:
-    """Calls `action` where that takes at most `SHARE` of the time since the start: meanwhile no worker gets a job."""
-
-    SHARE = 0.01
+    """Calls `action` where that takes at most `SHARE` of the time since the start."""
 
     def __init__(self, action: Callable[[], None]):
         self._action = action
@@ -54,7 +52,7 @@ class Throttle:
 
     def __call__(self) -> None:
         begun = time.monotonic()
-        if self._spent + self._last <= self.SHARE * (begun - self._start):
+        if self._spent + self._last <= SHARE * (begun - self._start):
             self._action()
             self._last = time.monotonic() - begun
             self._spent += self._last
@@ -69,22 +67,16 @@ def write_results(search: Search, folder: Path, top: int = 0) -> None:
     supernet = {"path": str(search.identity.supernet), "sha256": search.identity.supernet_sha256}
     provenance = {"supernet": supernet, "config": to_dict(search.config)}
 
-    def write(name: str, content: dict) -> None:
-        checkpoint.write_text(folder / name, json.dumps(content, indent=1) + "\n")
-
     def genotype_file(record: dict) -> dict:
         noise = search.noise(record)
         extra = {"noise": finite(noise._asdict())} if noise else {}
         return {**record["genotype"], "metrics": record["metrics"], **extra, **provenance}
 
-    def genotype_list(records: list[dict]) -> dict:
-        members = [genotype_file(record) for record in records]
-        return {"format": "pareto/1", "objective": settings.objective, "costs": settings.costs, "front": members}
-
-    write("best.json", genotype_file(search.best()))
-    write("pareto.json", genotype_list(search.front()))
-    if top:
-        write("top.json", genotype_list(search.top(top)))
+    lists = {"pareto.json": search.front(), **({"top.json": search.top(top)} if top else {})}
+    head = {"format": "pareto/1", "objective": settings.objective, "costs": settings.costs}
+    contents = {name: {**head, "front": [*map(genotype_file, records)]} for name, records in lists.items()}
+    for name, content in {"best.json": genotype_file(search.best()), **contents}.items():
+        checkpoint.write_text(folder / name, json.dumps(content, indent=1) + "\n")
     with checkpoint.replacing(folder / "front.png") as file:
         file.write(_figure(lambda axis: _draw_front(axis, search, settings.costs[0]), "png"))
     try:
@@ -257,10 +249,10 @@ def _members(search: Search, folder: Path, costs: Sequence[str]) -> Iterator[_Ht
 
 def worker_use(records: Sequence[Mapping]) -> tuple[dict[str, list[Mapping]], float]:
     """The records of each worker, and the seconds that the search took, without those between runs of the script."""
-    by_worker, seconds, end = defaultdict(list), 0.0, None
+    by_worker, seconds, end = defaultdict(list), 0.0, -math.inf
     for record in sorted(records, key=lambda r: r["time"] - r["seconds"]):
         start = record["time"] - record["seconds"]
-        if end is None or start - end > PAUSE_SECONDS:
+        if start - end > PAUSE_SECONDS:
             end = start
         seconds += max(record["time"] - end, 0.0)
         end = max(record["time"], end)
@@ -275,6 +267,5 @@ def _workers(own: Sequence[dict]) -> Iterator[_Html]:
     rows = [("worker", "evaluations", "failed", "busy")]
     for name, records in by_worker.items():
         busy = sum(record["seconds"] for record in records) / 60 / minutes
-        failed = sum(record["status"] == "failed" for record in records)
-        rows.append((name, len(records), failed, f"{busy:.0%}"))
+        rows.append((name, len(records), sum(r["status"] == "failed" for r in records), f"{busy:.0%}"))
     yield _element("table", *(_element("tr", *(_element("td", cell) for cell in row)) for row in rows))
