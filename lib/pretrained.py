@@ -80,42 +80,44 @@ def embed(
     """
     if not with_head:
         source = replace(source, extras=(), predictors={})
-    stages, rows = _embed_backbone(detector, source)
-    head, extra_rows = _embed_extras(detector, source)
-    rows += extra_rows
+    rows: list[Row] = []
+    stages = _embed_backbone(detector, source, rows)
+    head = _embed_extras(detector, source, rows)
     predictors = source.predictors
     # Logits are ordered by class: the same classes in another order need them rearranged.
     if predictors and source.classes and classes and tuple(classes) != source.classes:
         predictors = _with_classes(detector, predictors, source.classes, classes)
-        rows.append(("class logits", _shared_classes(source.classes, classes)))
+        parts = {
+            "kept": [name for name in classes if name in source.classes],
+            FRESH: [name for name in classes if name not in source.classes],
+            "left out": [name for name in source.classes if name not in classes],
+        }
+        texts = [f"{what}: {', '.join(names)}" for what, names in parts.items() if names]
+        rows.append(("class logits", "; ".join(texts)))
     rows.append(("predictors", _load_predictors(detector, predictors)))
     if source.left_out:
         modules = Counter(key.rpartition(".")[0] or key for key in source.left_out)
         rows.append(("left out", ", ".join(f"{module} ({count} tensors)" for module, count in modules.items())))
     space = detector.space
-    return Embedding(Genotype(space.image_size[-1], space.backbone_type, tuple(stages), tuple(head)), rows)
+    return Embedding(Genotype(space.image_size[-1], space.backbone_type, stages, head), rows)
 
 
-def _embed_backbone(detector: ElasticSSD, source: Source) -> tuple[list[tuple[Block, ...]], list[Row]]:
-    """The stages of the genotype that holds the source, and the report."""
-    backbone = detector.backbone
+def _embed_backbone(detector: ElasticSSD, source: Source, rows: list[Row]) -> tuple[tuple[Block, ...], ...]:
+    """The stages of the genotype that holds the source; the report is added to `rows`."""
+    backbone, eps = detector.backbone, source.settings.norm_eps
     if len(source.stages) != len(backbone.stages):
         raise Misfit(f"it has {len(source.stages)} stages, the search space has {len(backbone.stages)}")
-    _load_conv_norm(backbone.stem, source.stem, source.settings.norm_eps, "stem")
-    rows = [("stem", "loaded")]
-    stages = []
-    for i in range(len(source.stages)):
-        blocks, what = _embed_stage(detector, source, i)
-        stages.append(blocks)
-        rows.append((f"stage {i}", what))
+    _load_conv_norm(backbone.stem, source.stem, eps, "stem")
+    rows.append(("stem", "loaded"))
+    stages = tuple(_embed_stage(detector, source, i, rows) for i in range(len(source.stages)))
     if backbone.last_conv is not None:
-        _load_conv_norm(backbone.last_conv, source.last_conv, source.settings.norm_eps, "last 1x1 convolution")
+        _load_conv_norm(backbone.last_conv, source.last_conv, eps, "last 1x1 convolution")
         rows.append(("last 1x1 convolution", "loaded"))
-    return stages, rows
+    return stages
 
 
-def _embed_stage(detector: ElasticSSD, source: Source, i: int) -> tuple[tuple[Block, ...], str]:
-    """The blocks of the genotype that hold stage `i` of the source, and the report."""
+def _embed_stage(detector: ElasticSSD, source: Source, i: int, rows: list[Row]) -> tuple[Block, ...]:
+    """The blocks of the genotype that hold stage `i` of the source."""
     blocks = detector.backbone.stages[i]
     choices = detector.space.stages[i]
     theirs = source.stages[i]
@@ -135,7 +137,8 @@ def _embed_stage(detector: ElasticSSD, source: Source, i: int) -> tuple[tuple[Bl
     what = f"{len(loaded)} of {len(theirs)} blocks loaded as {spelled}"
     if len(blocks) > len(loaded):
         what += f", {len(blocks) - len(loaded)} more as the identity"
-    return (*loaded, *[cheapest] * (depth - len(loaded))), what
+    rows.append((f"stage {i}", what))
+    return (*loaded, *[cheapest] * (depth - len(loaded)))
 
 
 def _embed_block(
@@ -242,24 +245,22 @@ def _load_norm(ours: nn.BatchNorm2d, theirs: Tensors, name: str, eps: float, cha
     """Copy the first channels of a BatchNorm. The weight makes up for another eps, so that the function is the same."""
     var = theirs[f"{name}.running_var"][:channels]
     ours.weight[:channels] = theirs[f"{name}.weight"][:channels] * ((var + ours.eps) / (var + eps)).sqrt()
-    ours.bias[:channels] = theirs[f"{name}.bias"][:channels]
-    ours.running_mean[:channels] = theirs[f"{name}.running_mean"][:channels]
-    ours.running_var[:channels] = var
+    for part in ("bias", "running_mean", "running_var"):
+        getattr(ours, part)[:channels] = theirs[f"{name}.{part}"][:channels]
 
 
 def _load_conv_norm(ours: nn.Sequential, theirs: Tensors, eps: float, where: str) -> None:
     """Copy a convolution and its BatchNorm, which must have the same shape."""
-    expected = tuple(ours[0].weight.shape)
-    _check_tensors(theirs, {"0.weight": expected, **_norm_shapes("1", expected[0])}, where)
+    channels = len(ours[0].weight)
+    _check_tensors(theirs, {"0.weight": tuple(ours[0].weight.shape), **_norm_shapes("1", channels)}, where)
     ours[0].weight.copy_(theirs["0.weight"])
-    _load_norm(ours[1], theirs, "1", eps, expected[0])
+    _load_norm(ours[1], theirs, "1", eps, channels)
 
 
-def _embed_extras(detector: ElasticSSD, source: Source) -> tuple[list[Block], list[Row]]:
-    """The head of the genotype that holds the source, and the report."""
+def _embed_extras(detector: ElasticSSD, source: Source, rows: list[Row]) -> tuple[Block, ...]:
+    """The head of the genotype that holds the source; the report is added to `rows`."""
     source = replace(source, settings=source.settings._replace(norm_eps=HEAD_EPS))
     head = []
-    rows = []
     for i, choices in enumerate(detector.space.head):
         block = Block(choices.expand[-1], choices.kernel[-1])
         what = FRESH
@@ -272,7 +273,7 @@ def _embed_extras(detector: ElasticSSD, source: Source) -> tuple[list[Block], li
                 what = f"{FRESH} ({misfit})"
         head.append(block)
         rows.append((f"extra block {i}", what))
-    return head, rows
+    return tuple(head)
 
 
 def _load_predictors(detector: ElasticSSD, theirs: Tensors) -> str:
@@ -306,13 +307,3 @@ def _with_classes(detector: ElasticSSD, theirs: Tensors, known: Sequence[str], w
                     merged[:, label] = given[:, known.index(class_name) + 1]
             result[name] = merged.flatten(0, 1)
     return result
-
-
-def _shared_classes(known: Sequence[str], wanted: Sequence[str]) -> str:
-    """The classes that keep their logits, those that start fresh, and those that are left out."""
-    parts = {
-        "kept": [name for name in wanted if name in known],
-        FRESH: [name for name in wanted if name not in known],
-        "left out": [name for name in known if name not in wanted],
-    }
-    return "; ".join(f"{what}: {', '.join(names)}" for what, names in parts.items() if names)
