@@ -30,7 +30,7 @@ from lib.genotype import Genotype, SearchSpace
 from lib.images import UnreadableImage, read_size
 from lib.labels import Faults
 from lib.log import progress
-from lib.priors import best_iou, coverage, fit_priors, prior_boxes, priors_per_cell
+from lib.priors import coverage, fit_priors, prior_boxes, priors_per_cell
 from lib.scoring import Scorer, prepare_scoring_data
 from lib.training import Losses, Trainer, detection_loss
 
@@ -75,20 +75,19 @@ def describe_priors(detector: ElasticSSD, config: Config) -> list[str]:
 
 
 def describe_training(name: str, config: TrainConfig, images: int, batches_per_epoch: int) -> str:
-    batches = f"batches of {config.batch_size}"
     processes = distributed.world().size
-    if config.accumulate > 1:
-        batches = f"{config.accumulate} {batches}"
-    if processes > 1:
-        batches = f"{batches} over {processes} processes"
+    several = f"{config.accumulate} " if config.accumulate > 1 else ""
+    shared = f" over {processes} processes" if processes > 1 else ""
     steps = -(-batches_per_epoch // config.accumulate)
     warmup = config.lr_schedule.warmup_steps
-    note = f"\nnote: {name}.lr_schedule.warmup_steps is {warmup}: the training ends before its learning rate is reached"
-    return (
-        f"{name}: {config.epochs} epochs of {steps} steps, {batches}, "
+    line = (
+        f"{name}: {config.epochs} epochs of {steps} steps, {several}batches of {config.batch_size}{shared}, "
         f"{images} images, {config.optimizer}, learning rate {config.learning_rate:g} ({config.lr_schedule.type})"
-        f"{note if warmup >= config.epochs * steps else ''}"
     )
+    if warmup < config.epochs * steps:
+        return line
+    never = "the training ends before its learning rate is reached"
+    return f"{line}\nnote: {name}.lr_schedule.warmup_steps is {warmup}: {never}"
 
 
 def describe_data(splits: Mapping[str, Split], priors_cxcywh: Tensor, matched_threshold: float) -> list[str]:
@@ -98,14 +97,15 @@ def describe_data(splits: Mapping[str, Split], priors_cxcywh: Tensor, matched_th
     """
     classes = next(iter(splits.values())).annotations.classes
     covers = f"objects, and the share that a prior box covers with an IoU of at least {matched_threshold:g}:"
-    heads = ["data", "  images", "  without objects", "  boxes dropped", "  ignored objects", covers]
-    columns = [[*heads, *(f"  {name}" for name in classes)]]
-    left_out, empty = [], []
+    heads = ["data", "  images", "  without objects", "  boxes dropped", "  ignored objects"]
+    heads += [f"  {name}" for name in classes]
+    columns, left_out, empty = [], [], []
     for name, split in splits.items():
         data, rows = split
         counts = data.objects.offsets.diff()[rows]
-        without = [data.paths[row] for row, count in zip(rows, counts.tolist(), strict=True) if not count]
-        shown = {data.paths[row] for row in rows} if data.dropped else ()
+        paths = [data.paths[row] for row in rows]
+        without = [path for path, count in zip(paths, counts.tolist(), strict=True) if not count]
+        shown = set(paths)
         dropped = [line for line in data.dropped if line.partition(": box ")[0] in shown]
         _, labels = objects_of(split)
         ignored = int(counts.sum()) - len(labels)
@@ -114,11 +114,12 @@ def describe_data(splits: Mapping[str, Split], priors_cxcywh: Tensor, matched_th
         shares = coverage_of(split, priors_cxcywh, matched_threshold)
         for number, share in zip(numbers, shares, strict=True):
             cells.append(f"{number:>10} {f'{share:.1%}' if number else '-':>7}")
-        columns.append([*cells[:5], "", *cells[5:]])
+        columns.append(cells)
         left_out += dropped
         empty += without
-    width = max(len(name) for name in columns[0] if name != covers)
-    lines = [f"{name:{width}}{''.join(cells)}" for name, *cells in zip(*columns, strict=True)]
+    width = max(map(len, heads))
+    lines = [f"{head:{width}}{''.join(cells)}" for head, *cells in zip(heads, *columns, strict=True)]
+    lines.insert(5, f"{covers:{width}}")
     for what, names in (("box dropped", left_out), ("image without objects", empty)):
         lines += [f"{what}: {names[0]}{_and_more(names)}"] if names else []
     return [*lines, *dict.fromkeys(note for split in splits.values() for note in split.annotations.notes)]
@@ -142,8 +143,7 @@ def coverage_of(split: Split, priors_cxcywh: Tensor, threshold: float) -> list[f
     """The share of each class's objects that a prior covers; NaN without objects. Measured on COVERAGE_SAMPLE."""
     boxes, labels = objects_of(split)
     sample = slice(None, None, max(1, -(-len(labels) // COVERAGE_SAMPLE)))  # evenly spread
-    iou = best_iou(boxes[sample], priors_cxcywh)
-    return coverage(iou, labels[sample], len(split.annotations.classes), threshold).tolist()
+    return coverage(boxes[sample], labels[sample], priors_cxcywh, len(split.annotations.classes), threshold).tolist()
 
 
 def propose_priors(
@@ -186,18 +186,18 @@ def check_pictures(splits: Mapping[str, Split], data: DataConfig) -> list[str]:
     """
     pictures = {a.paths[row]: tuple(a.sizes[row].tolist()) for a, rows in splits.values() for row in rows}
 
-    def fault(path: str) -> str | None:
+    faults = Faults(data.on_error, data.max_skipped)
+
+    def check(path: str) -> UnreadableImage | None:
         try:
             read_size(path, pictures[path], data.max_pixels)
         except UnreadableImage as error:
-            return str(error)
+            return error
         return None
 
-    faults = Faults(data.on_error, data.max_skipped)
     with ThreadPoolExecutor(THREADS) as pool:
-        for message in progress(pool.map(fault, pictures), "check pictures", total=len(pictures)):
-            if message:
-                faults.add("picture", "unreadable", message)
+        for error in filter(None, progress(pool.map(check, pictures), "check pictures", total=len(pictures))):
+            faults.add("picture", "unreadable", str(error))
     notes = faults.close(Path(data.root), len(pictures) - faults.counts.total(), 0)
     paths = {name: [a.paths[row] for row in rows] for name, (a, rows) in splits.items()}
     for name, others in (("search", ["train"]), ("test", ["train", "search"])):
@@ -213,22 +213,17 @@ def check_pictures(splits: Mapping[str, Split], data: DataConfig) -> list[str]:
 
 def same_pictures(paths: Sequence[str], others: Sequence[str]) -> list[tuple[str, str]]:
     """Each of `paths` that has the same bytes as one of `others`, with the first of these."""
-    first = {path: path for path in others}
+    first: dict[str | bytes, str] = dict(zip(others, others, strict=True))  # by path, and by digest
     # Only files of a size that both sides have are read.
-    sizes = {_size(path) for path in paths if path not in first} & {_size(path) for path in others} - {0}
+    size = {path: Path(path).stat().st_size if exists(path) else 0 for path in (*paths, *others)}
+    common = {size[path] for path in paths if path not in first} & {size[path] for path in others} - {0}
+    digest = {
+        path: hashlib.sha256(Path(path).read_bytes()).digest() for path, number in size.items() if number in common
+    }
     for path in others:
-        if _size(path) in sizes:
-            first.setdefault(_digest(path), path)
-    found = [(path, first.get(path) or first.get(_digest(path) if _size(path) in sizes else "")) for path in paths]
+        first.setdefault(digest.get(path, b""), path)
+    found = ((path, first.get(path) or first.get(digest.get(path, 0))) for path in paths)
     return [(path, other) for path, other in found if other]
-
-
-def _size(path: str) -> int:
-    return Path(path).stat().st_size if exists(path) else 0
-
-
-def _digest(path: str) -> bytes:
-    return hashlib.sha256(Path(path).read_bytes()).digest()
 
 
 class Stopwatch:

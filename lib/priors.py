@@ -34,56 +34,39 @@ def prior_boxes(
     clip: bool = True,
     squares: bool = True,
 ) -> Tensor:
-    """All priors (P, 4), cxcywh, normalised; ordered by level, row, column, then shape as in `_shapes`.
+    """All priors (P, 4), cxcywh, normalised; ordered by level, row, column, then shape.
 
-    `feature_sizes` are (height, width) of the levels, `scales` fractions of the image side, one more than levels:
-    the last one closes the last level's sqrt(s_k s_{k+1}). `clip` moves corners into the image. Without `squares`,
-    a cell has the shapes of its ratios alone.
+    The shapes of a cell are squares of s_k and sqrt(s_k s_{k+1}), unless `squares` is off, then r and 1/r for each
+    ratio r = width / height. `feature_sizes` are (height, width) of the levels, `scales` fractions of the image side,
+    one more than levels. `clip` moves corners into the image.
     """
-    per_level = []
+    levels = []
     for k, (height, width) in enumerate(feature_sizes):
-        shapes = _shapes(scales[k], scales[k + 1], aspect_ratios[k])[0 if squares else 2 :]
-        per_level.append(_level(height, width, shapes))
-    priors = torch.cat(per_level)
+        between = math.sqrt(scales[k] * scales[k + 1])
+        shapes = [(scales[k], scales[k]), (between, between)] if squares else []
+        for ratio in aspect_ratios[k]:
+            long = scales[k] * math.sqrt(ratio)
+            short = scales[k] / math.sqrt(ratio)
+            shapes += [(long, short), (short, long)]
+        rows = (torch.arange(height) + 0.5) / height
+        columns = (torch.arange(width) + 0.5) / width
+        centres = torch.cartesian_prod(rows, columns).flip(1)  # (H * W, 2)
+        sizes = torch.tensor(shapes)  # (K, 2)
+        levels.append(torch.cat([centres.repeat_interleave(len(sizes), 0), sizes.repeat(len(centres), 1)], dim=1))
+    priors = torch.cat(levels)
     if clip:
         # Corners are clipped. Clipping cxcywh would leave a prior at the border as wide as before.
         priors = box_convert(box_convert(priors, "cxcywh", "xyxy").clamp(0, 1), "xyxy", "cxcywh")
     return priors
 
 
-def _shapes(scale: float, next_scale: float, ratios: Sequence[float]) -> list[tuple[float, float]]:
-    """(width, height) of a cell's priors: s_k, sqrt(s_k s_{k+1}), then r and 1/r for each ratio r = width / height."""
-    between = math.sqrt(scale * next_scale)
-    shapes = [(scale, scale), (between, between)]
-    for ratio in ratios:
-        long = scale * math.sqrt(ratio)
-        short = scale / math.sqrt(ratio)
-        shapes += [(long, short), (short, long)]
-    return shapes
-
-
-def _level(height: int, width: int, shapes: list[tuple[float, float]]) -> Tensor:
-    """Priors (height * width * K, 4) of one level."""
-    rows = (torch.arange(height) + 0.5) / height
-    columns = (torch.arange(width) + 0.5) / width
-    cy, cx = torch.meshgrid(rows, columns, indexing="ij")
-    centres = torch.stack([cx, cy], dim=-1).reshape(-1, 1, 2)  # (H * W, 1, 2)
-    sizes = torch.tensor(shapes)  # (K, 2)
-    cells = [centres.expand(-1, len(sizes), -1), sizes.expand(len(centres), -1, -1)]
-    return torch.cat(cells, dim=-1).reshape(-1, 4)
-
-
-def best_iou(boxes_xyxy: Tensor, priors_cxcywh: Tensor) -> Tensor:
-    """The IoU of each box (N, 4) with its best prior (N,)."""
+def coverage(boxes_xyxy: Tensor, labels: Tensor, priors_cxcywh: Tensor, num_classes: int, threshold: float) -> Tensor:
+    """The share (C,) of each class's boxes (N, 4) that have an IoU of `threshold` with a prior; NaN without boxes."""
     priors_xyxy = box_convert(priors_cxcywh.cpu(), "cxcywh", "xyxy")
-    best = [box_iou(chunk, priors_xyxy).amax(1) for chunk in boxes_xyxy.split(CHUNK)]
-    return torch.cat(best) if best else boxes_xyxy.new_zeros(0)
-
-
-def coverage(iou: Tensor, labels: Tensor, num_classes: int, threshold: float) -> Tensor:
-    """The share (C,) of each class's objects whose `iou` (N,) reaches `threshold`; NaN for a class without objects."""
+    covered = [box_iou(chunk, priors_xyxy).amax(1) >= threshold for chunk in boxes_xyxy.split(CHUNK) if len(chunk)]
+    found = labels[torch.cat(covered)] if covered else labels
     counts = torch.bincount(labels, minlength=num_classes + 1)[1:]
-    return torch.bincount(labels[iou >= threshold], minlength=num_classes + 1)[1:] / counts
+    return torch.bincount(found, minlength=num_classes + 1)[1:] / counts
 
 
 def fit_priors(
@@ -101,12 +84,21 @@ def fit_priors(
     level at a time is fitted to what the others leave uncovered.
     """
     rng = random.Random(0)
-    chosen = _sample_of_classes(labels, rng)
+    # About FIT_OBJECTS objects at most: equally many of each class, or all where a class has fewer.
+    rows = [(labels == kind).nonzero().flatten().tolist() for kind in labels.unique()]
+    most = FIT_OBJECTS // max(len(rows), 1) + 1
+    chosen = [row for of in rows for row in rng.sample(of, min(most, len(of)))]
     boxes = boxes_xyxy[chosen]
     kinds, labels = labels[chosen].unique(return_inverse=True)
     shares = torch.zeros(len(labels), len(kinds))  # (N, C): each object's share of its class
     shares[torch.arange(len(labels)), labels] = 1 / torch.bincount(labels)[labels]
-    scales, ratios = _lattice(boxes)
+    # The scales (S,) and the ratios (R,) to choose from, as exponents of 2 ** 0.25.
+    width, height = (boxes[:, 2:] - boxes[:, :2]).clamp(0.005, 1).log2().mul(4).unbind(1)
+    low, high = ((width + height) / 2).quantile(torch.tensor([0.01, 0.99])).tolist()
+    longest = (width - height).abs().quantile(0.99).item()
+    # Slightly above 1 too, since priors are cut off at the edge of the image. A ratio is at most 64.
+    scales = torch.arange(math.floor(low), min(math.ceil(high) + 2, 2))
+    ratios = torch.arange(min(math.ceil(longest) + 2, 25))
     tables = [_coverage_table(boxes, size, scales, ratios, threshold, clip) for size in feature_sizes]
     best: list[tuple[int, list[int]]] = [(0, [0] * pairs) for pairs in pairs_per_level]  # a scale, ratios
     highest = -math.inf
@@ -146,22 +138,6 @@ def _fit_level(table: Tensor, picks: list[int], rest: Tensor, shares: Tensor) ->
     return (scale, [int(pick[scale]) for pick in chosen]), float(scores[scale])
 
 
-def _sample_of_classes(labels: Tensor, rng: random.Random) -> Tensor:
-    """Rows of about FIT_OBJECTS objects at most: equally many of each class, or all where a class has fewer."""
-    rows = [(labels == kind).nonzero().flatten().tolist() for kind in labels.unique()]
-    most = FIT_OBJECTS // max(len(rows), 1) + 1
-    return torch.tensor([row for of in rows for row in rng.sample(of, min(most, len(of)))])
-
-
-def _lattice(boxes_xyxy: Tensor) -> tuple[Tensor, Tensor]:
-    """The scales (S,) and the ratios (R,) to choose from for boxes (N, 4), as exponents of 2 ** 0.25."""
-    width, height = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).clamp(0.005, 1).log2().mul(4).unbind(1)
-    low, high = ((width + height) / 2).quantile(torch.tensor([0.01, 0.99])).tolist()
-    longest = (width - height).abs().quantile(0.99).item()
-    # Slightly above 1 too, since priors are cut off at the edge of the image. A ratio is at most 64.
-    return torch.arange(math.floor(low), min(math.ceil(high) + 2, 2)), torch.arange(min(math.ceil(longest) + 2, 25))
-
-
 def _coverage_table(
     boxes: Tensor, feature_size: tuple[int, int], scales: Tensor, ratios: Tensor, threshold: float, clip: bool
 ) -> Tensor:
@@ -184,19 +160,18 @@ def _coverage_table(
 
 
 def _best_overlaps(spans: Tensor, cells: int, sides: Tensor, clip: bool) -> tuple[Tensor, Tensor]:
-    """Along one axis: the overlap (U, N) of each span (N, 2) with its best prior of each side (U,), and the prior's
-    length (U, N)."""
-    begin, end = spans[:, :1], spans[:, 1:]
+    """Along an axis: overlap (U, N) of each span (N, 2) with its best prior of each side (U,), and that one's length."""
     centres = (torch.arange(cells) + 0.5) / cells
+    low, high = centres - sides[:, None] / 2, centres + sides[:, None] / 2  # (U, cells)
+    if clip:
+        low, high = low.clamp(min=0), high.clamp(max=1)
+    begin, end = spans[:, :1], spans[:, 1:]
     overlaps, lengths = [], []
-    for side in sides:
-        low, high = centres - side / 2, centres + side / 2
-        if clip:
-            low, high = low.clamp(min=0), high.clamp(max=1)
-        shared = (torch.minimum(end, high) - torch.maximum(begin, low)).clamp(min=0)  # (N, cells)
-        best = (shared / (high - low + end - begin)).argmax(1)
-        overlaps.append(shared[torch.arange(len(spans)), best])
-        lengths.append((high - low)[best])
+    for start, stop in zip(low, high, strict=True):  # one at a time, for want of memory
+        shared = (torch.minimum(end, stop) - torch.maximum(begin, start)).clamp(min=0)  # (N, cells)
+        best = (shared / (stop - start + end - begin)).argmax(1)
+        overlaps.append(shared.gather(1, best[:, None])[:, 0])
+        lengths.append((stop - start)[best])
     return torch.stack(overlaps), torch.stack(lengths)
 
 
@@ -215,11 +190,6 @@ def decode(offsets: Tensor, priors_cxcywh: Tensor, variances: tuple[float, float
     return torch.cat([centre - size / 2, centre + size / 2], dim=-1)
 
 
-def box_areas(boxes_xyxy: Tensor) -> Tensor:
-    """(...) of boxes (..., 4)."""
-    return (boxes_xyxy[..., 2:] - boxes_xyxy[..., :2]).prod(-1)
-
-
 def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
     """IoU of every box of `a` (..., P, 4) with every box of `b` (..., M, 4), both xyxy: (..., P, M).
 
@@ -231,5 +201,5 @@ def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
     width = torch.minimum(ax2, bx2).sub_(torch.maximum(ax1, bx1)).clamp_(min=0)
     height = torch.minimum(ay2, by2).sub_(torch.maximum(ay1, by1)).clamp_(min=0)
     intersection = width * height  # (..., P, M)
-    areas = box_areas(a)[..., :, None] + box_areas(b)[..., None, :]
+    areas = (a[..., 2:] - a[..., :2]).prod(-1)[..., :, None] + (b[..., 2:] - b[..., :2]).prod(-1)[..., None, :]
     return intersection / areas.sub_(intersection).clamp_(min=torch.finfo(areas.dtype).tiny)

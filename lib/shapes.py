@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -152,7 +153,13 @@ def write_shapes(root: Path, train: int, test: int, seed: int = 0) -> None:
     and the others wait. Raises UserError for a folder that holds other files, and for one that cannot be written to.
     """
     complete = {"format": "shapes/1", "train": train, "test": test, "seed": seed, "complete": True}
-    if _read_marker(root) == complete:
+
+    def is_complete() -> bool:  # an interrupted process may have left the marker unreadable
+        with contextlib.suppress(OSError, ValueError):
+            return json.loads((root / MARKER).read_text()) == complete
+        return False
+
+    if is_complete():
         return
     # Never write into a folder that the user filled.
     found = [path for path in root.iterdir() if not path.name.startswith(".")] if root.is_dir() else []
@@ -165,7 +172,7 @@ def write_shapes(root: Path, train: int, test: int, seed: int = 0) -> None:
         root.mkdir(parents=True, exist_ok=True)
         with (root / ".lock").open("w") as file:
             lock(file, wait=True)
-            if _read_marker(root) == complete:  # drawn by another process while this one waited
+            if is_complete():  # drawn by another process while this one waited
                 return
             # If the drawing is interrupted, the marker shows that the folder is ours and has to be drawn again.
             (root / MARKER).write_text(json.dumps(complete | {"complete": False}))
@@ -179,33 +186,20 @@ def write_shapes(root: Path, train: int, test: int, seed: int = 0) -> None:
         raise UserError(f"{root}: the built-in pictures cannot be written here: {error.strerror} (data.root)") from None
 
 
-def _read_marker(root: Path) -> object:
-    """What the marker says; None where there is none, or where an interrupted process left it unreadable."""
-    try:
-        return json.loads((root / MARKER).read_text())
-    except (OSError, ValueError):
-        return None
-
-
 def _write_set(root: Path, name: str, count: int, seed: tuple[int, int]) -> None:
     """One image set. Each picture has its own seed, so a larger set starts with the pictures of a smaller one."""
-    stems = []
-    for number in range(1, count + 1):
+    stems = [f"{name}_{number:05d}" for number in range(1, count + 1)]
+    for number, stem in enumerate(stems, start=1):
         pixels, objects = draw_picture(np.random.default_rng([*seed, number]))
-        height, width = pixels.shape[:2]
-        stem = f"{name}_{number:05d}"
-        stems.append(stem)
         write_picture(torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), root / "JPEGImages" / f"{stem}.jpg")
-        (root / "Annotations" / f"{stem}.xml").write_text(_voc_xml(stem, width, height, objects))
+        # VOC's boxes are 1-based and inclusive.
+        boxes = "".join(
+            f"  <object>\n    <name>{label}</name>\n    <difficult>0</difficult>\n    <bndbox><xmin>{x1 + 1}</xmin>"
+            f"<ymin>{y1 + 1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox>\n  </object>\n"
+            for label, (x1, y1, x2, y2) in objects
+        )
+        height, width = pixels.shape[:2]
+        size = f"<size><width>{width}</width><height>{height}</height><depth>3</depth></size>"
+        xml = f"<annotation>\n  <filename>{stem}.jpg</filename>\n  {size}\n{boxes}</annotation>\n"
+        (root / "Annotations" / f"{stem}.xml").write_text(xml)
     (root / "ImageSets" / "Main" / f"{name}.txt").write_text("".join(f"{stem}\n" for stem in stems))
-
-
-def _voc_xml(stem: str, width: int, height: int, objects: list[tuple[str, Box]]) -> str:
-    """A VOC annotation; its boxes are 1-based and inclusive."""
-    boxes = "".join(
-        f"  <object>\n    <name>{name}</name>\n    <difficult>0</difficult>\n    <bndbox><xmin>{x1 + 1}</xmin>"
-        f"<ymin>{y1 + 1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox>\n  </object>\n"
-        for name, (x1, y1, x2, y2) in objects
-    )
-    size = f"<size><width>{width}</width><height>{height}</height><depth>3</depth></size>"
-    return f"<annotation>\n  <filename>{stem}.jpg</filename>\n  {size}\n{boxes}</annotation>\n"
