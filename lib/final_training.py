@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,14 +45,8 @@ def cut_student(network: ElasticSSD, genotype: Genotype, inherits: bool) -> Stud
     return Student(genotype, network.extract(genotype), network.cost(genotype), inherits)
 
 
-def find_start(
-    origin: Literal["supernet", "pretrained", "scratch"],
-    config: Config,
-    source: dict,
-    classes: Sequence[str],
-    load: Path | None,
-) -> ElasticSSD:
-    """The network that a student is cut from, with the weights to start from.
+def find_start(origin: str, config: Config, source: dict, classes: Sequence[str], load: Path | None) -> ElasticSSD:
+    """The network that a student is cut from, with its weights from `origin`: supernet, pretrained or scratch.
 
     `source` is the content of the genotype file, which may name a supernet; `load` is the run of another one.
     """
@@ -116,16 +110,8 @@ def evaluate(model: SSD, annotations: Annotations, config: Config, device: torch
 
 def detect_all(model: SSD, annotations: Annotations, config: Config, device: torch.device) -> list[Detections]:
     """What a detector finds in all images. The processes of a job share them; the main one gets the detections."""
-    loader = eval_loader(
-        annotations,
-        range(len(annotations)),
-        model.image_size,
-        config.final.batch_size,
-        workers=config.data.workers,
-        **reading(config.data),
-        device=device,
-        shared=True,
-    )
+    options = {**reading(config.data), "workers": config.data.workers, "device": device, "shared": True}
+    loader = eval_loader(annotations, range(len(annotations)), model.image_size, config.final.batch_size, **options)
     found = [detect(model, [batch.images], config, device) for batch in progress(loader, "evaluate")]
     return [image for batch in distributed.collect(found) for image in batch]
 
@@ -150,8 +136,7 @@ def freeze_norms(module: nn.Module) -> None:
 class FinalTraining(Training):
     """Trains one detector, evaluates it on the test set and keeps the best epoch's weights as best.pt.
 
-    `loader` is that of `final_loader`. `best` has the metrics and the cost of the best evaluation so far, by the key
-    search.objective.
+    `best` has the metrics and the cost of the best evaluation so far, by the key search.objective.
     """
 
     stage = "final"
@@ -178,8 +163,7 @@ class FinalTraining(Training):
         self.loss = detection_loss(config)
         self.best: dict = {}
         if student.inherits:
-            sample = some_images(images, student.model.image_size, config)
-            recalibrate(student.model.to(device), sample, device)
+            recalibrate(student.model.to(device), some_images(images, student.model.image_size, config), device)
         backbone_lr = settings.base_net_lr if settings.freeze_base_net else None
         steps = loader.batch_sampler.batches_per_epoch
         trainer = Trainer(student.model, settings, device, steps, backbone_lr=backbone_lr)

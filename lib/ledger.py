@@ -46,11 +46,11 @@ def _digest(parts: dict) -> str:
 
 
 class Ledger:
-    """An open ledger. Use it as a context manager; `checkpoint.lock_folder` keeps a second process away.
+    """An open ledger, a context manager; `checkpoint.lock_folder` keeps a second process away.
 
-    Opening reads and checks every line. Blank lines count for nothing, and of several records with one key the last
-    counts, in the place of the first. A last line that a crash cut short is dropped; any other line that is no record
-    is a UserError. A failed write is a UserError too and closes the ledger; the next open repairs the file.
+    Blank lines count for nothing, and of several records with one key the last counts, in the place of the first. A
+    last line that a crash cut short is dropped; any other line that is no record is a UserError. A failed write is one
+    too and closes the ledger; the next open repairs the file.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -117,17 +117,15 @@ class Ledger:
             if line.strip():
                 self._remember(self._parse(line, number))
         # The last line lacks its line break if the process died while it wrote.
-        if not tail:
-            return
-        try:
-            json.loads(tail)  # a proper prefix of a record never is JSON
-        except (ValueError, RecursionError):
-            self._file.truncate(sum(len(line) + 1 for line in lines))
-            os.fsync(self._file.fileno())
-        else:
-            record = self._parse(tail, len(lines) + 1)
-            self._write(b"\n")
-            self._remember(record)
+        if tail:
+            try:
+                json.loads(tail)  # a proper prefix of a record never is JSON
+            except (ValueError, RecursionError):
+                self._file.truncate(sum(len(line) + 1 for line in lines))
+                os.fsync(self._file.fileno())
+            else:
+                self._remember(self._parse(tail, len(lines) + 1))
+                self._write(b"\n")
 
     def _parse(self, line: bytes, number: int) -> dict:
         try:
@@ -135,11 +133,9 @@ class Ledger:
                 raise ValueError(f"a line of {len(line) / 1024**2:.0f} MiB")
             return checked(json.loads(line))
         except (ValueError, RecursionError, UserError) as error:
-            found = line[:60].decode(errors="replace")
-            raise UserError(
-                f"{self.path}, line {number}: not a record of an evaluation ({error}), found {found!r}; without that "
-                "line, --resume goes on and scores its candidate again"
-            ) from None
+            wrong = f"not a record of an evaluation ({error}), found {line[:60].decode(errors='replace')!r}"
+            remedy = "without that line, --resume goes on and scores its candidate again"
+            raise UserError(f"{self.path}, line {number}: {wrong}; {remedy}") from None
 
 
 def checked(record: object) -> dict:
@@ -149,21 +145,19 @@ def checked(record: object) -> dict:
     """
     if not isinstance(record, dict):
         raise ValueError("expected a JSON object")
-    for name in ("key", "status", "genotype", "metrics"):
-        if name not in record:
-            raise ValueError(f'"{name}" is missing')
+    if missing := {"key", "status", "genotype", "metrics"} - record.keys():
+        raise ValueError(f'"{min(missing)}" is missing')
     for name in record.keys() & KINDS.keys():
         if not isinstance(record[name], KINDS[name]):
             raise ValueError(f'"{name}" is {shown(record[name])}')
     if record["status"] not in ("ok", "failed", "stopped"):
         raise ValueError(f'"status" is {shown(record["status"])}')
-    counts = {name: record[name] for name in ("seconds", "time", "images", "epoch") if name in record}
-    if None in counts.values():
-        raise ValueError("a number is null")
-    for name, value in (*counts.items(), *record["metrics"].items()):
+    counts = [(name, record[name]) for name in ("seconds", "time", "images", "epoch") if name in record]
+    # null stands for a metric that is not defined on these images
+    metrics = [(name, value) for name, value in record["metrics"].items() if value is not None]
+    for name, value in counts + metrics:
         most = 1 + ROUNDING if name.startswith(("AP", "AR", "mAP")) else LARGEST
-        # null stands for a metric that is not defined on these images
-        if value is not None and not (type(value) in (int, float) and 0 <= value <= most):
+        if type(value) not in (int, float) or not 0 <= value <= most:
             raise ValueError(f"{name} is {shown(value)}")
     Genotype.from_dict(record["genotype"])
     return record

@@ -153,9 +153,8 @@ class Training:
 
     def state(self) -> dict:
         """The content of last.pt."""
-        losses = {"sums": dict(self.sums), "batches": self.counted}
         identity = {"config": config_io.to_dict(self.config), "classes": list(self.classes), "data": self.data}
-        return {**identity, **self.trainer.state_dict(), "losses": losses}
+        return {**identity, **self.trainer.state_dict(), "losses": {"sums": dict(self.sums), "batches": self.counted}}
 
     def restore(self, payload: dict) -> None:
         """Go on from `payload`. Raises UserError if it is of other classes or another test set, or does not fit."""
@@ -197,14 +196,11 @@ class Training:
                 while trainer.epoch <= trainer.config.epochs and not stop.requested:
                     self._run_epoch(stop)
         except Diverged as error:
-            if not self.last.exists():
-                raise UserError(f"{error}; nothing had been saved yet") from None
-            text = f"{error}; {self.last} is the last one that was saved, --resume goes on from it"
-            if self.last_good.exists():
-                text += (
-                    f"; {self.last_good} is that of the last evaluation that found something: copy it to {self.last}"
-                )
-            raise UserError(text) from None
+            last = f"{self.last} is the last one that was saved, --resume goes on from it"
+            good = f"; {self.last_good} is that of the last evaluation that found something: copy it to {self.last}"
+            spare = good if self.last_good.exists() else ""
+            saved = last + spare if self.last.exists() else "nothing had been saved yet"
+            raise UserError(f"{error}; {saved}") from None
         self.log.close()
         if trainer.epoch <= trainer.config.epochs:
             raise Stopped(f"everything is in {self.last}, the same command with --resume goes on", stop.number)
@@ -233,11 +229,9 @@ class Training:
             self.sums, self.counted = defaultdict(float), 0
         try:
             self._train_epoch(stop)
-        except (Diverged, distributed.PeerLost):
-            raise
         except Exception as error:
             # A batch system may send its signal to the loader's processes as well: then this is a stop and no error.
-            if not trainer.rewind():
+            if isinstance(error, Diverged | distributed.PeerLost) or not trainer.rewind():
                 raise
             if not (stop.requested and "DataLoader worker (pid" in str(error)):
                 with contextlib.suppress(UserError):
@@ -266,8 +260,7 @@ class Training:
                     for name, value in losses.items():
                         self.sums[name] += value
                     bar.update()
-                means = {name: f"{value / self.counted:.3f}" for name, value in self.sums.items()}
-                bar.set_postfix(means, refresh=False)
+                bar.set_postfix({n: f"{value / self.counted:.3f}" for n, value in self.sums.items()}, refresh=False)
                 stop.agree()
                 if stop.requested:
                     break
