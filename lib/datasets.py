@@ -40,9 +40,8 @@ CACHE_BYTES = 2 * 1024**3  # of decoded pictures, per process
 def load_annotations(data: DataConfig, split: Literal["train", "test"]) -> Annotations:
     """Annotations of the training or the test data. The built-in shapes are drawn first if they are missing.
 
-    Without `data.classes`, the classes of both splits are those of the training data, so "test" reads the training
-    annotations too, unless the caller sets `data.classes`. Data without a test split gives `data.test_portion` of its
-    pictures. Raises UserError that names the file.
+    Without `data.classes`, both splits have those of the training data, which "test" then reads too. Data without a
+    test split gives `data.test_portion` of its pictures. Raises UserError that names the file.
     """
     root = Path(data.root)
     if data.dataset_type == "shapes":
@@ -70,11 +69,10 @@ def load_annotations(data: DataConfig, split: Literal["train", "test"]) -> Annot
             free = name in theirs and theirs[name] not in known.values()
             known[name] = theirs[name] if free else max(known.values(), default=0) + 1
     annotations = assemble(content, root, classes, faults, split, data.test_portion if cut else None)
-    if data.num_classes not in (0, len(annotations.classes)):
+    count = len(annotations.classes)
+    if data.num_classes not in (0, count):
         names = ", ".join(annotations.classes)
-        raise UserError(
-            f"data.num_classes: {data.num_classes}, but {root} has {len(annotations.classes)} classes ({names})"
-        )
+        raise UserError(f"data.num_classes: {data.num_classes}, but {root} has {count} classes ({names})")
     return annotations
 
 
@@ -95,16 +93,14 @@ def split_indices(annotations: Annotations, data_portion: Sequence[float], seed:
 
 
 class SavedSplit(NamedTuple):
-    """Image ids, which stay valid if the order of the rows changes."""
-
-    train: list[str]
+    train: list[str]  # image ids, which stay valid if the order of the rows changes
     search: list[str]
 
 
 def save_split(path: Path, annotations: Annotations, train: Sequence[int], search: Sequence[int]) -> None:
     ids = {"train": [annotations.ids[i] for i in train], "search": [annotations.ids[i] for i in search]}
     if annotations.held_out:
-        ids["test"] = list(annotations.held_out)  # for the reader of the file
+        ids["test"] = list(annotations.held_out)
     write_text(path, json.dumps({"format": SPLIT_FORMAT, **ids}))
 
 
@@ -202,7 +198,7 @@ class DetectionDataset(Dataset):
         self.indices = torch.as_tensor(indices, dtype=torch.int64).share_memory_()
         self.transform = transform
         self.seed = seed
-        self.on_error = on_error
+        self.skip = on_error == "skip"
         self.max_pixels = max_pixels
         self.max_skipped = max_skipped
         self.training = isinstance(transform, TrainTransform)
@@ -218,9 +214,13 @@ class DetectionDataset(Dataset):
         epoch, row, *size = key
         transform = self.transform.at(*size) if size else self.transform
         if self.reduces and is_large_jpeg(self.annotations.paths[row], self.annotations.sizes[row]):
-            # A file that cannot be read this way is read, and reported, in the usual way.
+            # Decoded no larger than its view needs. What cannot be read so is read, and reported, in the usual way.
             with contextlib.suppress(UnreadableImage), self._random(epoch, row):
-                return *self._reduced(row, transform), row
+                width, height = self.annotations.sizes[row].tolist()
+                view, boxes, labels = transform.choose(width, height, *self._objects(row))
+                image = self._read(row, transform.reduction(view))
+                view, boxes = scale_view(view, boxes, image.shape[2] / width, image.shape[1] / height)
+                return *transform.render(image, view, boxes, labels), row
         image, shown = self._image_or_stand_in(row)
         with self._random(epoch, row):
             return *transform(image, *self._objects(shown)), shown
@@ -230,7 +230,7 @@ class DetectionDataset(Dataset):
         if row in self.cached:
             return self.cached[row]
         image = self._read(row)
-        # What was read first stays. Evicting would help little, as each epoch reads every picture once.
+        # What was read first stays: each epoch reads every picture once.
         if image.numel() <= self.cache_room:
             self.cache_room -= image.numel()
             self.cached[row] = image
@@ -260,16 +260,7 @@ class DetectionDataset(Dataset):
 
     def _objects(self, row: int) -> tuple[Tensor, Tensor]:
         target = self.annotations.objects.of(row)
-        counted = ~target["ignore"]
-        return target["boxes"][counted], target["labels"][counted]
-
-    def _reduced(self, row: int, transform: TrainTransform) -> tuple[Tensor, Tensor, Tensor]:
-        """The transformed sample of a JPEG that is decoded no larger than its random view needs."""
-        width, height = self.annotations.sizes[row].tolist()
-        view, boxes, labels = transform.choose(width, height, *self._objects(row))
-        image = self._read(row, transform.reduction(view))
-        view, boxes = scale_view(view, boxes, image.shape[2] / width, image.shape[1] / height)
-        return transform.render(image, view, boxes, labels)
+        return target["boxes"][~target["ignore"]], target["labels"][~target["ignore"]]
 
     def _image_or_stand_in(self, row: int) -> tuple[Tensor, int]:
         """The picture of a row and the row itself; under `on_error: skip`, if need be, those of its replacement."""
@@ -279,7 +270,7 @@ class DetectionDataset(Dataset):
                 try:
                     return self.read_image(shown), shown
                 except UnreadableImage as error:
-                    if self.on_error != "skip":
+                    if not self.skip:
                         raise
                     self.unreadable.add(shown)
                     self._log_once(row=shown, kind=1, message=f"{error}; skipped")
@@ -320,7 +311,7 @@ class EpochSampler:
         self.set_epoch(1)
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """The next iteration is over `epoch`, without its first `start_batch` batches."""
+        """Iterate over `epoch` next, without its first `start_batch` batches."""
         self.epoch = epoch
         self.start_batch = start_batch
 
@@ -381,8 +372,7 @@ def eval_loader(
     the function of that name gives it.
     """
     dataset = DetectionDataset(annotations, indices, EvalTransform(image_size), **reading)
-    # The epoch is always 0: nothing is random here.
-    keys = [(0, int(row)) for row in indices]
+    keys = [(0, int(row)) for row in indices]  # the epoch is always 0: nothing is random here
     batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
     return make_loader(dataset, distributed.deal(batches) if shared else batches, workers, device)
 

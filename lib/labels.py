@@ -93,11 +93,9 @@ class Faults:
 def read_text(path: Path, latin: bool = False) -> str:
     """UTF-8 with or without a byte order mark, or UTF-16; with `latin`, what is neither is Latin-1."""
     data = read_bytes(path, MOST_BYTES)
-    encoding = "utf-8-sig"
-    if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        encoding = "utf-16"
-    elif b"\0" in data[:2]:  # UTF-16 without its mark
-        encoding = "utf-16-be" if data[:1] == b"\0" else "utf-16-le"
+    marked = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    # UTF-16 without its mark has a zero byte first or second.
+    encoding = "utf-16" if marked else {0: "utf-16-be", 1: "utf-16-le"}.get(data[:2].find(0), "utf-8-sig")
     try:
         return data.decode(encoding)
     except UnicodeDecodeError:
@@ -130,8 +128,7 @@ def suffix_of(name: str) -> str:
 
 def stem(name: str) -> str:
     """`name` without the suffix of a picture."""
-    suffix = suffix_of(name)
-    return name[: -len(suffix)] if suffix in SUFFIXES else name
+    return posixpath.splitext(name)[0] if suffix_of(name) in SUFFIXES else name
 
 
 def split_of(*paths: str) -> str:
@@ -270,9 +267,8 @@ def read_coco_json(path: Path, faults: Faults) -> CocoFile:
     for entry in document["images"]:
         image = entry if isinstance(entry, dict) else {}
         number, name = image.get("id"), image.get("file_name")
-        known = type(number) in (int, str) and isinstance(name, str)
-        if not known or number in images:
-            problem = "its id is there twice" if known else "expected an 'id' and a 'file_name'"
+        if type(number) not in (int, str) or not isinstance(name, str) or number in images:
+            problem = "expected an 'id' of its own and a 'file_name'"
             faults.add("picture", "malformed entry", f"{path}: malformed image entry {shown(entry)}: {problem}")
             continue
         images[number] = slashes(name), usable_size(image.get("width"), image.get("height"))
@@ -349,8 +345,9 @@ def read_yolo_yaml(path: Path) -> tuple[dict[int, str], str, dict[str, list[str]
         raise UserError(f"{path}: not valid YAML: {shown(' '.join(str(error).split()))}") from None
     data = data if isinstance(data, dict) else {}
     names = data.get("names")
-    pairs = list(names.items() if isinstance(names, dict) else enumerate(names) if isinstance(names, list) else ())
-    if not pairs or not all(re.fullmatch(r"\d{1,9}", str(key)) and isinstance(name, str) for key, name in pairs):
+    names = dict(enumerate(names)) if isinstance(names, list) else names
+    usable = names and isinstance(names, dict) and all(isinstance(name, str) for name in names.values())
+    if not usable or not all(re.fullmatch(r"\d{1,9}", str(key)) for key in names):
         raise UserError(f"{path}: expected the class names under 'names', found {shown(names)}")
     splits: dict[str, list[str]] = {"train": [], "val": [], "test": []}
     for key in ("train", "val", "valid", "test"):
@@ -360,7 +357,7 @@ def read_yolo_yaml(path: Path) -> tuple[dict[int, str], str, dict[str, list[str]
             raise UserError(f"{path}: {key}: expected a folder, a list file or several, found {shown(values)}")
         splits[SPLIT_OF[key]] += [slashes(value) for value in values if value]
     base = data.get("path")
-    return plain_names(path, dict(pairs)), slashes(base) if isinstance(base, str) else "", splits
+    return plain_names(path, names), slashes(base) if isinstance(base, str) else "", splits
 
 
 def plain_names(source: Path, names: dict) -> dict[int, str]:

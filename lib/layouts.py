@@ -221,8 +221,8 @@ def voc_pairs(root: Path, set_name: str, faults: Faults) -> list[Pair]:
     picture without the class belongs to the set too, and the annotations say what a picture shows.
     """
     folder = root / dirname(set_name)
-    files = [folder / place / f"{basename(set_name)}.txt" for place in ("ImageSets/Main", "ImageSets")]
-    file = files[0] if exists(files[0]) else files[1]
+    file = folder / "ImageSets" / "Main" / f"{basename(set_name)}.txt"
+    file = file if exists(file) else folder / "ImageSets" / file.name
     tree, lines = Tree(folder), [slashes(line) for line in labels.read_lines(file)]
     if not lines:
         faults.add("picture", "empty image set", f"{file}: the image set is empty")
@@ -248,9 +248,8 @@ def _voc_files(tree: Tree, data: DataConfig, faults: Faults) -> Found | None:
     picture_of = {}
     for xml in tree.files[".xml"]:
         name = basename(xml)[: -len(".xml")]
-        picture_of[xml] = tree.find(name, beside=xml) or tree.find(
-            labels.picture_name(tree.root / xml) or name, beside=xml
-        )
+        picture = tree.find(name, beside=xml)
+        picture_of[xml] = picture or tree.find(labels.picture_name(tree.root / xml) or name, beside=xml)
     if not any(picture_of.values()):
         return None
     groups = defaultdict(list)

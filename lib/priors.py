@@ -160,7 +160,7 @@ def _coverage_table(
 
 
 def _best_overlaps(spans: Tensor, cells: int, sides: Tensor, clip: bool) -> tuple[Tensor, Tensor]:
-    """Along an axis: overlap (U, N) of each span (N, 2) with its best prior of each side (U,), and that one's length."""
+    """Along an axis: overlap (U, N) of each span (N, 2) with its best prior of each side (U,), and its length."""
     centres = (torch.arange(cells) + 0.5) / cells
     low, high = centres - sides[:, None] / 2, centres + sides[:, None] / 2  # (U, cells)
     if clip:

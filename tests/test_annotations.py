@@ -403,7 +403,7 @@ def test_a_fault_of_a_coco_image_is_raised_or_skipped(folder):
         ('"annotations": [', '"annotation": [', "no list 'annotations'"),
         ('"name": "cat"', '"name": "dog"', "same name"),
         ('"file_name": "a_01.jpg", ', "", "malformed image entry"),
-        ('"id": 11, "file_name"', '"id": 10, "file_name"', "its id is there twice"),
+        ('"id": 11, "file_name"', '"id": 10, "file_name"', "an .id. of its own"),
     ],
 )
 def test_a_malformed_coco_file_is_named(folder, old, new, message):
