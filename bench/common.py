@@ -214,9 +214,7 @@ def genotypes_by_cost(detector: ElasticSSD, space: SearchSpace, count: int) -> l
     """The smallest, the largest and `count` - 2 random genotypes, their multiply-adds evenly spread between the two."""
     rng = random.Random(0)
     ends = space.smallest(), space.largest()
-    drawn = [space.sample(rng) for _ in range(300)]
-    # Random genotypes are seldom near an end of the space; crossovers with the end are.
-    drawn += [space.crossover(genotype, end, rng) for genotype in drawn[:200] for end in ends]
+    drawn = [space.sample_spread(rng) for _ in range(500)]
     low, high = (detector.cost(genotype).flops for genotype in ends)
     chosen = [ends[0]]
     for target in np.linspace(low, high, count)[1:-1]:

@@ -2,7 +2,7 @@
 
     python bench/rank_correlation.py --supernet runs/wide/supernet --epochs 4
 
-`--count` sub-networks cover the whole range of multiply-adds, `--band` more have a quarter of the largest one's. Each is
+`--count` sub-networks cover the range of multiply-adds, `--band` more have a quarter of the largest one's. Each is
 scored with the supernet's weights on the search split, as the search does. Then final_train.py trains each by one short
 recipe, `--seeds` times, and evaluates it on the test set. `--also` scores the same sub-networks with the weights of
 further supernets: what another way to train the supernet is worth.

@@ -20,7 +20,6 @@ from lib.genotype import Genotype, SearchSpace
 
 CHILD_TRIES = 1_000  # children in a row that may be rejected before a proposal is sampled from the whole space
 SAMPLE_TRIES = 10_000  # samples in a row that may be rejected before the space counts as exhausted
-MAX_PULLS = 8  # after 8 crossovers with a corner of the space, about 1 choice in 256 still differs from it
 
 Record = TypeVar("Record", bound=Mapping)
 
@@ -174,20 +173,14 @@ class Controller(ABC):
         return True
 
     def _candidates(self, rng: random.Random) -> Iterator[Genotype]:
-        """The seeds, then children, then samples of the space that are pulled ever closer to its corners."""
+        """The seeds, then children, then samples of the space, which reach its ends as well."""
         while self._seeds:
             self.origin = "given"
             yield self._seeds.popleft()
         for _ in range(CHILD_TRIES):
             yield self._propose(rng)
-        # Where samples rarely meet a tight budget, crossovers with the smallest or largest sub-network do.
-        corners = self.space.smallest(), self.space.largest()
-        for attempt in range(SAMPLE_TRIES):
-            genotype = self.space.sample(rng)
-            corner = rng.choice(corners)
-            for _ in range(attempt * (MAX_PULLS + 1) // SAMPLE_TRIES):
-                genotype = self.space.crossover(genotype, corner, rng)
-            yield genotype
+        for _ in range(SAMPLE_TRIES):
+            yield self.space.sample_spread(rng)
 
     @abstractmethod
     def _propose(self, rng: random.Random) -> Genotype:
@@ -199,11 +192,11 @@ class Controller(ABC):
 
 
 class RandomSearch(Controller):
-    """Uniform sampling without repeats, the control that any other controller must beat."""
+    """Samples of all costs, without repeats: the control that any other controller must beat."""
 
     def _propose(self, rng: random.Random) -> Genotype:
         self.origin = "random"
-        return self.space.sample(rng)
+        return self.space.sample_spread(rng)
 
     def _learn(self, individual: Individual) -> None:
         """Results do not guide this search."""
@@ -221,7 +214,7 @@ class _Evolution(Controller):
         parent = self._select(rng) if len(self._known) >= settings.population_size else None
         self.origin = "random" if parent is None else "bred"
         if parent is None:
-            return self.space.sample(rng)
+            return self.space.sample_spread(rng)
         if rng.random() < settings.crossover_probability:
             return self.space.crossover(parent, self._select(rng), rng)
         return self.space.mutate(parent, rng, settings.mutation_probability)
