@@ -1,7 +1,6 @@
-"""Files that survive a crash: checkpoints and small text files, written atomically and read as data only.
+"""Files that survive a crash, written atomically by a job's main process and read as data only.
 
-Also what they identify and protect: random states, hashes, the code's revision and file locks.
-Of the processes of a job, only the main one writes.
+Also what identifies and protects them: random states, hashes, the code's revision and file locks.
 """
 
 from __future__ import annotations
@@ -104,9 +103,8 @@ def read_any(path: Path, mmap: bool = False) -> object:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     except Exception:
         # A damaged pickle can raise anything, and torch's own message advises to switch the safe loading off.
-        raise UserError(
-            f"{path}: not a readable checkpoint: cut short, damaged, or with objects other than tensors and plain data"
-        ) from None
+        reason = "cut short, damaged, or with objects other than tensors and plain data"
+        raise UserError(f"{path}: not a readable checkpoint: {reason}") from None
 
 
 def weights(payload: dict, source: Path | str) -> dict[str, torch.Tensor]:
@@ -160,10 +158,7 @@ def sha256(path: Path) -> str:
 
 
 def code_revision(root: Path = ROOT) -> str | None:
-    """The git commit of the code in `root`, with "-dirty" if a tracked file differs from it.
-
-    None if `root` is not the top of a git checkout, or git is not installed.
-    """
+    """The git commit of the code in `root`, with "-dirty" if a tracked file differs from it; None without git."""
     if not (root / ".git").exists():  # a folder, or in a worktree a file
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
@@ -174,7 +169,7 @@ def code_revision(root: Path = ROOT) -> str | None:
 
 
 def lock(file: IO, wait: bool) -> bool:
-    """Lock `file` against other processes until it is closed or this process ends; whether the file system has locks.
+    """Lock `file` until it is closed or this process ends; whether the file system has locks.
 
     Raises BlockingIOError if another process holds the lock and `wait` is false.
     """

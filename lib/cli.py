@@ -33,7 +33,6 @@ READ_PATHS = (  # keys of the configuration that name what is read, besides data
     *("data.train_annotations", "data.train_images", "data.test_annotations", "data.test_images"),
     *("backbone.pretrained_path", "search.latency_table", "final.supernet_state_dict"),
 )
-RESERVED = (".", "..", POINTER.name)
 RESUMABLE = ("last.pt", "evals.jsonl", "plan.json")  # what a training, a search and a comparison resume from
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -119,7 +118,11 @@ class CommandLine:
                 layer["name"] = name  # every data set has a folder of its own below runs/
         # The name becomes a folder below runs/, and a configuration may come from a stranger's file.
         name = self.given("name") or layer.get("name")
-        if not isinstance(name, str) or not re.fullmatch(r"[^/\\\x00-\x1f]{1,100}", name) or name in RESERVED:
+        if (
+            not isinstance(name, str)
+            or not re.fullmatch(r"[^/\\\x00-\x1f]{1,100}", name)
+            or name in (".", "..", POINTER.name)
+        ):
             where = "" if self.given("name") else f"{source}: "
             raise UserError(f"{where}name: expected a plain name, which becomes a folder, found {shown(name)}")
         # The folder comes before the rest: with --resume it may hold the configuration.

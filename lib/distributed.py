@@ -71,8 +71,7 @@ def join(device: torch.device) -> None:
         store = _store_of_this_start(shared)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
-    # Kept for `first_to_report`: it works while the process group no longer does.
-    _stores.append(store)
+    _stores.append(store)  # for `first_to_report`: it works while the process group no longer does
     if not world().main:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
 
@@ -81,8 +80,7 @@ def _store_of_this_start(store: dist.Store) -> dist.Store:
     """A part of torchrun's store for this start of the job alone, under a random name chosen by the main process."""
     # The store outlives restarts, so it still has the addresses of processes that are gone. Each process announces a
     # random name of its own. The main one answers to that name, again and again until the answer is confirmed.
-    me = uuid.uuid4().hex
-    rank = world().rank
+    me, rank = uuid.uuid4().hex, world().rank
     if rank > 0:
         store.set(f"here/{rank}", me)
         name = store.get(f"name/{me}").decode()  # blocks until the main process answers

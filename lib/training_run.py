@@ -111,18 +111,12 @@ class Training:
     loss: DetectionLoss
 
     def __init__(
-        self,
-        trainer: Trainer,
-        loader: DataLoader,
-        folder: Path,
-        due: set[int],
-        previous: dict | None,
-        tensorboard: bool,
+        self, trainer: Trainer, loader: DataLoader, folder: Path, due: set, previous: dict | None, tensorboard: bool
     ):
         self.trainer = trainer
         self.loader = loader
         self.folder = folder
-        self.due = due
+        self.due = due  # epochs to score
         self.last, self.last_good = folder / LAST, folder / LAST_GOOD
         self.sums: dict[str, float] = {}  # of the losses of this epoch's batches, or of the epoch that has just ended
         self.counted = 0  # those batches
