@@ -1,8 +1,7 @@
 """Jobs on workers that may fail: queues, attempts and time limits, and workers that are processes of this machine.
 
-A `WorkerPool` holds the rules and knows nothing about the jobs. `submit` jobs while there are `free_slots`, collect
-`results` until none is `pending`, then `close`. Its subclasses know what a worker is: a local process (`Dispatcher`) or
-a Ray actor (`lib.ray_dispatcher`). `TimeLimit` derives a job's time limit from the jobs before it.
+`submit` jobs while there are `free_slots`, collect `results` until none is `pending`, then `close`. A `WorkerPool`
+holds the rules; its subclasses know what a worker is: a local process or a Ray actor (`lib.ray_dispatcher`).
 """
 
 from __future__ import annotations
@@ -122,10 +121,9 @@ class WorkerPool(contextlib.AbstractContextManager):
         self._hand_out()
 
     def results(self, timeout: float | None = None) -> list[Result]:
-        """Wait at most `timeout` seconds until a job ends, and return all that have ended, in that order.
+        """Wait at most `timeout` seconds until a job ends; all that have ended, in that order, perhaps none.
 
-        Returns an empty list after the timeout, or at once if nothing is pending. Raises UserError if
-        workers cannot be set up.
+        Does not wait if nothing is pending. Raises UserError if workers cannot be set up.
         """
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         while self._messages and not self._done:

@@ -35,7 +35,7 @@ from lib.annotations import Annotations
 from lib.checkpoint import replacing, write_text
 from lib.config import PostprocessConfig
 from lib.config_io import to_dict
-from lib.datasets import eval_loader, reading
+from lib.datasets import eval_loader
 from lib.detector import Detector, ElasticSSD, ScoresAndBoxes, check_ids, fuse
 from lib.errors import UserError, naming
 from lib.genotype import Genotype
@@ -264,8 +264,8 @@ def refuse(report: dict, path: Path) -> None:
     """Raise UserError if a difference in a report of `compare` exceeds its tolerance or is NaN."""
     for name in DIFFERENCES:
         if not report[name] <= TOLERANCE:
-            what = name.replace("_", " ")
-            raise UserError(f"{path}: not written, since its {what} from the torch detector is {report[name]:.2g}")
+            found = f"its {name.replace('_', ' ')} from the torch detector is {report[name]:.2g}"
+            raise UserError(f"{path}: not written, since {found}")
     exported, trained = report["AP"], report["AP_torch"]
     both_undefined = math.isnan(exported) and math.isnan(trained)  # without any object in the test set
     if not both_undefined and not abs(exported - trained) <= AP_TOLERANCE:
@@ -291,7 +291,8 @@ def compare(path: Path, detector: Detector, test: Annotations, parity: bool = Tr
     """
     (onnx,) = require("onnx")
     config, network = detector.config, detector.model
-    session = open_session(with_every_output(onnx.load(path), config.postprocess).SerializeToString())
+    rules = config.postprocess
+    session = open_session(with_every_output(onnx.load(path), rules).SerializeToString())
     deployed = ScoresAndBoxes(network, config)
     elastic = elastic_view(detector)
     worst = dict.fromkeys(DIFFERENCES, 0.0)
@@ -311,9 +312,7 @@ def compare(path: Path, detector: Detector, test: Annotations, parity: bool = Tr
         for name, (a, b) in zip(DIFFERENCES, pairs, strict=True):
             # max() would lose a NaN that is not the first argument, so NaN counts as infinite.
             worst[name] = max(worst[name], float((a - b).abs().nan_to_num(nan=math.inf).max()))
-        trained += postprocess(
-            logits, offsets, network.priors, config.postprocess, config.loss.type, config.head.variances
-        )
+        trained += postprocess(logits, offsets, network.priors, rules, config.loss.type, config.head.variances)
     report = _average_precisions(exported, test)
     return {**worst, **report, "AP_torch": _average_precisions(trained, test)["AP"]} if parity else report
 
@@ -322,7 +321,7 @@ def test_images(detector: Detector, test: Annotations) -> Iterator[Tensor]:
     """Batches (B, 3, S, S) of all test images."""
     data, size = detector.config.data, detector.model.image_size
     batch_size = detector.config.final.batch_size
-    loader = eval_loader(test, range(len(test)), size, batch_size, workers=data.workers, **reading(data))
+    loader = eval_loader(test, range(len(test)), size, batch_size, data)
     return (batch.images for batch in progress(loader, "evaluate"))
 
 

@@ -173,8 +173,7 @@ def find_own_ids(paths: Sequence[Path], data: DataConfig) -> dict[Path, int | st
         except UserError as error:
             say(f"note: no image ids of the {split} annotations, but the files' names: {error}")
             continue
-        for i in range(len(annotations)):
-            path = Path(annotations.paths[i])
+        for i, path in enumerate(map(Path, annotations.paths)):
             if path.name in names and path.resolve() in real:
                 own_ids.setdefault(real[path.resolve()], annotations.image_id(i))
         if len(own_ids) == len(real):
@@ -232,9 +231,9 @@ def draw_pictures(detector: PictureDetector, jobs: Sequence[Job], out: Path, thr
         best = max([best, *detections.scores[:1].tolist()])
     if not read:
         raise UserError(f"none of the {len(jobs)} pictures could be read")
+    rate = f"{read / (time.perf_counter() - start):.1f} images/s"
     skipped = f", skipped {len(jobs) - read} that cannot be read" if read < len(jobs) else ""
-    rate = read / (time.perf_counter() - start)
-    print(f"wrote {read} pictures and detections.json to {out}{skipped} ({rate:.1f} images/s)")
+    print(f"wrote {read} pictures and detections.json to {out}{skipped} ({rate})")
     print(f"drew {boxes} boxes; the highest score is {best:.3f}")
     if not boxes:
         print(f"note: no detection reached --threshold {threshold:g}" + (f"; try {best * 0.8:.2g}" if best else ""))
@@ -252,11 +251,9 @@ def coco_results(image_id: int | str, found: dict[str, Tensor], category_ids: Se
     """The detections of one picture, as `to_pixels` gives them, in COCO's results format; not rounded."""
     boxes_xywh = found["boxes"].double()
     boxes_xywh[:, 2:] -= boxes_xywh[:, :2]
-    columns = (found["labels"].tolist(), boxes_xywh.tolist(), found["scores"].tolist())
-    return [
-        {"image_id": image_id, "category_id": category_ids[label - 1], "bbox": bbox, "score": score}
-        for label, bbox, score in zip(*columns, strict=True)
-    ]
+    rows = zip(found["labels"].tolist(), boxes_xywh.tolist(), found["scores"].tolist(), strict=True)
+    keys = ("image_id", "category_id", "bbox", "score")
+    return [dict(zip(keys, (image_id, category_ids[k - 1], bbox, score), strict=True)) for k, bbox, score in rows]
 
 
 def visible(detections: Detections, threshold: float) -> Tensor:

@@ -52,9 +52,8 @@ Milliseconds = Annotated[float, Bounds(0, 1e9)]
 class LatencyTable:
     """What `--measure-latency` writes: device and settings, milliseconds of each block, and prediction errors.
 
-    `network` identifies the parts that all sub-networks share. `ms` maps names of `features` to milliseconds, without
-    non-maximum suppression. `error_median` and `error_95` are relative absolute errors on `held_out` detectors;
-    `error_constant` is the median error of predicting the same time for all of them.
+    `network` identifies the parts that all sub-networks share. `ms` is by name of `features`, without NMS. Errors are
+    relative absolute ones on `held_out` detectors; `error_constant` is the median error of one time for all of them.
     """
 
     device: str
@@ -91,9 +90,8 @@ def load_table(path: Path, detector: ElasticSSD) -> LatencyTable:
     table = check(read_json(path, FORMAT, f"; {again}"), LatencyTable, str(path))
     if table.network != shared_parts(detector):
         raise UserError(f"{path}: measured on a detector with another stem, head or number of classes; {again}")
-    for name in all_features(detector):
-        if name not in table.ms:
-            raise UserError(f"{path}: measured on another search space, without '{name}'; {again}")
+    if missing := [name for name in all_features(detector) if name not in table.ms]:
+        raise UserError(f"{path}: measured on another search space, without '{missing[0]}'; {again}")
     return table
 
 
@@ -298,13 +296,12 @@ def time_parts(model: SSD, config: Config, device: torch.device) -> dict:
         lambda: deployed.decode(logits, offsets),
         nms_run(config, net.predictors.num_classes, device),
     ]
-    threads = config.search.latency_threads
-    whole, resize, network, decoding, nms = time_interleaved(runs, device, threads)
+    whole, resize, network, decoding, nms = time_interleaved(runs, device, config.search.latency_threads)
     times = {"resize": resize, "network": network, "decoding": decoding, "nms": nms, "total": whole + nms}
     return {
         "device": str(device),
         "device_name": device_name(device),
-        "threads": threads,
+        "threads": config.search.latency_threads,
         "batch": 1,
         "picture": list(PICTURE),
         "nms_boxes": config.postprocess.top_k,
@@ -322,9 +319,8 @@ def describe_parts(times: dict) -> str:
 def nms_run(config: Config, num_classes: int, device: torch.device) -> Run:
     """Non-maximum suppression of `top_k` random boxes."""
     boxes = config.postprocess.top_k
-    centres = torch.rand(boxes, 2, device=device)
-    sizes = 0.2 * torch.rand(boxes, 2, device=device)
-    corners = torch.cat([centres - sizes / 2, centres + sizes / 2], 1)  # (boxes, 4) xyxy
+    centres, sizes = torch.rand(2, boxes, 2, device=device)
+    corners = torch.cat([centres - 0.1 * sizes, centres + 0.1 * sizes], 1)  # (boxes, 4) xyxy
     scores = torch.rand(boxes, device=device)
     labels = torch.randint(0, num_classes, (boxes,), device=device)
     return lambda: batched_nms(corners, scores, labels, config.postprocess.nms_threshold)

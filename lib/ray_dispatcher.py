@@ -59,10 +59,8 @@ def connect(address: str | None, cpus: int | None = None) -> None:
     try:
         ray.init(address=address, **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"--ray-address {address}: no Ray cluster answers ({reason}); start one with: ray start --head"
-        ) from None
+        problem = f"no Ray cluster answers ({str(error).splitlines()[0]})"
+        raise UserError(f"--ray-address {address}: {problem}; start one with: ray start --head") from None
 
 
 def pick_ray_workers(gpus: str | None, machines: Sequence[dict], config: Config) -> tuple[list[str], int | None]:
@@ -76,13 +74,11 @@ def pick_ray_workers(gpus: str | None, machines: Sequence[dict], config: Config)
     if gpus is None:
         devices = ["cuda"] * gpu_count or ["cpu"] * (config.search.parallelism or sum(cpus))
     else:
-        devices = []
-        for name in map(str.strip, gpus.split(",")):
-            if name != "cpu" and not name.isdigit():
-                raise UserError(f"--gpus {gpus}: '{name}' is neither cpu nor the number of a GPU")
-            devices.append("cpu" if name == "cpu" else "cuda")
-    gpu_workers = devices.count("cuda")
-    cpu_workers = devices.count("cpu")
+        names = [name.strip() for name in gpus.split(",")]
+        if wrong := [name for name in names if name != "cpu" and not name.isdigit()]:
+            raise UserError(f"--gpus {gpus}: '{wrong[0]}' is neither cpu nor the number of a GPU")
+        devices = ["cpu" if name == "cpu" else "cuda" for name in names]
+    gpu_workers, cpu_workers = devices.count("cuda"), devices.count("cpu")
     if gpu_workers > gpu_count or cpu_workers > sum(cpus):
         found = f"{gpu_count} GPUs and {sum(cpus)} CPUs"
         raise UserError(f"{gpu_workers} GPU and {cpu_workers} CPU workers: more than the Ray cluster's {found}")
