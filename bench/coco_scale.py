@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from lib.annotations import Annotations, assemble, read_coco
+from lib.config import DataConfig
 from lib.datasets import DetectionDataset, make_loader, split_indices
 from lib.labels import Faults
 from lib.log import progress
@@ -127,7 +128,7 @@ def loader_worker_mb(annotations: Annotations, train: list[int]) -> dict[str, fl
     """Private memory of a loader's worker after its first batch, and after every row has been through it."""
     keys = [(1, row) for row in train]
     batches = [keys[i : i + 64] for i in range(0, len(keys), 64)]
-    loader = make_loader(BlackPictures(annotations, train, unchanged), batches, 1, "cpu")
+    loader = make_loader(BlackPictures(annotations, train, unchanged, DataConfig()), batches, 1, "cpu")
     found = {}
     for _ in progress(loader, "loader"):
         found.setdefault("before", private_mb(multiprocessing.active_children()[0].pid))

@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def our_loader(annotations: Annotations, size: int, augment: AugmentConfig) -> Load:
-    dataset = DetectionDataset(annotations, range(len(annotations)), TrainTransform(size, augment))
+    dataset = DetectionDataset(annotations, range(len(annotations)), TrainTransform(size, augment), DataConfig())
 
     def load(epoch: int, row: int) -> tuple[Tensor, Tensor]:
         image, boxes, *_ = dataset[epoch, row]

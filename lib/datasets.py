@@ -22,7 +22,7 @@ from lib.annotations import Annotations, assemble, ranked, read_coco, read_pairs
 from lib.checkpoint import write_text
 from lib.config import Config, DataConfig
 from lib.errors import UserError, did_you_mean
-from lib.images import MAX_PIXELS, UnreadableImage, is_large_jpeg, read_picture
+from lib.images import UnreadableImage, is_large_jpeg, read_picture
 from lib.labels import Faults
 from lib.layouts import find_layout
 from lib.plain import check, read_json
@@ -175,35 +175,24 @@ class DetectionDataset(Dataset):
     A key is (epoch, row), or (epoch, row, size) for another image size than the transform's. The sample depends on the
     seed and the key alone, whichever process computes it.
 
-    Under `on_error: skip`, a picture that cannot be read is logged once. In training, the next readable row takes its
-    place. In evaluation, it is black, so its objects count as missed. More than the share `max_skipped` is an error.
+    Under `data.on_error: skip`, a picture that cannot be read is logged once. In training, the next readable row takes
+    its place. In evaluation, it is black, so its objects count as missed.
 
-    With `cache`, decoded pictures stay in this process's memory. Without it, training decodes a large JPEG at 1/2, 1/4
-    or 1/8 of its size if the view that it shows has enough pixels left.
+    With `data.cache`, training keeps decoded pictures in this process's memory. Without it, a large JPEG is decoded at
+    1/2, 1/4 or 1/8 of its size if the view that the sample shows has enough pixels left.
     """
 
     def __init__(
-        self,
-        annotations: Annotations,
-        indices: Sequence[int],
-        transform: Transform,
-        *,
-        seed: int = 0,
-        on_error: str = "raise",
-        cache: bool = False,
-        max_pixels: int = MAX_PIXELS,
-        max_skipped: float = 1.0,
+        self, annotations: Annotations, indices: Sequence[int], transform: Transform, data: DataConfig, seed: int = 0
     ) -> None:
         self.annotations = annotations
         self.indices = torch.as_tensor(indices, dtype=torch.int64).share_memory_()
         self.transform = transform
         self.seed = seed
-        self.skip = on_error == "skip"
-        self.max_pixels = max_pixels
-        self.max_skipped = max_skipped
+        self.data = data
         self.training = isinstance(transform, TrainTransform)
-        self.reduces = self.training and not cache
-        self.cache_room = CACHE_BYTES if cache else 0
+        self.reduces = self.training and not data.cache
+        self.cache_room = CACHE_BYTES if self.training and data.cache else 0
         self.cached: dict[int, Tensor] = {}
         self.unreadable: set[int] = set()
         # Whether (N, 2) a note and a fault of each picture have been logged: by any process, in any dataset of these.
@@ -241,7 +230,7 @@ class DetectionDataset(Dataset):
             self.annotations.paths[row],
             tuple(self.annotations.sizes[row].tolist()),
             reduction=reduction,
-            max_pixels=self.max_pixels,
+            max_pixels=self.data.max_pixels,
             note=partial(self._log_once, row, 0),
         )
 
@@ -270,13 +259,13 @@ class DetectionDataset(Dataset):
                 try:
                     return self.read_image(shown), shown
                 except UnreadableImage as error:
-                    if not self.skip:
+                    if self.data.on_error != "skip":
                         raise
                     self.unreadable.add(shown)
                     self._log_once(row=shown, kind=1, message=f"{error}; skipped")
                     lost, count = int(self.logged[self.indices, 1].sum()), len(self.indices)
-                    if lost > self.max_skipped * count:
-                        limit = f"more than data.max_skipped={self.max_skipped:g}"
+                    if lost > self.data.max_skipped * count:
+                        limit = f"more than data.max_skipped={self.data.max_skipped:g}"
                         raise UnreadableImage(f"{error}; so far {lost} of {count} pictures, {limit}") from None
             if not self.training:
                 width, height = self.annotations.sizes[row].tolist()
@@ -345,14 +334,9 @@ def train_loader(
     """
     data, world = config.data, distributed.world()
     transform = TrainTransform(image_size, data.augment)
-    dataset = DetectionDataset(annotations, indices, transform, seed=config.seed, cache=data.cache, **reading(data))
+    dataset = DetectionDataset(annotations, indices, transform, data, config.seed)
     sampler = EpochSampler(indices, batch_size // world.size, config.seed, world)
     return make_loader(dataset, sampler, data.workers, device)
-
-
-def reading(data: DataConfig) -> dict:
-    """How the loaders treat picture files."""
-    return {"on_error": data.on_error, "max_skipped": data.max_skipped, "max_pixels": data.max_pixels}
 
 
 def eval_loader(
@@ -360,21 +344,18 @@ def eval_loader(
     indices: Sequence[int],
     image_size: int,
     batch_size: int,
-    *,
-    workers: int = 0,
+    data: DataConfig,
     device: Device = "cpu",
     shared: bool = False,
-    **reading: object,
 ) -> DataLoader:
     """Resized pictures in the order of `indices`, each once; the last batch may be smaller.
 
-    With `shared`, the processes of the job share the batches: every n-th one is for this process. `reading` is as
-    the function of that name gives it.
+    With `shared`, the processes of the job share the batches: every n-th one is for this process.
     """
-    dataset = DetectionDataset(annotations, indices, EvalTransform(image_size), **reading)
+    dataset = DetectionDataset(annotations, indices, EvalTransform(image_size), data)
     keys = [(0, int(row)) for row in indices]  # the epoch is always 0: nothing is random here
     batches = [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
-    return make_loader(dataset, distributed.deal(batches) if shared else batches, workers, device)
+    return make_loader(dataset, distributed.deal(batches) if shared else batches, data.workers, device)
 
 
 class _Loader(DataLoader):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from lib.annotations import Annotations
 from lib.cli import supernet_checkpoint
 from lib.config import Config
 from lib.config_io import to_dict, validate_network
-from lib.datasets import Batch, eval_loader, reading, train_loader
+from lib.datasets import Batch, eval_loader, train_loader
 from lib.detector import SSD, Cost, ElasticSSD, Supernet, detect, load_supernet, recalibrate
 from lib.errors import UserError
 from lib.genotype import Genotype
@@ -93,7 +94,7 @@ def some_images(annotations: Annotations, image_size: int, config: Config) -> It
     """Batches of unaugmented training images, to re-estimate BatchNorm or to calibrate quantisation."""
     chosen = calibration_rows(range(len(annotations)), config)
     size = max(config.search.batch_size, 2)  # BatchNorm takes no single image
-    loader = eval_loader(annotations, chosen, image_size, size, **reading(config.data))
+    loader = eval_loader(annotations, chosen, image_size, size, replace(config.data, workers=0))
     return whole_batches(batch.images for batch in loader)
 
 
@@ -110,8 +111,8 @@ def evaluate(model: SSD, annotations: Annotations, config: Config, device: torch
 
 def detect_all(model: SSD, annotations: Annotations, config: Config, device: torch.device) -> list[Detections]:
     """What a detector finds in all images. The processes of a job share them; the main one gets the detections."""
-    options = {**reading(config.data), "workers": config.data.workers, "device": device, "shared": True}
-    loader = eval_loader(annotations, range(len(annotations)), model.image_size, config.final.batch_size, **options)
+    everything, batch = range(len(annotations)), config.final.batch_size
+    loader = eval_loader(annotations, everything, model.image_size, batch, config.data, device, shared=True)
     found = [detect(model, [batch.images], config, device) for batch in progress(loader, "evaluate")]
     return [image for batch in distributed.collect(found) for image in batch]
 

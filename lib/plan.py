@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from lib import distributed
 from lib.annotations import Annotations
 from lib.config import Config, DataConfig, HeadConfig, TrainConfig
-from lib.datasets import Batch, collate, eval_loader, reading
+from lib.datasets import Batch, collate, eval_loader
 from lib.detector import SSD, ElasticSSD, detect
 from lib.final_training import detection_losses
 from lib.genotype import Genotype, SearchSpace
@@ -327,7 +327,8 @@ def final_seconds(model: SSD, config: Config, device: torch.device, loader: Data
 def detecting_seconds(model: SSD, test: Annotations, config: Config, device: torch.device, watch: Stopwatch) -> float:
     """Seconds of one evaluation on all of `test`, from at most `SCORED_SAMPLE` of its pictures."""
     sample = range(min(SCORED_SAMPLE, len(test)))
-    loader = eval_loader(test, sample, model.image_size, config.final.batch_size, **reading(config.data))
+    data = replace(config.data, workers=0)
+    loader = eval_loader(test, sample, model.image_size, config.final.batch_size, data)
     work = lambda: detect(model, (batch.images for batch in loader), config, device)  # noqa: E731
     seconds = watch.typical(work, watch.left())
     return seconds * len(test) / len(sample)

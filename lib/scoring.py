@@ -25,7 +25,7 @@ from lib.annotations import Annotations
 from lib.config import Config
 from lib.config_io import from_dict as config_from_dict
 from lib.config_io import to_dict
-from lib.datasets import eval_loader, reading
+from lib.datasets import eval_loader
 from lib.detector import ElasticSSD, detect, fuse, load_supernet, recalibrate
 from lib.errors import UserError
 from lib.genotype import Genotype
@@ -164,7 +164,7 @@ def prepare_scoring_data(annotations: Annotations, train: Sequence[int], search:
 
 def _pictures(annotations: Annotations, indices: Sequence[int], size: int, config: Config) -> Tensor:
     pictures = torch.empty(len(indices), 3, size, size, dtype=torch.uint8)
-    loader = eval_loader(annotations, indices, size, 32, workers=config.data.workers, **reading(config.data))
+    loader = eval_loader(annotations, indices, size, 32, config.data)
     done = 0
     for batch in progress(loader, f"decode at {size} px"):
         pictures[done : done + len(batch.images)] = batch.images

@@ -36,6 +36,9 @@ from lib.transforms import EvalTransform, TrainTransform
 
 OBJECTS = {f"{i:03d}": [("cat", 5, 5, 30, 25), ("dog", 20, 4, 40, 28, 1)][: i % 3] for i in range(10)}
 
+HERE = DataConfig(workers=0)
+SKIP = DataConfig(workers=0, on_error="skip", max_skipped=1.0)
+
 
 @pytest.fixture
 def annotations(tmp_path):
@@ -212,24 +215,24 @@ def same(one, other):
 
 
 def test_a_sample_is_a_function_of_seed_epoch_and_row(annotations):
-    dataset = DetectionDataset(annotations, range(10), TrainTransform(32), seed=3)
+    dataset = DetectionDataset(annotations, range(10), TrainTransform(32), HERE, seed=3)
     first = dataset[1, 4]
     torch.manual_seed(99)
     state = torch.get_rng_state()
     assert same(dataset[1, 4], first)
     assert torch.equal(torch.get_rng_state(), state)
-    other_seed = DetectionDataset(annotations, range(10), TrainTransform(32), seed=4)
+    other_seed = DetectionDataset(annotations, range(10), TrainTransform(32), HERE, seed=4)
     assert not same(dataset[2, 4], first) and not same(other_seed[1, 4], first)
 
 
 def test_ignored_objects_are_not_trained_on(annotations):
-    dataset = DetectionDataset(annotations, range(10), EvalTransform(32))
+    dataset = DetectionDataset(annotations, range(10), EvalTransform(32), HERE)
     assert [len(dataset[0, row][2]) for row in range(3)] == [0, 1, 1]
     assert annotations.objects.of(2)["labels"].tolist() == [1, 2] and dataset[0, 2][2].tolist() == [1]
 
 
 def test_a_batch_is_padded_with_background(annotations):
-    dataset = DetectionDataset(annotations, range(10), EvalTransform(32))
+    dataset = DetectionDataset(annotations, range(10), EvalTransform(32), HERE)
     batch = collate([dataset[0, 0], dataset[0, 1]])
     assert batch.images.shape == (2, 3, 32, 32) and batch.images.dtype == torch.uint8 and len(batch) == 2
     assert batch.labels.tolist() == [[0], [1]]
@@ -249,12 +252,12 @@ def spoil(annotations, row):
 def test_a_broken_jpeg_is_one_line_that_names_it(annotations, workers):
     spoil(annotations, 3)
     with pytest.raises(UserError) as error:
-        list(eval_loader(annotations, range(10), 32, 4, workers=workers))
+        list(eval_loader(annotations, range(10), 32, 4, DataConfig(workers=workers)))
     assert "003.jpg: cannot be read" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_picture_of_another_size_or_none_is_named(annotations):
-    dataset = DetectionDataset(annotations, range(10), EvalTransform(32))
+    dataset = DetectionDataset(annotations, range(10), EvalTransform(32), HERE)
     annotations.sizes[1] = torch.tensor([32, 48])
     with pytest.raises(UnreadableImage, match=r"001\.jpg: is 48 x 32 pixels, its annotation says 32 x 48"):
         dataset[0, 1]
@@ -266,20 +269,20 @@ def test_a_picture_of_another_size_or_none_is_named(annotations):
 def test_a_neighbour_stands_in_for_a_broken_picture_in_training(annotations, caplog):
     spoil(annotations, 3)
     spoil(annotations, 5)
-    dataset = DetectionDataset(annotations, [1, 3, 5, 8], TrainTransform(32), on_error="skip")
+    dataset = DetectionDataset(annotations, [1, 3, 5, 8], TrainTransform(32), SKIP)
     with caplog.at_level(logging.WARNING):
         rows = [dataset[epoch, row][3] for epoch in (1, 2) for row in (1, 3, 5, 8)]
     assert rows == [1, 8, 8, 8] * 2
     assert ["003.jpg" in m or "005.jpg" in m for m in caplog.messages] == [True, True]
     spoil(annotations, 8)
-    last = DetectionDataset(annotations, [3, 5, 8], TrainTransform(32), on_error="skip")
+    last = DetectionDataset(annotations, [3, 5, 8], TrainTransform(32), SKIP)
     with pytest.raises(UserError, match="no picture of the training set"):
         last[1, 5]
 
 
 def test_a_broken_picture_is_black_in_evaluation(annotations, caplog):
     spoil(annotations, 3)
-    batch = next(iter(eval_loader(annotations, [2, 3, 4], 32, 8, on_error="skip")))
+    batch = next(iter(eval_loader(annotations, [2, 3, 4], 32, 8, SKIP)))
     assert batch.index.tolist() == [2, 3, 4]
     assert batch.images[1].max() == 0 and batch.images[0].max() > 0
     assert len(caplog.messages) == 1
@@ -287,8 +290,8 @@ def test_a_broken_picture_is_black_in_evaluation(annotations, caplog):
 
 def test_cached_pictures_are_decoded_once_and_within_the_budget(annotations, monkeypatch):
     monkeypatch.setattr(datasets, "CACHE_BYTES", 2 * 3 * 32 * 48)
-    dataset = DetectionDataset(annotations, range(10), TrainTransform(32), cache=True)
-    plain = DetectionDataset(annotations, range(10), TrainTransform(32))
+    dataset = DetectionDataset(annotations, range(10), TrainTransform(32), DataConfig(cache=True))
+    plain = DetectionDataset(annotations, range(10), TrainTransform(32), HERE)
     expected = [plain[1, row] for row in range(3)]
     assert all(same(dataset[1, row], expected[row]) for row in (0, 1, 2, 1, 0))
     for row in range(3):
@@ -342,7 +345,7 @@ def test_a_batch_has_pictures_of_one_size(annotations):
     loader.batch_sampler.image_size = lambda number: 32 if number == 1 else 64
     batches = list(loader)
     assert [batch.images.shape[-2:] for batch in batches] == [(64, 64), (32, 32), (64, 64), (64, 64)]
-    alone = DetectionDataset(annotations, range(8), TrainTransform(32, AugmentConfig()))
+    alone = DetectionDataset(annotations, range(8), TrainTransform(32, AugmentConfig()), HERE)
     image, *_ = alone[1, int(batches[1].index[0])]
     assert torch.equal(image, batches[1].images[0])
 
@@ -389,9 +392,9 @@ def test_each_process_has_its_share_of_every_batch(annotations, monkeypatch):
 
 
 def test_evaluation_goes_through_every_picture_in_order(annotations):
-    batches = list(eval_loader(annotations, [7, 0, 9, 2, 4], 24, 2))
+    batches = list(eval_loader(annotations, [7, 0, 9, 2, 4], 24, 2, HERE))
     assert [batch.index.tolist() for batch in batches] == [[7, 0], [9, 2], [4]]
-    assert list(eval_loader(annotations, [], 24, 2)) == []
+    assert list(eval_loader(annotations, [], 24, 2, HERE)) == []
 
 
 class Worker(Dataset):
@@ -413,7 +416,7 @@ def test_the_configured_augmentation_is_the_one_that_is_used(annotations):
     off = AugmentConfig(zoom_out=0, iou_crop=0, distort=0, flip=0)
     plain = {
         int(i): image
-        for b in eval_loader(annotations, range(10), 24, 5)
+        for b in eval_loader(annotations, range(10), 24, 5, HERE)
         for i, image in zip(b.index, b.images, strict=True)
     }
     for augment, unchanged in ((off, True), (AugmentConfig(), False)):

@@ -15,7 +15,7 @@ from PIL import Image
 from tiny_data import read_voc, write_voc
 
 from lib import images as images_file
-from lib.config import AugmentConfig
+from lib.config import AugmentConfig, DataConfig
 from lib.datasets import DetectionDataset
 from lib.errors import UserError
 from lib.images import (
@@ -326,7 +326,7 @@ def test_more_unreadable_pictures_than_allowed_are_an_error(tmp_path):
     write_voc(tmp_path, {stem: [("cat", 1, 1, 30, 20)] for stem in "abcd"})
     annotations = read_voc(tmp_path, ["trainval"])
     for transform in (TrainTransform(32), EvalTransform(32)):
-        dataset = DetectionDataset(annotations, range(4), transform, on_error="skip", max_skipped=0.25)
+        dataset = DetectionDataset(annotations, range(4), transform, DataConfig(on_error="skip", max_skipped=0.25))
         Path(annotations.paths[1]).write_bytes(b"")
         assert dataset[0, 1][3] == (2 if dataset.training else 1)
         content = Path(annotations.paths[2]).read_bytes()
@@ -339,8 +339,8 @@ def test_more_unreadable_pictures_than_allowed_are_an_error(tmp_path):
 
 def test_a_large_jpeg_is_decoded_as_small_as_training_shows_it(photos, monkeypatch):
     transform = TrainTransform(32, AugmentConfig(distort=0))
-    whole = DetectionDataset(photos, [0], transform, cache=True)
-    reduced = DetectionDataset(photos, [0], transform)
+    whole = DetectionDataset(photos, [0], transform, DataConfig(cache=True))
+    reduced = DetectionDataset(photos, [0], transform, DataConfig())
     sizes, off, read = [], [], reduced._read
     monkeypatch.setattr(reduced, "_read", lambda row, by=0: sizes.append(by) or read(row, by or 1))
     monkeypatch.setattr(images_file, "LARGE_PICTURE", 400 * 300)
@@ -379,7 +379,7 @@ def test_a_note_about_a_picture_is_logged_once_by_all_loader_processes_and_epoch
     write_turned(path, 6, Image.open(path).rotate(90, expand=True))  # its annotation has the size that is stored
     for transform in (TrainTransform(32), EvalTransform(32)):
         for _ in range(2):
-            dataset = DetectionDataset(photos, [0], transform)
+            dataset = DetectionDataset(photos, [0], transform, DataConfig())
             (image, boxes, *_), _ = dataset[0, 0], dataset[1, 0]
             assert image.shape == (3, 32, 32)
     assert boxes[0].tolist() == pytest.approx([11 / 400, 21 / 300, 200 / 400, 150 / 300])
@@ -390,7 +390,7 @@ def test_a_note_about_a_picture_is_logged_once_by_all_loader_processes_and_epoch
 def test_a_broken_large_jpeg_is_named_as_any_other(photos, monkeypatch):
     monkeypatch.setattr(images_file, "LARGE_PICTURE", 0)
     Path(photos.paths[0]).write_bytes(Path(photos.paths[0]).read_bytes()[:100])
-    dataset = DetectionDataset(photos, [0], TrainTransform(32))
+    dataset = DetectionDataset(photos, [0], TrainTransform(32), DataConfig())
     for epoch in range(10):
         with pytest.raises(UnreadableImage, match=r"p\.jpg: cannot be read"):
             dataset[epoch, 0]
