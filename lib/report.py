@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import shlex
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from lib import checkpoint
+from lib import checkpoint, cli
 from lib.config_io import to_dict
 from lib.controllers import pareto_front
 from lib.genotype import Genotype
@@ -210,14 +209,13 @@ def _history(search: Search, folder: Path) -> Iterator[_Html]:
     name = search.config.search.controller
     # A control of the search's own first proposals says nothing about later ones.
     if not control or (name != "random" and all(r["search"] == search.identity.search for r in known)):
-        command = ["python", "async_search.py", "--load", str(search.identity.supernet), "--train-dir", str(folder)]
-        commands = [shlex.join([*command, "--resume", "--controller", each]) for each in ("random", name)]
+        run = cli.command("async_search.py", load=search.identity.supernet, train_dir=folder)
         yield _element(
             "p",
             f"The ledger holds {len(known)} random evaluations, all of this search: what random search would have "
             "found later is not known. These two commands add a random search and draw this page again:",
         )
-        yield _element("pre", "\n".join(commands))
+        yield _element("pre", f"{run} --resume --controller random\n{run} --resume --controller {name}")
 
 
 def _members(search: Search, folder: Path, costs: Sequence[str]) -> Iterator[_Html]:
@@ -237,13 +235,12 @@ def _members(search: Search, folder: Path, costs: Sequence[str]) -> Iterator[_Ht
         facts += [cost_text(metrics, cost) for cost in costs]
         if noise:
             facts.append(f"{search.config.search.objective} from {noise.interval.low:.4f} to {noise.interval.high:.4f}")
-        command = ["python", "final_train.py", "--genotype", str(folder / "pareto.json"), "--index", str(k)]
         yield _element(
             "article",
             _element("h3", f"{k} (best)" if record["key"] == search.best()["key"] else k),
             _element("p", ", ".join(facts)),
             _element("code", Genotype.from_dict(record["genotype"])),
-            _element("pre", shlex.join(command)),
+            _element("pre", cli.command("final_train.py", genotype=folder / "pareto.json", index=k)),
         )
 
 
