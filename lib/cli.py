@@ -118,11 +118,8 @@ class CommandLine:
                 layer["name"] = name  # every data set has a folder of its own below runs/
         # The name becomes a folder below runs/, and a configuration may come from a stranger's file.
         name = self.given("name") or layer.get("name")
-        if (
-            not isinstance(name, str)
-            or not re.fullmatch(r"[^/\\\x00-\x1f]{1,100}", name)
-            or name in (".", "..", POINTER.name)
-        ):
+        plain = isinstance(name, str) and re.fullmatch(r"[^/\\\x00-\x1f]{1,100}", name)
+        if not plain or name in (".", "..", POINTER.name):
             where = "" if self.given("name") else f"{source}: "
             raise UserError(f"{where}name: expected a plain name, which becomes a folder, found {shown(name)}")
         # The folder comes before the rest: with --resume it may hold the configuration.
