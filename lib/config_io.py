@@ -1,7 +1,6 @@
-"""Configurations from plain data and back: read, override, check, dump.
+"""Configurations from plain data (a YAML file, a checkpoint, a genotype file) and back: read, override, check, dump.
 
-A configuration arrives as plain data (a YAML file, a checkpoint, a genotype file) and leaves as a `Config` whose types
-and bounds were checked. Every error names the key by its dotted path, what was expected and what was found.
+Every error names the key by its dotted path, what was expected and what was found.
 """
 
 from __future__ import annotations
@@ -111,12 +110,9 @@ def read_yaml(path: Path) -> dict:
         raise UserError(f"{path}: no such configuration file{did_you_mean(path, found)}")
     # As bytes: YAML says itself how to tell UTF-8 from UTF-16.
     data = _parse_yaml(read_bytes(path, MOST_YAML), str(path))
-    # A file without any key, or with comments only, is a valid one.
-    data = {} if data is None else data
-    if not isinstance(data, dict):
+    if not isinstance(data, dict | None):  # None: without any key, or with comments only
         raise UserError(f"{path}: expected keys and values, found {type(data).__name__}")
-    data["name"] = data.get("name") or path.stem
-    return data
+    return {**(data or {}), "name": (data or {}).get("name") or path.stem}
 
 
 def parse_override(override: str) -> tuple[str, object]:
@@ -195,10 +191,8 @@ def _section(value: Any, default: Any, path: str) -> Any:
                 where, f"unknown key (did you mean '{elsewhere[0]}'?)" if elsewhere else f"unknown key{nearest}"
             )
         name = names[key]
-        if is_dataclass(hints[name]):
-            values[name] = _section(item, getattr(default, name), where)
-        else:
-            values[name] = check(item, hints[name], where)
+        nested = is_dataclass(hints[name])
+        values[name] = _section(item, getattr(default, name), where) if nested else check(item, hints[name], where)
     return replace(default, **values)
 
 
@@ -231,8 +225,8 @@ def validate(config: Config) -> None:
         falls = not rate.type.startswith("cosine") or rate.eta_min <= highest
         _require(falls, f"{key}.eta_min", f"at most the learning rate, {highest:g}", rate.eta_min)
     portion, classes = data.data_portion, data.classes
-    two = "two shares above 0 that sum to at most 1, for training and for scoring"
     shares = len(portion) == 2 and min(portion) > 0 and sum(portion) <= 1 + 1e-9
+    two = "two shares above 0 that sum to at most 1, for training and for scoring"
     _require(shares, "data.data_portion", two, portion)
     _require(len(set(classes)) == len(classes) and "" not in classes, "data.classes", "names, each once", classes)
     low, high = loss.unmatched_threshold, loss.matched_threshold

@@ -203,6 +203,7 @@ def test_boundaries_ascend_from_1(boundary):
         (f"{SCHEDULE}.kernel_choice.value=[[9],[3]]", f"{SCHEDULE}.kernel_choice.value"),
         (f"{SCHEDULE}.kernel_choice.value=[[4],[3]]", f"{SCHEDULE}.kernel_choice.value"),
         (f"{SCHEDULE}.kernel_choice.value=[[7.0],[3]]", f"{SCHEDULE}.kernel_choice.value"),
+        (f"{SCHEDULE}.image_size_choice={{boundary: [1], value: [[301]]}}", f"{SCHEDULE}.image_size_choice.value"),
         ("backbone.kernels=[3,5,5,5,5,5]", f"{SCHEDULE}.kernel_choice.value"),
         ("backbone.kernels=[3,7]", "backbone.kernels"),
         ("backbone.kernels=[3,7,7,7,7,8]", "backbone.kernels"),
