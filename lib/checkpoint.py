@@ -184,9 +184,9 @@ def lock(file: IO, wait: bool) -> bool:
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Make this process the only writer of `folder` until the block or the process ends. The main process has the lock.
+    """Make this job the only writer of `folder` until the block or the process ends, or raise UserError.
 
-    Raises UserError if another process writes there. A folder that did not exist and stays empty is removed again.
+    A folder that did not exist and stays empty is removed again.
     """
     if not distributed.world().main:
         yield

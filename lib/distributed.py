@@ -131,8 +131,7 @@ def _all_reduce(tensor: Tensor, operation: dist.ReduceOp = dist.ReduceOp.SUM) ->
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace every gradient by its mean over the processes. The same ones are None in every process."""
-    size = world().size
-    if size > 1:
+    if (size := world().size) > 1:
         _in_buckets([p.grad for p in parameters if p.grad is not None], lambda flat: _all_reduce(flat).div_(size))
 
 
@@ -182,8 +181,7 @@ def deal(items: Sequence[T]) -> Sequence[T]:
 
 def collect(results: Sequence[T]) -> list[T]:
     """The results of dealt items, in the items' order, in the main process; the others get an empty list."""
-    size = world().size
-    if size == 1:
+    if (size := world().size) == 1:
         return list(results)
     parts: list | None = [None] * size if world().main else None
     with _peers():
