@@ -189,7 +189,9 @@ class DetectionDataset(Dataset):
         self.indices = torch.as_tensor(indices, dtype=torch.int64).share_memory_()
         self.transform = transform
         self.seed = seed
-        self.data = data
+        self.skip = data.on_error == "skip"
+        self.max_skipped = data.max_skipped
+        self.max_pixels = data.max_pixels
         self.training = isinstance(transform, TrainTransform)
         self.reduces = self.training and not data.cache
         self.cache_room = CACHE_BYTES if self.training and data.cache else 0
@@ -230,7 +232,7 @@ class DetectionDataset(Dataset):
             self.annotations.paths[row],
             tuple(self.annotations.sizes[row].tolist()),
             reduction=reduction,
-            max_pixels=self.data.max_pixels,
+            max_pixels=self.max_pixels,
             note=partial(self._log_once, row, 0),
         )
 
@@ -259,13 +261,13 @@ class DetectionDataset(Dataset):
                 try:
                     return self.read_image(shown), shown
                 except UnreadableImage as error:
-                    if self.data.on_error != "skip":
+                    if not self.skip:
                         raise
                     self.unreadable.add(shown)
                     self._log_once(row=shown, kind=1, message=f"{error}; skipped")
                     lost, count = int(self.logged[self.indices, 1].sum()), len(self.indices)
-                    if lost > self.data.max_skipped * count:
-                        limit = f"more than data.max_skipped={self.data.max_skipped:g}"
+                    if lost > self.max_skipped * count:
+                        limit = f"more than data.max_skipped={self.max_skipped:g}"
                         raise UnreadableImage(f"{error}; so far {lost} of {count} pictures, {limit}") from None
             if not self.training:
                 width, height = self.annotations.sizes[row].tolist()
