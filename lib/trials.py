@@ -188,12 +188,10 @@ def contestants(
 def write_comparison(trials: Trials) -> str:
     """Time the networks of finished trials; write compare.json and compare.md; the table as text."""
     recipe = trials.recipe
-    threads = recipe.config.search.latency_threads
-    networks = [*trials.networks.values()]
-    models = fused_detectors(recipe.supernet.detector, networks, recipe.config, recipe.device)
+    models = fused_detectors(recipe.supernet.detector, [*trials.networks.values()], recipe.config, recipe.device)
     *times, _nms = time_detectors(models, recipe.config, recipe.device)
     rows = [{**row, "latency_ms": ms} for row, ms in zip(trials.results, times, strict=True)]
-    epochs = recipe.config.final.epochs
+    epochs, threads = recipe.config.final.epochs, recipe.config.search.latency_threads
     name = device_name(recipe.device)
     content = {
         **trials.plan,
