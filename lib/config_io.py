@@ -185,11 +185,9 @@ def _section(value: Any, default: Any, path: str) -> Any:
             continue
         if key not in names:
             # The same key in another section is a better hint than a similar one in this section.
-            elsewhere = [known for known in KEYS if known.rpartition(".")[2] == key]
-            nearest = did_you_mean(where, [prefix + name for name in names])
-            raise WrongKey(
-                where, f"unknown key (did you mean '{elsewhere[0]}'?)" if elsewhere else f"unknown key{nearest}"
-            )
+            elsewhere = [f" (did you mean '{known}'?)" for known in KEYS if known.rpartition(".")[2] == key]
+            hint = elsewhere[0] if elsewhere else did_you_mean(where, [prefix + name for name in names])
+            raise WrongKey(where, f"unknown key{hint}")
         name = names[key]
         nested = is_dataclass(hints[name])
         values[name] = _section(item, getattr(default, name), where) if nested else check(item, hints[name], where)
