@@ -103,10 +103,9 @@ def describe_data(splits: Mapping[str, Split], priors_cxcywh: Tensor, matched_th
     for name, split in splits.items():
         data, rows = split
         counts = data.objects.offsets.diff()[rows]
-        paths = [data.paths[row] for row in rows]
-        without = [path for path, count in zip(paths, counts.tolist(), strict=True) if not count]
-        shown = set(paths)
-        dropped = [line for line in data.dropped if line.partition(": box ")[0] in shown]
+        paths = {data.paths[row]: count for row, count in zip(rows, counts.tolist(), strict=True)}
+        without = [path for path, count in paths.items() if not count]
+        dropped = [line for line in data.dropped if line.partition(": box ")[0] in paths]
         _, labels = objects_of(split)
         ignored = int(counts.sum()) - len(labels)
         cells = [f"{cell:>18}" for cell in (name, len(rows), len(without), len(dropped), ignored)]
@@ -142,8 +141,8 @@ def objects_of(split: Split) -> tuple[Tensor, Tensor]:
 def coverage_of(split: Split, priors_cxcywh: Tensor, threshold: float) -> list[float]:
     """The share of each class's objects that a prior covers; NaN without objects. Measured on COVERAGE_SAMPLE."""
     boxes, labels = objects_of(split)
-    sample = slice(None, None, max(1, -(-len(labels) // COVERAGE_SAMPLE)))  # evenly spread
-    return coverage(boxes[sample], labels[sample], priors_cxcywh, len(split.annotations.classes), threshold).tolist()
+    step = max(1, -(-len(labels) // COVERAGE_SAMPLE))
+    return coverage(boxes[::step], labels[::step], priors_cxcywh, len(split.annotations.classes), threshold).tolist()
 
 
 def propose_priors(
@@ -185,7 +184,6 @@ def check_pictures(splits: Mapping[str, Split], data: DataConfig) -> list[str]:
     Raises UserError with all faults, unless `data.on_error` is "skip".
     """
     pictures = {a.paths[row]: tuple(a.sizes[row].tolist()) for a, rows in splits.values() for row in rows}
-
     faults = Faults(data.on_error, data.max_skipped)
 
     def check(path: str) -> UnreadableImage | None:
@@ -217,9 +215,8 @@ def same_pictures(paths: Sequence[str], others: Sequence[str]) -> list[tuple[str
     # Only files of a size that both sides have are read.
     size = {path: Path(path).stat().st_size if exists(path) else 0 for path in (*paths, *others)}
     common = {size[path] for path in paths if path not in first} & {size[path] for path in others} - {0}
-    digest = {
-        path: hashlib.sha256(Path(path).read_bytes()).digest() for path, number in size.items() if number in common
-    }
+    alike = [path for path, number in size.items() if number in common]
+    digest = {path: hashlib.sha256(Path(path).read_bytes()).digest() for path in alike}
     for path in others:
         first.setdefault(digest.get(path, b""), path)
     found = ((path, first.get(path) or first.get(digest.get(path, 0))) for path in paths)

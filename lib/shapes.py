@@ -115,10 +115,10 @@ def place(
     The box is None if ten tries found no place that leaves the shapes in `taken` mostly visible.
     """
     height, width = size
+    radius = side / 2
     for _ in range(10):
         angle = rng.uniform(-TILT, TILT)
         stretch = np.exp(rng.uniform(-0.2, 0.2))
-        radius = side / 2
         centre_x, centre_y = rng.uniform(radius, width - radius), rng.uniform(radius, height - radius)
         # From pixels to the shape's own frame, where its radius is 1.
         y, x = np.ogrid[:height, :width]
