@@ -261,9 +261,9 @@ def test_mutation_and_crossover_are_both_there(monkeypatch, probability, used):
 
 
 def test_evolution_beats_random_search():
-    """Under a budget, so that the best is inside the space and not the largest."""
+    """Under a budget, so that the best is not the largest, which random samples find."""
     space, steps, seeds = make_space(6), 200, range(4)
-    most = flops(space.largest()) / 2
+    most = 0.3 * flops(space.largest())
 
     def best(name: str, seed: int) -> float:
         controller = make(name, space, lambda g: flops(g) <= most, seed=seed, population_size=30)
