@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -42,7 +42,7 @@ from lib.final_training import detection_losses
 from lib.genotype import Genotype, SearchSpace
 from lib.log import progress
 from lib.runtime import device_name, pick_device
-from lib.training import Trainer, detection_loss
+from lib.training import Losses, Trainer, detection_loss
 from supernet_train import supernet_losses
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -253,14 +253,19 @@ class SupernetSteps:
 
     def __call__(self, batch: Batch, genotype: Genotype) -> dict[str, float]:
         losses = supernet_losses(self.detector, self.loss, batch, [genotype], self.distillation, self.weight)
-        return self.trainer.update(losses)
+        return _losses(self.trainer, losses)
 
 
 def plain_step(model: SSD, config: Config, training: TrainConfig, device: torch.device) -> Step:
     """A step of final_train.py on a plain detector, with the optimizer of `training`."""
     trainer = Trainer(model.train(), training, device, batches_per_epoch=2**31)
     loss = detection_loss(config)
-    return lambda batch: trainer.update(detection_losses(trainer.model, loss, batch))
+    return lambda batch: _losses(trainer, detection_losses(trainer.model, loss, batch))
+
+
+def _losses(trainer: Trainer, losses: Iterator[Losses]) -> dict[str, float]:
+    """The losses of one step, read at once."""
+    return (trainer.update(losses) or trainer.read_losses())[0]
 
 
 def scoring_data(images: int, bn_images: int, objects: int, num_classes: int, size: int = 300) -> dict:

@@ -8,6 +8,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from lib.losses import DetectionLoss, at_least_one
 
 Losses = dict[str, Tensor]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+READ_EVERY = 10  # batches whose losses are read from a GPU in one go
 MOST_OVERFLOWS = 25  # forward passes in a row that overflow in fp16; GradScaler halves the scale each time
 
 
@@ -72,18 +74,26 @@ def _decay(config: TrainConfig, restarts: Sequence[int], epoch: float, floor: fl
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min((epoch - starts[i]) / period, 1)))
 
 
-def build_ema(model: nn.Module, decay: float) -> AveragedModel:
+class MovingAverage(AveragedModel):
     """Moving average of weights and buffers. Early on the decay is (1 + n) / (10 + n), to forget the start."""
 
-    @torch.no_grad()
-    def update(averages: Sequence[Tensor], values: Sequence[Tensor], n: Tensor | int) -> None:
-        keep = min(decay, (1 + int(n)) / (10 + int(n)))
-        if torch.is_floating_point(averages[0]):
-            torch._foreach_lerp_(list(averages), list(values), 1 - keep)
-        else:
-            torch._foreach_copy_(list(averages), list(values))
+    def __init__(self, model: nn.Module, decay: float):
+        super().__init__(model, use_buffers=True)
+        self.decay = decay
 
-    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        # torch's own waits for a GPU to read n, which is a tensor of the CPU here.
+        n = int(self.n_averaged)
+        keep = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
+        new = [*model.parameters(), *model.buffers()]
+        pairs = list(zip([*self.module.parameters(), *self.module.buffers()], new, strict=True))
+        floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        counts = [pair for pair in pairs if not pair[0].is_floating_point()]
+        torch._foreach_lerp_([average for average, _ in floats], [value for _, value in floats], 1 - keep)
+        if counts:
+            torch._foreach_copy_([average for average, _ in counts], [value for _, value in counts])
+        self.n_averaged += 1
 
 
 def detection_loss(config: Config) -> DetectionLoss:
@@ -124,11 +134,14 @@ class Trainer:
         self.steps_per_epoch = math.ceil(batches_per_epoch / config.accumulate)
         self.scheduler = build_scheduler(self.optimizer, config, self.steps_per_epoch, restarts)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
-        self.ema = build_ema(model, config.ema_decay) if config.ema_decay else None
+        self.ema = MovingAverage(model, config.ema_decay) if config.ema_decay else None
         self.averaged = self.ema.module if self.ema else self.model  # the weights to evaluate and ship
         self.epoch, self.batch, self.step = 1, 0, 0
         self.unfinished = False  # whether an optimizer step has begun
         self.stepping = False  # whether it is changing weights
+        self.unread: list[tuple[str, list[Losses]]] = []  # place and losses of batches that `read_losses` will return
+        # Reading the losses makes the host wait for a GPU; fp16 has to know whether they overflowed.
+        self._read_every = 1 if device.type == "cpu" or self.scaler.is_enabled() else READ_EVERY
         self._overflows = 0  # batches in a row whose forward pass overflowed
         self._skips = False  # whether one of this step did
         self._statistics = [b for m in model.modules() if isinstance(m, nn.BatchNorm2d) for b in m.buffers()]
@@ -140,18 +153,18 @@ class Trainer:
         first = self.batch - self.batch % self.config.accumulate
         return min(self.config.accumulate, self.batches_per_epoch - first)
 
-    def update(self, losses: Iterator[Losses]) -> dict[str, float]:
+    def update(self, losses: Iterator[Losses]) -> list[dict[str, float]]:
         """Back-propagate the sum of `losses` of one batch; each item before the next one is computed.
 
         The optimizer steps after every `accumulate` batches and after an epoch's last batch, on their mean gradient.
-        Returns the losses; none if the forward pass overflowed in fp16, whereupon the step is left out.
+        Returns what `read_losses` does: on a CPU at each batch, on a GPU at every tenth, since the host has to wait.
         """
         in_step, batches_in_step = self.batch % self.config.accumulate, self.batches_in_step
         if in_step == 0:
             self.unfinished, self._skips = True, False
             self.optimizer.zero_grad(set_to_none=True)
             torch._foreach_copy_(self._statistics_before, self._statistics)
-        sums: dict[str, float] = defaultdict(float)
+        items = []
         dtype = PRECISIONS[self.config.precision]
         while True:
             # The iterator runs the forward pass, which is all that autocast is for.
@@ -160,30 +173,46 @@ class Trainer:
             if item is None:
                 break
             self.scaler.scale(sum(item.values()) / batches_in_step).backward()
-            for name, value in item.items():
-                sums[name] += value.item()
-        sums = distributed.mean_of(sums)
-        wrong = next((name for name, value in sums.items() if not math.isfinite(value)), None)
-        self._overflows = self._overflows + 1 if wrong else 0
-        if wrong:
-            self._overflow(wrong, sums[wrong])
-            sums = {}
+            items.append({name: value.detach() for name, value in item.items()})
+        self.unread.append((f"epoch {self.epoch}, step {self.step}", items))
+        read = self.read_losses() if len(self.unread) >= self._read_every else []
         self.batch += 1
         if in_step + 1 == batches_in_step:
             self._step()
         if self.batch == self.batches_per_epoch:
             self.epoch, self.batch = self.epoch + 1, 0
-        return sums
+        return read
 
-    def _overflow(self, name: str, value: float) -> None:
+    def read_losses(self, alone: bool = False) -> list[dict[str, float]]:
+        """The losses of each batch since the last call, without batches that overflowed in fp16; waits for a GPU.
+
+        They are means over the processes of the job; `alone` asks no other one. Raises Diverged at one that is not
+        finite, so before anything is saved.
+        """
+        unread, self.unread = self.unread, []
+        numbers = [value for _, items in unread for item in items for value in item.values()]
+        values = iter(torch.stack(numbers).tolist() if numbers else [])
+        found = []
+        for place, items in unread:
+            sums: dict[str, float] = defaultdict(float)
+            for name in chain.from_iterable(items):
+                sums[name] += next(values)
+            sums = sums if alone else distributed.mean_of(sums)
+            wrong = next((name for name, value in sums.items() if not math.isfinite(value)), None)
+            self._overflows = self._overflows + 1 if wrong else 0
+            if wrong:
+                self._overflow(place, f"the loss '{wrong}' is {sums[wrong]}")
+            else:
+                found.append(sums)
+        return found
+
+    def _overflow(self, place: str, problem: str) -> None:
         """Have GradScaler leave this step out, as after an overflow of the gradients. Raises Diverged if it cannot."""
         fp16 = self.scaler.is_enabled()
         if not fp16 or self._overflows > MOST_OVERFLOWS:
             again = f" for the {self._overflows}th time in a row" if fp16 else ""
-            raise Diverged(
-                f"epoch {self.epoch}, step {self.step}: the loss '{name}' is {value}{again}; "
-                "a lower learning_rate, warm-up (lr_schedule.warmup_steps) or clip_grad_norm may help"
-            )
+            remedy = "a lower learning_rate, warm-up (lr_schedule.warmup_steps) or clip_grad_norm may help"
+            raise Diverged(f"{place}: {problem}{again}; {remedy}")
         self._skips = True
         # A loss that is not finite may yet have a finite gradient.
         next(p.grad for p in self.model.parameters() if p.grad is not None).fill_(math.nan)

@@ -171,7 +171,8 @@ class Training:
             raise UserError(f"{self.last}: does not fit this training: {reason}; {REMEDY}") from None
 
     def save(self) -> None:
-        """Write last.pt. Raises Diverged, and leaves the file as it was, if a weight is not finite."""
+        """Write last.pt. Raises Diverged, and leaves the file as it was, if a loss or a weight is not finite."""
+        self._add(self.trainer.read_losses())
         state = self.state()
         for key, tensor in state["model"].items():
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
@@ -229,6 +230,7 @@ class Training:
                 raise
             if not (stop.requested and "DataLoader worker (pid" in str(error)):
                 with contextlib.suppress(UserError):
+                    self._add(trainer.read_losses(alone=True))
                     self.save()
                     say(f"saved {self.last} at epoch {trainer.epoch}, step {trainer.step}; --resume goes on from it")
                 raise
@@ -249,17 +251,20 @@ class Training:
                 # Several batches of one step count as one: their objects weigh the same, however they are spread.
                 targets = self._targets_together(step) if len(step) > 1 else [None]
                 for batch, target in zip(step, targets, strict=True):
-                    losses = trainer.update(self.losses(batch, target))
-                    self.counted += bool(losses)
-                    for name, value in losses.items():
-                        self.sums[name] += value
+                    self._add(trainer.update(self.losses(batch, target)))
                     bar.update()
                 bar.set_postfix({n: f"{value / self.counted:.3f}" for n, value in self.sums.items()}, refresh=False)
                 stop.agree()
                 if stop.requested:
                     break
-                if seconds and trainer.batch and time.monotonic() - self._saved > seconds:
+                # Each process has a clock of its own, so such a save must not have losses to share.
+                if seconds and trainer.batch and not trainer.unread and time.monotonic() - self._saved > seconds:
                     self.save()
+
+    def _add(self, losses: list[dict[str, float]]) -> None:
+        self.counted += len(losses)
+        for name, value in itertools.chain.from_iterable(each.items() for each in losses):
+            self.sums[name] += value
 
     def _targets_together(self, batches: Sequence[Batch]) -> Sequence[Targets]:
         return self.loss.match_together([(batch.boxes, batch.labels) for batch in batches], self.priors())

@@ -153,7 +153,7 @@ def train(folder: Path, case: str) -> dict:
             items = supernet_train.supernet_losses(detector, loss, batch, genotypes, c.supernet.distill, 0.5)
         else:
             items = final_training.detection_losses(model, loss, batch)
-        losses.append(trainer.update(items))
+        losses += trainer.update(items)
     states = {"model": model.state_dict(), "ema": trainer.ema.state_dict()}
     return {**states, "losses": losses, "images": len(batch), "moved": (flat(model) - start).abs().max().item()}
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, CosineAnnealingWarmRestarts, MultiStepLR
 
 from lib.config import LRScheduleConfig, TrainConfig
-from lib.training import MOST_OVERFLOWS, Diverged, Trainer, build_ema, build_optimizer, build_scheduler
+from lib.training import MOST_OVERFLOWS, Diverged, MovingAverage, Trainer, build_optimizer, build_scheduler
 
 STEPS = 4  # per epoch
 
@@ -144,7 +144,7 @@ def test_moving_average_equals_a_slow_loop():
     """Weights and floating statistics. The first update copies; the decay is (1 + n) / (10 + n) up to 0.6."""
     torch.manual_seed(0)
     model = Net()
-    ema, slow = build_ema(model, 0.6), None
+    ema, slow = MovingAverage(model, 0.6), None
     for n in range(25):
         with torch.no_grad():
             for p in model.parameters():
@@ -168,7 +168,7 @@ def test_moving_average_equals_a_slow_loop():
 
 def test_the_average_is_no_alias_of_the_model():
     model = Net()
-    ema = build_ema(model, 0.9)
+    ema = MovingAverage(model, 0.9)
     ema.update_parameters(model)
     before = ema.module.head.weight.clone()
     nn.init.zeros_(model.head.weight)
@@ -213,7 +213,7 @@ def test_an_update_equals_one_backward_on_the_sum():
     optimizer = torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
     for step in range(2):
         seeds = [10 * step, 10 * step + 1, 10 * step + 2]
-        reported = t.update(losses_of(model, *seeds))
+        (reported,) = t.update(losses_of(model, *seeds))
         items = list(losses_of(other, *seeds))
         optimizer.param_groups[0]["lr"] = 0.1 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / 12))).item()
         optimizer.zero_grad()
@@ -269,6 +269,22 @@ def test_a_loss_that_is_not_finite_is_named_and_changes_no_weight(value):
     with pytest.raises(Diverged, match=r"epoch 1, step 0: the loss 'loc' is -?(nan|inf).*learning_rate"):
         t.update(iter([{"cls": model[4].weight.sum(), "loc": model[4].weight.sum() * value}]))
     assert t.step == 0 and states_equal(before, model.state_dict())
+
+
+def test_losses_that_are_read_later_are_the_same_and_one_that_is_not_finite_is_named():
+    """As a GPU's are."""
+    models = network(), network()
+    now, later = map(trainer, models)
+    later._read_every = 3
+    read = [
+        [t.update(losses_of(model, seed)) for seed in range(4)] for t, model in zip((now, later), models, strict=True)
+    ]
+    assert list(map(len, read[1])) == [0, 0, 3, 0]
+    assert [*itertools.chain(*read[0])] == [*itertools.chain(*read[1]), *later.read_losses()]
+    later.update(iter([{"loc": models[1][4].weight.sum() * math.nan}]))
+    later.update(losses_of(models[1], 0))
+    with pytest.raises(Diverged, match=r"epoch 2, step 4: the loss 'loc' is nan"):
+        later.read_losses()
 
 
 def test_clipping_bounds_the_norm_of_the_gradient():
@@ -330,7 +346,7 @@ def test_a_forward_pass_that_overflows_in_fp16_skips_the_step_and_leaves_no_trac
     t = trainer(model, precision="fp16")
     t.update(losses_of(model, 0))
     before, scale = copy.deepcopy(model.state_dict()), t.scaler.get_scale()
-    assert t.update(overflowing(model, 1)) == {}
+    assert t.update(overflowing(model, 1)) == []
     assert states_equal(model.state_dict(), before) and (t.step, t.batch) == (2, 2)
     assert t.scaler.get_scale() == scale / 2
     assert t.update(losses_of(model, 2)) and not torch.equal(model[4].weight, before["4.weight"])

@@ -250,6 +250,29 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, stop, within):
     assert (payload["epoch"], payload["batch"]) == ((2, 1) if within else (2, 0))
 
 
+@pytest.mark.parametrize("read_every", [1, 10])
+def test_nothing_is_saved_after_a_loss_that_is_not_finite(tmp_path, stop, monkeypatch, read_every):
+    """Neither at the epoch's end, nor within the epoch, nor when something else fails before the loss is read."""
+    for failure in (0, 2):
+        run = Counting(tmp_path / str(failure), save_minutes=1e-9 if failure == 0 else 0)
+        run.trainer._read_every = read_every
+
+        def losses(batch, targets, run=run, failure=failure):
+            if run.trainer.step == 6 + failure // 2 and failure:
+                raise RuntimeError("the machine")
+            yield {"a": run.model[4].bias.sum() * (float("nan") if run.trainer.step == 6 else 0.0)}
+
+        monkeypatch.setattr(run, "losses", losses)
+        if failure and read_every > 1:
+            with pytest.raises(RuntimeError, match="the machine"):
+                run.run()
+        else:
+            with pytest.raises(UserError, match=r"epoch 2, step 6: the loss 'a' is nan.*last\.pt is the last one"):
+                run.run()
+        saved = checkpoint.read(run.last)
+        assert saved["step"] <= 6 and all(t.isfinite().all() for t in saved["model"].values())
+
+
 def test_a_training_that_finds_nothing_any_more_stops_and_keeps_the_last_good_checkpoint(tmp_path, stop):
     """A score of 0 before anything was found, or now and then, is no collapse."""
     scores = [0.0, 0.0, 0.0, 0.2, 0.0, 0.0, 0.3, 0.0, 0.0, 0.0, 0.5]
