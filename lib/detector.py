@@ -20,7 +20,15 @@ from torch.nn.utils import fuse_conv_bn_weights
 from lib import checkpoint, config_io
 from lib.backbone import TABLES, ElasticBackbone
 from lib.config import Config
-from lib.elastic import ElasticDepthwiseConv, Segment, copy_module, extract_segment, make_divisible, run_segment
+from lib.elastic import (
+    ElasticDepthwiseConv,
+    Segment,
+    cast_weights,
+    copy_module,
+    extract_segment,
+    make_divisible,
+    run_segment,
+)
 from lib.errors import UserError, naming
 from lib.genotype import Block, Genotype, SearchSpace
 from lib.head import ElasticExtras, Predictors
@@ -135,9 +143,10 @@ class ElasticSSD(nn.Module):
         """Images (B, 3, H, W), 0..255, to logits (B, P, num_classes + 1) and offsets (B, P, 4) of one sub-network."""
         x = self.normalize(images, genotype.image_size)
         features = []
-        for segment in self.segments(genotype):
-            x = run_segment(segment, x)
-            features.append(x)
+        with cast_weights(self):
+            for segment in self.segments(genotype):
+                x = run_segment(segment, x)
+                features.append(x)
         return self.predictors(features)
 
     def extract(self, genotype: Genotype) -> SSD:
@@ -395,14 +404,8 @@ def load_detector(path: Path) -> Detector:
         model = network(config, found.classes).extract(genotype)
         check_ids(found.category_ids, found.classes)
     load_weights(model, payload, path)
-    return Detector(
-        model=model.eval(),
-        config=config,
-        genotype=genotype,
-        classes=tuple(found.classes),
-        category_ids=tuple(found.category_ids),
-        epoch=found.epoch,
-    )
+    classes, category_ids = tuple(found.classes), tuple(found.category_ids)
+    return Detector(model.eval(), config, genotype, classes, category_ids, found.epoch)
 
 
 def check_ids(category_ids: Sequence[int | None], classes: Sequence[str]) -> None:

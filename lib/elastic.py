@@ -7,6 +7,7 @@ slice's weights, such that `layer.extract(slice)(x)` equals `layer(x, slice)`.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections import OrderedDict
@@ -55,8 +56,7 @@ def pad_same(x: Tensor, kernel: int, stride: int) -> Tensor:
     """Pad (B, C, H, W) as TensorFlow's SAME does: of an odd amount, the larger half is at the bottom and the right."""
     sides = []
     for length in (x.shape[3], x.shape[2]):
-        out = -(-length // stride)
-        amount = max((out - 1) * stride + kernel - length, 0)
+        amount = max((-(-length // stride) - 1) * stride + kernel - length, 0)
         sides += [amount // 2, amount - amount // 2]
     return F.pad(x, sides)
 
@@ -81,29 +81,49 @@ class SamePadDepthwiseConv2d(SamePadConv2d, DepthwiseConv2d):
     """Depthwise convolution with TensorFlow's SAME padding."""
 
 
+_halves: dict[nn.Parameter, Tensor] = {}  # the cast weights of the supernet that is running under autocast
+
+
+@contextlib.contextmanager
+def cast_weights(module: nn.Module) -> Iterator[None]:
+    """Under autocast, cast the weights of all elastic layers in one go; autocast casts each slice, and its gradient."""
+    kinds = ElasticConv1x1, ElasticDepthwiseConv, ElasticSqueezeExcitation
+    device = next(module.parameters()).device.type
+    try:
+        if torch.is_autocast_enabled(device):
+            parameters = [p for layer in module.modules() if isinstance(layer, kinds) for p in layer.parameters()]
+            _halves.update({p: torch.empty_like(p, dtype=torch.get_autocast_dtype(device)) for p in parameters})
+            with torch.no_grad():
+                torch._foreach_copy_(list(_halves.values()), parameters)
+        yield
+    finally:
+        _halves.clear()
+
+
 # A slice of a parameter that autograd made would cost a tensor of zeros of the parameter's size for each of its
 # dimensions, a fifth of the operators of a training step. Here the gradients of all slices are kept until the end of
 # the backward pass, and then added to the parameters' gradients in one go.
 
 
 def first_channels(*slices: tuple[nn.Parameter, tuple[int, ...]]) -> tuple[Tensor, ...]:
-    """The first channels of each parameter, as many as given for its first dimensions.
+    """The first channels of each parameter, as many as given for its first dimensions; within `cast_weights`, cast.
 
     A backward pass adds to the parameters' `grad` as usual. `torch.autograd.grad` does not see these parameters.
     """
-    learns = torch.is_grad_enabled() and slices[0][0].requires_grad
-    if learns and any(size != length for p, sizes in slices for size, length in zip(sizes, p.shape, strict=False)):
-        parameters = [parameter for parameter, _ in slices]
-        return _Slices.apply([sizes for _, sizes in slices], *parameters)
-    return tuple(parameter[tuple(map(slice, sizes))] for parameter, sizes in slices)
+    parameters = [parameter for parameter, _ in slices]
+    indices = [tuple(map(slice, sizes)) for _, sizes in slices]
+    learns = torch.is_grad_enabled() and parameters[0].requires_grad
+    if learns and (parameters[0] in _halves or any(sizes != tuple(p.shape[: len(sizes)]) for p, sizes in slices)):
+        return _Slices.apply(indices, *parameters)
+    return tuple(_halves.get(p, p)[index] for p, index in zip(parameters, indices, strict=True))
 
 
 class _Slices(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, sizes: Sequence[tuple[int, ...]], *parameters: nn.Parameter) -> tuple[Tensor, ...]:
-        ctx.indices = [tuple(map(slice, each)) for each in sizes]
+    def forward(ctx: Any, indices: Sequence[tuple[slice, ...]], *parameters: nn.Parameter) -> tuple[Tensor, ...]:
+        ctx.indices = indices
         ctx.parameters = parameters
-        return tuple(p.detach()[index] for p, index in zip(parameters, ctx.indices, strict=True))
+        return tuple(_halves.get(p, p).detach()[index] for p, index in zip(parameters, indices, strict=True))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
@@ -116,12 +136,11 @@ class _Slices(torch.autograd.Function):
         return None, *[None] * len(gradients)
 
 
-Gradients = list[tuple[nn.Parameter, tuple[slice, ...], Tensor]]  # each of a slice of a parameter
-_waiting: dict[int, Gradients] = {}  # by backward pass
+_waiting: dict[int, list[tuple[nn.Parameter, tuple[slice, ...], Tensor]]] = {}  # slices' gradients by backward pass
 
 
 @torch.no_grad()
-def _add_gradients(gradients: Gradients) -> None:
+def _add_gradients(gradients: list[tuple[nn.Parameter, tuple[slice, ...], Tensor]]) -> None:
     """Add the gradients of slices to those of their parameters."""
     fresh = list(dict.fromkeys(parameter for parameter, *_ in gradients if parameter.grad is None))
     if fresh:
@@ -141,7 +160,6 @@ class ElasticConv1x1(nn.Conv2d):
     """1x1 convolution without bias from the first input channels to the first `out_channels` output channels."""
 
     def forward(self, x: Tensor, out_channels: int) -> Tensor:
-        """(B, C, H, W) to (B, out_channels, H, W)."""
         (weight,) = first_channels((self.weight, (out_channels, x.shape[1])))
         return F.conv2d(x, weight)
 
@@ -181,9 +199,10 @@ class ElasticDepthwiseConv(nn.Module):
 
     def kernel(self, channels: int, size: int) -> Tensor:
         """The weights of the first `channels` channels at kernel `size`, (channels, 1, size, size)."""
-        (weight,) = first_channels((self.weight, (channels,)))
-        for smaller in range(self.weight.shape[-1] - 2, size - 1, -2):
-            matrix = self.get_parameter(f"{smaller + 2}to{smaller}_matrix")
+        smaller_sizes = range(self.weight.shape[-1] - 2, size - 1, -2)
+        matrices = [(self.get_parameter(f"{smaller + 2}to{smaller}_matrix"), ()) for smaller in smaller_sizes]
+        weight, *matrices = first_channels((self.weight, (channels,)), *matrices)
+        for smaller, matrix in zip(smaller_sizes, matrices, strict=True):
             centre = F.pad(weight, (-1, -1, -1, -1)).flatten(1)  # (channels, smaller**2)
             weight = F.linear(centre, matrix).view(channels, 1, smaller, smaller)
         return weight
@@ -236,7 +255,7 @@ class ElasticSqueezeExcitation(nn.Module):
 
 
 class Residual(nn.Sequential):
-    """A plain sequence of layers whose output is added to its input."""
+    """Layers whose output is added to their input."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x + super().forward(x)
@@ -308,15 +327,10 @@ class ElasticInvertedResidual(nn.Module):
 
     def hidden_axes(self) -> Iterator[tuple[nn.Module, str, int]]:
         """Every (module, tensor name, dimension) that runs over the hidden channels of a block that expands."""
-        yield self.expand, "weight", 0
-        yield self.depthwise, "weight", 0
-        for norm in (self.expand_norm, self.depthwise_norm):
-            yield from ((norm, name, 0) for name in NORM_TENSORS)
-        if self.squeeze_excitation is not None:
-            yield self.squeeze_excitation.fc1, "weight", 1
-            yield self.squeeze_excitation.fc2, "weight", 0
-            yield self.squeeze_excitation.fc2, "bias", 0
-        yield self.project, "weight", 1
+        yield from ((self.expand, "weight", 0), (self.depthwise, "weight", 0), (self.project, "weight", 1))
+        yield from ((norm, name, 0) for norm in (self.expand_norm, self.depthwise_norm) for name in NORM_TENSORS)
+        if squeeze := self.squeeze_excitation:
+            yield from ((squeeze.fc1, "weight", 1), (squeeze.fc2, "weight", 0), (squeeze.fc2, "bias", 0))
 
 
 # Modules that run one after the other, each with the block that it runs; None: the module is not elastic.
@@ -337,8 +351,8 @@ def extract_segment(segment: Segment) -> nn.Sequential:
 def copy_module(module: nn.Module, **tensors: Tensor) -> nn.Module:
     """A deep copy of `module`, in a fraction of copy.deepcopy's time: a search cuts out every candidate as one.
 
-    Copies of `tensors` replace the module's own parameters and buffers of those names. Parameters, buffers, submodules,
-    dicts and sets are copied; other attributes are shared. A parameter that two submodules share becomes two.
+    Copies of `tensors` replace its own parameters and buffers of those names. Parameters, buffers, submodules, dicts
+    and sets are copied, other attributes are shared.
     """
     if hasattr(module, "__deepcopy__"):
         return copy.deepcopy(module)
@@ -364,8 +378,7 @@ def _blank(make: Callable[..., nn.Module], *args: object, **options: object) -> 
 
 def _plain_conv1x1(weight: Tensor, bias: Tensor | None = None) -> nn.Conv2d:
     """A plain 1x1 convolution with a copy of `weight` (out, in, 1, 1) and `bias` (out)."""
-    conv = _blank(nn.Conv2d, weight.shape[1], weight.shape[0], 1, bias=bias is not None)
-    return copy_module(conv, weight=weight, bias=bias)
+    return copy_module(_blank(nn.Conv2d, *weight.shape[1::-1], 1, bias=bias is not None), weight=weight, bias=bias)
 
 
 # oneDNN has a depthwise kernel for the gradient of filters up to 3 columns wide. For wider ones it takes the kernel for
@@ -394,13 +407,11 @@ class _WideDepthwiseConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
-        x_gradient = None
-        if ctx.needs_input_grad[0]:
-            # Not torch.nn.grad.conv2d_input, which does not know that x is in channels_last order.
-            stride, padding, wanted = [ctx.stride] * 2, [ctx.padding] * 2, [True, False, False]
-            x_gradient, _, _ = torch.ops.aten.convolution_backward(
-                gradient, x, weight, None, stride, padding, [1, 1], False, [0, 0], len(weight), wanted
-            )
+        # Not torch.nn.grad.conv2d_input, which does not know that x is in channels_last order.
+        stride, padding, wanted = [ctx.stride] * 2, [ctx.padding] * 2, [ctx.needs_input_grad[0], False, False]
+        x_gradient, _, _ = torch.ops.aten.convolution_backward(
+            gradient, x, weight, None, stride, padding, [1, 1], False, [0, 0], len(weight), wanted
+        )
         weight_gradient = _weight_gradient(gradient, x, weight.shape[-1], ctx.stride, ctx.padding)
         return x_gradient, weight_gradient, None, None
 

@@ -38,8 +38,10 @@ class Rows:
     """
 
     def __init__(self, mask: Tensor):
-        self.index = mask.nonzero(as_tuple=True) if mask.device.type == "cpu" else None
         self.mask = mask
+        on_cpu = mask.device.type == "cpu"
+        self.index = mask.nonzero(as_tuple=True) if on_cpu else None
+        self._outside = None if on_cpu else ~mask
 
     def pick(self, x: Tensor) -> Tensor:
         """(B, P, ...) to (N, ...), or as it is."""
@@ -48,7 +50,7 @@ class Rows:
     def sum(self, x: Tensor) -> Tensor:
         """The sum of what was picked, (N, ...) or (B, P, ...)."""
         if self.index is None:
-            x = torch.where(self.mask.view(*self.mask.shape, *[1] * (x.ndim - 2)), x, 0)
+            x = x.masked_fill(self._outside.view(*self.mask.shape, *[1] * (x.ndim - 2)), 0)
         return x.sum()
 
 

@@ -260,6 +260,9 @@ def _autocast_on_the_cpu() -> None:
         real(self, device_type.replace("cuda", "cpu"), *args, **kwargs)
 
     torch.autocast.__init__ = init
+    enabled, dtype = torch.is_autocast_enabled, torch.get_autocast_dtype
+    torch.is_autocast_enabled = lambda _device: enabled("cpu")
+    torch.get_autocast_dtype = lambda _device: dtype("cpu")
 
 
 def _group_by_imaginary_device() -> None:
