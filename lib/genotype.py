@@ -13,14 +13,14 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 from lib.errors import UserError, did_you_mean, naming
-from lib.plain import check, read_json, shown
+from lib.plain import Bounds, check, read_json, shown
 
 FORMAT = "genotype/1"
 FRONT = "pareto/1"
-LARGEST_EXPAND = 64
+Expand = Annotated[float, Bounds(0.001, 64)]
 
 
 class Block(NamedTuple):
@@ -44,13 +44,10 @@ class Genotype:
         return tuple(len(stage) for stage in self.stages)
 
     def to_dict(self) -> dict:
-        """The JSON form, without metrics; `from_dict` is its inverse."""
-        return {
-            "format": FORMAT,
-            "image_size": self.image_size,
-            "backbone": {"type": self.backbone_type, "stages": [_plain_blocks(stage) for stage in self.stages]},
-            "head": _plain_blocks(self.head),
-        }
+        """The JSON form, without metrics; `from_dict` is its inverse. Equal genotypes have equal forms: 6.0 is 6."""
+        rows = [[{"expand": _number(b.expand), "kernel": b.kernel} for b in row] for row in (*self.stages, self.head)]
+        backbone = {"type": self.backbone_type, "stages": rows[:-1]}
+        return {"format": FORMAT, "image_size": self.image_size, "backbone": backbone, "head": rows[-1]}
 
     @classmethod
     def from_dict(cls, data: object) -> Genotype:
@@ -61,7 +58,7 @@ class Genotype:
         try:
             backbone = data["backbone"]
             return cls(
-                image_size=_integer(data["image_size"], "image_size"),
+                image_size=check(data["image_size"], int, "genotype: image_size"),
                 backbone_type=check(backbone["type"], str, "genotype: backbone.type"),
                 stages=tuple(tuple(_block(b["expand"], b["kernel"]) for b in stage) for stage in backbone["stages"]),
                 head=tuple(_block(b["expand"], b["kernel"]) for b in data["head"]),
@@ -81,30 +78,15 @@ class Genotype:
         return ", ".join(items)
 
 
-def _plain_blocks(blocks: Sequence[Block]) -> list[dict]:
-    """The JSON form of blocks. Equal blocks have equal forms: 6.0 is written as 6."""
-    return [{"expand": _number(block.expand), "kernel": block.kernel} for block in blocks]
-
-
 def _number(value: str | float) -> float:
     """A number as short as it can be written: 6, not 6.0."""
     value = float(value)
     return int(value) if value.is_integer() else value
 
 
-def _integer(value: object, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise UserError(f"genotype: {name} must be an integer, found {shown(value)}")
-    return value
-
-
 @functools.lru_cache(maxsize=1024, typed=True)  # a ledger holds the same few blocks hundreds of thousands of times
 def _block(expand: object, kernel: object) -> Block:
-    if isinstance(expand, bool) or not isinstance(expand, (int, float)) or not 0 < expand <= LARGEST_EXPAND:
-        raise UserError(
-            f"genotype: expand must be a number above 0 and at most {LARGEST_EXPAND}, found {shown(expand)}"
-        )
-    return Block(expand, _integer(kernel, "kernel"))
+    return Block(check(expand, Expand, "genotype: expand"), check(kernel, int, "genotype: kernel"))
 
 
 class BlockChoices(NamedTuple):
@@ -181,40 +163,33 @@ class SearchSpace:
         if not genes:
             raise ValueError("mutate: the search space holds a single genotype")
         chosen = [gene for gene in genes if rng.random() < probability] or [rng.choice(genes)]
-        child = parent
+        image_size = parent.image_size
+        rows = [*parent.stages, parent.head]
         for gene in chosen:
-            child = self._change(child, gene, rng)
-        return child
+            match gene:
+                case ("image_size",):
+                    image_size = _another(self.image_size, image_size, rng)
+                case ("depth", i):
+                    depth = _another(self.stages[i].depth, len(rows[i]), rng)
+                    added = [_pick_block(self.stages[i].block, rng.choice) for _ in range(depth - len(rows[i]))]
+                    rows[i] = (*rows[i][:depth], *added)
+                case (i, j, field):
+                    value = _another(getattr(self._options(i, j), field), getattr(rows[i][j], field), rng)
+                    rows[i] = (*rows[i][:j], rows[i][j]._replace(**{field: value}), *rows[i][j + 1 :])
+        return replace(parent, image_size=image_size, stages=tuple(rows[:-1]), head=rows[-1])
+
+    def _options(self, row: int, j: int) -> BlockChoices:
+        """What block `j` of a row may be: a row is a stage or, after the last of these, the head."""
+        return self.stages[row].block if row < len(self.stages) else self.head[j]
 
     def _genes(self, genotype: Genotype) -> list[tuple]:
-        """The choices of `genotype` that have an alternative, as `_change` takes them."""
+        """The choices that have an alternative: the image size, fields of a row's blocks (row, j, field), depths."""
         genes: list[tuple] = [("image_size",)] if len(self.image_size) > 1 else []
-        for i, stage in enumerate(self.stages):
-            fields = [field for field in Block._fields if len(getattr(stage.block, field)) > 1]
-            genes += [("stage", i, j, field) for j in range(len(genotype.stages[i])) for field in fields]
-        for i, choices in enumerate(self.head):
-            genes += [("head", i, field) for field in Block._fields if len(getattr(choices, field)) > 1]
+        for i, row in enumerate((*genotype.stages, genotype.head)):
+            for j in range(len(row)):
+                genes += [(i, j, field) for field in Block._fields if len(getattr(self._options(i, j), field)) > 1]
         # Depths come last, so that a block still exists when its turn comes.
-        genes += [("depth", i) for i, stage in enumerate(self.stages) if len(stage.depth) > 1]
-        return genes
-
-    def _change(self, genotype: Genotype, gene: tuple, rng: random.Random) -> Genotype:
-        """`genotype` with another value for one gene."""
-        match gene:
-            case ("image_size",):
-                return replace(genotype, image_size=_another(self.image_size, genotype.image_size, rng))
-            case ("head", i, field):
-                block = _change_block(genotype.head[i], self.head[i], field, rng)
-                return replace(genotype, head=_put(genotype.head, i, block))
-            case ("stage", i, j, field):
-                block = _change_block(genotype.stages[i][j], self.stages[i].block, field, rng)
-                stage = _put(genotype.stages[i], j, block)
-            case ("depth", i):
-                stage = genotype.stages[i]
-                depth = _another(self.stages[i].depth, len(stage), rng)
-                added = [_pick_block(self.stages[i].block, rng.choice) for _ in range(depth - len(stage))]
-                stage = (*stage[:depth], *added)
-        return replace(genotype, stages=_put(genotype.stages, i, stage))
+        return genes + [("depth", i) for i, stage in enumerate(self.stages) if len(stage.depth) > 1]
 
     def crossover(self, a: Genotype, b: Genotype, rng: random.Random) -> Genotype:
         """Take every choice from one parent or the other; a block that only one parent has comes from that one."""
@@ -235,12 +210,12 @@ class SearchSpace:
         _expect("number of head blocks", len(genotype.head), (len(self.head),))
         for i, (stage, choices) in enumerate(zip(genotype.stages, self.stages, strict=True)):
             _expect(f"depth of stage {i}", len(stage), choices.depth)
-            for j, block in enumerate(stage):
-                _expect(f"expand of stage {i} block {j}", block.expand, choices.block.expand)
-                _expect(f"kernel of stage {i} block {j}", block.kernel, choices.block.kernel)
-        for i, (block, choices) in enumerate(zip(genotype.head, self.head, strict=True)):
-            _expect(f"expand of head block {i}", block.expand, choices.expand)
-            _expect(f"kernel of head block {i}", block.kernel, choices.kernel)
+        for i, row in enumerate((*genotype.stages, genotype.head)):
+            where = f"stage {i}" if i < len(self.stages) else "head"
+            for j, block in enumerate(row):
+                for field in Block._fields:
+                    options = getattr(self._options(i, j), field)
+                    _expect(f"{field} of {where} block {j}", getattr(block, field), options)
 
 
 def _expect(what: str, value: object, options: Sequence) -> None:
@@ -256,21 +231,14 @@ def _another(options: Sequence, current: float, rng: random.Random) -> float:
     return rng.choice([option for option in options if option != current])
 
 
-def _change_block(block: Block, choices: BlockChoices, field: str, rng: random.Random) -> Block:
-    return block._replace(**{field: _another(getattr(choices, field), getattr(block, field), rng)})
-
-
 def _mix(blocks: Sequence[Block], rng: random.Random) -> Block:
     return Block(rng.choice(blocks).expand, rng.choice(blocks).kernel)
 
 
-def _put(items: tuple, index: int, item: object) -> tuple:
-    return (*items[:index], item, *items[index + 1 :])
-
-
 # Lengths are bounded, and items are matched one after the other, so that no text takes more than linear time.
 _DECIMAL = r"(?:\d{1,9}(?:\.\d*)?|\.\d+)(?:e-?\d{1,3})?"
-_ITEM = re.compile(rf"(\w{{1,60}})\s*=\s*(?:({_DECIMAL})|\(\s*({_DECIMAL})\s*,\s*(\d{{1,9}})\s*\))(?:[\s,]+|$)")
+_VALUE = rf"(?:({_DECIMAL})|\(\s*({_DECIMAL})\s*,\s*(\d{{1,9}})\s*\))"
+_ITEM = re.compile(rf"(\w{{1,60}})\s*=\s*{_VALUE}(?:[\s,]+|$)|(.+)", re.DOTALL)  # or whatever is no item, up to the end
 _WRAPPER = re.compile(r"\w{1,60}\((.*)\)", re.DOTALL)
 _NUMPY_SCALAR = re.compile(r"\b(?:np|numpy)\.\w{1,20}\(([^()]*)\)")
 
@@ -291,30 +259,30 @@ def parse_genotype_string(text: str, space: SearchSpace) -> Genotype:
     image size or a head that is left out, are those of `space.largest()`. The result is not checked against `space`.
     """
     items = _read_items(text)
-    # Every item that is used is taken out of `items`; what remains is inactive or a mistake.
+    largest = space.largest()
+    # Every item that is used is taken out of `items`; what remains is a mistake.
     stages = []
-    while f"cell_{len(stages)}" in items:
-        cell = f"cell_{len(stages)}"
-        depth = _integer(items.pop(cell), cell)
-        # However large the depth, a block is missing among the first len(items) + 1.
-        names = [f"{cell}_block_{j}" for j in range(min(depth, len(items) + 1))]
-        missing = [name for name in names if name not in items]
-        if missing:
-            raise UserError(f"genotype string: {cell}={depth}, but {missing[0]} is missing")
-        stages.append(tuple(items.pop(name) for name in names))
+    for i, depth in enumerate(_take(items, "cell_")):
+        blocks = _take(items, f"cell_{i}_block_")
+        if len(blocks) < check(depth, int, f"genotype string: cell_{i}"):
+            raise UserError(f"genotype string: cell_{i}={depth}, but cell_{i}_block_{len(blocks)} is missing")
+        stages.append(tuple(blocks[:depth]))
     if not stages:
         raise UserError("genotype string: no cell_0=... found")
-    head = []
-    while f"head_{len(head)}" in items:
-        head.append(items.pop(f"head_{len(head)}"))
-    largest = space.largest()
-    image_size = _integer(items.pop("image_size", largest.image_size), "image_size")
+    head = tuple(_take(items, "head_"))
+    image_size = check(items.pop("image_size", largest.image_size), int, "genotype string: image_size")
     for name in items:
-        inactive = re.fullmatch(r"cell_(\d+)_block_\d+", name)
-        if inactive is None or int(inactive[1]) >= len(stages):
-            valid = ["image_size", "cell_0", "cell_0_block_0", f"head_{len(head)}"]
-            raise UserError(f"genotype string: unknown item '{name}'{did_you_mean(name, valid)}")
-    return Genotype(image_size, space.backbone_type, tuple(stages), tuple(head) or largest.head)
+        valid = ["image_size", "cell_0", "cell_0_block_0", f"head_{len(head)}"]
+        raise UserError(f"genotype string: unknown item '{name}'{did_you_mean(name, valid)}")
+    return Genotype(image_size, space.backbone_type, tuple(stages), head or largest.head)
+
+
+def _take(items: dict[str, float | Block], prefix: str) -> list:
+    """Take `prefix` 0, 1, ... out of `items`, as far as these go."""
+    taken = []
+    while (name := f"{prefix}{len(taken)}") in items:
+        taken.append(items.pop(name))
+    return taken
 
 
 def _read_items(text: str) -> dict[str, float | Block]:
@@ -324,39 +292,29 @@ def _read_items(text: str) -> dict[str, float | Block]:
         text = wrapped[1].strip(" ,\n\t")
     text = _NUMPY_SCALAR.sub(r"\1", text)
     items: dict[str, float | Block] = {}
-    position = 0
-    while position < len(text):
-        item = _ITEM.match(text, position)
-        if item is None:
-            found = text[position : position + 60]
-            raise UserError(f"genotype string: cannot read {found!r}; expected items such as cell_1_block_0=(6, 7)")
-        name, number, expand, kernel = item.groups()
+    for name, number, expand, kernel, rest in _ITEM.findall(text):
+        if rest:
+            raise UserError(f"genotype string: cannot read {rest[:60]!r}; expected items such as cell_1_block_0=(6, 7)")
         if name in items:
             raise UserError(f"genotype string: {name} is given twice")
         # A block that is written as its expand ratio alone has aw_nas's kernel, 3.
         is_block = expand or "_block_" in name or name.startswith("head_")
         items[name] = Block(_number(expand or number), int(kernel or 3)) if is_block else _number(number)
-        position = item.end()
     return items
 
 
 def read_genotype_file(path: Path, index: int | None = None) -> dict:
     """The content of a genotype file (best.json), or member `index` of a front (pareto.json), cheapest first."""
-    members, is_front = _read_members(path)
-    if is_front and (index is None or not 0 <= index < len(members)):
-        raise UserError(f"{path}: a front of {len(members)} genotypes; pick one with --index 0 to {len(members) - 1}")
-    if not is_front and index is not None:
-        raise UserError(f"{path}: --index is for a front (pareto.json), and this is a single genotype")
-    return members[index or 0]
+    members = read_genotype_files(path)
+    if index is None and len(members) == 1:
+        return members[0]
+    if index is None or not 0 <= index < len(members):
+        raise UserError(f"{path}: holds genotypes 0 to {len(members) - 1}; pick one of these with --index")
+    return members[index]
 
 
 def read_genotype_files(path: Path) -> list[dict]:
-    """The genotype of a file, or every member of its front."""
-    return _read_members(path)[0]
-
-
-def _read_members(path: Path) -> tuple[list[dict], bool]:
-    """The checked content of each genotype of a file, and whether they are a front."""
+    """The checked content of a genotype file, or of every member of a front."""
     data = read_json(path)
     is_front = isinstance(data, dict) and data.get("format") == FRONT
     members = check(data.get("front"), list[dict], f"{path}: front") if is_front else [data]
@@ -368,4 +326,4 @@ def _read_members(path: Path) -> tuple[list[dict], bool]:
             Genotype.from_dict(member)
         check(member.get("supernet", {}), dict[str, str], f"{where}: supernet")
         check(member.get("config", {}), dict, f"{where}: config")
-    return members, is_front
+    return members

@@ -224,8 +224,8 @@ def test_older_strings_take_size_and_head_from_the_space():
         ("cell_0=99999999, cell_0_block_0=(1, 3)", "cell_0=99999999, but cell_0_block_1 is missing"),
         ("cell_0=1, cell_0=1, cell_0_block_0=(1, 3)", "cell_0 is given twice"),
         ("cell_0=1, cell_0_block_0=(1, 3), cell_0_block_0=(6, 3)", "cell_0_block_0 is given twice"),
-        ("cell_0=(1, 3), cell_0_block_0=(1, 3)", "cell_0 must be an integer"),
-        ("cell_0=1, cell_0_block_0=(1, 3), image_size=30.5", "image_size must be an integer"),
+        ("cell_0=(1, 3), cell_0_block_0=(1, 3)", "cell_0: expected an integer"),
+        ("cell_0=1, cell_0_block_0=(1, 3), image_size=30.5", "image_size: expected an integer"),
         ("cell_0=1, cell_0_block_0=(1, 3), nonsense", "cannot read 'nonsense'"),
         ("cell_0=1, cell_0_block_0=(1.2.3, 3)", "cannot read"),
         ("cell_0=1, cell_0_block_0=(1, 3), image_sise=300", "unknown item 'image_sise' .did you mean 'image_size'"),
@@ -264,9 +264,9 @@ def test_a_path_is_no_genotype_string(tmp_path, monkeypatch):
         (lambda d: d.pop("image_size"), "'image_size' is missing"),
         (lambda d: d["backbone"].pop("stages"), "'stages' is missing"),
         (lambda d: d["head"][0].pop("kernel"), "'kernel' is missing"),
-        (lambda d: d.update(image_size="300"), "image_size must be an integer, found '300'"),
-        (lambda d: d["head"][0].update(expand=-1), "expand must be a number above 0 and at most 64, found -1"),
-        (lambda d: d["head"][0].update(kernel=3.5), "kernel must be an integer, found 3.5"),
+        (lambda d: d.update(image_size="300"), "image_size: expected an integer, found '300'"),
+        (lambda d: d["head"][0].update(expand=-1), "expand: expected a number from .*64, found -1"),
+        (lambda d: d["head"][0].update(kernel=3.5), "kernel: expected an integer, found 3.5"),
         (lambda d: d.update(head=None), "genotype: "),
         (lambda d: d.update(backbone=[]), "genotype: "),
         (lambda d: d["backbone"].update(stages=["ab"]), "genotype: "),
@@ -316,10 +316,10 @@ def test_a_genotype_file_and_a_member_of_a_front(tmp_path):
     assert read_genotype_files(front) == members
     assert read_genotype_files(one) == [read_genotype_file(one)]
     for index in (None, 2, -1):
-        with pytest.raises(UserError, match=r"pareto\.json: a front of 2 genotypes; pick one with --index 0 to 1"):
+        with pytest.raises(UserError, match=r"pareto\.json: holds genotypes 0 to 1; pick one of these with --index"):
             read_genotype_file(front, index)
-    with pytest.raises(UserError, match=r"best\.json: --index is for a front"):
-        read_genotype_file(one, 0)
+    with pytest.raises(UserError, match=r"best\.json: holds genotypes 0 to 0"):
+        read_genotype_file(one, 1)
 
 
 @pytest.mark.parametrize("content", [None, b"{", b"\xff\xfe"], ids=["missing", "cut short", "not text"])
