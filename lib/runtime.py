@@ -105,8 +105,11 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def keep_freed_memory() -> None:
-    """Make glibc, where there is one, keep large freed blocks, which the kernel would zero again at each new use."""
+def prepare_process() -> None:
+    """TF32 on a GPU; glibc, where there is one, keeps large freed blocks: the kernel would zero them at each new use."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    # Each sub-network has other shapes, whose algorithms would be timed, and chosen otherwise in the next run.
+    torch.backends.cudnn.benchmark = False
     with contextlib.suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD of malloc.h
@@ -200,7 +203,7 @@ def run(main: Callable[[], None]) -> None:
     memory) counts as a user's mistake. Stopped by a signal, it exits with 130 after Ctrl-C and with 143 otherwise, as
     if SIGTERM had ended it: what a shell runs after `&&` is not to start.
     """
-    keep_freed_memory()
+    prepare_process()
     keep_streams_open()
     try:
         main()

@@ -31,7 +31,7 @@ from lib.errors import UserError
 from lib.genotype import Genotype
 from lib.log import finite, progress
 from lib.metrics import Evaluation, summarise, to_pixels
-from lib.runtime import keep_freed_memory
+from lib.runtime import pick_device, prepare_process
 
 T = TypeVar("T")
 SCORING_VERSION = 3  # raised when scores change: scores of different versions are never compared
@@ -247,14 +247,15 @@ def scoring_worker(device: str, supernet: str, sha256: str, data: str, settings:
 
     A job is {"genotype": Genotype.to_dict()}, its result what `Scorer` gives, without the AP of each class.
     """
-    keep_freed_memory()
-    detector = load_supernet(Path(supernet), mmap=True).detector.to(device)
+    prepare_process()
+    place = pick_device(device)
+    detector = load_supernet(Path(supernet), mmap=True).detector.to(place)
     if checkpoint.sha256(Path(supernet)) != sha256:
         raise UserError(
             f"{supernet}: has changed since the search began; what was scored is in the ledger: put that file back and "
             "--resume, or search the new one in another folder (--train-dir)"
         )
-    scorer = Scorer(load_scoring_data(Path(data)), config_from_dict(settings), torch.device(device))
+    scorer = Scorer(load_scoring_data(Path(data)), config_from_dict(settings), place)
 
     def score(job: dict) -> dict:
         result = scorer(detector, Genotype.from_dict(job["genotype"]))
