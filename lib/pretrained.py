@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from lib.checkpoint import holds_numbers
 from lib.config import Config
 from lib.detector import ElasticSSD
-from lib.elastic import ElasticDepthwiseConv, ElasticInvertedResidual, ElasticSqueezeExcitation
-from lib.errors import UserError
+from lib.elastic import ElasticInvertedResidual
+from lib.errors import UserError, naming
 from lib.genotype import Block, BlockChoices, Genotype
 from lib.sources import Source, Tensors, read_source
 
@@ -38,23 +38,17 @@ class Embedding(NamedTuple):
     rows: list[Row]  # what was loaded, what was left out, what starts fresh
 
 
-class Misfit(Exception):
-    """Why a source cannot be a sub-network of the supernet."""
-
-
 def load_pretrained(detector: ElasticSSD, config: Config, classes: Sequence[str]) -> Embedding:
     """Read `config.backbone.pretrained_path` into `detector`, which will be trained on `classes`.
 
     Raises UserError with the reason if it does not fit.
     """
     source = read_source(config.backbone.pretrained_path)
-    try:
+    with naming(f"{config.backbone.pretrained_path} ({source.name})"):
         embedding = embed(detector, source, config.backbone.pretrained_head, classes)
-    except Misfit as misfit:
-        raise UserError(f"{config.backbone.pretrained_path} ({source.name}): {misfit}") from None
     rows = [("recognised as", source.name), *embedding.rows]
     # The weights can start the training even if a setting differs.
-    pairs = [("backbone", key, source.settings, "it was") for key in source.settings._fields]
+    pairs = [("backbone", key, source.settings, "it was") for key in ("pixel_mean", "pixel_std", "padding", "norm_eps")]
     if source.head and config.backbone.pretrained_head:
         pairs += [("head", key, source.head, "its predictors were") for key in ("scales", "aspect_ratios", "squares")]
     for section, key, settings, what in pairs:
@@ -74,14 +68,20 @@ def as_table(rows: Sequence[Row]) -> list[str]:
 def embed(
     detector: ElasticSSD, source: Source, with_head: bool = True, classes: Sequence[str] | None = None
 ) -> Embedding:
-    """Copy `source` into `detector`, whose weights must be freshly initialised. Raises Misfit.
+    """Copy `source` into `detector`, whose weights must be freshly initialised. Raises UserError.
 
     If the source names its classes and `classes` are given, classes of the same name keep their logits.
     """
     if not with_head:
         source = replace(source, extras=(), predictors={})
     rows: list[Row] = []
-    stages = _embed_backbone(detector, source, rows)
+    backbone, eps = detector.backbone, source.settings.norm_eps
+    if len(source.stages) != len(backbone.stages):
+        raise UserError(f"it has {len(source.stages)} stages, the search space has {len(backbone.stages)}")
+    _embed_conv(backbone.stem, source.stem, eps, "stem", rows)
+    stages = tuple(_embed_stage(detector, source, i, rows) for i in range(len(source.stages)))
+    if backbone.last_conv is not None:
+        _embed_conv(backbone.last_conv, source.last_conv, eps, "last 1x1 convolution", rows)
     head = _embed_extras(detector, source, rows)
     predictors = source.predictors
     # Logits are ordered by class: the same classes in another order need them rearranged.
@@ -102,18 +102,12 @@ def embed(
     return Embedding(Genotype(space.image_size[-1], space.backbone_type, stages, head), rows)
 
 
-def _embed_backbone(detector: ElasticSSD, source: Source, rows: list[Row]) -> tuple[tuple[Block, ...], ...]:
-    """The stages of the genotype that holds the source; the report is added to `rows`."""
-    backbone, eps = detector.backbone, source.settings.norm_eps
-    if len(source.stages) != len(backbone.stages):
-        raise Misfit(f"it has {len(source.stages)} stages, the search space has {len(backbone.stages)}")
-    _load_conv_norm(backbone.stem, source.stem, eps, "stem")
-    rows.append(("stem", "loaded"))
-    stages = tuple(_embed_stage(detector, source, i, rows) for i in range(len(source.stages)))
-    if backbone.last_conv is not None:
-        _load_conv_norm(backbone.last_conv, source.last_conv, eps, "last 1x1 convolution")
-        rows.append(("last 1x1 convolution", "loaded"))
-    return stages
+def _embed_conv(ours: nn.Sequential, theirs: Tensors, eps: float, where: str, rows: list[Row]) -> None:
+    """Copy a convolution and its BatchNorm, which must have the same shape."""
+    weight = ours[0].weight
+    _check_tensors(theirs, {"0.weight": tuple(weight.shape), **_norm_shapes("1", len(weight))}, where)
+    _load(ours, theirs, eps)
+    rows.append((where, "loaded"))
 
 
 def _embed_stage(detector: ElasticSSD, source: Source, i: int, rows: list[Row]) -> tuple[Block, ...]:
@@ -122,9 +116,9 @@ def _embed_stage(detector: ElasticSSD, source: Source, i: int, rows: list[Row]) 
     choices = detector.space.stages[i]
     theirs = source.stages[i]
     if len(theirs) > len(blocks) and not source.elastic:
-        raise Misfit(f"stage {i} has {len(theirs)} blocks, the search space at most {len(blocks)}")
+        raise UserError(f"stage {i} has {len(theirs)} blocks, the search space at most {len(blocks)}")
     loaded = [
-        _embed_block(ours, tensors, choices.block, source, f"stage {i}, block {j}")
+        _embed_block(ours, tensors, choices.block, source.elastic, source.settings.norm_eps, f"stage {i}, block {j}")
         for j, (ours, tensors) in enumerate(zip(blocks, theirs, strict=False))
     ]
     for surplus in blocks[len(loaded) :]:
@@ -142,42 +136,28 @@ def _embed_stage(detector: ElasticSSD, source: Source, i: int, rows: list[Row]) 
 
 
 def _embed_block(
-    ours: ElasticInvertedResidual, theirs: Tensors, choices: BlockChoices, source: Source, where: str
+    ours: ElasticInvertedResidual, theirs: Tensors, choices: BlockChoices, elastic: bool, eps: float, where: str
 ) -> Block:
     """Copy one inverted residual block. Returns the smallest choice that holds it."""
     hidden = _check_block(ours, theirs, where)
     room = ours.project.in_channels
-    if hidden > room and not source.elastic:
-        raise Misfit(f"{where}: {hidden} hidden channels, the largest expand ratio has {room}")
-    hidden = min(hidden, room)  # an elastic source is cut to fit
-    # The depthwise convolution comes first: it may not fit, and a block that is refused must stay as it is.
-    kernel = _load_depthwise(ours.depthwise, theirs, hidden, where)
-    eps = source.settings.norm_eps
-    _load_norm(ours.depthwise_norm, theirs, "depthwise_norm", eps, hidden)
-    if ours.expand is not None:
-        ours.expand.weight[:hidden] = theirs["expand.weight"][:hidden]
-        _load_norm(ours.expand_norm, theirs, "expand_norm", eps, hidden)
-    if ours.squeeze_excitation is not None:
-        _load_squeeze(ours.squeeze_excitation, theirs, hidden)
-    # Zeros keep surplus hidden channels from reaching the output.
-    ours.project.weight.zero_()
-    ours.project.weight[:, :hidden] = theirs["project.weight"][:, :hidden]
-    _load_norm(ours.project_norm, theirs, "project_norm", eps, ours.out_channels)
-    expand = min(e for e in choices.expand if ours.hidden_channels(e) >= hidden)
-    return Block(expand, min(k for k in choices.kernel if k >= kernel))
+    if hidden > room and not elastic:
+        raise UserError(f"{where}: {hidden} hidden channels, the largest expand ratio has {room}")
+    # Nothing is written before all is known to fit: a block that is refused must stay as it is.
+    largest = ours.depthwise.weight.shape[-1]
+    weight = _fitting_kernel(theirs, largest, where)
+    _load(ours, {**theirs, "depthwise.weight": F.pad(weight, [(largest - weight.shape[-1]) // 2] * 4)}, eps)
+    expand = min(e for e in choices.expand if ours.hidden_channels(e) >= min(hidden, room))
+    return Block(expand, min(k for k in choices.kernel if k >= weight.shape[-1]))
 
 
 def _check_block(ours: ElasticInvertedResidual, theirs: Tensors, where: str) -> int:
-    """Hidden channels of a block. Raises Misfit if anything but these and its kernel differs from `ours`."""
-    for part in ("expand", "squeeze_excitation"):
-        found, expected = (any(name.startswith(f"{part}.") for name in theirs), getattr(ours, part) is not None)
-        if found != expected:
-            raise Misfit(f"{where}: {part}: {found}, the search space has {expected}")
+    """Hidden channels of a block. Raises UserError if anything but these and its kernel differs from `ours`."""
     # Only hidden channels can be added without changing the function; all else must agree.
     hidden = _sizes(theirs, "project.weight", where)[1] if ours.expand is not None else ours.in_channels
     kernel = _sizes(theirs, "depthwise.weight", where)[-1]
     if kernel not in (3, 5, 7):
-        raise Misfit(f"{where}: depthwise.weight: a kernel of {kernel}, expected 3, 5 or 7")
+        raise UserError(f"{where}: depthwise.weight: a kernel of {kernel}, expected 3, 5 or 7")
     shapes = {"project.weight": (ours.out_channels, hidden, 1, 1), "depthwise.weight": (hidden, 1, kernel, kernel)}
     shapes |= _norm_shapes("depthwise_norm", hidden) | _norm_shapes("project_norm", ours.out_channels)
     shapes |= {name: (k * k, k * k) for k, name in MATRICES.items() if name in theirs}
@@ -188,13 +168,16 @@ def _check_block(ours: ElasticInvertedResidual, theirs: Tensors, where: str) -> 
         for name, rows, columns in (("fc1", squeezed, hidden), ("fc2", hidden, squeezed)):
             shapes[f"squeeze_excitation.{name}.weight"] = (rows, columns, 1, 1)
             shapes[f"squeeze_excitation.{name}.bias"] = (rows,)
+    layers = {name.partition(".")[0] for name in shapes}
+    if surplus := [name for name in theirs if name.partition(".")[0] not in layers]:
+        raise UserError(f"{where}: {surplus[0]}: the search space has no such layer")
     _check_tensors(theirs, shapes, where)
     return hidden
 
 
 def _sizes(theirs: Tensors, name: str, where: str) -> tuple[int, ...]:
     if name not in theirs or theirs[name].ndim != 4:
-        raise Misfit(f"{where}: {name}: expected the weights of a convolution")
+        raise UserError(f"{where}: {name}: expected the weights of a convolution")
     return tuple(theirs[name].shape)
 
 
@@ -203,63 +186,46 @@ def _norm_shapes(name: str, channels: int) -> dict[str, tuple[int, ...]]:
 
 
 def _check_tensors(theirs: Tensors, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Raise Misfit unless these tensors have these shapes and finite real numbers, of variances none below 0."""
+    """Raise UserError unless these tensors have these shapes and finite real numbers, of variances none below 0."""
     for name, shape in shapes.items():
         found = tuple(theirs[name].shape) if name in theirs else "nothing"
         if found != shape:
-            raise Misfit(f"{where}: {name}: weights of {found}, expected {shape}")
+            raise UserError(f"{where}: {name}: weights of {found}, expected {shape}")
         tensor = theirs[name]
         real = holds_numbers(tensor) and bool(tensor.isfinite().all())
         if not real or (name.endswith("running_var") and bool((tensor < 0).any())):
-            raise Misfit(f"{where}: {name}: expected finite real numbers, of variances none below 0")
+            raise UserError(f"{where}: {name}: expected finite real numbers, of variances none below 0")
 
 
-def _load_depthwise(ours: ElasticDepthwiseConv, theirs: Tensors, hidden: int, where: str) -> int:
-    """Centre the source's kernels in ours, or transform larger ones down to ours. Returns the loaded kernels' side."""
-    weight = theirs["depthwise.weight"][:hidden]
-    largest = ours.weight.shape[-1]
+def _fitting_kernel(theirs: Tensors, largest: int, where: str) -> Tensor:
+    """The depthwise kernels (C, 1, k, k), transformed to a side of `largest` where they are larger."""
+    weight = theirs["depthwise.weight"]
     # A smaller kernel of Once-for-All is the centre of the next larger one, transformed (Cai et al. 2020).
     while weight.shape[-1] > largest:
         smaller = weight.shape[-1] - 2
         matrix = theirs.get(f"depthwise.{smaller + 2}to{smaller}_matrix")
         if matrix is None:
-            raise Misfit(f"{where}: a kernel of {weight.shape[-1]}, the search space has at most {largest}")
+            raise UserError(f"{where}: a kernel of {weight.shape[-1]}, the search space has at most {largest}")
         weight = F.linear(weight[:, :, 1:-1, 1:-1].flatten(1), matrix).view(-1, 1, smaller, smaller)
-    ours.weight[:hidden] = F.pad(weight, [(largest - weight.shape[-1]) // 2] * 4)
-    for name, matrix in ours.named_parameters():
-        if name.endswith("_matrix") and f"depthwise.{name}" in theirs:
-            matrix.copy_(theirs[f"depthwise.{name}"])
-    return weight.shape[-1]
+    return weight
 
 
-def _load_squeeze(ours: ElasticSqueezeExcitation, theirs: Tensors, hidden: int) -> None:
-    """Surplus hidden channels do not enter the squeeze, and surplus squeezed channels have no effect."""
-    squeezed = min(len(theirs["squeeze_excitation.fc1.bias"]), len(ours.fc1.bias))
-    for name, layer, inputs, outputs in (("fc1", ours.fc1, hidden, squeezed), ("fc2", ours.fc2, squeezed, hidden)):
-        layer.weight[:outputs].zero_()
-        layer.weight[:outputs, :inputs] = theirs[f"squeeze_excitation.{name}.weight"][:outputs, :inputs]
-        layer.bias[:outputs] = theirs[f"squeeze_excitation.{name}.bias"][:outputs]
-
-
-def _load_norm(ours: nn.BatchNorm2d, theirs: Tensors, name: str, eps: float, channels: int) -> None:
-    """Copy the first channels of a BatchNorm. The weight makes up for another eps, so that the function is the same."""
-    var = theirs[f"{name}.running_var"][:channels]
-    ours.weight[:channels] = theirs[f"{name}.weight"][:channels] * ((var + ours.eps) / (var + eps)).sqrt()
-    for part in ("bias", "running_mean", "running_var"):
-        getattr(ours, part)[:channels] = theirs[f"{name}.{part}"][:channels]
-
-
-def _load_conv_norm(ours: nn.Sequential, theirs: Tensors, eps: float, where: str) -> None:
-    """Copy a convolution and its BatchNorm, which must have the same shape."""
-    channels = len(ours[0].weight)
-    _check_tensors(theirs, {"0.weight": tuple(ours[0].weight.shape), **_norm_shapes("1", channels)}, where)
-    ours[0].weight.copy_(theirs["0.weight"])
-    _load_norm(ours[1], theirs, "1", eps, channels)
+def _load(ours: nn.Module, theirs: Tensors, eps: float) -> None:
+    """Copy the tensors, or the first channels that both have. The weights of our surplus inputs become zero."""
+    theirs = dict(theirs)
+    for name, module in ours.named_modules():
+        if isinstance(module, nn.BatchNorm2d):  # its weight makes up for another eps, so that the function is the same
+            var = theirs[f"{name}.running_var"]
+            theirs[f"{name}.weight"] = theirs[f"{name}.weight"] * ((var + module.eps) / (var + eps)).sqrt()
+    for name, tensor in ours.state_dict().items():
+        if name in theirs:
+            corner = tuple(slice(min(sizes)) for sizes in zip(tensor.shape, theirs[name].shape, strict=True))
+            tensor[corner[:1]] = 0
+            tensor[corner] = theirs[name][corner]
 
 
 def _embed_extras(detector: ElasticSSD, source: Source, rows: list[Row]) -> tuple[Block, ...]:
     """The head of the genotype that holds the source; the report is added to `rows`."""
-    source = replace(source, settings=source.settings._replace(norm_eps=HEAD_EPS))
     head = []
     for i, choices in enumerate(detector.space.head):
         block = Block(choices.expand[-1], choices.kernel[-1])
@@ -267,9 +233,10 @@ def _embed_extras(detector: ElasticSSD, source: Source, rows: list[Row]) -> tupl
         if i < len(source.extras):
             # An extra block that does not fit is no reason to refuse the backbone.
             try:
-                block = _embed_block(detector.extras.blocks[i], source.extras[i], choices, source, f"extra block {i}")
+                ours, theirs = detector.extras.blocks[i], source.extras[i]
+                block = _embed_block(ours, theirs, choices, source.elastic, HEAD_EPS, f"extra block {i}")
                 what = f"loaded as ({block.expand:g}, {block.kernel})"
-            except Misfit as misfit:
+            except UserError as misfit:
                 what = f"{FRESH} ({misfit})"
         head.append(block)
         rows.append((f"extra block {i}", what))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from torchvision.models import get_model_weights
 
 from lib import checkpoint, config_io
 from lib.cli import supernet_checkpoint
-from lib.config import HeadConfig
+from lib.config import BackboneConfig, HeadConfig
 from lib.errors import UserError, did_you_mean, naming
 from lib.genotype import Genotype
 from lib.plain import check
@@ -28,16 +28,9 @@ TORCHVISION = ("torchvision:mobilenet_v2", "torchvision:mobilenet_v3_large")
 LITE0 = "efficientnet_lite0"
 
 
-class Settings(NamedTuple):
-    """What a network was trained with, under the keys of BackboneConfig."""
-
-    pixel_mean: Sequence[float] = [123.675, 116.28, 103.53]
-    pixel_std: Sequence[float] = [58.395, 57.12, 57.375]
-    padding: str = "symmetric"
-    norm_eps: float = 1e-5
-
-
-IMAGENET = Settings()
+# What a network was trained with; of a BackboneConfig, `pixel_mean`, `pixel_std`, `padding` and `norm_eps` count.
+IMAGENET = BackboneConfig(pixel_mean=[123.675, 116.28, 103.53], pixel_std=[58.395, 57.12, 57.375])
+LITE = BackboneConfig(pixel_mean=[127.0] * 3, pixel_std=[128.0] * 3, padding="tf_same", norm_eps=1e-3)
 
 
 @dataclass(frozen=True)
@@ -48,7 +41,7 @@ class Source:
     stem: Tensors
     stages: Sequence[Sequence[Tensors]]  # the blocks of each
     last_conv: Tensors  # {} if there is none
-    settings: Settings
+    settings: BackboneConfig
     elastic: bool = False  # any slice of it is a network too, so that a smaller space may hold it
     extras: Sequence[Tensors] = ()
     predictors: Tensors = field(default_factory=dict)
@@ -57,14 +50,13 @@ class Source:
     left_out: Sequence[str] = ()  # keys that no detector needs
 
 
-@dataclass(frozen=True)
-class Format:
+class Format(NamedTuple):
     """How one family of files is recognised and renamed."""
 
     name: str
     signature: Sequence[str]  # keys that only this family has
     modules: Mapping[str, str]  # from their paths to our names, N is a block's number; the first match counts
-    settings: Settings = IMAGENET
+    settings: BackboneConfig = IMAGENET
     elastic: bool = False
 
 
@@ -100,7 +92,7 @@ FORMATS = (
             **_block("features.N.block", {"project": ("2.0", "2.1")}),  # of blocks without squeeze-and-excitation
             **_block("features.N.block", {"project": ("3.0", "3.1")}),
         },
-        settings=Settings(norm_eps=1e-3),
+        settings=replace(IMAGENET, norm_eps=1e-3),
     ),
     Format(
         name="Once-for-All MobileNetV3 supernet",
@@ -127,7 +119,7 @@ FORMATS = (
             **_block("_blocks.N", {"expand": ("_expand_conv", "_bn0"), "depthwise": ("_depthwise_conv", "_bn1")}),
             **_block("_blocks.N", {"project": ("_project_conv", "_bn2")}),
         },
-        settings=Settings(pixel_mean=[127.0] * 3, pixel_std=[128.0] * 3, padding="tf_same", norm_eps=1e-3),
+        settings=LITE,
     ),
 )
 
@@ -181,8 +173,18 @@ def _present_key(key: str) -> str:
 
 
 def _renamed(state: Tensors, kind: Format) -> Source:
-    names = {key: _our_name(key, kind.modules) for key in state}
-    tensors = {name: state[key] for key, name in names.items() if name}
+    patterns = [(re.escape(path).replace("N", r"(\d+)") + r"\.(.+)", ours) for path, ours in kind.modules.items()]
+    tensors: Tensors = {}
+    left_out = []
+    for key, tensor in state.items():
+        for pattern, ours in patterns:
+            if found := re.fullmatch(pattern, key):
+                # features.3.conv.0.0.weight becomes block.3.expand.weight.
+                *number, name = found.groups()
+                tensors[f"{ours.replace('N', number[0]) if number else ours}.{name}"] = tensor
+                break
+        else:
+            left_out.append(key)
     # The files do not say where a stage ends; in all of these networks its blocks have equally many output channels.
     stages = itertools.groupby(
         _numbered(_below(tensors, "block.")),
@@ -195,56 +197,43 @@ def _renamed(state: Tensors, kind: Format) -> Source:
         last_conv=_below(tensors, "last_conv."),
         settings=kind.settings,
         elastic=kind.elastic,
-        left_out=[key for key, name in names.items() if not name],
+        left_out=left_out,
     )
-
-
-def _our_name(key: str, modules: Mapping[str, str]) -> str | None:
-    """Our name of a tensor, if it is needed: features.3.conv.0.0.weight becomes block.3.expand.weight."""
-    for path, ours in modules.items():
-        if found := re.fullmatch(re.escape(path).replace("N", r"(\d+)") + r"\.(.+)", key):
-            *number, name = found.groups()
-            return f"{ours.replace('N', number[0]) if number else ours}.{name}"
-    return None
 
 
 def _own(payload: dict, origin: str) -> Source:
     """A supernet or a final detector of this project; its moving average if it has one."""
     config = config_io.from_dict(check(payload.get("config"), dict, f"{origin}: config"), origin)
-    backbone, final = config.backbone, "genotype" in payload
     tensors = checkpoint.weights(payload, origin)
+    final = "genotype" in payload
     if final:
         with naming(origin):
-            parts = _detector_parts(tensors, Genotype.from_dict(payload["genotype"]))
+            genotype = Genotype.from_dict(payload["genotype"])
+        # The modules of a detector are numbered as they run, in one list for each feature map. A feature map comes from
+        # several stages, so blocks are counted off by the genotype's depths.
+        maps = _numbered(_below(tensors, "backbone."))
+        modules = iter([module for feature_map in maps for module in _numbered(feature_map)])
+        stem = next(modules, {})
+        stages = [list(itertools.islice(modules, depth)) for depth in genotype.depths]
+        last_conv = next(modules, {})
+        extras = [_below(extra, "0.") for extra in _numbered(_below(tensors, "extras."))]
     else:
-        parts = {
-            "stem": _below(tensors, "backbone.stem."),
-            "stages": [_numbered(stage) for stage in _numbered(_below(tensors, "backbone.stages."))],
-            "last_conv": _below(tensors, "backbone.last_conv."),
-            "extras": _numbered(_below(tensors, "extras.blocks.")),
-        }
+        stem = _below(tensors, "backbone.stem.")
+        stages = [_numbered(stage) for stage in _numbered(_below(tensors, "backbone.stages."))]
+        last_conv = _below(tensors, "backbone.last_conv.")
+        extras = _numbered(_below(tensors, "extras.blocks."))
     return Source(
         name="detector of this project" if final else "supernet of this project",
-        **parts,
-        settings=Settings(backbone.pixel_mean, backbone.pixel_std, backbone.padding, backbone.norm_eps),
+        stem=stem,
+        stages=stages,
+        last_conv=last_conv,
+        settings=config.backbone,
         elastic=not final,
+        extras=extras,
         predictors=_below(tensors, "predictors."),
         classes=tuple(check(payload.get("classes", []), list[str], f"{origin}: classes")),
         head=config.head,
     )
-
-
-def _detector_parts(tensors: Tensors, genotype: Genotype) -> dict:
-    """The parts of a final detector, whose modules are numbered as they run, in one list for each feature map."""
-    maps = _numbered(_below(tensors, "backbone."))
-    stem, *modules = [module for feature_map in maps for module in _numbered(feature_map)] or [{}]
-    stages = []
-    # A feature map comes from several stages, so blocks are counted off by the genotype's depths.
-    for depth in genotype.depths:
-        stages.append(modules[:depth])
-        modules = modules[depth:]
-    extras = [_below(extra, "0.") for extra in _numbered(_below(tensors, "extras."))]
-    return {"stem": stem, "stages": stages, "last_conv": modules[0] if modules else {}, "extras": extras}
 
 
 def _below(tensors: Tensors, prefix: str) -> Tensors:

@@ -17,7 +17,7 @@ from lib.config_io import to_dict
 from lib.detector import ElasticSSD
 from lib.errors import UserError
 from lib.genotype import Genotype
-from lib.pretrained import Misfit, as_table, embed, load_pretrained
+from lib.pretrained import as_table, embed, load_pretrained
 from lib.sources import read_source, recognise
 
 CLASSES = ["cat", "dog", "eel"]
@@ -322,13 +322,13 @@ def test_surplus_channels_and_blocks_learn():
 )
 def test_a_network_that_does_not_fit_is_refused_and_says_why(changes, message):
     detector = make_detector(changed(MBV2, **changes))
-    with pytest.raises(Misfit, match=message):
+    with pytest.raises(UserError, match=message):
         embed(detector, recognise(weights(mobilenet_v2), "file"))
 
 
 def test_a_kernel_that_is_too_large_is_refused():
     detector = make_detector(changed(MBV3, backbone__kernels=[3, 3, 3, 3, 3, 3]))
-    with pytest.raises(Misfit, match=r"stage 2, block 0: a kernel of 5, the search space has at most 3"):
+    with pytest.raises(UserError, match=r"stage 2, block 0: a kernel of 5, the search space has at most 3"):
         embed(detector, recognise(weights(mobilenet_v3_large), "file"))
 
 
