@@ -186,12 +186,14 @@ def sort_hidden_channels(
     does not change. The optimizer's per-parameter state and `average`, a module of the same structure (a moving average
     of the weights), are permuted along. Returns the number of blocks sorted.
     """
-    count = 0
+    blocks, orders = {}, []
     for path, block in model.named_modules():
-        if not isinstance(block, ElasticInvertedResidual) or block.expand is None:
-            continue
-        count += 1
-        order = block.project.weight.abs().sum((0, 2, 3)).argsort(descending=True, stable=True)
+        if isinstance(block, ElasticInvertedResidual) and block.expand is not None:
+            blocks[path] = block
+            orders.append(block.project.weight.abs().sum((0, 2, 3)).argsort(descending=True, stable=True).cpu())
+    # Two GPUs of a job may round a norm differently; another order in one of them would mix up channels for good.
+    for (path, block), order in zip(blocks.items(), distributed.from_main(orders), strict=True):
+        order = order.to(block.project.weight.device)
         axes = list(block.hidden_axes())
         if average is not None:
             # By the model's order, not by its own: an averaged channel must stay the average of that channel.
@@ -203,4 +205,4 @@ def sort_hidden_channels(
             per_weight = [t for t in state.values() if isinstance(t, Tensor) and t.shape == tensor.shape]
             for t in (tensor, *per_weight):
                 t.copy_(t.index_select(dim, order))
-    return count
+    return len(blocks)

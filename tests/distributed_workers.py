@@ -23,11 +23,12 @@ from lib.config import Config
 from lib.datasets import load_annotations, split_indices, train_loader
 from lib.detector import ElasticSSD
 from lib.distributed import SyncBatchNorm, synchronise_norms
+from lib.elastic import ElasticInvertedResidual
 from lib.log import RunLog, read_log
 from lib.losses import DetectionLoss
 from lib.runtime import StopRequest, run
 from lib.scoring import Scorer, prepare_scoring_data
-from lib.shrinking import Panel, make_panel
+from lib.shrinking import Panel, make_panel, sort_hidden_channels
 from lib.training import Trainer
 
 CPU = torch.device("cpu")
@@ -210,7 +211,18 @@ def messages() -> dict:
         "any": [distributed.any_of(flag) for flag in (False, rank == 1, True)],
         "normalizers": distributed.normalizer(torch.tensor([3 * rank, 0])).tolist(),
         "left": left,
+        "sorted": sort_channels(),
     }
+
+
+def sort_channels() -> list[int]:
+    """The order in which a block's channels are sorted. The last is the most important one to process 0, else 0."""
+    block = ElasticInvertedResidual(8, 8, 1, expands=[2], kernels=[3], activation="relu")
+    numbers = torch.arange(16)
+    block.expand.weight.data.copy_(numbers.view(16, 1, 1, 1))
+    block.project.weight.data.copy_((numbers if distributed.world().main else 16 - numbers).view(1, 16, 1, 1))
+    assert sort_hidden_channels(nn.Sequential(block)) == 1
+    return block.expand.weight[:, 0].flatten().tolist()
 
 
 def share(x: torch.Tensor) -> torch.Tensor:
