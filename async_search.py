@@ -42,7 +42,7 @@ from lib.log import duration, progress, say
 from lib.plan import scoring_seconds
 from lib.ray_dispatcher import pick_dispatcher
 from lib.report import Throttle, cost_text, write_results
-from lib.runtime import Stopped, StopRequest, devices_of, pick_device, run
+from lib.runtime import Stopped, StopRequest, pick_device, run
 from lib.scoring import prepare_scoring_data, save_scoring_data, scoring_worker
 from lib.search import Identity, Job, Search
 
@@ -182,7 +182,7 @@ def make_parser() -> argparse.ArgumentParser:
         __doc__, "folder of the supernet run (default: the last one)", "write best.json and the front every N epochs"
     )
     add = parser.add_argument
-    add("--gpus", metavar="LIST", help="workers: 0,1,2,3 or cpu or cpu,cpu (default: what the machine has)")
+    add("--gpus", metavar="LIST", help="workers: 0,1,2,3 or cpu,cpu or cuda:0,cuda:0 (default: each GPU)")
     add(
         "--dispatcher", choices=["local", "ray"], default="local", help="workers: processes, or actors of a Ray cluster"
     )
@@ -243,8 +243,8 @@ class Task:
 
 def prepare(args: argparse.Namespace, search_run: cli.Run, supernet: Supernet, path: Path) -> Task:
     config = search_run.config
-    gpus = devices_of(args.device) if args.gpus is None else args.gpus
-    devices, make_pool = pick_dispatcher(args.dispatcher, args.ray_address, gpus, config)
+    flag, gpus = ("--device", args.device) if args.gpus is None else ("--gpus", args.gpus)
+    devices, make_pool = pick_dispatcher(args.dispatcher, args.ray_address, gpus, config, flag)
     costs = Coster(supernet.detector, table_for(supernet.detector, config.search))
     budget = Budget(costs, supernet.space, limits_of(config.search))
     # One random proposal shows at once whether anything fits all limits together.
@@ -282,11 +282,10 @@ def print_plan(task: Task) -> None:
 
 def print_estimate(task: Task) -> None:
     """How long the search will take: a few candidates are scored for some seconds, as one of the workers would."""
-    threads = task.make_pool.keywords["threads_per_worker"]
-    torch.set_num_threads(threads or torch.get_num_threads())
+    torch.set_num_threads(task.make_pool.keywords["threads_per_worker"])
     space, config = task.supernet.space, task.run.config
     genotypes = [space.smallest(), space.sample(random.Random(config.seed)), space.largest()]
-    device = torch.device(task.devices[0])
+    device = pick_device(task.devices[0])
     watch = plan.Stopwatch()
     score = scoring_seconds(task.supernet.detector, genotypes, task.annotations, *task.split, config, device, watch)
     evaluations = config.search.num_epochs * config.search.steps

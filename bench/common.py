@@ -63,7 +63,7 @@ def bench_parser(doc: str, out: str, rounds: int = 0, threads: int = 2, device: 
         parser.add_argument("--rounds", type=int, default=rounds, help=f"turns of each run (default: {rounds})")
         parser.add_argument("--threads", type=int, default=threads, help=f"CPU threads (default: {threads})")
     if device:
-        parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+        parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N or N (default: cpu)")
     return parser
 
 

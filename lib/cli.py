@@ -51,7 +51,7 @@ def make_parser(
     add("--load", metavar="DIR", type=Path, help=load_help)
     add("--resume", action="store_true", help="continue the run in --train-dir; start it where there is none")
     add("--save-every", metavar="N", type=int, help=save_help)
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or N (default: auto)")
     add("--seed", type=int, help="seed of everything random (default: the configuration's)")
     add("--dry-run", action="store_true", help="check everything, print the plan and an estimate of the time, and stop")
     return parser

@@ -263,7 +263,7 @@ class SearchConfig:
     images: CountOrZero = 0  # of the search split that score a candidate; 0 = all of them
     resamples: EpochsOrZero = 200  # bootstrap resamples of the images, which tell ties; 0 = no intervals
     batch_size: Annotated[int, Bounds(1, 65536)] = 32
-    # Worker processes; more than there are GPUs share them. 0 = one for each GPU, without a GPU one a core, at most 8.
+    # Workers, if --gpus names none; more than there are GPUs share them. 0 = one a GPU, or else one a core, at most 8.
     parallelism: Annotated[int, Bounds(0, 4096)] = 0
     gpu_ids: list[Annotated[int, Bounds(0, 4096)]] = field(default_factory=list)  # [] = every GPU, else the CPU
     time_limit: Factor = 10.0  # an evaluation is stopped after this many median times; 0 = never

@@ -63,7 +63,7 @@ class WorkerPool(contextlib.AbstractContextManager):
     """One worker for each of `devices` ("cpu", "cuda:0", ...; repeats allowed). Use as a context manager.
 
     `setup(device, *args)` is called once in each worker and returns the function that turns a payload into a result.
-    `setup`, `args`, payloads and results must be picklable. `threads_per_worker` bounds a worker's CPU threads.
+    `setup`, `args`, payloads and results must be picklable. `threads_per_worker` bounds each one's CPU threads.
 
     A job that raises, kills its worker, or runs longer than `time_limit` seconds is tried again, `ATTEMPTS` times in
     all; then its result carries the error. A dead worker's jobs are queued again and a new worker takes its place. That

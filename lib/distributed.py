@@ -64,8 +64,6 @@ def join(device: torch.device) -> None:
     """Connect to the other processes of the job. From here on only the main one has a standard output."""
     if world().size == 1:
         return
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     with _peers():
         shared, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
         store = _store_of_this_start(shared)

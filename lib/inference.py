@@ -88,7 +88,7 @@ class PictureDetector:
 def load(path: str | Path, device: str = "auto") -> PictureDetector:
     """The detector in a run's folder (its best.pt), a checkpoint, or an exported .onnx file. Raises UserError.
 
-    `device` is auto, cpu, cuda or cuda:N, and applies to checkpoints; onnxruntime runs on the CPU.
+    `device` is a value of --device, and applies to checkpoints; onnxruntime runs on the CPU.
     """
     path = Path(path)
     if path.suffix != ".onnx":

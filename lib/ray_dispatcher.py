@@ -10,7 +10,7 @@ import functools
 import math
 import os
 import pickle
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,27 +18,27 @@ from typing import Any
 from lib.config import Config
 from lib.dispatcher import Dispatcher, Worker, WorkerPool, run_job, set_up
 from lib.errors import UserError
-from lib.runtime import pick_workers
+from lib.runtime import pick_workers, read_devices
 
 
 def pick_dispatcher(
-    kind: str, address: str | None, gpus: str | None, config: Config
+    kind: str, address: str | None, gpus: str, config: Config, flag: str = "--gpus"
 ) -> tuple[list[str], Callable[..., WorkerPool]]:
     """The device of each worker, and a function that makes the dispatcher from its `setup` and `args`.
 
-    `kind`, `address` and `gpus` are the values of --dispatcher, --ray-address and --gpus. For "ray", this joins the
-    cluster, or starts one.
+    `kind` and `address` are the values of --dispatcher and --ray-address, `gpus` that of `flag`. For "ray", this joins
+    the cluster, or starts one.
     """
     if kind == "ray":
         connect(address)
         # The cluster's machines decide how many workers there can be.
         machines = [node["Resources"] for node in _ray().nodes() if node["Alive"]]
-        devices, threads = pick_ray_workers(gpus, machines, config)
+        devices, threads = pick_ray_workers(gpus, machines, config, flag)
         pool = RayDispatcher
     elif address:
         raise UserError(f"--ray-address {address}: goes with --dispatcher ray")
     else:
-        devices, threads = pick_workers(gpus, config)
+        devices, threads = pick_workers(gpus, config, flag)
         pool = Dispatcher
     limit = config.search.first_time_limit or None
     return devices, functools.partial(pool, devices=devices, threads_per_worker=threads, setup_limit=limit)
@@ -63,26 +63,30 @@ def connect(address: str | None, cpus: int | None = None) -> None:
         raise UserError(f"--ray-address {address}: {problem}; start one with: ray start --head") from None
 
 
-def pick_ray_workers(gpus: str | None, machines: Sequence[dict], config: Config) -> tuple[list[str], int | None]:
-    """The device of each worker of a cluster, and the CPU threads of each CPU worker (None if there is none).
+def pick_ray_workers(
+    gpus: str, machines: Sequence[dict], config: Config, flag: str = "--gpus"
+) -> tuple[list[str], int]:
+    """The device of each worker of a cluster, and the CPU threads of each.
 
-    `machines` are the resources ("CPU", "GPU", ...) of each machine. Ray places the workers, so a number in `gpus`
-    means any GPU. Without `gpus`: every GPU of the cluster, else `search.parallelism` CPU workers or one for each CPU.
+    `machines` are the resources ("CPU", "GPU", ...) of each machine. `gpus` is what `pick_workers` takes, but Ray
+    places the workers: a number is any GPU, and an equal one says that two workers share a GPU.
     """
     cpus = [int(machine.get("CPU", 0)) for machine in machines]
-    gpu_count = sum(int(machine.get("GPU", 0)) for machine in machines)
-    if gpus is None:
-        devices = ["cuda"] * gpu_count or ["cpu"] * (config.search.parallelism or sum(cpus))
+    gpus_of = [int(machine.get("GPU", 0)) for machine in machines]
+    gpu_count, parallelism = sum(gpus_of), config.search.parallelism
+    if gpus == "auto":
+        workers = max(parallelism, gpu_count) if gpu_count else parallelism or sum(cpus)
+        devices = [f"cuda:{i % gpu_count}" if gpu_count else "cpu" for i in range(max(1, workers))]
     else:
-        names = [name.strip() for name in gpus.split(",")]
-        if wrong := [name for name in names if name != "cpu" and not name.isdigit()]:
-            raise UserError(f"--gpus {gpus}: '{wrong[0]}' is neither cpu nor the number of a GPU")
-        devices = ["cpu" if name == "cpu" else "cuda" for name in names]
-    gpu_workers, cpu_workers = devices.count("cuda"), devices.count("cpu")
-    if gpu_workers > gpu_count or cpu_workers > sum(cpus):
-        found = f"{gpu_count} GPUs and {sum(cpus)} CPUs"
-        raise UserError(f"{gpu_workers} GPU and {cpu_workers} CPU workers: more than the Ray cluster's {found}")
-    return devices, most_threads(cpus, cpu_workers) if cpu_workers else None
+        devices = read_devices(gpus, flag, gpu_count, "the Ray cluster")
+    cpu_workers = devices.count("cpu")
+    if cpu_workers > sum(cpus):
+        raise UserError(f"{cpu_workers} CPU workers: more than the Ray cluster's {sum(cpus)} CPUs")
+    if cpu_workers:
+        return devices, most_threads(cpus, cpu_workers)
+    # Of the machine with the fewest CPUs for a GPU, each worker of a GPU has an equal share.
+    cpus_of_gpu = min(count // gpu for count, gpu in zip(cpus, gpus_of, strict=True) if gpu)
+    return devices, max(1, cpus_of_gpu // max(Counter(devices).values()))
 
 
 def most_threads(cpus: Sequence[int], workers: int) -> int:
@@ -117,8 +121,8 @@ class _Remote:
 class RayDispatcher(WorkerPool):
     """A WorkerPool of Ray actors, which end with this process; call `connect` first.
 
-    A worker on "cuda" has a GPU of its own, which it sees as "cuda:0"; one on "cpu" has `threads_per_worker` CPUs. Ray
-    chooses the machine. If a machine is lost, its actors start on another one as soon as there is room, while the
+    A worker on "cuda:N" has its part of a GPU, which it sees as "cuda:0"; one on "cpu" has `threads_per_worker` CPUs.
+    Ray chooses the machine. If a machine is lost, its actors start on another one as soon as there is room, while the
     others go on. The death of an idle actor is noticed when it is given a job, which then counts as an attempt.
     """
 
@@ -127,8 +131,10 @@ class RayDispatcher(WorkerPool):
     def _start(self, slot: int) -> _Actor:
         threads = self._threads or 1
         on_gpu = self._devices[slot].startswith("cuda")
+        # Workers of one GPU have equal parts of it, rounded down, since Ray rounds to 1e-4, perhaps up.
+        part = 10_000 // self._devices.count(self._devices[slot]) / 10_000
         options = {
-            "num_gpus": int(on_gpu),
+            "num_gpus": part if on_gpu else 0,
             "num_cpus": 0 if on_gpu else threads,
             # WorkerPool restarts actors, and queues a dead one's jobs again.
             "max_restarts": 0,

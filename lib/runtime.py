@@ -39,52 +39,55 @@ GRACE_SECONDS = 10  # that a loader process goes on after SIGTERM
 ECHO_SECONDS = 1.0  # a batch system may send SIGTERM to a process and then again to its process group
 
 
+def read_devices(text: str, flag: str, gpus: int, place: str = "this machine") -> list[str]:
+    """`cpu` or `cuda:N` for each entry of a list such as `0,cuda:1,cpu`, where `place` has `gpus` GPUs."""
+    there = ["cpu", *(f"cuda:{i}" for i in range(gpus))]
+    devices = []
+    for name in map(str.strip, text.split(",")):
+        device = "cuda:0" if name == "cuda" else f"cuda:{name}" if name.isdigit() else name
+        if device not in there:
+            raise UserError(f"{flag} {text}: '{name}' is not among {place}'s devices: {', '.join(there)}")
+        devices.append(device)
+    return devices
+
+
 def pick_device(name: str, flag: str = "--device") -> torch.device:
-    """The device named `auto`, `cpu`, `cuda` (in a distributed job that of the local rank) or `cuda:N`."""
+    """The one device named as in `read_devices`, or by `auto`; in a distributed job the GPU of the local rank.
+
+    A GPU becomes the current one, which every process that computes leaves to this function: CUDA calls that name no
+    device, NCCL and a loader's pinning thread would otherwise occupy GPU 0 as well.
+    """
     world = distributed.world()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if world.size > 1 and name.startswith("cuda"):
+    if world.size > 1 and name != "cpu":
         if name != "cuda":
             raise UserError(f"{flag} {name}: expected auto, cpu or cuda, since each process takes a GPU of its own")
         name = f"cuda:{world.local_rank}"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise UserError(f"{flag} {name}: expected auto, cpu, cuda or cuda:N")
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"{flag} {name}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
+    device, *others = read_devices(name, flag, torch.cuda.device_count())
+    if others:
+        raise UserError(f"{flag} {name}: expected one device; torchrun --nproc_per_node=N trains on N GPUs")
+    if device != "cpu":
+        torch.cuda.set_device(device)
+    return torch.device(device)
 
 
-def devices_of(device: str) -> str | None:
-    """The value of --gpus that means the same as this value of --device; None for `auto`."""
-    picked = pick_device(device)
-    return None if device == "auto" else "cpu" if picked.type == "cpu" else str(picked.index or 0)
+def pick_workers(gpus: str, config: Config, flag: str = "--gpus") -> tuple[list[str], int]:
+    """The device of each worker of this machine, and the CPU threads of each, an equal share of the cores.
 
-
-def pick_workers(gpus: str | None, config: Config) -> tuple[list[str], int | None]:
-    """The device of each worker of this machine, and the CPU threads of each CPU worker (None if there is none).
-
-    `gpus` is `0,1,2`, `cpu` or `cpu,cpu`; each entry is a worker. Without it there is one worker for each of the
-    configured `gpu_ids` that exist, else for each GPU, else `search.parallelism` CPU workers. If `search.parallelism`
-    exceeds the number of GPUs, workers share them.
+    Each entry of `gpus`, a list as in `read_devices`, is a worker. For `auto` there is one on each of the configured
+    `gpu_ids` that exist, else on each GPU, or `search.parallelism` workers that share these if that is more; without a
+    GPU, `search.parallelism` CPU workers, or as many as there are cores, up to MAX_CPU_WORKERS.
     """
     gpu_count, parallelism = torch.cuda.device_count(), config.search.parallelism
     cores = torch.get_num_threads()  # respects OMP_NUM_THREADS, unlike os.cpu_count()
-    if gpus is None:
+    if gpus == "auto":
         ids = [i for i in config.search.gpu_ids if i < gpu_count] or range(gpu_count)
-        devices = [f"cuda:{i}" for i in ids] or ["cpu"] * min(cores, parallelism or MAX_CPU_WORKERS)
+        workers = max(parallelism, len(ids)) if ids else min(cores, parallelism or MAX_CPU_WORKERS)
+        devices = [f"cuda:{ids[i % len(ids)]}" if ids else "cpu" for i in range(workers)]
     else:
-        devices = []
-        for name in map(str.strip, gpus.split(",")):
-            if name != "cpu" and not (name.isdigit() and int(name) < gpu_count):
-                machine = f"this machine's {gpu_count} CUDA devices"
-                raise UserError(f"--gpus {gpus}: '{name}' is neither cpu nor one of {machine}")
-            devices.append("cpu" if name == "cpu" else f"cuda:{name}")
-    if parallelism > len(devices) and devices[0] != "cpu":
-        devices = [devices[i % len(devices)] for i in range(parallelism)]
-    cpu_workers = devices.count("cpu")
-    return devices, max(1, cores // cpu_workers) if cpu_workers else None
+        devices = read_devices(gpus, flag, gpu_count)
+    return devices, max(1, cores // len(devices))
 
 
 def device_name(device: torch.device) -> str:
@@ -106,7 +109,7 @@ def seed_everything(seed: int) -> None:
 
 
 def prepare_process() -> None:
-    """TF32 on a GPU; glibc, where there is one, keeps large freed blocks: the kernel would zero them at each new use."""
+    """TF32 on a GPU; glibc, where there is one, keeps large freed blocks: the kernel would zero them at each use."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     # Each sub-network has other shapes, whose algorithms would be timed, and chosen otherwise in the next run.
     torch.backends.cudnn.benchmark = False

@@ -14,9 +14,11 @@ import time
 from pathlib import Path
 
 import distributed_workers as workers
+import imaginary_gpu
 import pytest
 import torch
 import yaml
+from test_imaginary_gpu import on_imaginary_gpu
 from tiny_runs import FINAL, REPOSITORY, SUPERNET, environment, finish, tiny_settings
 from torch import nn
 
@@ -72,6 +74,32 @@ def test_the_processes_exchange(ranks):
     assert first["normalizers"] == second["normalizers"] == [1.5, 0.5]
     assert first["left"] < second["left"]
     assert [rank["reports"] for rank in ranks].count(True) == 1
+
+
+def test_all_sort_channels_as_the_main_process_does(ranks):
+    assert [rank["messages"]["sorted"] for rank in ranks] == [[*range(15, -1, -1)]] * 2
+
+
+def test_gradients_travel_in_buckets_and_the_host_waits_for_none(monkeypatch):
+    """On an imaginary GPU: three of five numbers fit a bucket, and an unused parameter stays without a gradient."""
+    for name, value in {"RANK": 0, "WORLD_SIZE": 4, "LOCAL_RANK": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    sent = []
+    monkeypatch.setattr(distributed.dist, "all_reduce", lambda flat, _operation: sent.append(flat.numel()))
+    monkeypatch.setattr(distributed, "BUCKET", 500)
+
+    def work() -> tuple:
+        parameters = [nn.Parameter(torch.zeros(10, 10, device="cuda:0")) for _ in range(12)]
+        for number, parameter in enumerate(parameters[:-1]):
+            parameter.grad = torch.full_like(parameter, number)
+        imaginary_gpu.counts.clear()
+        distributed.average_gradients(parameters)
+        waits = imaginary_gpu.counts.totals()[1:]
+        return waits, sent, [p.grad is None or p.grad.sum().item() for p in parameters]
+
+    waits_and_copies, sizes, found = on_imaginary_gpu(work)
+    assert waits_and_copies == (0, 0) and sizes == [400, 500, 200]
+    assert found == [25.0 * number for number in range(11)] + [True]
 
 
 def test_all_stop_after_the_same_step(ranks):
@@ -181,15 +209,19 @@ def test_a_batch_that_cannot_be_shared_is_refused():
 def test_each_process_has_its_own_gpu(monkeypatch):
     for name, value in {"RANK": 5, "WORLD_SIZE": 8, "LOCAL_RANK": 1}.items():
         monkeypatch.setenv(name, str(value))
+    current = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     assert distributed.world() == distributed.World(5, 8, 1) and pick_device("cpu") == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert pick_device("auto") == pick_device("cuda") == torch.device("cuda:1")
-    with pytest.raises(UserError, match=r"--device cuda:0: .* a GPU of its own"):
-        pick_device("cuda:0")
+    assert not current and pick_device("auto") == pick_device("cuda") == torch.device("cuda:1")
+    for name in ("cuda:0", "0", "0,1", "gpu"):
+        with pytest.raises(UserError, match=f"--device {name}: .* a GPU of its own"):
+            pick_device(name)
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(UserError, match="--device cuda:2: this machine has 2 CUDA devices"):
+    with pytest.raises(UserError, match=r"--device cuda:2: 'cuda:2' is not among .*: cpu, cuda:0, cuda:1"):
         pick_device("auto")
+    assert current == ["cuda:1"] * 2
 
 
 # The scripts

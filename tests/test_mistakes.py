@@ -93,7 +93,7 @@ MISTAKES = {
     "no epoch of search": ([SEARCH, "--set", "search.num_epochs=0"], "search.num_epochs"),
     "a budget out of reach": ([SEARCH, "--max-flops", "1000"], r"search\.max_flops: 1000.*sub-networks have .* to "),
     "pycocotools without an evaluation": ([FINAL, "--pycocotools"], "--pycocotools: goes with --eval-only"),
-    "a device that is not there": ([SEARCH, "--gpus", "7"], "--gpus 7.*0 CUDA devices"),
+    "a device that is not there": ([SEARCH, "--gpus", "7"], "--gpus 7: '7' is not among this machine's devices: cpu$"),
     "another network": ([SEARCH, "--set", "backbone.mult_ratio=0.25"], NETWORK),
     "no such genotype": ([FINAL, "--genotype", "bets.json"], r"bets\.json: no such genotype file here nor in runs"),
     "no such genotype by its key": (

@@ -38,15 +38,22 @@ def test_threads_are_what_machines_have_room_for(cpus, workers, threads):
 
 def test_a_cluster_gives_its_gpus_or_else_its_cpus(tiny_config):
     config = tiny_config(search__parallelism=0)
-    assert pick_ray_workers(None, MACHINES, config) == (["cuda", "cuda"], None)
-    assert pick_ray_workers(None, MACHINES[:1], config) == (["cpu"] * 4, 1)
-    assert pick_ray_workers(None, MACHINES[:1], tiny_config(search__parallelism=2)) == (["cpu"] * 2, 2)
+    assert pick_ray_workers("auto", MACHINES, config) == (["cuda:0", "cuda:1"], 4)
+    assert pick_ray_workers("auto", MACHINES[:1], config) == (["cpu"] * 4, 1)
+    assert pick_ray_workers("auto", MACHINES[:1], tiny_config(search__parallelism=2)) == (["cpu"] * 2, 2)
+    assert pick_ray_workers("auto", MACHINES, tiny_config(search__parallelism=3)) == (["cuda:0", "cuda:1", "cuda:0"], 2)
+    assert pick_ray_workers("cuda:1, 1", MACHINES, config) == (["cuda:1", "cuda:1"], 2)
     assert pick_ray_workers("cpu,cpu,cpu", MACHINES, config) == (["cpu"] * 3, 4)
-    assert pick_ray_workers("0, 1,cpu", MACHINES, config) == (["cuda", "cuda", "cpu"], 8)
+    assert pick_ray_workers("0, cuda:1,cpu", MACHINES, config) == (["cuda:0", "cuda:1", "cpu"], 8)
 
 
 @pytest.mark.parametrize(
-    ("gpus", "words"), [("0,1,2", "3 GPU and 0 CPU workers: more than"), ("cpu,a", "'a' is neither")]
+    ("gpus", "words"),
+    [
+        ("0,1,2", r"^--gpus 0,1,2: '2' is not among the Ray cluster's devices: cpu, cuda:0, cuda:1$"),
+        ("cpu,a", "'a' is not among the Ray"),
+        (",".join(["cpu"] * 13), "13 CPU workers: more than the Ray cluster's 12 CPUs"),
+    ],
 )
 def test_what_a_cluster_cannot_give_is_named(tiny_config, gpus, words):
     with pytest.raises(UserError, match=words):
@@ -56,9 +63,9 @@ def test_what_a_cluster_cannot_give_is_named(tiny_config, gpus, words):
 def test_a_missing_ray_is_one_line(tiny_config, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r"^--dispatcher ray: the package is missing; pip install ray$"):
-        pick_dispatcher("ray", None, None, tiny_config())
+        pick_dispatcher("ray", None, "auto", tiny_config())
     with pytest.raises(UserError, match=r"^--ray-address auto: goes with --dispatcher ray$"):
-        pick_dispatcher("local", "auto", None, tiny_config())
+        pick_dispatcher("local", "auto", "auto", tiny_config())
 
 
 @needs_ray

@@ -18,18 +18,21 @@ import torch
 from dispatch_helpers import is_alive, start_a_child, wait_for
 from tiny_runs import _SERVER
 
+from lib.cli import CONFIGS
+from lib.config_io import read_config
+from lib.dispatcher import set_up
 from lib.distributed import PeerLost
 from lib.errors import UserError
 from lib.log import progress, say
 from lib.runtime import (
     Stopped,
     StopRequest,
-    devices_of,
     pick_device,
     pick_workers,
     run,
     seed_everything,
 )
+from lib.scoring import scoring_worker
 
 
 class Fork:
@@ -76,47 +79,92 @@ def forked(main: Callable[[], None]) -> Iterator[Fork]:
         process.stderr.close()
 
 
-def test_devices_that_every_machine_has():
-    assert pick_device("cpu") == torch.device("cpu")
-    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+@pytest.fixture
+def gpus(monkeypatch):
+    """A function that sets how many GPUs this machine has; its `current` lists what became the current one."""
+
+    def have(count: int) -> None:
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+
+    have.current = []
+    monkeypatch.setattr(torch.cuda, "set_device", have.current.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 12)
+    return have
 
 
-@pytest.mark.parametrize("name", ["", "gpu", "mps", "meta", "cuda:x", "cuda:", "cuda:-1", "0", "cpu\n"])
-def test_an_unknown_device_names_the_valid_ones(name):
-    with pytest.raises(UserError, match="expected auto, cpu, cuda or cuda:N"):
+UNKNOWN = ["", "gpu", "mps", "meta", "cuda:x", "cuda:", "cuda:-1", "-1", "2", "cuda:2", "\u00b2", "0,,1", "0,gpu"]
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_an_unknown_device_names_those_that_are_there(gpus, tiny_config, name):
+    for count, there in ((2, "cpu, cuda:0, cuda:1"), (0, "cpu")):
+        gpus(count)
+        for flag, pick in (("--device", pick_device), ("--gpus", lambda text: pick_workers(text, tiny_config()))):
+            with pytest.raises(UserError, match=f"^{flag} {name}: '.*' is not among this machine's devices: {there}$"):
+                pick(name)
+    assert not gpus.current
+
+
+def test_spellings_of_a_device(gpus, tiny_config):
+    gpus(0)
+    assert pick_device("auto") == torch.device("cpu")
+    gpus(2)
+    spellings = {"cpu": "cpu", "auto": "cuda:0", "cuda": "cuda:0", "0": "cuda:0", "1": "cuda:1", " cuda:1": "cuda:1"}
+    for name, device in spellings.items():
+        assert pick_device(name) == torch.device(device)
+        if name != "auto":
+            assert pick_workers(name, tiny_config())[0] == [device]
+    for names in ("0,1", "cuda:0,cuda:1", "cuda, 1", "0,cuda:1"):
+        assert pick_workers(names, tiny_config())[0] == ["cuda:0", "cuda:1"]
+        with pytest.raises(UserError, match=f"--device {names}: expected one device; torchrun"):
+            pick_device(names)
+
+
+def test_the_device_becomes_the_current_one_and_no_other(gpus):
+    gpus(2)
+    pick_device("cpu")
+    assert not gpus.current
+    for name in ("1", "cuda:1"):
         pick_device(name)
+    assert gpus.current == ["cuda:1"] * 2
 
 
-@pytest.mark.parametrize(("count", "name"), [(0, "cuda"), (0, "cuda:0"), (2, "cuda:2")])
-def test_a_device_that_this_machine_lacks(monkeypatch, count, name):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    with pytest.raises(UserError, match=f"--device {name}: this machine has {count} CUDA devices"):
-        pick_device(name)
+def test_a_searchs_worker_is_on_its_own_device(gpus, monkeypatch):
+    """Whatever starts it, a process or Ray: the device is the current one before anything is loaded."""
+    gpus(2)
+    monkeypatch.setattr("lib.scoring.load_supernet", lambda *_, **__: 1 / 0)
+    function, message = set_up(scoring_worker, "cuda:1", ("last.pt", "hash", "images.pt", {}))
+    assert function is None and b"ZeroDivisionError" in message and gpus.current == ["cuda:1"]
 
 
-def test_a_device_that_is_there(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert pick_device("cuda:1") == torch.device("cuda:1")
-    assert [devices_of(name) for name in ("auto", "cpu", "cuda", "cuda:1")] == [None, "cpu", "0", "1"]
-
-
-def test_workers_of_one_machine(monkeypatch, tiny_config):
+def test_workers_of_one_machine(gpus, tiny_config):
     def pick(gpus, **search):
         return pick_workers(gpus, tiny_config(**{f"search__{key}": value for key, value in search.items()}))
 
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 12)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert pick(None, parallelism=0) == (["cpu"] * 8, 1)
-    assert pick(None, parallelism=3) == (["cpu"] * 3, 4)
+    gpus(0)
+    assert pick("auto", parallelism=0) == (["cpu"] * 8, 1)
+    assert pick("auto", parallelism=3) == pick("auto", parallelism=3, gpu_ids=[0, 1]) == (["cpu"] * 3, 4)
     assert pick("cpu,cpu", parallelism=9) == (["cpu"] * 2, 6)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert pick(None, gpu_ids=[1, 5]) == (["cuda:1"], None)
-    assert pick(None, gpu_ids=[7]) == (["cuda:0", "cuda:1"], None)
-    assert pick("0, 1", parallelism=3) == (["cuda:0", "cuda:1", "cuda:0"], None)
-    assert pick("1,cpu") == (["cuda:1", "cpu"], 12)
-    for wrong in ("0,2", "gpu", ""):
-        with pytest.raises(UserError, match=f"--gpus {wrong}: '.*' is neither cpu nor one of this machine's 2 CUDA"):
-            pick(wrong)
+    for count in (1, 2, 8):
+        gpus(count)
+        assert pick("auto", parallelism=0) == ([f"cuda:{i}" for i in range(count)], 12 // count)
+    gpus(2)
+    assert pick("auto", gpu_ids=[1, 5]) == (["cuda:1"], 12)
+    assert pick("auto", gpu_ids=[7]) == (["cuda:0", "cuda:1"], 6)
+    assert pick("auto", parallelism=3) == (["cuda:0", "cuda:1", "cuda:0"], 4)
+    assert pick("auto", parallelism=2, gpu_ids=[1]) == (["cuda:1", "cuda:1"], 6)
+    assert pick("0,0", parallelism=9) == (["cuda:0", "cuda:0"], 6)
+    assert pick("1,cpu") == (["cuda:1", "cpu"], 6)
+    assert pick(",".join(["0"] * 20)) == (["cuda:0"] * 20, 1)
+
+
+def test_a_reference_configuration_has_a_worker_on_each_gpu(gpus):
+    for path in CONFIGS.glob("*.yaml"):
+        for count in (1, 8):
+            gpus(count)
+            devices, _ = pick_workers("auto", read_config(path, []))
+            assert devices == [f"cuda:{i}" for i in range(count)], path
 
 
 @pytest.mark.parametrize("seed", [0, 7, 2**40])
