@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import operator
 import random
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ CHILD_TRIES = 1_000  # children in a row that may be rejected before a proposal 
 SAMPLE_TRIES = 10_000  # samples in a row that may be rejected before the space counts as exhausted
 
 Record = TypeVar("Record", bound=Mapping)
+Fits = Callable[[Genotype], bool]  # whether a genotype may be proposed
 
 
 def objective_values(metrics: Mapping[str, float], objective: str, costs: Sequence[str]) -> tuple[float, ...]:
@@ -104,8 +104,8 @@ class SpaceExhausted(Exception):
     """No new genotype that fits was found: a regular end of the search of a small space, not an error."""
 
 
-class Controller(ABC):
-    """What all controllers share: a genotype that was asked or told before is never asked again.
+class Controller:
+    """A genotype that was asked or told before is never asked again; children of selected parents are, or samples.
 
     `settings` name the objective to maximise, the costs to minimise, and the sizes and probabilities of evolution.
     `budget(genotype)` decides which genotypes may be proposed, and `str(budget)` describes it for error messages.
@@ -118,12 +118,7 @@ class Controller(ABC):
     """
 
     def __init__(
-        self,
-        settings: SearchConfig,
-        space: SearchSpace,
-        seed: int,
-        budget: Callable[[Genotype], bool],
-        seeds: Sequence[Genotype] = (),
+        self, settings: SearchConfig, space: SearchSpace, seed: int, budget: Fits, seeds: Sequence[Genotype] = ()
     ):
         for genotype in seeds:
             space.check(genotype)
@@ -146,31 +141,26 @@ class Controller(ABC):
                     self._known.add(genotype)
                     return genotype
         if not self._known:
-            raise UserError(
-                f"search: no sub-network within the budget was found in {SAMPLE_TRIES} tries: {self._budget}"
-            )
+            tried = f"in {SAMPLE_TRIES} tries: {self._budget}"
+            raise UserError(f"search: no sub-network within the budget was found {tried}")
         raise SpaceExhausted(f"no further sub-network that fits was found; {len(self._known)} have been proposed")
 
-    def tell(self, genotype: Genotype, metrics: Mapping[str, float]) -> None:
+    def tell(self, genotype: Genotype, metrics: Mapping[str, float] | None) -> None:
         """Learn an evaluation, asked for or not. A second tell of a genotype changes nothing.
 
-        An objective or cost that is not finite counts as a failure.
+        Without metrics, or with an objective or cost that is not finite, the evaluation failed: `genotype` is never
+        proposed again, nor bred from.
         """
-        values = objective_values(metrics, self.settings.objective, self.settings.costs)
-        if self._first_tell(genotype) and all(map(math.isfinite, values)):
-            self._learn(Individual(genotype, values))
-
-    def tell_failure(self, genotype: Genotype) -> None:
-        """The evaluation failed: `genotype` is never proposed again, nor bred from."""
-        self._first_tell(genotype)
-
-    def _first_tell(self, genotype: Genotype) -> bool:
         if genotype in self._told:
-            return False
+            return
+        values = (math.nan,)
+        if metrics is not None:
+            values = objective_values(metrics, self.settings.objective, self.settings.costs)
         self.space.check(genotype)
         self._known.add(genotype)
         self._told.add(genotype)
-        return True
+        if all(map(math.isfinite, values)):
+            self._learn(Individual(genotype, values))
 
     def _candidates(self, rng: random.Random) -> Iterator[Genotype]:
         """The seeds, then children, then samples of the space, which reach its ends as well."""
@@ -182,34 +172,12 @@ class Controller(ABC):
         for _ in range(SAMPLE_TRIES):
             yield self.space.sample_spread(rng)
 
-    @abstractmethod
     def _propose(self, rng: random.Random) -> Genotype:
-        """A genotype, which may be known already or over the budget."""
+        """A child once `population_size` genotypes are known, else a random genotype; it may be known or over budget.
 
-    @abstractmethod
-    def _learn(self, individual: Individual) -> None:
-        """Take in a genotype that was evaluated."""
-
-
-class RandomSearch(Controller):
-    """Samples of all costs, without repeats: the control that any other controller must beat."""
-
-    def _propose(self, rng: random.Random) -> Genotype:
-        self.origin = "random"
-        return self.space.sample_spread(rng)
-
-    def _learn(self, individual: Individual) -> None:
-        """Results do not guide this search."""
-
-
-class _Evolution(Controller):
-    """Children of selected parents, once `population_size` genotypes are known; random genotypes before.
-
-    A child is a crossover of two parents with `crossover_probability`, else a mutation of one, as in SPOS (Guo et al.,
-    ECCV 2020).
-    """
-
-    def _propose(self, rng: random.Random) -> Genotype:
+        A child is a crossover of two parents with `crossover_probability`, else a mutation of one, as in SPOS (Guo et
+        al., ECCV 2020).
+        """
         settings = self.settings
         parent = self._select(rng) if len(self._known) >= settings.population_size else None
         self.origin = "random" if parent is None else "bred"
@@ -219,12 +187,18 @@ class _Evolution(Controller):
             return self.space.crossover(parent, self._select(rng), rng)
         return self.space.mutate(parent, rng, settings.mutation_probability)
 
-    @abstractmethod
     def _select(self, rng: random.Random) -> Genotype | None:
         """One parent; None while nothing has been evaluated."""
 
+    def _learn(self, individual: Individual) -> None:
+        """Take in a genotype that was evaluated."""
 
-class RegularizedEvolution(_Evolution):
+
+class RandomSearch(Controller):
+    """Samples of all costs, without repeats and without parents: the control that any other controller must beat."""
+
+
+class RegularizedEvolution(Controller):
     """Aging evolution (Real et al., AAAI 2019, algorithm 1) with crossover: the best of a tournament is a parent, and
     each newcomer takes the place of the oldest, however good that one was."""
 
@@ -240,7 +214,7 @@ class RegularizedEvolution(_Evolution):
         return max(rivals, key=lambda rival: rival.values[0]).genotype if rivals else None
 
 
-class ParetoEvolution(_Evolution):
+class ParetoEvolution(Controller):
     """NSGA-II (Deb et al., 2002) one newcomer at a time: non-dominated sorting, then crowding distance, decide who
     wins a binary tournament and who leaves the population."""
 
@@ -274,11 +248,7 @@ CONTROLLERS = {"random": RandomSearch, "evo": RegularizedEvolution, "pareto-evo"
 
 
 def make_controller(
-    settings: SearchConfig,
-    space: SearchSpace,
-    seed: int,
-    budget: Callable[[Genotype], bool],
-    seeds: Sequence[Genotype] = (),
+    settings: SearchConfig, space: SearchSpace, seed: int, budget: Fits, seeds: Sequence[Genotype] = ()
 ) -> Controller:
     """The controller that `settings.controller` names, as `Controller` describes the arguments."""
     return CONTROLLERS[settings.controller](settings, space, seed, budget, seeds)

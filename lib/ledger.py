@@ -31,18 +31,14 @@ KINDS = {
 }
 
 
-def evaluation_basis(parts: Mapping[str, str]) -> str:
+def evaluation_basis(parts: Mapping[str, object]) -> str:
     """SHA-256 (hex) of all that a result depends on besides the genotype (`lib.scoring.rests_on`)."""
-    return _digest(dict(parts))
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def evaluation_key(genotype: Genotype, basis: str) -> str:
     """SHA-256 (hex) of a genotype and the basis of its evaluation."""
-    return _digest({"genotype": genotype.to_dict(), "basis": basis})
-
-
-def _digest(parts: dict) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return evaluation_basis({"genotype": genotype.to_dict(), "basis": basis})
 
 
 class Ledger:
@@ -58,24 +54,19 @@ class Ledger:
         self._by_key: dict[str, dict] = {}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.ExitStack() as on_failure:
-                self._file = on_failure.enter_context(self.path.open("a+b", buffering=0))
-                gc.disable()  # or half of the time would go into looking for garbage among the records
-                on_failure.callback(gc.enable)
-                self._read()
-                gc.enable()
-                on_failure.pop_all()
+            self._file = self.path.open("a+b", buffering=0)
+            gc.disable()  # or half of the time would go into looking for garbage among the records
+            self._read()
         except OSError as error:
             raise UserError(f"{self.path}: cannot open the ledger: {error.strerror}") from None
+        finally:
+            gc.enable()
 
     def __enter__(self) -> Ledger:
         return self
 
     def __exit__(self, *_) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the file. One without a line is removed: there is nothing to go on from."""
+        # A file without a line is removed: there is nothing to go on from.
         with contextlib.suppress(OSError):
             if not self._file.closed and not os.fstat(self._file.fileno()).st_size:
                 self.path.unlink()
@@ -102,7 +93,7 @@ class Ledger:
                 line = line[self._file.write(line) :]
             os.fsync(self._file.fileno())
         except OSError as error:
-            self.close()  # a later line must not be appended to a part of this one
+            self._file.close()  # a later line must not be appended to a part of this one
             raise UserError(f"{self.path}: cannot write the ledger: {error.strerror}") from None
 
     def _remember(self, record: dict) -> None:

@@ -196,7 +196,7 @@ class Search:
             self.controller.tell(genotype, record["metrics"])
             self.add(record)
         else:
-            self.controller.tell_failure(genotype)
+            self.controller.tell(genotype, None)
             self.told.append(record)
 
     def add(self, record: dict) -> None:

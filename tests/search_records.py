@@ -55,7 +55,7 @@ def make_records(count: int, controller: str = "evo", search: str = "this", fail
         record |= {"status": "ok", "metrics": metrics, "seconds": 2.0, "worker": f"cpu#{i % 2}", "time": 1e9 + i}
         if failed(i):
             record |= {"status": "failed", "metrics": {}, "error": "Traceback\nRuntimeError: <out of memory> & more"}
-            asked.tell_failure(genotype)
+            asked.tell(genotype, None)
         else:
             asked.tell(genotype, metrics)
         records.append(record)

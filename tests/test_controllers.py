@@ -195,7 +195,7 @@ def test_a_failed_genotype_is_neither_proposed_again_nor_a_parent(name, how):
         if step % 3 == 0:
             failed.add(asked[-1])
             if how == "failure":
-                controller.tell_failure(asked[-1])
+                controller.tell(asked[-1], None)
             else:
                 controller.tell(asked[-1], {"AP": math.nan, "flops": 1})
         else:
@@ -211,7 +211,7 @@ def test_when_all_evaluations_fail_the_search_goes_on_at_random(name):
     asked = set()
     for _ in range(40):
         asked.add(controller.ask())
-        controller.tell_failure(max(asked, key=str))
+        controller.tell(max(asked, key=str), None)
     assert len(asked) == 40
 
 
