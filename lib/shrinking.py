@@ -24,7 +24,7 @@ LARGEST = "largest"
 
 
 class Choices(NamedTuple):
-    """Open image sizes, kernels, expand ratios and depths, in the configuration's order."""
+    """Image sizes, kernels, expand ratios and depths, in the configuration's order."""
 
     size: Sequence[int]
     kernel: Sequence[int]
@@ -38,15 +38,13 @@ def value_at(schedule: ChoiceSchedule | ValueSchedule, epoch: int):
     return schedule.value[max(passed, 1) - 1]
 
 
-def choices_at(space: SearchSpaceConfig, epoch: int) -> Choices:
+def choices_at(space: SearchSpaceConfig, epoch: int | None) -> Choices:
+    """What is open at `epoch`; None: what ever opens."""
     schedule = space.schedule_cfg
     sizes = schedule.image_size_choice
-    return Choices(
-        size=value_at(sizes, epoch) if sizes.boundary else space.image_size_choice,
-        kernel=value_at(schedule.kernel_choice, epoch),
-        width=value_at(schedule.width_choice, epoch),
-        depth=value_at(schedule.depth_choice, epoch),
-    )
+    size = value_at(sizes, epoch) if sizes.boundary and epoch is not None else space.image_size_choice
+    others = (schedule.kernel_choice, schedule.width_choice, schedule.depth_choice)
+    return Choices(size, *(list(chain(*c.value)) if epoch is None else value_at(c, epoch) for c in others))
 
 
 def boundaries(schedule: ScheduleConfig, epochs: int) -> list[int]:
@@ -63,37 +61,22 @@ def first_narrower_epoch(schedule: ScheduleConfig) -> int | None:
 
 def full_space(config: Config) -> SearchSpace:
     """Every choice that the schedule ever opens: what the supernet's weights must hold."""
-    schedule = config.search_space.schedule_cfg
-    ever_open = Choices(
-        size=config.search_space.image_size_choice,
-        kernel=list(chain(*schedule.kernel_choice.value)),
-        width=list(chain(*schedule.width_choice.value)),
-        depth=list(chain(*schedule.depth_choice.value)),
-    )
-    return _space(config, ever_open)
+    return space_at(config, None)
 
 
-def space_at(config: Config, epoch: int) -> SearchSpace:
-    """The sub-networks that train at `epoch`."""
-    return _space(config, choices_at(config.search_space, epoch))
-
-
-def _space(config: Config, choices: Choices) -> SearchSpace:
-    """The search space of some open choices, each capped at the stage's own maximum."""
+def space_at(config: Config, epoch: int | None) -> SearchSpace:
+    """The sub-networks that train at `epoch`: its open choices, each capped at the stage's own maximum."""
     # So a stage of expansion 1 and one block stays fixed, and one of 3 blocks reads depths 4, 3, 2 as 3, 2.
     c = config.search_space
+    choices = choices_at(c, epoch)
     kernels = config.backbone.kernels or [3 if e == 1 else max(choices.kernel) for e in c.expansions]
     stages = []
     for blocks, expansion, kernel in zip(c.num_cell_groups, c.expansions, kernels, strict=True):
         block = BlockChoices(expand=_ascending(choices.width, expansion), kernel=_ascending(choices.kernel, kernel))
         stages.append(StageChoices(depth=_ascending(choices.depth, blocks), block=block))
     head = BlockChoices(expand=_ascending(c.head_width_choice), kernel=_ascending(c.head_kernel_choice))
-    return SearchSpace(
-        backbone_type=config.backbone.backbone_type,
-        image_size=_ascending(choices.size),
-        stages=tuple(stages),
-        head=(head,) * c.num_head,
-    )
+    sizes = _ascending(choices.size)
+    return SearchSpace(config.backbone.backbone_type, sizes, stages=tuple(stages), head=(head,) * c.num_head)
 
 
 def _ascending(values: Sequence[float], maximum: float = math.inf) -> tuple:
@@ -105,9 +88,7 @@ def describe_openings(config: Config, epochs: int) -> list[str]:
     lines = []
     for epoch in boundaries(config.search_space.schedule_cfg, epochs):
         choices = choices_at(config.search_space, epoch)
-        sets = []
-        for name, values in choices._asdict().items():
-            sets.append(f"{name} {{{', '.join(f'{value:g}' for value in sorted(values))}}}")
+        sets = [f"{name} {{{', '.join(map('{:g}'.format, sorted(x)))}}}" for name, x in choices._asdict().items()]
         lines.append(f"from epoch {epoch}: {', '.join(sets)}; {space_at(config, epoch).size():.3g} sub-networks")
     return lines
 
@@ -116,8 +97,8 @@ def make_panel(space: SearchSpace, size: int, seed: int, pretrained: Genotype | 
     """The sub-networks to follow, the same at every epoch: both ends, `size` random ones and the pretrained one."""
     rng = random.Random(seed)
     sampled = {f"random {i + 1}": space.sample(rng) for i in range(size)}
-    given = {"pretrained": pretrained} if pretrained else {}
-    return {"smallest": space.smallest(), **sampled, **given, LARGEST: space.largest()}
+    panel = {"smallest": space.smallest(), **sampled, "pretrained": pretrained, LARGEST: space.largest()}
+    return {name: genotype for name, genotype in panel.items() if genotype}
 
 
 def due_epochs(config: Config) -> set[int]:
@@ -167,12 +148,11 @@ class Panel:
         if before - now > self._config.supernet.interference_tolerance:
             log.write("interference", epoch, phase=opened, before=before, now=now)
             # What the phase opened, in the configuration's words: width_choice [6, 4].
-            choices = [(name, choice) for name, choice in vars(schedule).items() if opened in choice.boundary]
-            opening = ", ".join(f"{name} {value_at(choice, opened)}" for name, choice in choices)
+            opening = [f"{name} {value_at(c, opened)}" for name, c in vars(schedule).items() if opened in c.boundary]
             say(
                 f"warning: the largest sub-network fell from {self._metric} {before:.3f} to {now:.3f} since the phase "
-                f"of epoch {opened} opened ({opening}); a longer phase before it, or "
-                "distillation (supernet.distill.weight), may help"
+                f"of epoch {opened} opened ({', '.join(opening)}); a longer phase before it, or distillation "
+                "(supernet.distill.weight), may help"
             )
 
 
