@@ -102,6 +102,26 @@ def test_a_machine_that_is_lost_costs_nothing(tmp_path):
 
 
 @needs_ray
+def test_workers_share_a_gpu():
+    """Six of one GPU, whose rounded parts must not come to more than the whole, and one of another."""
+    import ray
+
+    ray.init(address="local", num_cpus=1, num_gpus=2, include_dashboard=False, logging_level="ERROR")
+    try:
+        devices = ["cuda:0"] * 6 + ["cuda:1"]
+        with RayDispatcher(setup, (), devices, threads_per_worker=3) as dispatcher:
+            seen = set()
+            while len(seen) < 7:  # until the test's time is up, if one of them finds no room
+                for number in range(7):
+                    dispatcher.submit(number, ("sleep", 0.1))
+                seen |= {result.worker for result in take(dispatcher, 7)}
+            dispatcher.submit("threads", ("environment", "OMP_NUM_THREADS"))
+            assert take(dispatcher, 1)[0].value == "3"
+    finally:
+        ray.shutdown()
+
+
+@needs_ray
 def test_a_mistake_that_a_worker_finds_names_what_machines_must_share():
     connect(None, cpus=1)
     import ray
