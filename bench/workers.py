@@ -1,4 +1,4 @@
-"""What a second worker is worth: evaluations an hour of real candidates, with one CPU worker and with two.
+"""What a second worker is worth: evaluations an hour of real candidates, with one worker of a device and with two.
 
     python bench/workers.py --supernet runs/bccd/supernet
 
@@ -25,7 +25,7 @@ from lib.scoring import save_scoring_data, scoring_worker
 
 
 def main() -> None:
-    parser = common.bench_parser(__doc__, "workers.json")
+    parser = common.bench_parser(__doc__, "workers.json", device=True)
     parser.add_argument("--supernet", type=Path, required=True, help="folder of a supernet run")
     parser.add_argument("--data", help="folder of the data set, if it is not where the supernet was trained")
     parser.add_argument("--rounds", type=int, default=4, help="each with one worker and with two (default: 4)")
@@ -41,7 +41,7 @@ def main() -> None:
         images = Path(folder) / "images.pt"
         save_scoring_data(common.search_split_data(supernet, path.parent), images)
         setup = (str(path.resolve()), sha256(path), str(images), to_dict(supernet.config))
-        windows = measure(setup, candidates, args.rounds, args.seconds)
+        windows = measure(setup, args.device, candidates, args.rounds, args.seconds)
     rates = {n: 3600 * sum(w.done for w in found) / sum(w.seconds for w in found) for n, found in windows.items()}
     gain = rates[2] / rates[1]
     print(f"one worker {rates[1]:.0f}, two {rates[2]:.0f} evaluations an hour: {gain:.2f} times as many")
@@ -52,11 +52,11 @@ def main() -> None:
     common.report(args, rows, gain=gain)
 
 
-def measure(setup: tuple, candidates: list[dict], rounds: int, seconds: float) -> dict[int, list[Window]]:
+def measure(setup: tuple, device: str, candidates: list[dict], rounds: int, seconds: float) -> dict[int, list[Window]]:
     """The windows of one worker and of two, in turns."""
     windows: dict[int, list[Window]] = {1: [], 2: []}
     with contextlib.ExitStack() as stack:
-        pools = {n: Dispatcher(scoring_worker, setup, ["cpu"] * n, threads_per_worker=1) for n in windows}
+        pools = {n: Dispatcher(scoring_worker, setup, [device] * n, threads_per_worker=1) for n in windows}
         for count, pool in pools.items():
             wake_all(stack.enter_context(pool), candidates[0], count)
         for number in range(rounds):
