@@ -27,9 +27,8 @@ class Table:
 
     strides: Sequence[int]
     layer_channels: Sequence[int]  # stem, stages, then the last 1x1 convolutions; the classifier's is not used
-    activations: Sequence[str]
+    activations: Sequence[str]  # the stem and the last 1x1 convolution have that of the last stage
     squeeze_excitation: Sequence[bool]
-    stem_activation: str
     last_conv: bool  # the 1x1 convolution after the last stage is part of the feature extractor
 
 
@@ -40,7 +39,6 @@ TABLES = {
         layer_channels=(32, 16, 24, 32, 64, 96, 160, 320, 1280),
         activations=("relu6",) * 7,
         squeeze_excitation=(False,) * 7,
-        stem_activation="relu6",
         last_conv=False,
     ),
     # Howard et al., ICCV 2019, table 1, in the regular stages of Once-for-All
@@ -49,7 +47,6 @@ TABLES = {
         layer_channels=(16, 16, 24, 40, 80, 112, 160, 960, 1280),
         activations=("relu", "relu", "relu", "h_swish", "h_swish", "h_swish"),
         squeeze_excitation=(False, False, True, False, True, True),
-        stem_activation="h_swish",
         last_conv=True,
     ),
 }
@@ -74,14 +71,13 @@ class ElasticBackbone(nn.Module):
         channels = [make_divisible(c * config.mult_ratio) for c in layer_channels]
         same_padding = config.padding == "tf_same"
         kind, padding = (SamePadConv2d, 0) if same_padding else (nn.Conv2d, 1)
-        self.stem = _with_norm(kind(3, channels[0], 3, 2, padding, bias=False), table.stem_activation)
-        width = channels[0]
+        self.stem = _with_norm(kind(3, channels[0], 3, 2, padding, bias=False), table.activations[-1])
         self.stages = nn.ModuleList()
         for i, choices in enumerate(stages):
             blocks = nn.ModuleList()
             for j in range(max(choices.depth)):
                 block = ElasticInvertedResidual(
-                    in_channels=width,
+                    in_channels=channels[i] if j == 0 else channels[i + 1],
                     out_channels=channels[i + 1],
                     stride=strides[i] if j == 0 else 1,
                     expands=choices.block.expand,
@@ -91,12 +87,12 @@ class ElasticBackbone(nn.Module):
                     same_padding=same_padding,
                 )
                 blocks.append(block)
-                width = channels[i + 1]
             self.stages.append(blocks)
         self.last_conv = None
+        width = channels[len(stages)]
         if table.last_conv:
             conv = nn.Conv2d(width, channels[len(stages) + 1], 1, bias=False)
-            self.last_conv = _with_norm(conv, table.stem_activation)
+            self.last_conv = _with_norm(conv, table.activations[-1])
             width = conv.out_channels
         # A feature map leaves the backbone after the last stage of its level, the last one at the very end.
         last_stage = {level: i for i, level in enumerate(levels)}
@@ -132,10 +128,10 @@ def _with_norm(conv: nn.Conv2d, activation: str) -> nn.Sequential:
 
 
 def _check_lengths(stages: int, strides: list[int], channels: list[int], table: Table) -> None:
-    if len(table.activations) != stages:
-        raise UserError(f"search_space.num_cell_groups: expected {len(table.activations)} stages, found {stages}")
-    if len(strides) != stages:
-        raise UserError(f"backbone.strides: expected {stages} values, one per stage, found {len(strides)}")
+    counts = {"search_space.num_cell_groups": (stages, len(table.strides)), "backbone.strides": (len(strides), stages)}
+    for key, (found, expected) in counts.items():
+        if found != expected:
+            raise UserError(f"{key}: expected {expected} values, one per stage, found {found}")
     needed = stages + 1 + table.last_conv
     if len(channels) < needed:
         raise UserError(f"backbone.layer_channels: expected at least {needed} values, found {len(channels)}")

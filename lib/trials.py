@@ -65,22 +65,13 @@ class Recipe(NamedTuple):
     device: torch.device
 
 
+# What the table needs of a result.json.
 class Scores(NamedTuple):
-    """What the table needs of one trial's metrics."""
-
     AP: float
     AP50: float
 
 
-class Result(NamedTuple):
-    """What the table needs of a result.json."""
-
-    name: str
-    flops: float
-    params: float
-    inherited: Scores
-    fine_tuned: Scores
-    scratch: Scores
+Result = NamedTuple("Result", [("name", str), ("flops", float), ("params", float), *((s, Scores) for s in STARTS)])
 
 
 class Trials:
@@ -125,9 +116,8 @@ class Trials:
                 # best.pt stays for use; last.pt and last_good.pt are large and were only needed to resume
                 for last in folder.glob("*/last*.pt"):
                     last.unlink()
-            content = read_json(result)
-            check(content, Result, str(result))
-            self.results.append(content)
+            self.results.append(read_json(result))
+            check(self.results[-1], Result, str(result))
 
     def _try(self, start: str, genotype: Genotype, folder: Path) -> dict:
         """The metrics of one network from one start."""
@@ -152,8 +142,7 @@ class Trials:
 def contestants(
     supernet: Supernet, found: Genotype, pretrained: Genotype | None, count: int, seed: int
 ) -> dict[str, Genotype]:
-    """The networks of --compare: the found one, the largest, the smallest, the pretrained one, and `count` random ones
-    of similar multiply-adds.
+    """The networks of --compare, the last `count` of them random ones of the found one's multiply-adds.
 
     No genotype appears twice; one in several roles has all their names. Raises UserError if `count` cannot be found.
     """
@@ -166,23 +155,23 @@ def contestants(
     for role, genotype in roles.items():
         if genotype is not None:
             names[genotype] = f"{names[genotype]} and {role}" if genotype in names else role
+    known = len(names)
     target = supernet.detector.cost(found).flops
     rng = random.Random(seed)
-    randoms: dict[str, Genotype] = {}
     for i in range(2 * TRIES):
-        if len(randoms) == count:
+        if len(names) == known + count:
             break
         genotype = space.sample(rng)
         # Few uniform samples are near an end of the space, so the second half are crossovers with one.
         if i >= TRIES:
             genotype = space.crossover(genotype, (smallest, largest)[i % 2], rng)
         similar = abs(supernet.detector.cost(genotype).flops - target) <= SIMILAR * target
-        if similar and genotype not in {*names, *randoms.values()}:
-            randoms[f"random {len(randoms) + 1}"] = genotype
-    if len(randoms) < count:
+        if similar and genotype not in names:
+            names[genotype] = f"random {len(names) - known + 1}"
+    if (others := len(names) - known) < count:
         cost = f"within {SIMILAR:.0%} of the found one's multiply-adds"
-        raise UserError(f"--compare-random {count}: only {len(randoms)} other sub-networks are {cost}")
-    return {**{name: genotype for genotype, name in names.items()}, **randoms}
+        raise UserError(f"--compare-random {count}: only {others} other sub-networks are {cost}")
+    return {name: genotype for genotype, name in names.items()}
 
 
 def write_comparison(trials: Trials) -> str:
@@ -193,13 +182,8 @@ def write_comparison(trials: Trials) -> str:
     rows = [{**row, "latency_ms": ms} for row, ms in zip(trials.results, times, strict=True)]
     epochs, threads = recipe.config.final.epochs, recipe.config.search.latency_threads
     name = device_name(recipe.device)
-    content = {
-        **trials.plan,
-        "epochs": epochs,
-        "commit": checkpoint.code_revision(),
-        "latency": {"device": str(recipe.device), "device_name": name, "threads": threads},
-        "rows": rows,
-    }
+    latency = {"device": str(recipe.device), "device_name": name, "threads": threads}
+    content = {**trials.plan, "epochs": epochs, "commit": checkpoint.code_revision(), "latency": latency, "rows": rows}
     head = f"AP (AP50) on {len(recipe.test)} test images; latency on {name}, CPU threads: {threads}"
     table = f"{head}\n\n{as_markdown(rows, epochs)}"
     checkpoint.write_text(trials.folder / "compare.json", json.dumps(content, indent=1) + "\n")
