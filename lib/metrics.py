@@ -23,7 +23,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from lib import coco_eval
-from lib.coco_eval import GroundTruth, Pairs, Rows, ScoredBoxes, overlapping_pairs, take
+from lib.coco_eval import GroundTruth, Pairs, ScoredBoxes, overlapping_pairs, take
 from lib.postprocess import Detections
 
 VOC_IOU = 0.5
@@ -48,18 +48,7 @@ def detection_metrics(
     `truth` and `sizes` (width, height) are per picture. With `reference` pycocotools finds COCO's numbers.
     """
     in_pixels = [to_pixels(found, *size) for found, size in zip(detections, sizes, strict=True)]
-    return summarise(Evaluation(len(classes), truth, in_pixels), classes, reference)
-
-
-def summarise(evaluation: Evaluation, classes: Sequence[str], reference: bool = False) -> dict:
-    """The result of `detection_metrics`, from an evaluation of the images."""
-    coco = evaluation.coco(reference)
-    voc = evaluation.voc()
-    per_class = {
-        name: {"AP": coco_ap, "mAP": voc_ap}
-        for name, coco_ap, voc_ap in zip(classes, coco.pop("per_class"), voc["per_class"], strict=True)
-    }
-    return {**coco, "mAP": voc["mAP"], "mAP_11point": voc["mAP_11point"], "per_class": per_class}
+    return Evaluation(len(classes), truth, in_pixels).summary(classes, reference)
 
 
 class Evaluation:
@@ -75,9 +64,18 @@ class Evaluation:
         area = _join(ground_truth, "area", float) if has_area else boxes[:, 2] * boxes[:, 3]
         objects = GroundTruth(image, label, boxes, area, crowd=_join(ground_truth, "ignore", bool))
         found = ScoredBoxes(*_places(detections), score=_join(detections, "scores", float))
-        self.objects, self.found = _of_classes(objects, num_classes), _of_classes(found, num_classes)
+        self.objects, self.found = (
+            take(rows, (rows.label >= 0) & (rows.label < num_classes)) for rows in (objects, found)
+        )
         self.pairs = overlapping_pairs(self.objects, self.found, VOC_IOU)
         self.ranked = coco_eval.rank_detections(self.objects, self.found, self.pairs)
+
+    def summary(self, classes: Sequence[str], reference: bool = False) -> dict:
+        """The result of `detection_metrics`."""
+        coco, voc = self.coco(reference), self.voc()
+        pairs = zip(classes, coco.pop("per_class"), voc["per_class"], strict=True)
+        per_class = {name: {"AP": coco_ap, "mAP": voc_ap} for name, coco_ap, voc_ap in pairs}
+        return {**coco, "mAP": voc["mAP"], "mAP_11point": voc["mAP_11point"], "per_class": per_class}
 
     def coco(self, reference: bool = False) -> dict[str, Any]:
         """COCO's twelve numbers under `coco_eval.NAMES`, and `per_class`: AP of classes 1..num_classes, a list.
@@ -141,11 +139,6 @@ class Evaluation:
             num_objects = weight[:, objects.image[(objects.label == label) & ~objects.crowd]].sum(1)
             curves.append(VocCurve(np.cumsum(times * right, 1), np.cumsum(times, 1), num_objects))
         return curves
-
-
-def _of_classes(rows: Rows, num_classes: int) -> Rows:
-    """The rows whose label is a class."""
-    return take(rows, (rows.label >= 0) & (rows.label < num_classes))
 
 
 def _places(records: Sequence[PerImage]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -259,18 +259,15 @@ def _load_predictors(detector: ElasticSSD, theirs: Tensors) -> str:
 def _with_classes(detector: ElasticSSD, theirs: Tensors, known: Sequence[str], wanted: Sequence[str]) -> Tensors:
     """`theirs` with class logits for `wanted`: the background's and those of `known` classes, else `detector`'s."""
     result = dict(theirs)
+    kept = [name for name in wanted if name in known]
+    to = [0, *(wanted.index(name) + 1 for name in kept)]
+    origin = [0, *(known.index(name) + 1 for name in kept)]
     for level, net in enumerate(detector.predictors.classes):
         for part in ("weight", "bias"):
             name = f"classes.{level}.{len(net) - 1}.{part}"
             merged = getattr(net[-1], part).unflatten(0, (-1, len(wanted) + 1)).clone()  # (priors, classes + 1, ...)
-            fitting = (len(merged) * (len(known) + 1), *merged.shape[2:])
-            # Another number of priors in a cell: none of these logits has a counterpart.
-            if name not in theirs or theirs[name].shape != fitting:
-                continue
-            given = theirs[name].unflatten(0, (-1, len(known) + 1))
-            merged[:, 0] = given[:, 0]
-            for label, class_name in enumerate(wanted, start=1):
-                if class_name in known:
-                    merged[:, label] = given[:, known.index(class_name) + 1]
-            result[name] = merged.flatten(0, 1)
+            # With another number of priors in a cell none of these logits has a counterpart.
+            if name in theirs and theirs[name].shape == (len(merged) * (len(known) + 1), *merged.shape[2:]):
+                merged[:, to] = theirs[name].unflatten(0, (-1, len(known) + 1))[:, origin]
+                result[name] = merged.flatten(0, 1)
     return result

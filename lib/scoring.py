@@ -30,7 +30,7 @@ from lib.detector import ElasticSSD, detect, fuse, load_supernet, recalibrate
 from lib.errors import UserError
 from lib.genotype import Genotype
 from lib.log import finite, progress
-from lib.metrics import Evaluation, summarise, to_pixels
+from lib.metrics import Evaluation, to_pixels
 from lib.runtime import pick_device, prepare_process
 
 T = TypeVar("T")
@@ -217,7 +217,7 @@ class Scorer:
         detections = self._fitting(lambda size: detect(fused, images.split(size), self.config, self.device))
         pixels = [to_pixels(found, *size) for found, size in zip(detections, self.data["sizes"], strict=True)]
         evaluation = Evaluation(len(self.data["classes"]), self.data["truth"], pixels)
-        metrics = {**summarise(evaluation, self.data["classes"]), **detector.cost(genotype)._asdict()}
+        metrics = {**evaluation.summary(self.data["classes"]), **detector.cost(genotype)._asdict()}
         result = {"metrics": metrics, "images": self.num_images}
         # Resampling reuses the matches of the evaluation, so it costs little beside the detection.
         if settings.resamples:
