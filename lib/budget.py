@@ -23,12 +23,8 @@ Limits = dict[str, tuple[float, float]]
 
 def limits_of(settings: SearchConfig) -> Limits:
     """Least and most of each cost that has a limit. A limit of 0 means no limit."""
-    limits = {}
-    for cost, (low_key, high_key) in LIMIT_KEYS.items():
-        low, high = getattr(settings, low_key), getattr(settings, high_key)
-        if low or high:
-            limits[cost] = (low, high or math.inf)
-    return limits
+    limits = {cost: [getattr(settings, key) for key in keys] for cost, keys in LIMIT_KEYS.items()}
+    return {cost: (low, high or math.inf) for cost, (low, high) in limits.items() if low or high}
 
 
 def counts_latency(settings: SearchConfig) -> bool:
@@ -48,9 +44,8 @@ class Coster:
 
     def latency(self, genotype: Genotype) -> dict[str, float]:
         """latency_ms alone; empty without a table."""
-        if self.table is None:
-            return {}
-        return {"latency_ms": round(predict(self.table.ms, features(self._detector, genotype)), 4)}
+        table = self.table
+        return {"latency_ms": round(predict(table.ms, features(self._detector, genotype)), 4)} if table else {}
 
 
 def table_for(detector: ElasticSSD, settings: SearchConfig) -> LatencyTable | None:
@@ -65,8 +60,8 @@ def table_for(detector: ElasticSSD, settings: SearchConfig) -> LatencyTable | No
 class Budget:
     """`budget(genotype)` is whether a genotype is within all limits; `str(budget)` describes the limits.
 
-    `costs` gives the costs of a genotype by name. A limit that no sub-network can meet is rejected with a UserError
-    that names the achievable range. Whether all limits can be met together is left to the search.
+    A limit that no sub-network can meet is a UserError with the achievable range; whether all can be met together is
+    left to the search. `costs` gives the costs of a genotype by name.
     """
 
     def __init__(self, costs: Callable[[Genotype], Mapping[str, float]], space: SearchSpace, limits: Limits):

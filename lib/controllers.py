@@ -10,11 +10,10 @@ import operator
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from lib.config import SearchConfig
-from lib.errors import UserError, did_you_mean
+from lib.errors import UserError
 from lib.genotype import Genotype, SearchSpace
 
 CHILD_TRIES = 1_000  # children in a row that may be rejected before a proposal is sampled from the whole space
@@ -26,9 +25,6 @@ Fits = Callable[[Genotype], bool]  # whether a genotype may be proposed
 
 def objective_values(metrics: Mapping[str, float], objective: str, costs: Sequence[str]) -> tuple[float, ...]:
     """`metrics` as numbers to maximise: the objective, then each cost negated."""
-    for name in (objective, *costs):
-        if name not in metrics:
-            raise UserError(f"search: the evaluations hold no metric '{name}'{did_you_mean(name, metrics)}")
     return (metrics[objective], *(-metrics[cost] for cost in costs))
 
 
@@ -40,8 +36,7 @@ def dominates(a: Sequence[float], b: Sequence[float]) -> bool:
 def pareto_front(records: Iterable[Record], objective: str, costs: Sequence[str]) -> list[Record]:
     """The records whose "metrics" no other record's dominate, cheapest first. Equally good ones all stay.
 
-    One record dominates another if it is no worse in the objective (maximised) and in every cost (minimised), and
-    better in one of them.
+    The objective is maximised, every cost is minimised.
     """
     scored = [(objective_values(record["metrics"], objective, costs), record) for record in records]
     scored.sort(key=lambda pair: pair[0], reverse=True)  # a record comes after all that dominate it
@@ -57,8 +52,7 @@ def best_record(records: Iterable[Record], objective: str, cost: str = "flops") 
     return max(records, key=lambda r: (r["metrics"][objective], -r["metrics"][cost]))
 
 
-@dataclass(frozen=True)
-class Individual:
+class Individual(NamedTuple):
     """An evaluated genotype. Every number in `values` is to be maximised: the objective, then each cost negated."""
 
     genotype: Genotype
@@ -66,10 +60,7 @@ class Individual:
 
 
 def insert_into_fronts(fronts: list[list[Individual]], newcomer: Individual) -> None:
-    """Insert into non-dominated fronts, best first, in place (ENLU: Li et al., IEEE Trans. Cybernetics 2017).
-
-    It takes a few comparisons instead of a sort of the whole population.
-    """
+    """Insert into non-dominated fronts, best first, in place (ENLU: Li et al., IEEE Trans. Cybernetics 2017)."""
     # Its front is the first one with no member that dominates it.
     rank = 0
     while rank < len(fronts) and any(dominates(member.values, newcomer.values) for member in fronts[rank]):
@@ -153,14 +144,13 @@ class Controller:
         """
         if genotype in self._told:
             return
-        values = (math.nan,)
-        if metrics is not None:
-            values = objective_values(metrics, self.settings.objective, self.settings.costs)
         self.space.check(genotype)
         self._known.add(genotype)
         self._told.add(genotype)
-        if all(map(math.isfinite, values)):
-            self._learn(Individual(genotype, values))
+        if metrics is not None:
+            values = objective_values(metrics, self.settings.objective, self.settings.costs)
+            if all(map(math.isfinite, values)):
+                self._learn(Individual(genotype, values))
 
     def _candidates(self, rng: random.Random) -> Iterator[Genotype]:
         """The seeds, then children, then samples of the space, which reach its ends as well."""

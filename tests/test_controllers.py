@@ -215,13 +215,6 @@ def test_when_all_evaluations_fail_the_search_goes_on_at_random(name):
     assert len(asked) == 40
 
 
-def test_metrics_that_are_missing_are_named():
-    with pytest.raises(UserError, match=r"no metric 'AP' .did you mean 'mAP'"):
-        make("evo").tell(make_space().smallest(), {"mAP": 0.5})
-    with pytest.raises(UserError, match=r"no metric 'flop' .did you mean 'flops'"):
-        make("pareto-evo", costs=["flop"]).tell(make_space().smallest(), metrics(make_space().smallest()))
-
-
 # Regularized evolution
 
 
