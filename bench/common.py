@@ -25,7 +25,6 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 
 # A bench imports this file before any of lib, so it can be started in any folder.
@@ -36,7 +35,7 @@ from lib.cli import supernet_checkpoint
 from lib.config import Config, TrainConfig
 from lib.config_io import to_dict
 from lib.datasets import Batch, load_annotations, load_split
-from lib.detector import SSD, Cost, ElasticSSD, Supernet
+from lib.detector import SSD, ElasticSSD, Supernet
 from lib.errors import UserError
 from lib.final_training import detection_losses
 from lib.genotype import Genotype, SearchSpace
@@ -361,13 +360,12 @@ def _serve(pipe: Connection, num_classes: int, threads: int, device: str) -> Non
 
 
 class PeerProcess:
-    """The other side of `Peer`. `train`, `detect` and `network` return the seconds that they took."""
+    """The other side of `Peer`."""
 
     def __init__(self, num_classes: int, device: torch.device):
         torch.manual_seed(0)
         model = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=num_classes + 1)
         self.model = model.to(device)
-        self.num_classes = num_classes
         self.clock = clock_of(device)
         self.device = device
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.005, momentum=0.9, weight_decay=1e-4)
@@ -382,7 +380,7 @@ class PeerProcess:
         ]
 
     def train(self) -> float:
-        """One training step, optimizer included."""
+        """The seconds of one training step, optimizer included."""
         self.model.train()
         start = self.clock()
         self.optimizer.zero_grad()
@@ -393,38 +391,6 @@ class PeerProcess:
         if not loss.isfinite():
             raise FloatingPointError(f"the peer's loss is {loss.item()}")
         return seconds
-
-    @torch.inference_mode()
-    def silence(self) -> None:
-        """Make every prior box sure of the background, so that nothing enters NMS."""
-        silence_torchvision(self.model, self.num_classes)
-        found = sum(len(detections["boxes"]) for detections in self.model.eval()(self.images))
-        if found:
-            raise ValueError(f"the peer still finds {found} boxes")
-
-    @torch.inference_mode()
-    def detect(self, images: int) -> float:
-        """From pictures to detections."""
-        self.model.eval()
-        start = self.clock()
-        self.model(self.images[:images])
-        return self.clock() - start
-
-    @torch.inference_mode()
-    def network(self, images: int) -> float:
-        """From normalised pictures to logits and offsets."""
-        self.model.eval()
-        batch, _ = self.model.transform(self.images[:images])
-        start = self.clock()
-        self.model.head(list(self.model.backbone(batch.tensors).values()))
-        return self.clock() - start
-
-    @torch.inference_mode()
-    def cost(self) -> Cost:
-        """Multiply-adds for one picture, and parameters."""
-        with FlopCounterMode(display=False) as counter:
-            self.model.eval()(self.images[:1])
-        return Cost(counter.get_total_flops() // 2, sum(p.numel() for p in self.model.parameters()))
 
 
 def silence_torchvision(model: nn.Module, num_classes: int) -> None:

@@ -1,0 +1,310 @@
+"""What only a GPU can show, in 8 minutes: that it computes what the CPU computes, that it repeats, how fast it is.
+
+    python bench/gpu.py                        # cuda:0
+    python bench/gpu.py --data /path/to/voc    # also pictures a second of the training loader on your own data
+    python bench/gpu.py --device cpu --quick   # the same script without a GPU, a small network
+
+Prints PASS, FAIL and INFO lines and writes gpu.json. The exit status is 1 if something failed. A section that raises an
+error fails; the others go on. None starts after `--minutes`.
+"""
+
+import argparse
+import copy
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import common
+import numpy as np
+import torch
+from torch import Tensor
+
+from lib import checkpoint
+from lib.config_io import read_config
+from lib.datasets import Batch, load_annotations, train_loader
+from lib.detector import ElasticSSD, detect, fuse
+from lib.latency import fused_detectors, time_detectors
+from lib.runtime import pick_device, seed_everything
+from lib.scoring import Scorer
+from lib.training import detection_loss
+
+CLASSES, OBJECTS = 20, 3
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+class Report:
+    """Lines as they come, and all of them in the JSON file at the end."""
+
+    def __init__(self) -> None:
+        self.start = time.monotonic()
+        self.lines: list[dict] = []
+
+    def line(self, status: str, name: str, text: str) -> None:
+        print(f"{status} {time.monotonic() - self.start:4.0f} s  {name}: {text}", flush=True)
+        self.lines.append({"status": status, "name": name, "text": text})
+
+    def info(self, name: str, text: str) -> None:
+        self.line("INFO", name, text)
+
+    def check(self, name: str, good: bool, text: str) -> None:
+        self.line("PASS" if good else "FAIL", name, text)
+
+
+class Bench:
+    """The sections; each method is one, run in their order."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path):
+        self.args, self.folder, self.report = args, folder, Report()
+        self.device = pick_device(args.device)
+        self.clock = common.clock_of(self.device)
+        self.gpu = self.device.type == "cuda"
+        self.config, self.detector = self.small() if args.quick else common.reference(CLASSES)
+        self.size = self.detector.space.largest().image_size
+        self.middle = common.median_genotype(self.detector)
+        self.rounds = 3 if args.quick else 20
+
+    def small(self) -> tuple:
+        config = read_config(common.ROOT / "configs" / "shapes.yaml", [f"data.num_classes={CLASSES}"])
+        torch.manual_seed(0)
+        return config, ElasticSSD(config, CLASSES)
+
+    def batch(self, images: int, size: int | None = None) -> Batch:
+        return common.random_batch(images, size or self.size, OBJECTS, CLASSES).to(self.device)
+
+    def milliseconds(self, work: Callable[[], object], rounds: int | None = None) -> float:
+        """The median over the rounds, after three calls to warm up."""
+        for _ in range(3):
+            work()
+        timed = common.timed(work, self.clock)
+        return 1e3 * float(np.median([timed() for _ in range(rounds or self.rounds)]))
+
+    def parity(self) -> None:
+        """A supernet step in float32 on the device and on the CPU: outputs, losses, gradients, weights."""
+        config, detector = self.small()
+        genotype, found = common.median_genotype(detector), {}
+        allowed = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        for device in (common.CPU, self.device):
+            model = copy.deepcopy(detector).to(device).train()
+            batch = common.random_batch(8, genotype.image_size, OBJECTS, CLASSES).to(device)
+            logits, offsets = model(batch.images, genotype)
+            loss = detection_loss(config)
+            losses = loss(logits, offsets, loss.match(batch.boxes, batch.labels, model.priors(genotype.image_size)))
+            sum(losses.values()).backward()
+            gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+            found[device.type] = {
+                "logits": logits,
+                "offsets": offsets,
+                "losses": torch.stack(list(losses.values())),
+                "gradients": torch.cat(gradients),
+            }
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = allowed
+        for name, value in found[self.device.type].items():
+            gap = relative(value, found["cpu"][name])
+            self.report.check(f"{name} as on the CPU", gap < 1e-3, f"relative difference {gap:.1e}")
+
+    def repeats(self) -> None:
+        """The same seed twice."""
+
+        def weights() -> Tensor:
+            config, detector = self.small()
+            seed_everything(3)
+            steps = common.SupernetSteps(detector, config, self.device)
+            for genotype in common.random_genotypes(detector, 8):
+                steps(self.batch(8, genotype.image_size), genotype)
+            return torch.cat([p.detach().flatten() for p in detector.parameters()]).cpu()
+
+        first, second = weights(), weights()
+        equal = torch.equal(first, second)
+        text = "bit by bit" if equal else f"relative difference {relative(first, second):.1e}"
+        self.report.check("the same seed twice", equal or (self.gpu and relative(first, second) < 1e-2), text)
+
+    def precisions(self) -> None:
+        """Each precision learns one batch by heart."""
+        for precision in PRECISIONS if self.gpu else PRECISIONS[:1]:
+            config, detector = self.small()
+            config.supernet.precision = precision
+            steps = common.SupernetSteps(detector, config, self.device)
+            genotype = detector.space.largest()
+            batch = self.batch(8, genotype.image_size)
+            losses = [sum(steps(batch, genotype).values()) for _ in range(10 if self.args.quick else 60)]
+            good = losses[-1] < 0.9 * losses[0]  # False for a NaN too
+            self.report.check(f"{precision} trains", good, f"loss {losses[0]:.2f} to {losses[-1]:.2f}")
+
+    def stages(self) -> None:
+        """The three scripts as a user runs them, the search with two workers on the device."""
+        keys = ("supernet.epochs=3", "supernet.eval_every=3", "final.epochs=2", "final.eval_every=2", "search.steps=4")
+        keys += ("search.num_epochs=1", "search.population_size=4", "search.bn_images=32", "data.shapes_train=96")
+        keys += ("data.shapes_test=16", f"data.root={self.folder / 'shapes'}")
+        sets = [part for key in keys for part in ("--set", key)]
+        device, workers = ["--device", self.args.device], "0,0" if self.gpu else "cpu,cpu"
+        half = ["--set", "supernet.precision=bf16", "--set", "supernet.ema_decay=0.9"]
+        precise = ["--set", f"final.precision={'fp16' if self.gpu else 'fp32'}"]
+        commands = {
+            "supernet_train.py": ["--cfg", common.ROOT / "configs" / "shapes.yaml", *sets, *half, *device],
+            "async_search.py": ["--gpus", workers],
+            "final_train.py": ["--genotype", "best.json", *precise, *device],
+        }
+        for script, flags in commands.items():
+            command = [sys.executable, common.ROOT / script, *flags]
+            start = time.monotonic()
+            done = subprocess.run(list(map(str, command)), cwd=self.folder, capture_output=True, text=True)
+            last = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()[-1:]
+            self.report.check(script, done.returncode == 0, f"{time.monotonic() - start:.0f} s; {' '.join(last)[:200]}")
+
+    def steps(self) -> None:
+        """Training steps beside torchvision's ssdlite320, and the share of the time in which a kernel runs."""
+        for images in (4,) if self.args.quick else (16, 32, 64):
+            for precision in PRECISIONS[:2] if self.gpu else PRECISIONS[:1]:
+                config = copy.deepcopy(self.config)
+                config.supernet.precision = config.final.precision = precision
+                batch, genotypes = self.batch(images), common.random_genotypes(self.detector, 8)
+                supernet = common.SupernetSteps(copy.deepcopy(self.detector), config, self.device)
+                plain = self.detector.extract(self.middle).to(self.device).train()
+                final = partial(common.plain_step(plain, config, config.final, self.device), batch)
+                took = {
+                    "supernet": self.milliseconds(lambda s=supernet, b=batch, g=genotypes: [s(b, each) for each in g])
+                }
+                took["supernet"] /= len(genotypes)
+                took["final"] = self.milliseconds(final)
+                busy = f", kernels run {busy_share(final):.0%} of the final step" if self.gpu else ""
+                peer = common.PeerProcess(CLASSES, self.device)
+                peer.load(common.random_batch(images, common.PEER_SIZE, OBJECTS, CLASSES))
+                dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+                with torch.autocast(self.device.type, dtype, enabled=precision == "bf16"):
+                    theirs = self.milliseconds(peer.train)
+                text = ", ".join(f"{name} {ms:.1f} ms ({ms / theirs:.2f})" for name, ms in took.items())
+                self.report.info(f"step, batch {images}, {precision}", f"{text}, ssdlite320 {theirs:.1f} ms{busy}")
+
+    def score(self) -> None:
+        """A candidate's score in its parts."""
+        images, calibration = (16, 8) if self.args.quick else (500, 256)
+        data = common.scoring_data(images, calibration, OBJECTS, CLASSES, self.size)
+        detector = self.detector.to(self.device)
+        whole = self.milliseconds(lambda: Scorer(data, self.config, self.device)(detector, self.middle), 3)
+        model = fuse(detector.extract(self.middle)).to(self.device, memory_format=torch.channels_last)
+        batches = data["images"][self.size].split(self.config.search.batch_size)
+        detection = self.milliseconds(lambda: detect(model, batches, self.config, self.device), 3)
+        with torch.inference_mode():
+            network = self.milliseconds(lambda: [model(batch.to(self.device)) for batch in batches], 3)
+        text = f"{whole:.0f} ms, of it detection {detection:.0f} ms, of that the network {network:.0f} ms"
+        self.report.info(f"score on {images} pictures, BatchNorm on {calibration}", text)
+
+    def loader(self) -> None:
+        """Pictures a second that reach the device."""
+        if self.args.data is None:
+            return
+        self.config.data.root, self.config.data.dataset_type = str(self.args.data), "auto"
+        self.config.data.num_classes = 0
+        annotations = load_annotations(self.config.data, "train")
+        for workers in (0, 1) if self.args.quick else (4, 8, 16):
+            self.config.data.workers = workers
+            loader = train_loader(annotations, range(len(annotations)), self.size, 32, self.config, self.device)
+            for epoch in (1, 2):  # the first one starts the workers
+                loader.batch_sampler.set_epoch(epoch)
+                start = self.clock()
+                seen = sum(len(batch.to(self.device)) for batch in loader)
+                rate = seen / (self.clock() - start)
+            self.report.info(f"loader, {workers} workers", f"{rate:.0f} pictures a second")
+
+    def latency(self) -> None:
+        """Plain calls, whether they repeat to 3%, and the same work without its launches, as a CUDA graph."""
+        space = self.detector.space
+        genotypes = [space.smallest(), self.middle, space.largest()]
+        models = fused_detectors(self.detector, genotypes, self.config, self.device)
+        runs = np.array([time_detectors(models, self.config, self.device) for _ in range(2 if self.args.quick else 4)])
+        worst = float((np.ptp(runs, axis=0) / np.median(runs, axis=0)).max())
+        times = ", ".join(f"{ms:.3f}" for ms in np.median(runs, axis=0))
+        self.report.line("PASS" if worst < 0.03 else "FAIL" if self.gpu else "INFO", "latency repeats", f"{worst:.1%}")
+        graphs = ""
+        if self.gpu:
+            picture = torch.zeros(1, 3, 480, 640, dtype=torch.uint8, device=self.device)
+            graphs = "; as a CUDA graph " + ", ".join(f"{self.milliseconds(graph_of(m, picture)):.3f}" for m in models)
+        self.report.info("latency of smallest, median, largest", f"{times} ms{graphs}")
+
+    def switches(self) -> None:
+        """The final step with what one might switch on."""
+        images = 4 if self.args.quick else 32
+        step = partial(self.plain, images)
+        rows = {"as it is": self.milliseconds(step())}
+        torch.backends.cudnn.benchmark = True
+        rows["cudnn.benchmark"] = self.milliseconds(step())
+        torch.backends.cudnn.benchmark = False
+        if self.gpu:
+            rows["torch.compile"] = self.milliseconds(step(compiled=True))
+        self.report.info("final step", ", ".join(f"{name} {ms:.1f} ms" for name, ms in rows.items()))
+
+    def plain(self, images: int, compiled: bool = False) -> Callable[[], object]:
+        model = self.detector.extract(self.middle).to(self.device, memory_format=torch.channels_last).train()
+        if compiled:
+            model.predict = torch.compile(model.predict)
+        return partial(common.plain_step(model, self.config, self.config.final, self.device), self.batch(images))
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    a, b = a.detach().double().cpu(), b.detach().double().cpu()
+    return float((a - b).norm() / b.norm().clamp(min=1e-30))
+
+
+def busy_share(work: Callable[[], object]) -> float:
+    """The share of the time in which a kernel runs."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        start = time.perf_counter()
+        for _ in range(5):
+            work()
+        torch.cuda.synchronize()
+        took = 1e6 * (time.perf_counter() - start)
+    kernels = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(e.time_range.elapsed_us() for e in kernels) / took
+
+
+@torch.inference_mode()
+def graph_of(model: torch.nn.Module, picture: Tensor) -> Callable[[], None]:
+    """Replays a call of `model` without launching its kernels one by one."""
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for _ in range(3):
+            model(picture)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        model(picture)
+    return graph.replay
+
+
+def main() -> None:
+    parser = common.bench_parser(__doc__, "gpu.json")
+    parser.add_argument("--device", default="cuda:0")
+    parser.add_argument("--data", type=Path, help="a data set, for the loader's rate")
+    parser.add_argument("--quick", action="store_true", help="a small network and few rounds, for a CPU")
+    parser.add_argument("--minutes", type=float, default=8.0, help="after which no section starts (default: 8)")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(args, Path(folder))
+        report = bench.report
+        name = torch.cuda.get_device_name(bench.device) if bench.gpu else common.device_name(common.CPU)
+        report.info("machine", f"{name}, torch {torch.__version__}, commit {checkpoint.code_revision()}")
+        sections = (bench.parity, bench.repeats, bench.precisions, bench.stages, bench.steps, bench.score, bench.loader)
+        for section in (*sections, bench.latency, bench.switches):
+            if time.monotonic() - report.start > 60 * args.minutes:
+                report.info(section.__name__, "left out, the time is up")
+                continue
+            try:
+                section()
+            except Exception as error:
+                traceback.print_exc()
+                report.check(section.__name__, False, repr(error)[:300])
+            args.out.write_text(json.dumps(report.lines, indent=1) + "\n")
+    failed = [line["name"] for line in report.lines if line["status"] == "FAIL"]
+    print(f"{len(failed)} failed{': ' * bool(failed)}{', '.join(failed)}; wrote {args.out}")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
