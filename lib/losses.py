@@ -58,14 +58,9 @@ class Targets(NamedTuple):
     """The targets of a batch; the same for every network with these priors."""
 
     prior_labels: Tensor  # (B, P)
-    rows: Rows  # the priors that stand for an object
+    rows: Rows  # the priors that stand for an object: `rows.mask` (B, P)
     offsets: Tensor  # (N, 4) of these priors, image by image; on a GPU (B, P, 4)
     normalizer: Tensor  # scalar, divides sums over the positive priors
-
-    @property
-    def positive(self) -> Tensor:
-        """(B, P) whether a prior stands for an object."""
-        return self.rows.mask
 
 
 class DetectionLoss:
@@ -105,7 +100,7 @@ class DetectionLoss:
         """Targets of batches, each with its (boxes, labels), such that the mean of their losses is that of one batch
         with all of their images."""
         targets = [self.match(boxes, labels, priors_cxcywh) for boxes, labels in objects]
-        normalizer = self.normalizer(sum(t.positive.sum() for t in targets)) / len(targets)
+        normalizer = self.normalizer(sum(t.rows.mask.sum() for t in targets)) / len(targets)
         return [t._replace(normalizer=normalizer) for t in targets]
 
     def __call__(self, logits: Tensor, offsets: Tensor, targets: Targets) -> dict[str, Tensor]:
@@ -127,8 +122,8 @@ class DetectionLoss:
         self, student_logits: Tensor, teacher_logits: Tensor, targets: Targets, config: DistillConfig
     ) -> Tensor:
         """`adaptive_distillation` on the positive priors. On all priors it is reported to hurt."""
-        mask, normalizer = targets.positive, targets.normalizer
-        return adaptive_distillation(student_logits, teacher_logits, mask, config, self.config.type, normalizer)
+        kind, normalizer = self.config.type, targets.normalizer
+        return adaptive_distillation(student_logits, teacher_logits, targets.rows.mask, config, kind, normalizer)
 
 
 @torch.no_grad()

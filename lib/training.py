@@ -75,7 +75,7 @@ def _decay(config: TrainConfig, restarts: Sequence[int], epoch: float, floor: fl
 
 
 class MovingAverage(AveragedModel):
-    """Moving average of weights and buffers. Early on the decay is (1 + n) / (10 + n), to forget the start."""
+    """Moving average of weights and floating buffers. Early on the decay is (1 + n) / (10 + n), to forget the start."""
 
     def __init__(self, model: nn.Module, decay: float):
         super().__init__(model, use_buffers=True)
@@ -86,13 +86,9 @@ class MovingAverage(AveragedModel):
         # torch's own waits for a GPU to read n, which is a tensor of the CPU here.
         n = int(self.n_averaged)
         keep = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
-        new = [*model.parameters(), *model.buffers()]
-        pairs = list(zip([*self.module.parameters(), *self.module.buffers()], new, strict=True))
-        floats = [pair for pair in pairs if pair[0].is_floating_point()]
-        counts = [pair for pair in pairs if not pair[0].is_floating_point()]
-        torch._foreach_lerp_([average for average, _ in floats], [value for _, value in floats], 1 - keep)
-        if counts:
-            torch._foreach_copy_([average for average, _ in counts], [value for _, value in counts])
+        tensors = ([*module.parameters(), *module.buffers()] for module in (self.module, model))
+        averages, values = ([t for t in each if t.is_floating_point()] for each in tensors)
+        torch._foreach_lerp_(averages, values, 1 - keep)
         self.n_averaged += 1
 
 
@@ -227,7 +223,7 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self._skips:
-            self._restore_statistics()
+            torch._foreach_copy_(self._statistics, self._statistics_before)
         with warnings.catch_warnings():  # fp16 skips a step that overflowed, the schedule counts it all the same
             warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
             self.scheduler.step()
@@ -236,13 +232,10 @@ class Trainer:
         self.step += 1
         self.unfinished = self.stepping = False
 
-    def _restore_statistics(self) -> None:
-        torch._foreach_copy_(self._statistics, self._statistics_before)
-
     def rewind(self) -> bool:
         """Back to before the optimizer step in which something failed; whether that was before it changed weights."""
         if self.unfinished:
-            self._restore_statistics()
+            torch._foreach_copy_(self._statistics, self._statistics_before)
             self.batch -= self.batch % self.config.accumulate
         return not self.stepping
 

@@ -187,11 +187,11 @@ def test_detection_loss_end_to_end(kind):
     targets = loss.match(boxes, labels, PRIORS)
     prior_labels, owners = slow_match(boxes, labels, PRIORS, 0.5, 0.4)
     assert torch.equal(targets.prior_labels, prior_labels)
-    assert torch.equal(targets.positive, prior_labels > 0)
-    image, prior = targets.positive.nonzero(as_tuple=True)
+    assert torch.equal(targets.rows.mask, prior_labels > 0)
+    image, prior = targets.rows.mask.nonzero(as_tuple=True)
     torch.testing.assert_close(decode(targets.offsets, PRIORS[prior]), boxes[image, owners[image, prior]])
     losses = loss(logits, offsets, targets)
-    difference = (offsets[targets.positive] - targets.offsets).abs()
+    difference = (offsets[targets.rows.mask] - targets.offsets).abs()
     smooth = torch.where(difference < 1 / 9, difference**2 / (2 / 9), difference - 1 / 18)
     torch.testing.assert_close(losses["loc"], 2 * smooth.sum() / len(prior))
     classify = focal_loss if kind == "focal" else multibox_loss
@@ -219,7 +219,7 @@ def test_a_batch_without_objects_is_finite_and_has_a_gradient(kind, objects):
     loss = DetectionLoss(LossConfig(type=kind))
     targets = loss.match(torch.zeros(3, objects, 4), torch.zeros(3, objects, dtype=torch.int64), PRIORS)
     losses = loss(logits, offsets, targets)
-    distilled = adaptive_distillation(logits, logits.detach() + 1, targets.positive, DistillConfig(), kind)
+    distilled = adaptive_distillation(logits, logits.detach() + 1, targets.rows.mask, DistillConfig(), kind)
     assert losses["cls"] > 0
     assert losses["loc"] == 0
     assert distilled == 0
@@ -238,7 +238,7 @@ def test_half_precision_predictions_are_scored_in_float32(kind):
     with torch.autocast("cpu", torch.bfloat16):
         targets = loss.match(boxes, labels, PRIORS)
         losses = loss(low, low_offsets, targets)
-        losses["kd"] = adaptive_distillation(low, low.detach() * 0.5, targets.positive, DistillConfig(), kind)
+        losses["kd"] = adaptive_distillation(low, low.detach() * 0.5, targets.rows.mask, DistillConfig(), kind)
     expected = loss(low.detach().float(), low_offsets.detach().float(), targets)
     assert all(x.dtype == torch.float32 for x in losses.values())
     torch.testing.assert_close([losses["cls"], losses["loc"]], list(expected.values()))
@@ -326,7 +326,8 @@ def test_targets_serve_any_number_of_networks():
     before = copy.deepcopy(targets)
     first, second = (loss(*random_predictions(seed)[:2], targets) for seed in (0, 1))
     assert first["cls"] != second["cls"]
-    for name in ("prior_labels", "positive", "offsets", "normalizer"):
+    assert torch.equal(before.rows.mask, targets.rows.mask)
+    for name in ("prior_labels", "offsets", "normalizer"):
         assert torch.equal(getattr(before, name), getattr(targets, name))
 
 
