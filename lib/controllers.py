@@ -47,11 +47,6 @@ def pareto_front(records: Iterable[Record], objective: str, costs: Sequence[str]
     return [record for _, record in sorted(front, key=lambda pair: pair[0][1:], reverse=True)]
 
 
-def best_record(records: Iterable[Record], objective: str, cost: str = "flops") -> Record:
-    """Highest objective, the cheapest among equals."""
-    return max(records, key=lambda r: (r["metrics"][objective], -r["metrics"][cost]))
-
-
 class Individual(NamedTuple):
     """An evaluated genotype. Every number in `values` is to be maximised: the objective, then each cost negated."""
 
@@ -99,12 +94,10 @@ class Controller:
     """A genotype that was asked or told before is never asked again; children of selected parents are, or samples.
 
     `settings` name the objective to maximise, the costs to minimise, and the sizes and probabilities of evolution.
-    `budget(genotype)` decides which genotypes may be proposed, and `str(budget)` describes it for error messages.
-    Told genotypes are not checked against it. `seeds` that fit are asked first.
+    `budget(genotype)` decides which genotypes may be proposed; told ones are not checked. `seeds` that fit come first.
 
     A proposal depends on `seed`, on the number of genotypes known so far and on what was told, in order. Telling a
     fresh controller the records of an earlier search therefore continues that search; no random state is kept.
-
     `origin` says where the last proposal came from: "given" (a seed), "random", or "bred" from what was told.
     """
 
@@ -192,12 +185,10 @@ class RegularizedEvolution(Controller):
     """Aging evolution (Real et al., AAAI 2019, algorithm 1) with crossover: the best of a tournament is a parent, and
     each newcomer takes the place of the oldest, however good that one was."""
 
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        self._population: deque[Individual] = deque(maxlen=self.settings.population_size)
+    _population: tuple[Individual, ...] = ()
 
     def _learn(self, individual: Individual) -> None:
-        self._population.append(individual)
+        self._population = (*self._population, individual)[-self.settings.population_size :]
 
     def _select(self, rng: random.Random) -> Genotype | None:
         rivals = rng.sample(self._population, min(self.settings.tournament_size, len(self._population)))

@@ -75,7 +75,7 @@ class Ledger:
     def append(self, record: dict) -> None:
         """Write one record through to the disk. Raises ValueError on NaN or infinity, which JSON does not have."""
         self._write(json.dumps(record, allow_nan=False, separators=(",", ":")).encode() + b"\n")
-        self._remember(record)
+        self._by_key[record["key"]] = record
 
     def records(self, **matching: object) -> list[dict]:
         """The records whose fields equal `matching`, as in `records(status="ok")`, in the order written."""
@@ -96,17 +96,12 @@ class Ledger:
             self._file.close()  # a later line must not be appended to a part of this one
             raise UserError(f"{self.path}: cannot write the ledger: {error.strerror}") from None
 
-    def _remember(self, record: dict) -> None:
-        # Earlier versions could stop an evaluation on a part of the images: such a candidate is scored again.
-        if record.get("status") != "stopped":
-            self._by_key[record["key"]] = record
-
     def _read(self) -> None:
         self._file.seek(0)
         *lines, tail = self._file.read().split(b"\n")
         for number, line in enumerate(lines, 1):
             if line.strip():
-                self._remember(self._parse(line, number))
+                self._take(line, number)
         # The last line lacks its line break if the process died while it wrote.
         if tail:
             try:
@@ -115,18 +110,19 @@ class Ledger:
                 self._file.truncate(sum(len(line) + 1 for line in lines))
                 os.fsync(self._file.fileno())
             else:
-                self._remember(self._parse(tail, len(lines) + 1))
+                self._take(tail, len(lines) + 1)
                 self._write(b"\n")
 
-    def _parse(self, line: bytes, number: int) -> dict:
+    def _take(self, line: bytes, number: int) -> None:
         try:
             if len(line) > MOST_BYTES:
                 raise ValueError(f"a line of {len(line) / 1024**2:.0f} MiB")
-            return checked(json.loads(line))
+            record = checked(json.loads(line))
         except (ValueError, RecursionError, UserError) as error:
             wrong = f"not a record of an evaluation ({error}), found {line[:60].decode(errors='replace')!r}"
             remedy = "without that line, --resume goes on and scores its candidate again"
             raise UserError(f"{self.path}, line {number}: {wrong}; {remedy}") from None
+        self._by_key[record["key"]] = record
 
 
 def checked(record: object) -> dict:
@@ -141,7 +137,7 @@ def checked(record: object) -> dict:
     for name in record.keys() & KINDS.keys():
         if not isinstance(record[name], KINDS[name]):
             raise ValueError(f'"{name}" is {shown(record[name])}')
-    if record["status"] not in ("ok", "failed", "stopped"):
+    if record["status"] not in ("ok", "failed"):
         raise ValueError(f'"status" is {shown(record["status"])}')
     counts = [(name, record[name]) for name in ("seconds", "time", "images", "epoch") if name in record]
     # null stands for a metric that is not defined on these images

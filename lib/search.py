@@ -18,7 +18,7 @@ from lib import checkpoint
 from lib.annotations import Annotations
 from lib.budget import LIMIT_KEYS, Coster, counts_latency, limits_of
 from lib.config import Config
-from lib.controllers import Controller, RandomSearch, SpaceExhausted, best_record, pareto_front
+from lib.controllers import Controller, RandomSearch, SpaceExhausted, pareto_front
 from lib.dispatcher import Result
 from lib.errors import UserError
 from lib.genotype import Genotype
@@ -76,9 +76,8 @@ class Search:
     """A search over `total` evaluations. Results already in the ledger are reused and never evaluated again.
 
     `told` are the records the search has learnt from, in order, each with the latency that `costs` predicts; `scored`
-    are those that did not fail.
-    `finalists` are the members of the front once they are scored on all images of the search split; the front and the
-    best are then found among these.
+    are those that did not fail; `finalists` are the members of the front once they are scored on all images of the
+    search split, among which the front and the best are then found.
     """
 
     def __init__(
@@ -203,8 +202,7 @@ class Search:
         """Take in a record with a score, of which the controller has been told."""
         self.told.append(record)
         self.scored.append(record)
-        ends = [self._best, record] if self._best else [record]
-        self._best = best_record(ends, self.settings.objective, self.settings.costs[0])
+        self._best = min(self._best or record, record, key=self._rank)
 
     def _with_latency(self, record: dict) -> dict:
         latency = self.costs.latency(Genotype.from_dict(record["genotype"]))
@@ -214,27 +212,24 @@ class Search:
         """The members of pareto.json, cheapest first."""
         return pareto_front(self.finalists or self.scored, self.settings.objective, self.settings.costs)
 
+    def _rank(self, record: dict) -> tuple[float, float]:
+        """Records are best first in this order: highest objective, the cheapest among equals."""
+        return -record["metrics"][self.settings.objective], record["metrics"][self.settings.costs[0]]
+
     def best(self) -> dict:
-        """Highest objective, the cheapest among equals."""
-        if self.finalists:
-            return best_record(self.finalists, self.settings.objective, self.settings.costs[0])
-        return self._best
+        return min(self.finalists, key=self._rank) if self.finalists else self._best
 
     def top(self, count: int) -> list[dict]:
-        """The `count` best, best first, the cheaper first among equals."""
-        objective = self.settings.objective
-        cost = self.settings.costs[0]
-        return sorted(self.scored, key=lambda r: (-r["metrics"][objective], r["metrics"][cost]))[:count]
+        """The `count` best, best first."""
+        return sorted(self.scored, key=self._rank)[:count]
 
     def noise(self, record: dict) -> Noise | None:
         """None if the ledger lacks the scores on resamples of the images."""
-        resampled = []
-        for each in (record, self.best()):
-            # Records of another search may be about another objective, and those of resamples = 0 have none.
-            if each.get("objective") != self.settings.objective:
-                return None
-            resampled.append(unpack(each["resampled"][str(each["images"])]))
-        scores, best = resampled
+        pair = (record, self.best())
+        # Records of another search may be about another objective, and those of resamples = 0 have none.
+        if any(each.get("objective") != self.settings.objective for each in pair):
+            return None
+        scores, best = (unpack(each["resampled"][str(each["images"])]) for each in pair)
         if scores.shape != best.shape:
             return None
         behind = interval(best - scores)

@@ -14,7 +14,6 @@ from lib.config import SearchConfig
 from lib.controllers import (
     Individual,
     SpaceExhausted,
-    best_record,
     crowding_distances,
     dominates,
     insert_into_fronts,
@@ -361,8 +360,3 @@ def test_dominance_needs_one_strict_advantage():
     assert dominates((2, 1), (1, 1))
     assert not dominates((1, 1), (1, 1))
     assert not dominates((2, 0), (1, 1))
-
-
-def test_the_best_of_equals_is_the_cheapest():
-    records = [{"metrics": {"AP": ap, "flops": flops}} for ap, flops in ((0.5, 3), (0.5, 2), (0.4, 1))]
-    assert best_record(records, "AP") is records[1]

@@ -123,7 +123,7 @@ WRONG = [
     *({"metrics": {"flops": value}} for value in (-1, math.inf, {})),
     *({"seconds": value} for value in ("1", None, math.nan)),
     *({"metrics": 3}, {"metrics": None}, {"genotype": {"format": "genotype/1"}}, {"genotype": "net"}),
-    *({"key": 3}, {"status": "fine"}, {"status": None}, {"worker": 3}, {"error": ["a"]}, {"images": True}),
+    *({"key": 3}, {"status": "stopped"}, {"status": None}, {"worker": 3}, {"error": ["a"]}, {"images": True}),
     *({"resampled": "abc"}, {"objective": {}}, {"budget": 3}, {"rests_on": 3}),
 ]
 
@@ -211,16 +211,6 @@ def test_nan_is_refused_before_it_is_written(path):
             ledger.append({"key": "a", "metrics": {"AP": float("nan")}})
         assert len(ledger.records()) == 0
     assert not path.exists()  # there is nothing to go on from
-
-
-def test_what_an_earlier_version_stopped_early_counts_as_not_evaluated(path):
-    records = fill(path, 2)
-    with Ledger(path) as ledger:
-        ledger.append(record(2, "stopped"))
-    with Ledger(path) as ledger:
-        assert ledger.records() == records and ledger.lookup("key2") is None
-        ledger.append(record(2))
-        assert ledger.lookup("key2") == record(2)
 
 
 def test_the_key_depends_on_all_that_the_result_depends_on():
