@@ -23,7 +23,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from lib import coco_eval
-from lib.coco_eval import GroundTruth, Pairs, ScoredBoxes, overlapping_pairs, take
+from lib.coco_eval import GroundTruth, ScoredBoxes, overlapping_pairs, take
 from lib.postprocess import Detections
 
 VOC_IOU = 0.5
@@ -91,8 +91,7 @@ class Evaluation:
     def voc(self) -> dict[str, Any]:
         """AP of the VOC devkit at an IoU of 0.5: `mAP`, and `per_class`, a list over classes 1..num_classes.
 
-        These are areas under the monotone curve, as from VOC 2010 on; `mAP_11point` and `per_class_11point` are VOC
-        2007's.
+        They are areas under the monotone curve, as from VOC 2010 on, and with `_11point` as of VOC 2007.
         """
         curves = self._voc_curves(np.ones((1, self.num_images), int))
         metrics: dict[str, Any] = {}
@@ -125,8 +124,14 @@ class Evaluation:
         a second one of the same object is wrong, and one of an ignored object does not count. The devkit counts
         pixels, x2 - x1 + 1; read as continuous [xmin - 1, ymin - 1, xmax, ymax] a box has that very size.
         """
-        objects, found = self.objects, self.found
-        owner = _owners(objects, found, self.pairs)
+        objects, found, pairs = self.objects, self.found, self.pairs
+        # VOC's IoU knows no crowds. COCO's of a crowd is at least as high, so `pairs` holds all that matter.
+        no_crowds = objects._replace(crowd=np.zeros(len(objects.crowd), bool))
+        overlap = coco_eval.iou(no_crowds, found, pairs.detection, pairs.object)
+        best_last = np.lexsort((-pairs.object, overlap))  # at equal IoU the earlier object wins
+        best_last = best_last[overlap[best_last] >= VOC_IOU]
+        owner = np.full(len(found.label), -1)  # (K,) the object that each detection belongs to
+        owner[pairs.detection[best_last]] = pairs.object[best_last]  # the last one written stays
         ignored = np.append(objects.crowd, False)[owner]  # the last one is for owner -1
         curves = []
         for label in range(self.num_classes):
@@ -190,18 +195,6 @@ class VocCurve(NamedTuple):
     right: np.ndarray  # (R, K) how many of the first 1, 2, ... detections are right
     seen: np.ndarray  # (R, K) how many there are
     num_objects: np.ndarray  # (R,)
-
-
-def _owners(objects: GroundTruth, found: ScoredBoxes, pairs: Pairs) -> np.ndarray:
-    """(K,) the object that each detection belongs to, or -1."""
-    # VOC's IoU knows no crowds. COCO's of a crowd is at least as high, so `pairs` holds all that matter.
-    no_crowds = objects._replace(crowd=np.zeros(len(objects.crowd), bool))
-    overlap = coco_eval.iou(no_crowds, found, pairs.detection, pairs.object)
-    best_last = np.lexsort((-pairs.object, overlap))  # at equal IoU the earlier object wins
-    best_last = best_last[overlap[best_last] >= VOC_IOU]
-    owner = np.full(len(found.label), -1)
-    owner[pairs.detection[best_last]] = pairs.object[best_last]  # the last one written stays
-    return owner
 
 
 def _all_point(curve: VocCurve) -> np.ndarray:
