@@ -77,10 +77,8 @@ def overlapping_pairs(objects: GroundTruth, found: ScoredBoxes, least_iou: float
 
 
 def iou(objects: GroundTruth, found: ScoredBoxes, detection: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """(P,) IoU of detections and objects given by their indices (P,); with a crowd, over the detection's area only.
-
-    Rounded as pycocotools rounds, since an IoU may equal a threshold exactly.
-    """
+    """(P,) IoU of detections and objects given by their indices (P,); with a crowd, over the detection's area only."""
+    # Rounded as pycocotools rounds, since an IoU may equal a threshold exactly.
     x, y, w, h = np.ascontiguousarray(found.box_xywh.T)  # (K,) each
     object_x, object_y, object_w, object_h = np.ascontiguousarray(objects.box_xywh.T)  # (N,) each
     right = np.minimum((x + w)[detection], (object_x + object_w)[other])
@@ -162,16 +160,13 @@ def resampled_ap(ranked: Ranked, num_classes: int, weight: np.ndarray, threshold
 
 
 class Matches(NamedTuple):
-    """The matches of one area range at all thresholds, ordered by threshold, then by detection.
-
-    A curve is the precision-recall curve of one threshold and class.
-    """
+    """The matches of one area range at all thresholds, ordered by threshold, then by detection."""
 
     wanted: np.ndarray  # (N,) bool, the objects to find
     inside: np.ndarray  # (K,) bool, the detections that are wrong if they match nothing; others do not count
     detection: np.ndarray  # (M,) index into ScoredBoxes
     right: np.ndarray  # (M,) bool, whether the object is to be found; a match with another one does not count
-    curve: np.ndarray  # (M,) threshold * C + label
+    curve: np.ndarray  # (M,) threshold * C + label, the number of a precision-recall curve
 
 
 def _match_area(ranked: Ranked, area: tuple[float, float], num_classes: int) -> Matches:
@@ -214,16 +209,14 @@ def _match(pairs: Pairs, crowd: np.ndarray, num_detections: int) -> tuple[np.nda
 def _average_precision(
     ranked: Ranked, matches: Matches, weight: np.ndarray, num_classes: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Objects to find (R, C), and the mean (R, T, C) over `RECALLS` of the highest precision there or further on.
-
-    First the numbers of detections up to each right one, where the precision is highest; then the area under a curve.
-    """
+    """Objects to find (R, C), and the mean (R, T, C) over `RECALLS` of the highest precision there or further on."""
     wanted = take(ranked.objects, matches.wanted)
     place = wanted.image * num_classes + wanted.label
     per_image = np.bincount(place, minlength=weight.shape[1] * num_classes).reshape(-1, num_classes)
     num_objects = weight @ per_image
     ap = np.zeros((len(weight), len(IOU_THRESHOLDS) * num_classes))
     if matches.right.any():
+        # Precision is highest at the detections that are right.
         right, seen, curve = _count_along_curves(ranked.found, matches, weight)
         recall = right / np.maximum(num_objects, 1)[:, curve % num_classes]
         precision = right / (seen + np.spacing(1))

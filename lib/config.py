@@ -99,7 +99,6 @@ class ScheduleConfig:
     """
 
     image_size_choice: ChoiceSchedule = field(default_factory=lambda: ChoiceSchedule([], []))
-
     kernel_choice: ChoiceSchedule = field(default_factory=lambda: ChoiceSchedule([1, 81], [[7, 5], [7, 5, 3]]))
     width_choice: ChoiceSchedule = field(
         default_factory=lambda: ChoiceSchedule([1, 161, 241], [[6], [6, 4], [6, 4, 3]])

@@ -137,10 +137,9 @@ class SearchSpace:
         return self._build(rng.choice)
 
     def sample_spread(self, rng: random.Random) -> Genotype:
-        """Like `sample`, but the blocks lean to one side together, so that costs spread over the whole range.
+        """Like `sample`, but the blocks lean to one side together: costs spread, instead of most being average.
 
         With t uniform in [0, 1], option k of n is drawn from Binomial(n - 1, t), so each choice by itself is uniform.
-        Under `sample`, which draws them independently, most genotypes are of average cost.
         """
         t = rng.random()
         genotype = self._build(lambda options: options[sum(rng.random() < t for _ in options[1:])])

@@ -97,10 +97,8 @@ def scored_rows(search: Sequence[int], config: Config) -> list[int]:
 
 
 def calibration_rows(train: Sequence[int], config: Config) -> list[int]:
-    """A random sample of `search.bn_images` training images, to re-estimate BatchNorm or to calibrate quantisation.
-
-    The first ones by name may be alike. Raises UserError if there are fewer than two.
-    """
+    """A random sample of `search.bn_images` training images, to re-estimate BatchNorm or to calibrate quantisation."""
+    # A sample, since the first ones by name may be alike.
     count = min(config.search.bn_images, len(train))
     if count < 2:
         raise UserError(f"search.bn_images: BatchNorm needs at least 2 training images, found {count}")

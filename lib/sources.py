@@ -156,20 +156,18 @@ def recognise(payload: object, origin: str) -> Source:
     for key in ("state_dict", "model_state_dict", "model", "net"):
         if isinstance(payload, dict) and isinstance(payload.get(key), dict):
             payload = payload[key]
-    items = payload.items() if isinstance(payload, dict) else ()
-    state = {_present_key(str(key)): value for key, value in items if isinstance(value, Tensor)}
+    state: Tensors = {}
+    for name, value in payload.items() if isinstance(payload, dict) else ():
+        if isinstance(value, Tensor):
+            # Once-for-All's public files are older than its package, whose names they get.
+            key = str(name).removeprefix("module.").replace(".mobile_inverted_conv.", ".conv.")
+            state[key.replace(".bn.bn.", ".bn.").replace(".conv.conv.", ".conv.")] = value
     for kind in FORMATS:
         if set(kind.signature) <= state.keys():
             return _renamed(state, kind)
     shown = ", ".join(list(state)[:3]) or "no tensors"
     names = ", ".join(kind.name for kind in FORMATS)
     raise UserError(f"{origin}: unknown network (its keys: {shown}); expected {names}, or a checkpoint of this project")
-
-
-def _present_key(key: str) -> str:
-    """A key without wrappers. Once-for-All's public files are older than its package, whose form they get."""
-    key = key.removeprefix("module.").replace(".mobile_inverted_conv.", ".conv.")
-    return key.replace(".bn.bn.", ".bn.").replace(".conv.conv.", ".conv.")
 
 
 def _renamed(state: Tensors, kind: Format) -> Source:
