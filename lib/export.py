@@ -352,22 +352,29 @@ def quantize(model: ModelProto, batches: Iterable[Tensor]) -> ModelProto:
     """A copy of `model` with int8 convolutions (post-training quantisation, Jacob et al., CVPR 2018).
 
     Weights are quantised per channel, activations to the range seen on `batches` of unaugmented training images,
-    (B, 3, S, S) uint8. Everything else (scores, decoding, NMS) stays in float.
+    (B, 3, S, S) uint8. What follows the last convolution (scores, decoding, NMS) stays in float.
     """
-    onnx, quantization = require("onnx", "onnxruntime.quantization")
+    onnx, quantization, shapes = require("onnx", "onnxruntime.quantization", "onnxruntime.quantization.shape_inference")
     feeds = ({"images": batch.numpy()} for batch in batches)
     with tempfile.TemporaryDirectory() as folder:
         # Saved first, because quantize_static changes a model in memory.
-        onnx.save(model, f"{folder}/float.onnx")
+        onnx.save(model, f"{folder}/exported.onnx")
         # It warns that BatchNorm should be fused before, which is the case here.
         logging.disable(logging.WARNING)
         try:
+            shapes.quant_pre_process(f"{folder}/exported.onnx", f"{folder}/float.onnx", skip_symbolic_shape=True)
+            nodes = onnx.load(f"{folder}/float.onnx").graph.node
+            last = max(i for i, node in enumerate(nodes) if node.op_type == "Conv")
             quantization.quantize_static(
                 f"{folder}/float.onnx",
                 f"{folder}/int8.onnx",
                 SimpleNamespace(get_next=lambda: next(feeds, None)),  # a CalibrationDataReader
                 quant_format=quantization.QuantFormat.QDQ,
-                op_types_to_quantize=["Conv"],
+                # Unsigned activations have kernels of their own, and what stands between two convolutions needs no
+                # way back to float and forth.
+                activation_type=quantization.QuantType.QUInt8,
+                op_types_to_quantize=["Conv", "Clip", "Relu", "Add"],
+                nodes_to_exclude=[node.name for node in nodes[last + 1 :]],
                 per_channel=True,
             )
         finally:

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import json
 import sys
-from collections import Counter
 
 import pytest
 import torch
@@ -423,16 +422,18 @@ def test_int8_is_near_float_and_not_float(graphs):
         assert torch.corrcoef(torch.stack((a.flatten(), b.flatten())))[0, 1] > 0.9
 
 
-def test_convolutions_alone_are_quantised(graphs):
-    exact, small, _ = graphs
+def test_all_convolutions_are_quantised_and_nothing_after_them(graphs):
+    _, small, _ = graphs
     producers = {name: node for node in small.graph.node for name in node.output}
-    for node in small.graph.node:
+    after_last = False
+    for node in reversed(small.graph.node):
         inputs = [producers[name].op_type for name in node.input if name in producers]
         if node.op_type == "Conv":
             assert inputs[:2] == ["DequantizeLinear"] * 2
-    counts = [Counter(node.op_type for node in graph.graph.node) for graph in (exact, small)]
-    fused = {"Relu", "Clip", "QuantizeLinear", "DequantizeLinear"}  # what the range of an activation stands for
-    assert all(counts[0][name] == counts[1][name] for name in counts[0].keys() | counts[1].keys() if name not in fused)
+            after_last = True
+        elif not after_last and node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            # What reads a quantised convolution's output has it back in float.
+            assert "QuantizeLinear" not in inputs
 
 
 def test_the_weights_take_a_byte_each(graphs):
