@@ -29,7 +29,7 @@ from lib.runtime import device_name, seed_everything
 from lib.training_run import read_previous
 
 SIMILAR = 0.1  # random sub-networks have multiply-adds within this share of the found one's
-TRIES = 2000
+TRIES = 4000
 STARTS = {"inherited": "inherited, no training", "fine_tuned": "fine-tuned", "scratch": "from scratch"}
 
 
@@ -158,13 +158,10 @@ def contestants(
     known = len(names)
     target = supernet.detector.cost(found).flops
     rng = random.Random(seed)
-    for i in range(2 * TRIES):
+    for _ in range(TRIES):
         if len(names) == known + count:
             break
-        genotype = space.sample(rng)
-        # Few uniform samples are near an end of the space, so the second half are crossovers with one.
-        if i >= TRIES:
-            genotype = space.crossover(genotype, (smallest, largest)[i % 2], rng)
+        genotype = space.sample_spread(rng)
         similar = abs(supernet.detector.cost(genotype).flops - target) <= SIMILAR * target
         if similar and genotype not in names:
             names[genotype] = f"random {len(names) - known + 1}"
