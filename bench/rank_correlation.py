@@ -80,7 +80,7 @@ def correlations(values: np.ndarray, flops: np.ndarray, final: np.ndarray, in_ba
     """The three taus of one predictor and the mean over the seeds of `final` (networks, seeds), as text."""
     return {
         "tau": with_interval(kendall_tau, values, final),
-        "given the cost": with_interval(partial_tau, values, final, flops),
+        "given the cost": "" if values is flops else with_interval(partial_tau, values, final, flops),
         "in the band": with_interval(kendall_tau, values[in_band], final[in_band]),
     }
 
