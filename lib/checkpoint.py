@@ -235,7 +235,7 @@ def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files of processes that were killed while they wrote to `folder`."""
     for path in folder.glob(".*.part") if distributed.world().main else ():
         pid = path.name.split(".")[-2]
-        with contextlib.suppress(PermissionError):  # a running process of another user
+        with contextlib.suppress(PermissionError, OverflowError):  # of another user's process, or no process's number
             try:
                 os.kill(int(pid) if pid.isdigit() else os.getpid(), 0)
             except ProcessLookupError:

@@ -357,9 +357,9 @@ class Dispatcher(WorkerPool):
 @contextlib.contextmanager
 def _settings_for_children(threads: int | None) -> Iterator[None]:
     """Children started within have `threads` CPU threads, and `STOPS` blocked until they can ignore them."""
-    before = dict(os.environ)
-    if threads:
-        os.environ.update(OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if threads else ()
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, str(threads)))
     # Started before the mask is set: otherwise spawn starts it, and that unblocks Ctrl-C and SIGTERM.
     resource_tracker.ensure_running()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
@@ -367,8 +367,10 @@ def _settings_for_children(threads: int | None) -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        os.environ.clear()
-        os.environ.update(before)
+        for name, value in before.items():
+            del os.environ[name]
+            if value is not None:
+                os.environ[name] = value
 
 
 def _worker_main(conn: connection.Connection, setup: Callable, device: str, args: tuple) -> None:
