@@ -118,6 +118,17 @@ def run_stage(script: str, folder: Path, flags: Sequence[object], jobs: int) -> 
         subprocess.run(list(map(str, command)), check=True, stdout=file, stderr=file, env=env)
 
 
+def trainings_parser(doc: str) -> ArgumentParser:
+    """The flags of a bench that trains sub-networks of a supernet alone, by `train_alone`."""
+    parser = ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--supernet", type=Path, required=True, help="folder of a supernet run")
+    parser.add_argument("--seeds", type=int, default=2, help="trainings of each (default: 2)")
+    parser.add_argument("--epochs", type=int, default=4, help="of each training (default: 4)")
+    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, which share the cores (default: 2)")
+    parser.add_argument("--out", type=Path, help="folder (default: SUPERNET/../rank_correlation)")
+    return parser
+
+
 def random_of_cost(supernet: Supernet, share: float, count: int) -> list[Genotype]:
     """Random sub-networks with `share` of the largest one's multiply-adds, to 2.5%."""
     rng, cost = random.Random(1), supernet.detector.cost

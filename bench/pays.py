@@ -30,14 +30,9 @@ DRAWS = 2000  # of the bootstrap
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--supernet", type=Path, required=True, help="folder of a supernet run")
+    parser = common.trainings_parser(__doc__)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.25, 0.5, 0.75], help="shares of the largest")
     parser.add_argument("--random", type=int, default=5, help="random sub-networks at each budget (default: 5)")
-    parser.add_argument("--seeds", type=int, default=2, help="trainings of each (default: 2)")
-    parser.add_argument("--epochs", type=int, default=4, help="of each training (default: 4)")
-    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, which share the cores (default: 2)")
-    parser.add_argument("--out", type=Path, help="folder (default: SUPERNET/../rank_correlation)")
     args = parser.parse_args()
     args.out = args.out or args.supernet.parent / "rank_correlation"
     supernet = load_supernet(supernet_checkpoint(args.supernet))

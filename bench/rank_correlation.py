@@ -13,7 +13,6 @@ are bootstrapped over sub-networks and seeds. The tau between two seeds is the m
 could reach. Writes OUT/rank_correlation.json. A second call reuses finished trainings.
 """
 
-import argparse
 import itertools
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,15 +29,10 @@ DRAWS = 2000  # of the bootstrap
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--supernet", type=Path, required=True, help="folder of a supernet run")
+    parser = common.trainings_parser(__doc__)
     parser.add_argument("--also", type=Path, nargs="*", default=[], help="supernets of the same space and split")
     parser.add_argument("--count", type=int, default=8, help="sub-networks over the range, both ends among them")
     parser.add_argument("--band", type=int, default=6, help="sub-networks of nearly the same multiply-adds")
-    parser.add_argument("--seeds", type=int, default=2, help="trainings of each (default: 2)")
-    parser.add_argument("--epochs", type=int, default=4, help="of each training (default: 4)")
-    parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, which share the cores (default: 2)")
-    parser.add_argument("--out", type=Path, help="folder (default: SUPERNET/../rank_correlation)")
     args = parser.parse_args()
     args.out = args.out or args.supernet.parent / "rank_correlation"
     supernet = load_supernet(supernet_checkpoint(args.supernet))
