@@ -302,7 +302,8 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
 
 
 def test_what_dead_processes_left_over_goes_and_nothing_else(tmp_path):
-    mine, others = f".last.pt.{os.getpid()}.part", (".part", f".x.{10**30}.part", ".hidden.part", "notes.part", ".last.pt.1.part", "last.pt")
+    mine = f".last.pt.{os.getpid()}.part"
+    others = (".part", f".x.{10**30}.part", ".hidden.part", "notes.part", ".last.pt.1.part", "last.pt")
     for name in (mine, ".last.pt.999999999.part", *others):
         (tmp_path / name).touch()
     remove_leftovers(tmp_path)

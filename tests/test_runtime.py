@@ -350,6 +350,15 @@ def test_what_the_machine_lacks_is_one_line_with_the_remedy(capsys, error, remed
     assert caught.value.code == 2 and remedy in printed and printed.count("\n") == 1
 
 
+@pytest.fixture
+def heard_hangup():
+    """SIGHUP as in a terminal: tests that were started by nohup have it ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("heard_hangup")
 def test_a_stop_has_the_status_of_its_signal(capsys):
     for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143), (signal.SIGUSR1, 143)):
 
