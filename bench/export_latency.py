@@ -19,7 +19,7 @@ import torch
 from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 
 from lib.errors import UserError
-from lib.export import open_session, read_metadata, require
+from lib.export import Metadata, open_session, read_metadata, require
 from lib.runtime import run
 
 PEER = "torchvision's ssdlite"
@@ -37,7 +37,7 @@ def main() -> None:
         raise UserError(f"{args.load}: no detector.onnx here; python final_train.py --export onnx --load {args.load}")
     first = next(iter(files.values()))
     metadata = read_metadata(open_session(first), first)
-    size, classes = metadata["image_size"], len(metadata["classes"])
+    size, classes = metadata.image_size, len(metadata.classes)
     pixels = np.random.default_rng(0).integers(0, 256, (1, 3, size, size), dtype=np.uint8)
     with tempfile.TemporaryDirectory() as folder:
         files[PEER] = Path(folder) / "ssdlite.onnx"
@@ -60,14 +60,14 @@ def main() -> None:
     common.report(args, rows)
 
 
-def export_torchvision(metadata: dict, path: Path) -> None:
+def export_torchvision(metadata: Metadata, path: Path) -> None:
     """Write SSDLite with MobileNetV3-Large, random weights, to `path`, with the exported detector's settings."""
-    size, rules = metadata["image_size"], metadata["postprocess"]
+    size, rules = metadata.image_size, metadata.postprocess
     torch.manual_seed(0)
     model = ssdlite320_mobilenet_v3_large(
         weights=None,
         weights_backbone=None,
-        num_classes=len(metadata["classes"]) + 1,
+        num_classes=len(metadata.classes) + 1,
         score_thresh=rules["confidence_threshold"],
         nms_thresh=rules["nms_threshold"],
         topk_candidates=rules["pre_nms_top_k"],
@@ -76,7 +76,7 @@ def export_torchvision(metadata: dict, path: Path) -> None:
     model.transform.min_size = (size,)
     model.transform.max_size = size
     model.transform.fixed_size = (size, size)
-    common.silence_torchvision(model, len(metadata["classes"]))
+    common.silence_torchvision(model, len(metadata.classes))
     picture = [torch.rand(3, size, size)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
