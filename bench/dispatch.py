@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -40,20 +40,20 @@ class Window(NamedTuple):
         return self.busy / (self.seconds * self.workers)
 
 
-def wake_all(pool: WorkerPool, payload: Any, workers: int) -> None:
+def wake_all(pool: WorkerPool, workers: int) -> None:
     """Return once every worker has answered, and none has a job."""
     awake: set[str] = set()
     number = 0
     while len(awake) < workers or pool.pending:
         while len(awake) < workers and pool.free_slots():
-            pool.submit(("wake", number), payload)
+            pool.submit(("wake", number), NAP[1])
             number += 1
         awake |= {checked(result).worker for result in pool.results(timeout=1)}
 
 
-def saturate(pool: WorkerPool, payloads: Iterator[Any], workers: int, seconds: float) -> Window:
-    """Keep the workers supplied with `payloads` for so long; then let them finish."""
-    supply = enumerate(payloads)
+def saturate(pool: WorkerPool, workers: int, seconds: float) -> Window:
+    """Keep the workers supplied with naps for so long; then let them finish."""
+    supply = enumerate(naps())
     keep_supplied(pool, supply, time.monotonic() + seconds / 10)  # until the queues are full
     start, cpu = time.monotonic(), time.process_time()
     jobs = keep_supplied(pool, supply, start + seconds)
@@ -66,7 +66,7 @@ def saturate(pool: WorkerPool, payloads: Iterator[Any], workers: int, seconds: f
     return Window(workers, seconds=end - start, count=count, busy=sum(inside), done=done, parent_cpu=cpu)
 
 
-def keep_supplied(pool: WorkerPool, supply: Iterator[tuple[int, Any]], until: float) -> list[tuple[float, float]]:
+def keep_supplied(pool: WorkerPool, supply: Iterator[tuple[int, float]], until: float) -> list[tuple[float, float]]:
     """Start and end of each job that ended before the time `until`."""
     ended = []
     while (left := until - time.monotonic()) > 0:
@@ -100,8 +100,8 @@ def naps() -> Iterator[float]:
 
 def measure(kind: str, pool: WorkerPool, workers: int, seconds: float) -> dict:
     with pool:
-        wake_all(pool, NAP[1], workers)
-        window = saturate(pool, naps(), workers, seconds)
+        wake_all(pool, workers)
+        window = saturate(pool, workers, seconds)
     asleep = window.done * sum(NAP) / 2 / (window.seconds * workers)
     parent_ms = 1000 * window.parent_cpu / window.count
     cells = f"{window.count} | {window.utilisation:.1%} | {asleep:.1%} | {parent_ms:.2f} ms"
