@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from posixpath import exists
 from typing import NamedTuple
@@ -38,7 +39,7 @@ COVERAGE_SAMPLE = 10_000  # objects that coverage is measured on, evenly spread
 WELL_COVERED = 0.8  # share of a class's objects below which other priors are proposed
 THREADS = 16  # that open pictures
 SECONDS = 20.0  # that all measurements take together
-LOADING_SHARE = 0.2  # of measuring a training
+CALLS = 10  # of each kind of work, at most
 SCORED_SAMPLE = 64  # pictures that a score or an evaluation is measured on
 Forward = Callable[[Batch], Iterator[Losses]]
 
@@ -211,55 +212,43 @@ def check_pictures(splits: Mapping[str, Split], data: DataConfig) -> list[str]:
 
 def same_pictures(paths: Sequence[str], others: Sequence[str]) -> list[tuple[str, str]]:
     """Each of `paths` that has the same bytes as one of `others`, with the first of these."""
-    first: dict[str | bytes, str] = dict(zip(others, others, strict=True))  # by path, and by digest
-    # Only files of a size that both sides have are read.
     size = {path: Path(path).stat().st_size if exists(path) else 0 for path in (*paths, *others)}
-    common = {size[path] for path in paths if path not in first} & {size[path] for path in others} - {0}
+    # Only files of a size that both sides have are read.
+    common = {size[path] for path in {*paths}.difference(others)} & {size[path] for path in others} - {0}
     alike = [path for path, number in size.items() if number in common]
-    digest = {path: hashlib.sha256(Path(path).read_bytes()).digest() for path in alike}
-    for path in others:
-        first.setdefault(digest.get(path, b""), path)
-    found = ((path, first.get(path) or first.get(digest.get(path, 0))) for path in paths)
-    return [(path, other) for path, other in found if other]
+    identity = dict(zip(size, size, strict=True))
+    identity |= {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in alike}
+    first = {identity[path]: path for path in reversed(others)}
+    return [(path, first[identity[path]]) for path in paths if identity[path] in first]
 
 
 class Stopwatch:
-    """Times work, for SECONDS of wall time altogether: hardly a call begins later, but one that has is awaited."""
+    """Rough times of work, all of them measured within `SECONDS`; only a call that has begun is awaited."""
 
     def __init__(self):
-        self.start = time.perf_counter()
-        self.end = self.start + SECONDS
-        self.rough = False  # whether a time rests on fewer than three calls
+        self.end = time.perf_counter() + SECONDS
 
-    def left(self) -> float:
-        return max(self.end - time.perf_counter(), 0.0)
+    def typical(self, works: Sequence[Callable[[], object]], share: float = 1.0) -> list[float]:
+        """Median seconds of a call of each of `works`, which are called in turn, in a `share` of the time that is left.
 
-    def typical(self, work: Callable[[], object], budget: float) -> float:
-        """Median time of `work` over up to 9 calls in `budget` seconds; a first call does not count if there are more.
-
-        The processes of a job all make the same number of calls.
+        One that the time does not suffice for takes as long as the others on average. The processes of a job all make
+        the same number of calls.
         """
-        stop = time.perf_counter() + min(budget, self.left())
-        taken: list[float] = []
-        while len(taken) < 10 and not (taken and distributed.any_of(time.perf_counter() >= stop)):
-            start = time.perf_counter()
-            work()
-            taken.append(time.perf_counter() - start)
-        self.rough |= len(taken) < 4
-        return statistics.median(taken[1:] or taken)
-
-    def each(self, works: Sequence[Callable[[], object]], description: str, budget: float) -> list[float]:
-        """`typical` of each of `works`, of one kind; once the time is up, the mean of those that were timed."""
-        found: list[float] = []
-        for work in progress(works, description):
-            if distributed.any_of(bool(found) and not self.left()):
+        now = time.perf_counter()
+        stop = now + share * max(self.end - now, 0.0)
+        taken: list[list[float]] = [[] for _ in works]
+        for number in progress(range(CALLS * len(works)), "measure the time"):
+            if number and distributed.any_of(time.perf_counter() >= stop):
                 break
-            found.append(self.typical(work, budget / len(works)))
-        return found + [statistics.mean(found)] * (len(works) - len(found))
+            start = time.perf_counter()
+            works[number % len(works)]()
+            taken[number % len(works)].append(time.perf_counter() - start)
+        # The first call of each sets things up.
+        known = [statistics.median(seconds[1:] or seconds) for seconds in taken if seconds]
+        return known + [statistics.mean(known)] * (len(works) - len(known))
 
     def __str__(self) -> str:
-        seconds = f"measured for {time.perf_counter() - self.start:.0f} s"
-        return f"{seconds}, on few calls, since they are slow here: rough" if self.rough else seconds
+        return "a rough estimate"
 
 
 def training_seconds(
@@ -272,24 +261,29 @@ def training_seconds(
 ) -> float:
     """Seconds of a training without its evaluations; `phases` are (epochs, a function from batch to losses).
 
-    Takes half of the time that is left. The weights of `model` change.
+    Takes about half of the time that is left. The weights of `model` change.
     """
     steps = loader.batch_sampler.batches_per_epoch
     trainer = Trainer(model, config, device, steps)
     trainer.model.train()
-    dataset = loader.dataset
-    keys = next(iter(loader.batch_sampler))
-    budget = watch.left() / 2
-    loading = watch.typical(lambda: collate([dataset[key] for key in keys]), LOADING_SHARE * budget)
+    dataset, keys = loader.dataset, next(iter(loader.batch_sampler))
+    (loading,) = watch.typical([lambda: collate([dataset[key] for key in keys])], share=0.1)
     batch = collate([dataset[key] for key in keys]).to(device)
     trainer.update(phases[0][1](batch))  # the very first step sets much up
     works = [lambda forward=forward: trainer.update(forward(batch)) for _, forward in phases]
     seconds = 0.0
-    for (epochs, _), step in zip(phases, watch.each(works, "measure training", budget), strict=True):
+    for (epochs, _), step in zip(phases, watch.typical(works, share=0.5), strict=True):
         # Loader workers read while the device computes, so the slower side decides; without them both add up.
         together = max(step, loading / loader.num_workers) if loader.num_workers else step + loading
         seconds += epochs * steps * together
     return seconds
+
+
+def final_seconds(model: SSD, config: Config, device: torch.device, loader: DataLoader, watch: Stopwatch) -> float:
+    """Seconds of training one detector, without its evaluations."""
+    loss = detection_loss(config)
+    phases = [(config.final.epochs, lambda batch: detection_losses(model, loss, batch))]
+    return training_seconds(model, config.final, device, loader, phases, watch)
 
 
 def scoring_seconds(
@@ -307,25 +301,14 @@ def scoring_seconds(
     images = min(settings.images or len(search), len(search))
     part = replace(settings, bn_images=min(settings.bn_images, SCORED_SAMPLE), images=min(images, SCORED_SAMPLE))
     scorer = Scorer(prepare_scoring_data(annotations, train, search, replace(config, search=part)), config, device)
-    works = [lambda genotype=genotype: scorer(detector, genotype) for genotype in genotypes]
-    measured = watch.each(works, "measure scoring", watch.left())
+    measured = watch.typical([partial(scorer, detector, genotype) for genotype in genotypes])
     all_images = min(settings.bn_images, len(train)) + images
     return statistics.mean(measured) * all_images / (part.bn_images + part.images)
-
-
-def final_seconds(model: SSD, config: Config, device: torch.device, loader: DataLoader, watch: Stopwatch) -> float:
-    """Seconds of training one detector, without its evaluations."""
-    settings = config.final
-    loss = detection_loss(config)
-    phases = [(settings.epochs, lambda batch: detection_losses(model, loss, batch))]
-    return training_seconds(model, settings, device, loader, phases, watch)
 
 
 def detecting_seconds(model: SSD, test: Annotations, config: Config, device: torch.device, watch: Stopwatch) -> float:
     """Seconds of one evaluation on all of `test`, from at most `SCORED_SAMPLE` of its pictures."""
     sample = range(min(SCORED_SAMPLE, len(test)))
-    data = replace(config.data, workers=0)
-    loader = eval_loader(test, sample, model.image_size, config.final.batch_size, data)
-    work = lambda: detect(model, (batch.images for batch in loader), config, device)  # noqa: E731
-    seconds = watch.typical(work, watch.left())
+    loader = eval_loader(test, sample, model.image_size, config.final.batch_size, replace(config.data, workers=0))
+    (seconds,) = watch.typical([lambda: detect(model, (batch.images for batch in loader), config, device)])
     return seconds * len(test) / len(sample)

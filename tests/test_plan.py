@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -214,11 +215,10 @@ def test_the_plan_says_how_long_training_is(tiny_config):
 
 def test_the_first_call_does_not_count_and_the_median_does(clock):
     durations = iter([0.3, 0.01, 0.01, 0.05, 0.01, 0.01, 0.01])
-    watch = Stopwatch()
-    assert watch.typical(lambda: clock.work(next(durations)), budget=0.375) == pytest.approx(0.01)
-    assert list(durations) == [0.01, 0.01] and not watch.rough
+    assert Stopwatch().typical([lambda: clock.work(next(durations))], share=0.019) == pytest.approx([0.01])
+    assert list(durations) == [0.01, 0.01]
     calls = []
-    assert watch.typical(lambda: calls.append(0), budget=60.0) == 0 and len(calls) == 10
+    assert Stopwatch().typical([lambda: calls.append(0), lambda: calls.append(1)]) == [0, 0] and calls == [0, 1] * 10
 
 
 def test_measuring_ends_at_its_deadline_however_slow_a_call_is(clock):
@@ -229,10 +229,8 @@ def test_measuring_ends_at_its_deadline_however_slow_a_call_is(clock):
         calls.append(seconds)
         clock.work(seconds)
 
-    assert watch.typical(lambda: work(15.0), budget=8.0) == 15.0 and calls == [15.0] and watch.rough
-    works = [lambda seconds=seconds: work(seconds) for seconds in (7.0, 9.0, 11.0)]
-    assert watch.each(works, "", budget=5.0) == [7.0] * 3 and calls == [15.0, 7.0]
-    assert watch.left() == 0 and str(watch) == "measured for 22 s, on few calls, since they are slow here: rough"
+    assert watch.typical([lambda: work(15.0)], share=0.4) == [15.0] and calls == [15.0]
+    assert watch.typical([partial(work, seconds) for seconds in (7.0, 9.0, 11.0)]) == [7.0] * 3 and calls == [15.0, 7.0]
 
 
 @pytest.fixture(scope="module")
