@@ -21,9 +21,11 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from posixpath import isdir, isfile
+from typing import NamedTuple
 
 from lib import checkpoint, config_io, distributed, shapes
-from lib.config import Config, DataConfig
+from lib.config import Config
 from lib.errors import UserError
 from lib.plain import check, read_json, shown
 
@@ -75,6 +77,14 @@ class Run:
         checkpoint.write_text(self.folder / "config.yaml", config_io.dump(self.config))
 
 
+class Layer(NamedTuple):
+    """The configuration that flags and --set override; it `is_foreign` where it may come from a stranger's file."""
+
+    settings: dict
+    source: str
+    is_foreign: bool = False
+
+
 class CommandLine:
     """What the user gave: `--cfg`, `--set`, and `flags`, values by key (None: the flag was not given)."""
 
@@ -82,11 +92,12 @@ class CommandLine:
         self.args = args
         self.stage = stage
         by_flag = {"data.root": args.data, "seed": args.seed, **(flags or {})}
-        if stage in ("supernet", "final"):
+        if stage != "search":
             by_flag[f"{stage}.save_every"] = args.save_every
         self._file = config_io.read_yaml(Path(args.cfg)) if args.cfg else None
         self._changes = [(key, value) for key, value in by_flag.items() if value is not None]
         self._changes += [config_io.parse_override(text) for text in args.set]
+        self._typed = [key for key, _ in self._changes]
         for key in config_io.RETIRED_KEYS:
             if self.given(key) is not None:
                 raise UserError(f"{key}: this key was removed, since it gained nothing (docs/measured.md)")
@@ -107,68 +118,79 @@ class CommandLine:
         `folder_name` is the name of the run's folder where it is not the stage's. Raises UserError, naming the key.
         """
         args = self.args
-        if self._file is not None:
-            layer, source = self._file, str(args.cfg)
-        elif inherited is not None:
-            layer, source = inherited, inherited_from
-        else:
-            path = CONFIGS / ("mine.yaml" if args.data else "shapes.yaml")
-            layer, source = config_io.read_yaml(path), f"configs/{path.name}"
-            if args.data and (name := Path(args.data).resolve().name):
-                layer["name"] = name  # every data set has a folder of its own below runs/
-        # The name becomes a folder below runs/, and a configuration may come from a stranger's file.
-        name = self.given("name") or layer.get("name")
-        plain = isinstance(name, str) and re.fullmatch(r"[^/\\\x00-\x1f]{1,100}", name)
-        if not plain or name in (".", "..", POINTER.name):
-            where = "" if self.given("name") else f"{source}: "
-            raise UserError(f"{where}name: expected a plain name, which becomes a folder, found {shown(name)}")
+        layer = self._chosen_layer(inherited, inherited_from)
         # The folder comes before the rest: with --resume it may hold the configuration.
-        folder = args.train_dir or RUNS / name / (folder_name or self.stage)
+        folder = args.train_dir or RUNS / self._plain_name(layer) / (folder_name or self.stage)
         saved = _saved_config(folder) if args.resume else None
-        layer_is_foreign = layer is inherited
         if goes_on := saved is not None and self._file is None:
-            layer, source = saved, f"{folder / 'config.yaml'}, with which this run began"
-            layer_is_foreign = False
+            layer = Layer(saved, f"{folder / 'config.yaml'}, with which this run began")
+        if args.data and "data.dataset_type" not in self._typed:
+            layer = layer._replace(settings=_with_own_pictures(layer.settings, Path(args.data)))
         # Flags and --set override whichever layer was chosen.
-        typed = [key for key, _ in self._changes]
-        if args.data and "data.dataset_type" not in typed:
-            layer = _with_own_pictures(layer, Path(args.data))
-        config = config_io.from_dict(config_io.with_changes(layer, self._changes), source, typed)
+        changed = config_io.with_changes(layer.settings, self._changes)
+        config = config_io.from_dict(changed, layer.source, self._typed)
         config_io.validate(config)
         notes = []
-        if self.stage in ("supernet", "final"):
+        if self.stage != "search":
             config_io.validate_shares(self.stage, getattr(config, self.stage), distributed.world().size)
-            if not goes_on:
-                planned = config_io.get_key(layer, f"{self.stage}.epochs") or getattr(Config(), self.stage).epochs
-                notes = config_io.fit_schedules(config, self.stage, planned, typed)
-            if saved is not None:
-                # What was derived when the run began stays as it is.
-                began = config_io.from_dict(saved, str(folder / "config.yaml"))
-                given = any("schedule_cfg" in key or "distill" in key for key in typed)
-                if not given and (notes or f"{self.stage}.epochs" in typed):
-                    config.search_space.schedule_cfg = began.search_space.schedule_cfg
-                    config.supernet.distill.weight = began.supernet.distill.weight
-                    notes = []
-                if getattr(args, "fit_priors", False):
-                    config.head = began.head
-        if layer_is_foreign:
-            if reads_data and self.given("data.root") is None:
-                _refuse_foreign_data(config.data, source)
-            for key in READ_PATHS:
-                path = Path(str(config_io.get_key(config_io.to_dict(config), key)))
-                if path.is_absolute() or ".." in path.parts:
-                    notes.append(f"note: {key} is {path}, from {source}")
-        return Run(folder, config, source, notes)
+            # The schedules of a run that goes on were fitted when it began.
+            notes = [] if goes_on else self._fit_schedules(config, layer, saved)
+        if layer.is_foreign:
+            notes += self._check_foreign_paths(config, layer.source, reads_data)
+        return Run(folder, config, layer.source, notes)
 
+    def _chosen_layer(self, inherited: dict | None, inherited_from: str) -> Layer:
+        """--cfg, else what the command inherits, else the configuration for the built-in pictures or the user's."""
+        if self._file is not None:
+            return Layer(self._file, str(self.args.cfg))
+        if inherited is not None:
+            return Layer(inherited, inherited_from, is_foreign=True)
+        path = CONFIGS / ("mine.yaml" if self.args.data else "shapes.yaml")
+        settings = config_io.read_yaml(path)
+        if self.args.data and (name := Path(self.args.data).resolve().name):
+            settings["name"] = name  # every data set has a folder of its own below runs/
+        return Layer(settings, f"configs/{path.name}")
 
-def _refuse_foreign_data(data: DataConfig, source: str) -> None:
-    """Raise UserError if a file that may be a stranger's has pictures drawn elsewhere, or read where none are."""
-    root, is_drawn = Path(data.root), data.dataset_type == "shapes"
-    wrong = "" if is_drawn or root.is_dir() else "here"
-    if is_drawn and not (root / shapes.MARKER).exists() and not root.resolve().is_relative_to(Path.cwd()):
-        wrong = "below this folder"
-    if wrong:
-        raise UserError(f"data.root: {source} has {root}, which is not {wrong}; --data DIR names the data's folder")
+    def _plain_name(self, layer: Layer) -> str:
+        """The name of the experiment. It becomes a folder below runs/, and the layer may be a stranger's file."""
+        name = self.given("name") or layer.settings.get("name")
+        plain = isinstance(name, str) and re.fullmatch(r"[^/\\\x00-\x1f]{1,100}", name)
+        if not plain or name in (".", "..", POINTER.name):
+            where = "" if self.given("name") else f"{layer.source}: "
+            raise UserError(f"{where}name: expected a plain name, which becomes a folder, found {shown(name)}")
+        return name
+
+    def _fit_schedules(self, config: Config, layer: Layer, saved: dict | None) -> list[str]:
+        """Fit the schedules to the number of epochs, and say so; what was derived when a run began stays as it is."""
+        planned = config_io.get_key(layer.settings, f"{self.stage}.epochs") or getattr(Config(), self.stage).epochs
+        notes = config_io.fit_schedules(config, self.stage, planned, self._typed)
+        if saved is None:
+            return notes
+        began = config_io.from_dict(saved, "config.yaml of this run")
+        given = any("schedule_cfg" in key or "distill" in key for key in self._typed)
+        if not given and (notes or f"{self.stage}.epochs" in self._typed):
+            config.search_space.schedule_cfg = began.search_space.schedule_cfg
+            config.supernet.distill.weight = began.supernet.distill.weight
+            notes = []
+        if getattr(self.args, "fit_priors", False):
+            config.head = began.head
+        return notes
+
+    def _check_foreign_paths(self, config: Config, source: str, reads_data: bool) -> list[str]:
+        """Notes on paths of a stranger's file that lead elsewhere.
+
+        Raises UserError if it has pictures drawn elsewhere, or read where none are.
+        """
+        root, is_drawn = Path(config.data.root), config.data.dataset_type == "shapes"
+        wrong = "" if is_drawn or root.is_dir() else "here"
+        if is_drawn and not (root / shapes.MARKER).exists() and not root.resolve().is_relative_to(Path.cwd()):
+            wrong = "below this folder"
+        if wrong and reads_data and self.given("data.root") is None:
+            raise UserError(f"data.root: {source} has {root}, which is not {wrong}; --data DIR names the data's folder")
+        settings = config_io.to_dict(config)
+        paths = {key: Path(str(config_io.get_key(settings, key))) for key in READ_PATHS}
+        elsewhere = {key: path for key, path in paths.items() if path.is_absolute() or ".." in path.parts}
+        return [f"note: {key} is {path}, from {source}" for key, path in elsewhere.items()]
 
 
 def _with_own_pictures(layer: dict, folder: Path) -> dict:
@@ -178,9 +200,8 @@ def _with_own_pictures(layer: dict, folder: Path) -> dict:
     if config_io.get_key(layer, "data.dataset_type") != "shapes" or (folder / shapes.MARKER).exists():
         return layer
     # What trains and what tests is found anew, and so are the classes.
-    found = ("num_classes", "classes", "train_sets", "test_sets")
-    found += ("train_annotations", "train_images", "test_annotations", "test_images")
-    data = {key: value for key, value in layer["data"].items() if key not in found}
+    found = re.compile("num_classes|classes|(train|test)_(sets|annotations|images)")
+    data = {key: value for key, value in layer["data"].items() if not found.fullmatch(key)}
     return {**layer, "data": {**data, "dataset_type": "auto"}}
 
 
@@ -239,17 +260,14 @@ def remember(stage: str, folder: Path) -> None:
 
 def last_run(stage: str) -> Path | None:
     """The folder of the last run of `stage`, if it is still there."""
-    path = _pointers().get(stage)
-    with contextlib.suppress(OSError, ValueError):  # a name that is too long, or has a NUL
-        if isinstance(path, str) and Path(path).is_dir():
-            return Path(path)
-    return None
+    path = _pointers().get(stage, "")
+    return Path(path) if isdir(path) else None
 
 
-def _pointers() -> dict[str, object]:
+def _pointers() -> dict[str, str]:
     """The folder of each stage's last run. A damaged file counts as none."""
     with contextlib.suppress(UserError):
-        return check(read_json(POINTER), dict)
+        return check(read_json(POINTER), dict[str, str])
     return {}
 
 
@@ -264,12 +282,9 @@ def supernet_checkpoint(folder: Path) -> Path:
 def find_genotype(name: str) -> Path:
     """The genotype file `name`. A bare file name that is not here is looked up in the last search's folder."""
     path = Path(name)
-    if max(map(len, path.parts), default=0) > 255:  # the limit of most file systems, which then raise OSError
-        raise UserError(f"genotype: neither a file name nor a genotype string: {name[:60]!r}...")
-    if path.is_file():
-        return path
     search = last_run("search") if path.parent == Path() else None
-    if search is not None and (search / name).is_file():
-        return search / name
-    where = f" nor in {search}" if search is not None else ""
+    for candidate in (path, *([search / name] if search else [])):
+        if isfile(candidate):
+            return candidate
+    where = f" nor in {search}" if search else ""
     raise UserError(f"{name}: no such genotype file here{where}; async_search.py writes best.json and pareto.json")
