@@ -139,4 +139,4 @@ def arguments(flow, tmp_path):
     """A folder of its own on the same pictures."""
     settings = tiny_settings(data__root=flow[0] / "shapes")
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings))
-    return ["--cfg", "tiny.yaml", "--set", "supernet.batch_size=2", "--set", "supernet.eval_every=9"]
+    return ["--cfg", "tiny.yaml", "--set", "supernet.eval_every=9"]

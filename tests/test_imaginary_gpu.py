@@ -49,14 +49,19 @@ def on_imaginary_gpu(work: Callable[[], object]) -> object:
     return result
 
 
-def reference() -> tuple[config_io.Config, ElasticSSD, Batch]:
-    """The reference MobileNetV3 space at 300 px with 20 classes, and four pictures with three objects each."""
-    config = config_io.read_config(ROOT / "configs" / "voc_mbv3.yaml", ["data.num_classes=20"])
+def reference(size: int = 96) -> tuple[config_io.Config, ElasticSSD, Batch]:
+    """The reference MobileNetV3 space with 20 classes, and four pictures with three objects each.
+
+    The pictures are small: how many operators there are does not depend on their size.
+    """
+    config = config_io.read_config(
+        ROOT / "configs" / "voc_mbv3.yaml", ["data.num_classes=20", f"search_space.image_size_choice=[{size}]"]
+    )
     torch.manual_seed(0)
     detector = ElasticSSD(config, 20)
     corner = 0.5 * torch.rand(4, 3, 2)
     boxes = torch.cat([corner, corner + 0.05 + 0.4 * torch.rand(4, 3, 2)], -1)
-    images = torch.randint(0, 256, (4, 3, 300, 300), dtype=torch.uint8)
+    images = torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8)
     return config, detector, Batch(images, boxes, torch.randint(1, 21, (4, 3)), torch.arange(4))
 
 
@@ -80,7 +85,7 @@ def count_steps() -> dict[tuple[str, str], tuple[int, int, int]]:
             imaginary_gpu.counts.clear()
             with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
                 logits, offsets = model(*inputs)
-                targets = loss.match(batch.boxes, batch.labels, detector.priors(300))
+                targets = loss.match(batch.boxes, batch.labels, detector.priors(96))
                 losses = loss(logits, offsets, targets)
             sum(losses.values()).backward()
             optimizer.step()
@@ -120,10 +125,10 @@ def test_a_training_waits_when_it_reads_the_losses_of_ten_batches(precision):
 def count_scoring(nms_threshold: float) -> tuple[int, int]:
     """Waits and copies of scoring the smallest sub-network on four pictures in batches of two."""
     config, detector, batch = reference()
-    images = {300: batch.images}
-    objects = [{"boxes": 300 * b, "labels": n, "ignore": n < 0} for b, n in zip(batch.boxes, batch.labels, strict=True)]
+    images = {96: batch.images}
+    objects = [{"boxes": 96 * b, "labels": n, "ignore": n < 0} for b, n in zip(batch.boxes, batch.labels, strict=True)]
     classes = [f"class {i + 1}" for i in range(20)]
-    data = {"bn_images": images, "images": images, "truth": objects, "sizes": [[300, 300]] * 4, "classes": classes}
+    data = {"bn_images": images, "images": images, "truth": objects, "sizes": [[96, 96]] * 4, "classes": classes}
     config.search.batch_size = 2
     config.postprocess.nms_threshold = nms_threshold
     scorer = Scorer(data, config, GPU)
@@ -154,7 +159,7 @@ def test_losses_and_gradients_on_the_gpu_are_those_on_the_cpu(kind):
         for device in (torch.device("cpu"), GPU):
             loss = DetectionLoss(replace(LossConfig(), type=kind))
             torch.manual_seed(1)
-            priors = detector.priors(300)
+            priors = detector.priors(96)
             logits = torch.randn(4, len(priors), 21).to(device).requires_grad_()
             teacher = torch.randn(4, len(priors), 21).to(device)
             offsets = torch.randn(4, len(priors), 4).to(device).requires_grad_()

@@ -14,7 +14,7 @@ from tiny_runs import FINAL, SEARCH, SUPERNET, finish, read_lines, run, start
 from lib import checkpoint
 from lib.genotype import Genotype
 
-BATCH = 7  # of epoch 2, after which the signal comes
+BATCH = 4  # of epoch 2, after which the signal comes
 SIGNALLED = f"""
 import os
 from lib.training import Trainer
@@ -65,10 +65,10 @@ def interrupted(folder, script, arguments, number):
 
 def test_a_killed_supernet_goes_on_bit_by_bit(arguments, tmp_path):
     """Killed in epoch 2, where channels are sorted, with a moving average and AdamW's two moments."""
-    more = ["supernet.epochs=4", "supernet.ema_decay=0.9", "supernet.optimizer=adamw"]
+    more = ["supernet.epochs=3", "supernet.ema_decay=0.9", "supernet.optimizer=adamw"]
     options = [*arguments, *(part for key in more for part in ("--set", key))]
     halfway, broken, whole = interrupted(tmp_path, SUPERNET, options, signal.SIGKILL)
-    assert (halfway["epoch"], halfway["batch"]) == (2, 0) and broken["epoch"] == 5 and broken["step"] == 4 * 18
+    assert (halfway["epoch"], halfway["batch"]) == (2, 0) and broken["epoch"] == 4 and broken["step"] == 3 * 9
     assert_equal_state(broken, whole)
 
 
