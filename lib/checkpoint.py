@@ -212,31 +212,24 @@ def _open_locked(path: Path) -> IO:
     give_up = time.monotonic() + LOCK_PATIENCE
     while True:
         file = path.open("a+")
-        try:
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):
             if not lock(file, wait=False):
                 print(f"note: {path.parent}: this file system has no locks; start no second process on this folder")
             # The previous holder may have removed the file between this process's open and lock.
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                    file.truncate(0)
-                    file.write(f"process {os.getpid()} on {platform.node()}")
-                    file.flush()
-                    return file
-        except BlockingIOError:
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {platform.node()}")
+                file.flush()
+                return file
+        with file:
             if time.monotonic() > give_up:
                 file.seek(0)
                 remedy = "wait for it to end, or use another folder (--train-dir)"
-                raise UserError(f"{path.parent}: in use by {file.read() or 'another process'}; {remedy}") from None
-            time.sleep(0.1)
-        file.close()
+                raise UserError(f"{path.parent}: in use by {file.read() or 'another process'}; {remedy}")
+        time.sleep(0.1)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of processes that were killed while they wrote to `folder`."""
-    for path in folder.glob(".*.part") if distributed.world().main else ():
-        pid = path.name.split(".")[-2]
-        with contextlib.suppress(PermissionError, OverflowError):  # of another user's process, or no process's number
-            try:
-                os.kill(int(pid) if pid.isdigit() else os.getpid(), 0)
-            except ProcessLookupError:
-                path.unlink(missing_ok=True)
+    """Remove the temporary files of killed processes from `folder`, in which no other process writes (`lock_folder`)."""
+    for path in folder.glob(".*.[0-9]*.part") if distributed.world().main else ():
+        path.unlink(missing_ok=True)
