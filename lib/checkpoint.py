@@ -71,17 +71,11 @@ def replacing(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
             partial.unlink()
 
 
-def link(path: Path, name: Path) -> None:
-    """Make `name` the file that `path` is now. It stays so when `path` is replaced."""
-    if name.exists() and name.samefile(path):
-        return
-    partial = name.with_name(f".{name.name}.{os.getpid()}.part")
-    partial.unlink(missing_ok=True)  # of a process of the same number; a copy would go into the file behind it
-    try:
-        os.link(path, partial)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(path, partial)
-    partial.replace(name)
+def copy(path: Path, other: Path) -> None:
+    """Copy a checkpoint in the same way."""
+    if distributed.world().main:
+        with path.open("rb") as source, replacing(other) as file:
+            shutil.copyfileobj(source, file)
 
 
 def read(path: Path, mmap: bool = False) -> dict:
@@ -230,6 +224,6 @@ def _open_locked(path: Path) -> IO:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of killed processes from `folder`, in which no other process writes (`lock_folder`)."""
+    """Remove the temporary files of killed processes from `folder`, in which nobody else writes (`lock_folder`)."""
     for path in folder.glob(".*.[0-9]*.part") if distributed.world().main else ():
         path.unlink(missing_ok=True)

@@ -70,8 +70,8 @@ class Run:
 
     def describe(self) -> list[str]:
         """The first lines of a plan."""
-        head = [f"configuration: {self.source}", f"data: {self.config.data.root}", f"writes to: {self.folder}"]
-        return [*head, *self.notes]
+        data = self.config.data.root
+        return [f"configuration: {self.source}", f"data: {data}", f"writes to: {self.folder}", *self.notes]
 
     def save_config(self) -> None:
         checkpoint.write_text(self.folder / "config.yaml", config_io.dump(self.config))
@@ -132,7 +132,7 @@ class CommandLine:
         config_io.validate(config)
         notes = []
         if self.stage != "search":
-            config_io.validate_shares(self.stage, getattr(config, self.stage), distributed.world().size)
+            config_io.validate_shares(config, self.stage, distributed.world().size)
             # The schedules of a run that goes on were fitted when it began.
             notes = [] if goes_on else self._fit_schedules(config, layer, saved)
         if layer.is_foreign:
@@ -244,12 +244,8 @@ def refuse_to_overwrite(product: Path, args: argparse.Namespace) -> None:
 @contextlib.contextmanager
 def claim(product: Path, args: argparse.Namespace) -> Iterator[None]:
     """Be the only process that writes to a run's folder, which holds no other run's `product` unless it is resumed."""
-    refuse_to_overwrite(product, args)
-    if args.dry_run:
-        yield
-        return
-    with checkpoint.lock_folder(product.parent):
-        refuse_to_overwrite(product, args)  # another process may have written it in between
+    with contextlib.nullcontext() if args.dry_run else checkpoint.lock_folder(product.parent):
+        refuse_to_overwrite(product, args)
         yield
 
 

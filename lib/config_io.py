@@ -10,19 +10,19 @@ import itertools
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lib.config import Config, TrainConfig
+from lib.config import Config
 from lib.errors import UserError, did_you_mean
 from lib.plain import MOST_SHOWN, WrongKey, check, fail, hints_of, read_bytes, refuse_bomb
 
 # Keys of earlier versions that changed nothing about a network. Checkpoints and genotype files still hold them.
 RETIRED_KEYS = ("search.racing", "final.distill", "supernet.distill.teacher", "supernet.distill.priors")
 MOST_YAML = 1024**2  # bytes of a YAML file
-MOST_MERGED = 1000  # keys of a section of it
 
 
 def read_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
@@ -74,11 +74,6 @@ class _StrictLoader(yaml.SafeLoader):
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
             seen.add(name)
         return super().construct_mapping(node, deep)
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        super().flatten_mapping(node)
-        if len(node.value) > MOST_MERGED:  # merge keys of merge keys grow exponentially
-            raise yaml.YAMLError(f"more than {MOST_MERGED} keys in a section")
 
     def construct_number(self, node: yaml.ScalarNode) -> float:
         if re.match(r"[-+]?(0[0-9]+|[0-9:]*:[0-9.]*)$", node.value.replace("_", "")):
@@ -197,47 +192,47 @@ def _section(value: Any, default: Any, path: str) -> Any:
 # What types and bounds cannot say: values that contradict each other, or that no backbone can serve.
 
 
-def _require(met: bool, key: str, expected: str, found: object) -> None:
+def _require(config: Config, met: bool, key: str, expected: str) -> None:
+    """Unless the condition is `met`, raise UserError with the value of `key`."""
     if not met:
-        fail(key, expected, found)
+        fail(key, expected, get_key(to_dict(config), key))
 
 
 def validate(config: Config) -> None:
     """Raise UserError for the first contradiction between keys, naming the key and what was expected."""
     validate_structure(config)
+    require = partial(_require, config)
     search, data, loss = config.search, config.data, config.loss
     for cost in ("flops", "params", "latency_ms"):
         low, high = getattr(search, f"min_{cost}"), getattr(search, f"max_{cost}")
-        expected = f"at most search.max_{cost}, which is {high:g}"
-        _require(not 0 < high < low, f"search.min_{cost}", expected, low)
-    size, most = search.tournament_size, search.population_size
-    fits = search.controller != "evo" or size <= most
-    _require(fits, "search.tournament_size", f"at most search.population_size, which is {most}", size)
-    least = "0 or at least 40, since intervals leave out 1 in 40"
-    _require(not 0 < search.resamples < 40, "search.resamples", least, search.resamples)
-    _require(not 0 < search.time_limit < 2, "search.time_limit", "0 or at least 2", search.time_limit)
+        require(not 0 < high < low, f"search.min_{cost}", f"at most search.max_{cost}, which is {high:g}")
+    most = search.population_size
+    fits = search.controller != "evo" or search.tournament_size <= most
+    require(fits, "search.tournament_size", f"at most search.population_size, which is {most}")
+    require(not 0 < search.resamples < 40, "search.resamples", "0 or at least 40, since intervals leave out 1 in 40")
+    require(not 0 < search.time_limit < 2, "search.time_limit", "0 or at least 2")
     for key, training in (("supernet.lr_schedule", config.supernet), ("final.lr_schedule", config.final)):
         rate, highest = training.lr_schedule, training.learning_rate
         ascends = rate.type != "multistep" or rate.milestones == sorted(set(rate.milestones))
-        _require(ascends, f"{key}.milestones", "ascending epochs", rate.milestones)
+        require(ascends, f"{key}.milestones", "ascending epochs")
         falls = not rate.type.startswith("cosine") or rate.eta_min <= highest
-        _require(falls, f"{key}.eta_min", f"at most the learning rate, {highest:g}", rate.eta_min)
-    portion, classes = data.data_portion, data.classes
+        require(falls, f"{key}.eta_min", f"at most the learning rate, {highest:g}")
+    portion = data.data_portion
     shares = len(portion) == 2 and min(portion) > 0 and sum(portion) <= 1 + 1e-9
-    two = "two shares above 0 that sum to at most 1, for training and for scoring"
-    _require(shares, "data.data_portion", two, portion)
-    _require(len(set(classes)) == len(classes) and "" not in classes, "data.classes", "names, each once", classes)
-    low, high = loss.unmatched_threshold, loss.matched_threshold
-    _require(low <= high, "loss.unmatched_threshold", "at most loss.matched_threshold", low)
+    require(shares, "data.data_portion", "two shares above 0 that sum to at most 1, for training and for scoring")
+    require(len({*data.classes, ""}) == len(data.classes) + 1, "data.classes", "names, each once")
+    ordered = loss.unmatched_threshold <= loss.matched_threshold
+    require(ordered, "loss.unmatched_threshold", "at most loss.matched_threshold")
 
 
 def validate_structure(config: Config) -> None:
     """The part of `validate` that a network can be built by."""
+    require = partial(_require, config)
     space, backbone, head = config.search_space, config.backbone, config.head
     stages = len(space.num_cell_groups)
     maps = len(backbone.feature_levels) + space.num_head
-    _require(stages > 0, "search_space.num_cell_groups", "the number of blocks of each stage", space.num_cell_groups)
-    _require(maps > space.num_head, "backbone.feature_levels", "at least one level", backbone.feature_levels)
+    require(stages > 0, "search_space.num_cell_groups", "the number of blocks of each stage")
+    require(maps > space.num_head, "backbone.feature_levels", "at least one level")
     plain = to_dict(config)
     for key, length, why in (
         ("search_space.expansions", stages, "one per stage"),
@@ -249,21 +244,19 @@ def validate_structure(config: Config) -> None:
         ("head.scales", maps + 1, "one per feature map and one more"),
         ("head.variances", 2, "for centres and sizes"),
     ):
-        values = get_key(plain, key)
-        _require(len(values) == length, key, f"{length} values, {why}", values)
+        require(len(get_key(plain, key)) == length, key, f"{length} values, {why}")
     ratios = head.squares or all(head.aspect_ratios)
-    every = "a ratio for each feature map, since head.squares is false"
-    _require(ratios, "head.aspect_ratios", every, head.aspect_ratios)
+    require(ratios, "head.aspect_ratios", "a ratio for each feature map, since head.squares is false")
     choices = ("search_space.image_size_choice", "search_space.head_width_choice", "search_space.head_kernel_choice")
     for key in (*choices, "search.costs"):
         values = get_key(plain, key)
-        _require(0 < len(values) == len(set(values)), key, "at least one choice, each once", values)
+        require(0 < len(values) == len(set(values)), key, "at least one choice, each once")
     _check_schedules(config)
 
 
 def _check_schedules(config: Config) -> None:
     """Epochs in order, and choices that the backbone can serve."""
-    space = config.search_space
+    require, space = partial(_require, config), config.search_space
     widest, deepest, sizes = max(space.expansions), max(space.num_cell_groups), space.image_size_choice
     kernels = [kernel for kernel in (3, 5, 7) if kernel <= max(config.backbone.kernels, default=7)]
     depths = range(1, deepest + 1)
@@ -273,22 +266,23 @@ def _check_schedules(config: Config) -> None:
         "depth_choice": (lambda d: d in depths, f"integers from 1 to {deepest} (blocks of the deepest stage)"),
         "image_size_choice": (lambda s: s in sizes, f"sizes out of search_space.image_size_choice, {sizes}"),
     }
-    for name, schedule in {**vars(space.schedule_cfg), "distill": config.supernet.distill.weight}.items():
-        begins, values = schedule.boundary, schedule.value
-        key = "supernet.distill.weight" if name == "distill" else f"search_space.schedule_cfg.{name}"
+    schedules = {f"search_space.schedule_cfg.{name}": schedule for name, schedule in vars(space.schedule_cfg).items()}
+    for key, schedule in {**schedules, "supernet.distill.weight": config.supernet.distill.weight}.items():
+        begins, values, name = schedule.boundary, schedule.value, key.rpartition(".")[2]
         if name == "image_size_choice" and not begins:
             continue  # all sizes are open from the first epoch on
-        _require(len(begins) == len(values), key, f"as many values as boundaries, {len(begins)}", values)
+        require(len(begins) == len(values), f"{key}.value", f"as many values as boundaries, {len(begins)}")
         ascends = begins[:1] == [1] and all(a < b for a, b in itertools.pairwise(begins))
-        _require(ascends, f"{key}.boundary", "ascending epochs that begin with 1", begins)
-        if name == "distill":
+        require(ascends, f"{key}.boundary", "ascending epochs that begin with 1")
+        if name not in servable:
             continue
-        _require(all(values), f"{key}.value", "at least one choice at every boundary", values)
+        require(all(values), f"{key}.value", "at least one choice at every boundary")
         fits, expected = servable[name]
         for choice in itertools.chain(*values):
             # Whole numbers only: 7.0 equals 7, but a genotype with it would be written and keyed differently.
             whole = name == "width_choice" or isinstance(choice, int)
-            _require(fits(choice) and whole, f"{key}.value", expected, choice)
+            if not (fits(choice) and whole):
+                fail(f"{key}.value", expected, choice)
 
 
 def validate_network(config: Config, trained: Config, sections: Sequence[str], path: Path) -> None:
@@ -299,12 +293,12 @@ def validate_network(config: Config, trained: Config, sections: Sequence[str], p
             fail(key, f"{theirs} as in the supernet {path} (--load names another one)", ours)
 
 
-def validate_shares(key: str, config: TrainConfig, processes: int) -> None:
-    """Every process has the same share of a batch, and BatchNorm needs two images. `key` is the stage's section."""
-    size = config.batch_size
-    _require(size % processes == 0, f"{key}.batch_size", f"a multiple of the {processes} processes", size)
-    expected = f"at least 2 images for each of the {processes} processes, or {key}.sync_batch_norm"
-    _require(config.sync_batch_norm or size >= 2 * processes, f"{key}.batch_size", expected, size)
+def validate_shares(config: Config, stage: str, processes: int) -> None:
+    """Every process has the same share of a batch of the stage, and BatchNorm needs two images."""
+    training, key = getattr(config, stage), f"{stage}.batch_size"
+    _require(config, training.batch_size % processes == 0, key, f"a multiple of the {processes} processes")
+    expected = f"at least 2 images for each of the {processes} processes, or {stage}.sync_batch_norm"
+    _require(config, training.sync_batch_norm or training.batch_size >= 2 * processes, key, expected)
 
 
 def fit_schedules(config: Config, stage: str, planned: int, typed: Collection[str]) -> list[str]:

@@ -29,6 +29,7 @@ from lib.errors import UserError
 
 ATTEMPTS = 3  # of a job before it is given up, and of a worker to start
 GRACE_SECONDS = 2.0  # how long `close` lets workers exit by themselves
+LONGEST_WAIT = 3600.0  # seconds in one call of the system
 KILL_SECONDS = 10.0  # how long a killed process may take to go, which a hung driver can prevent
 OUT_OF_MEMORY = ", probably for want of memory: try fewer workers (--gpus) or a smaller search.batch_size"
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # by a terminal or a batch system
@@ -129,15 +130,13 @@ class WorkerPool(contextlib.AbstractContextManager):
         while self._messages and not self._done:
             # Wake up at the deadline, or when the time of the next job or setup is up.
             moment = min([deadline, *(w.since + self._limit(w) for w in self._workers)])
-            seconds = None if moment == math.inf else max(0.0, moment - time.monotonic())
-            for worker in self._listen(seconds):
+            for worker in self._listen(min(max(0.0, moment - time.monotonic()), LONGEST_WAIT)):
                 if not self._drain(worker):
                     self._replace(worker)
             for worker in list(self._workers):
                 if time.monotonic() - worker.since > (limit := self._limit(worker)):
-                    late = f"no result within {limit:g} s"
-                    early = f"not ready within {limit:g} s (search.first_time_limit)"
-                    self._replace(worker, late if worker.ready else early)
+                    late, early = "no result within {:g} s", "not ready within {:g} s (search.first_time_limit)"
+                    self._replace(worker, (late if worker.ready else early).format(limit))
             self._hand_out()
             if time.monotonic() >= deadline:
                 break
@@ -157,7 +156,7 @@ class WorkerPool(contextlib.AbstractContextManager):
         """Start a worker on this slot's device. Its first message is that of `set_up`."""
 
     @abstractmethod
-    def _listen(self, timeout: float | None) -> Iterable[Worker]:
+    def _listen(self, timeout: float) -> Iterable[Worker]:
         """Wait at most `timeout` seconds for a message or a death; return the workers concerned."""
 
     @abstractmethod
@@ -319,7 +318,7 @@ class Dispatcher(WorkerPool):
         worker_conn.close()
         return _Process(slot, process, conn)
 
-    def _listen(self, timeout: float | None) -> list[_Process]:
+    def _listen(self, timeout: float) -> list[_Process]:
         owners = {channel: w for w in self._workers for channel in (w.conn, w.process.sentinel)}
         ready = connection.wait(owners, timeout)
         return list({owners[channel].slot: owners[channel] for channel in ready}.values())
@@ -358,7 +357,7 @@ class Dispatcher(WorkerPool):
 def _settings_for_children(threads: int | None) -> Iterator[None]:
     """Children started within have `threads` CPU threads, and `STOPS` blocked until they can ignore them."""
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if threads else ()
-    before = {name: os.environ.get(name) for name in names}
+    before = {name: os.environ[name] for name in names if name in os.environ}
     os.environ.update(dict.fromkeys(names, str(threads)))
     # Started before the mask is set: otherwise spawn starts it, and that unblocks Ctrl-C and SIGTERM.
     resource_tracker.ensure_running()
@@ -367,10 +366,9 @@ def _settings_for_children(threads: int | None) -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for name, value in before.items():
+        for name in names:
             del os.environ[name]
-            if value is not None:
-                os.environ[name] = value
+        os.environ.update(before)
 
 
 def _worker_main(conn: connection.Connection, setup: Callable, device: str, args: tuple) -> None:

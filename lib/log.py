@@ -81,9 +81,6 @@ class RunLog:
             self._board = SummaryWriter(str(path.parent / "tensorboard"))
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a", encoding="utf-8")
-        # A line that a crash cut short must not swallow the next one.
-        if path.stat().st_size and path.read_bytes()[-1:] != b"\n":
-            self._file.write("\n")
 
     def write(self, kind: str, step: int, **values: object) -> None:
         record = {"kind": kind, "step": step, "time": round(time.time(), 3), **finite(values)}

@@ -50,14 +50,13 @@ def connect(address: str | None, cpus: int | None = None) -> None:
     The latter assumes `cpus` CPUs (default: all) and ends with this process. Call this before setting signal handlers,
     since Ray sets its own. Raises UserError if Ray or the cluster is missing.
     """
-    ray = _ray()
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    quiet = {"logging_level": "ERROR", "log_to_driver": False}
+    init = functools.partial(_ray().init, logging_level="ERROR", log_to_driver=False)
     if not address:
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+        init(address="local", num_cpus=cpus, include_dashboard=False)
         return
     try:
-        ray.init(address=address, **quiet)
+        init(address=address)
     except (ConnectionError, ValueError, RuntimeError) as error:
         problem = f"no Ray cluster answers ({str(error).splitlines()[0]})"
         raise UserError(f"--ray-address {address}: {problem}; start one with: ray start --head") from None
@@ -83,15 +82,12 @@ def pick_ray_workers(
     if cpu_workers > sum(cpus):
         raise UserError(f"{cpu_workers} CPU workers: more than the Ray cluster's {sum(cpus)} CPUs")
     if cpu_workers:
-        return devices, most_threads(cpus, cpu_workers)
+        # The most that every worker can have, each on one machine.
+        fits = (n for n in range(max(cpus), 0, -1) if sum(machine // n for machine in cpus) >= cpu_workers)
+        return devices, next(fits)
     # Of the machine with the fewest CPUs for a GPU, each worker of a GPU has an equal share.
     cpus_of_gpu = min(count // gpu for count, gpu in zip(cpus, gpus_of, strict=True) if gpu)
     return devices, max(1, cpus_of_gpu // max(Counter(devices).values()))
-
-
-def most_threads(cpus: Sequence[int], workers: int) -> int:
-    """The largest number of threads that each of `workers` can have on machines with so many `cpus` each."""
-    return next(n for n in range(max(cpus), 0, -1) if sum(machine // n for machine in cpus) >= workers)
 
 
 @dataclass
@@ -146,7 +142,7 @@ class RayDispatcher(WorkerPool):
         actor.since = math.inf  # it may wait for room on a machine for as long as it takes
         return actor
 
-    def _listen(self, timeout: float | None) -> list[_Actor]:
+    def _listen(self, timeout: float) -> list[_Actor]:
         owners = {actor.calls[0]: actor for actor in self._workers if actor.calls}
         ready, _ = _ray().wait([*owners], num_returns=1, timeout=timeout)
         return [owners[call] for call in ready]
@@ -157,10 +153,7 @@ class RayDispatcher(WorkerPool):
             try:
                 message = ray.get(worker.calls[0])
             except ray.exceptions.RayError as error:
-                # One line of Ray's report: the first and the one that names the reason, without the advice.
-                first, *lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["Ray error"]
-                reason = next((line for line in lines if line.startswith("The actor is dead because")), "")
-                worker.end = f"{first} {reason.partition(' Some common causes')[0]}".strip()
+                worker.end = " ".join(str(error).partition("Some common causes")[0].split())
                 raise EOFError from None
             worker.calls.popleft()
             yield message

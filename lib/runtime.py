@@ -21,8 +21,8 @@ import torch
 
 from lib import distributed
 from lib.config import Config
-from lib.dispatcher import die_with_parent
-from lib.errors import UserError
+from lib.dispatcher import STOPS, die_with_parent
+from lib.errors import UserError, one_line
 from lib.log import keep_streams_open, say
 
 MAX_CPU_WORKERS = 8  # by default; more have to be asked for
@@ -60,10 +60,10 @@ def pick_device(name: str, flag: str = "--device") -> torch.device:
     world = distributed.world()
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if world.size > 1 and name != "cpu":
-        if name != "cuda":
-            raise UserError(f"{flag} {name}: expected auto, cpu or cuda, since each process takes a GPU of its own")
+    if world.size > 1 and name == "cuda":
         name = f"cuda:{world.local_rank}"
+    elif world.size > 1 and name != "cpu":
+        raise UserError(f"{flag} {name}: expected auto, cpu or cuda, since each process takes a GPU of its own")
     device, *others = read_devices(name, flag, torch.cuda.device_count())
     if others:
         raise UserError(f"{flag} {name}: expected one device; torchrun --nproc_per_node=N trains on N GPUs")
@@ -126,7 +126,7 @@ def start_loader_process(worker: int) -> None:
     # Ctrl-C, and the SIGTERM of torchrun, reach the whole group of processes, so the worker leaves the group. A batch
     # system may signal each process.
     os.setpgid(0, 0)
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+    for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
     # The main process may still need batches to end its step, and it ends its children by SIGTERM too.
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))
@@ -164,11 +164,9 @@ class StopRequest:
         self._insisted = 0.0  # time.monotonic() of the first Ctrl-C or SIGTERM
 
     def __enter__(self) -> StopRequest:
-        self._before = {}
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-            # nohup has SIGHUP ignored.
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                self._before[number] = signal.signal(number, self._on_signal)
+        # nohup has SIGHUP ignored.
+        heard = [n for n in STOPS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._on_signal) for number in heard}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -192,7 +190,7 @@ class StopRequest:
         if self._signalled:
             return
         self._signalled, self.number = True, number
-        self.requested = self.requested or distributed.world().size == 1
+        self.requested |= distributed.world().size == 1
         if distributed.world().main:
             # The reader of stderr may have received the same signal and be gone.
             with contextlib.suppress(OSError):
@@ -214,7 +212,7 @@ def run(main: Callable[[], None]) -> None:
     except (UserError, distributed.PeerLost, OSError, MemoryError, RuntimeError) as error:
         lost = isinstance(error, distributed.PeerLost)
         message = error if lost or isinstance(error, UserError) else _remedy(error)
-        if message is None:
+        if not message:
             raise
         if distributed.world().size > 1:  # torchrun sends it to the rest of a job as soon as one process has ended
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -234,13 +232,13 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-def _remedy(error: Exception) -> UserError | None:
-    """What helps where the machine refused something; None if that is not known."""
+def _remedy(error: Exception) -> str:
+    """What helps where the machine refused something; "" if that is not known."""
     text = f"{type(error).__name__}: {error}".strip().splitlines()[-1]  # of a loader process's traceback, the last line
-    remedy = next((remedy for pattern, remedy in SHORTAGES.items() if re.search(pattern, text)), None)
-    if remedy:
-        return UserError(f"{remedy} ({text[:160]})")
-    return UserError(f"{error.filename}: {error.strerror}") if getattr(error, "filename", None) else None
+    for pattern, remedy in SHORTAGES.items():
+        if re.search(pattern, text):
+            return one_line(f"{remedy} ({text[:160]})")
+    return one_line(f"{error.filename}: {error.strerror}") if getattr(error, "filename", None) else ""
 
 
 def _let_go(error: BaseException | None) -> None:

@@ -66,14 +66,12 @@ def read_previous(folder: Path, config: Config, stage: str) -> dict | None:
 
     Raises UserError for the first key of `config` whose change since then cannot be carried through.
     """
-    last, good = folder / LAST, folder / LAST_GOOD
-    payload = None
-    if distributed.world().main and (last.exists() or good.exists()):
+    last, payload = folder / LAST, None
+    if distributed.world().main and (last.exists() or (folder / LAST_GOOD).exists()):
         try:
             payload = checkpoint.read(last)
         except UserError as error:
-            spare = f"; {good} is an earlier one: copy it to {last} to go on from there" if good.exists() else ""
-            raise UserError(f"{error}{spare}") from None
+            raise UserError(f"{error}{_spare(folder)}") from None
     payload = distributed.from_main(payload)
     if payload is None:
         return None
@@ -84,6 +82,13 @@ def read_previous(folder: Path, config: Config, stage: str) -> dict | None:
         if not _may_change(key, before, now, stage):
             raise UserError(f"{key}: expected {shown(before)}, with which {last} began, found {shown(now)}; {REMEDY}")
     return payload
+
+
+def _spare(folder: Path) -> str:
+    """How to go on where last.pt is of no use."""
+    good = folder / LAST_GOOD
+    remedy = f"; {good} is that of the last evaluation that found something: copy it to {folder / LAST}"
+    return remedy if good.exists() else ""
 
 
 def _may_change(key: str, before: object, now: object, stage: str) -> bool:
@@ -117,7 +122,7 @@ class Training:
         self.loader = loader
         self.folder = folder
         self.due = due  # epochs to score
-        self.last, self.last_good = folder / LAST, folder / LAST_GOOD
+        self.last = folder / LAST
         self.sums: dict[str, float] = {}  # of the losses of this epoch's batches, or of the epoch that has just ended
         self.counted = 0  # those batches
         if previous:
@@ -191,11 +196,8 @@ class Training:
                 while trainer.epoch <= trainer.config.epochs and not stop.requested:
                     self._run_epoch(stop)
         except Diverged as error:
-            last = f"{self.last} is the last one that was saved, --resume goes on from it"
-            good = f"; {self.last_good} is that of the last evaluation that found something: copy it to {self.last}"
-            spare = good if self.last_good.exists() else ""
-            saved = last + spare if self.last.exists() else "nothing had been saved yet"
-            raise UserError(f"{error}; {saved}") from None
+            saved = f"{self.last} is the last one that was saved, --resume goes on from it{_spare(self.folder)}"
+            raise UserError(f"{error}; {saved if self.last.exists() else 'nothing had been saved yet'}") from None
         self.log.close()
         if trainer.epoch <= trainer.config.epochs:
             raise Stopped(f"everything is in {self.last}, the same command with --resume goes on", stop.number)
@@ -213,7 +215,7 @@ class Training:
                 self._keep_if_good(epoch)
             every = self.trainer.config.save_every
             if every and epoch % every == 0:
-                checkpoint.link(self.last, self.folder / f"epoch_{epoch:04d}.pt")
+                checkpoint.copy(self.last, self.folder / f"epoch_{epoch:04d}.pt")
 
     def _run_epoch(self, stop: StopRequest) -> None:
         """Train the rest of an epoch; unless a request to stop ended it, log and score it."""
@@ -278,7 +280,7 @@ class Training:
                 scores = [metrics.get(objective) or 0.0 for metrics in record["networks"].values()]
                 found[record["step"]] = max(scores, default=0.0)
         if found[epoch] > 0 or max(found.values()) < SOMETHING:
-            checkpoint.link(self.last, self.last_good)
+            checkpoint.copy(self.last, self.folder / LAST_GOOD)
         elif max(list(found.values())[-COLLAPSED:]) == 0:
             before = max(step for step, score in found.items() if score > 0)
             raise Diverged(

@@ -244,30 +244,14 @@ def test_a_copy_within_another_checkout_has_none(checkout, monkeypatch):
     assert code_revision(checkout) is None  # no git here
 
 
-@pytest.mark.parametrize("links", [True, False])
-def test_a_second_name_keeps_the_file_that_the_first_one_had(tmp_path, monkeypatch, links):
-    """With hard links, which take no time and no space, and without."""
-
-    def refuse(*_):
-        raise PermissionError
-
-    hard_link = os.link
-    if not links:
-        monkeypatch.setattr(os, "link", refuse)
+def test_a_copy_stays_when_its_original_is_replaced(tmp_path):
     last, good = tmp_path / "last.pt", tmp_path / "last_good.pt"
     for epoch in (1, 2):
         checkpoint.save(last, {"epoch": epoch})
-        for _ in range(2):
-            checkpoint.link(last, good)
-        assert checkpoint.read(good)["epoch"] == epoch
-    left = tmp_path / f".last_good.pt.{os.getpid()}.part"  # of a killed process of the same number
-    hard_link(good, left)
+        checkpoint.copy(last, good)
     checkpoint.save(last, {"epoch": 3})
-    keep = tmp_path / "keep.pt"
-    hard_link(good, keep)
-    checkpoint.link(last, good)
-    assert [checkpoint.read(path)["epoch"] for path in (last, good, keep)] == [3, 3, 2]
-    assert {path.name for path in tmp_path.iterdir()} == {"last.pt", "last_good.pt", "keep.pt"}
+    assert [checkpoint.read(path)["epoch"] for path in (last, good)] == [3, 2]
+    assert {path.name for path in tmp_path.iterdir()} == {"last.pt", "last_good.pt"}
 
 
 def test_one_process_at_a_time_writes_to_a_folder(tmp_path):

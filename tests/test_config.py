@@ -178,7 +178,7 @@ def test_whole_numbers_stay_whole_in_lists_of_numbers():
 )
 def test_schedules_whose_boundaries_and_values_differ_in_length(name, change, expected):
     text = mistake(f"{SCHEDULE}.{name}.{change}")
-    assert text.startswith(f"{SCHEDULE}.{name}: ")
+    assert text.startswith(f"{SCHEDULE}.{name}.value: ")
     assert expected in text
 
 

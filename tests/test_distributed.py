@@ -23,7 +23,7 @@ from tiny_runs import FINAL, REPOSITORY, SUPERNET, environment, finish, tiny_set
 from torch import nn
 
 from lib import checkpoint, distributed
-from lib.config import TrainConfig
+from lib.config import Config, TrainConfig
 from lib.config_io import validate_shares
 from lib.detector import ElasticSSD
 from lib.errors import UserError
@@ -198,12 +198,12 @@ def test_a_shared_panel_is_that_of_one_process_to_the_digit(ranks, folder):
 
 
 def test_a_batch_that_cannot_be_shared_is_refused():
-    validate_shares("final", TrainConfig(batch_size=6), 3)
-    validate_shares("final", TrainConfig(batch_size=3, sync_batch_norm=True), 3)
+    validate_shares(Config(final=TrainConfig(batch_size=6)), "final", 3)
+    validate_shares(Config(final=TrainConfig(batch_size=3, sync_batch_norm=True)), "final", 3)
     with pytest.raises(UserError, match=r"final\.batch_size: expected a multiple of the 4 processes, found 6"):
-        validate_shares("final", TrainConfig(batch_size=6), 4)
+        validate_shares(Config(final=TrainConfig(batch_size=6)), "final", 4)
     with pytest.raises(UserError, match=r"at least 2 images for each of the 3 processes, or final\.sync_batch_norm"):
-        validate_shares("final", TrainConfig(batch_size=3), 3)
+        validate_shares(Config(final=TrainConfig(batch_size=3)), "final", 3)
 
 
 def test_each_process_has_its_own_gpu(monkeypatch):

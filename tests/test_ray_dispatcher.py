@@ -18,7 +18,7 @@ from search_runs import search
 from tiny_runs import finish, read_lines
 
 from lib.errors import UserError
-from lib.ray_dispatcher import RayDispatcher, connect, most_threads, pick_dispatcher, pick_ray_workers
+from lib.ray_dispatcher import RayDispatcher, connect, pick_dispatcher, pick_ray_workers
 from tests.dispatch_workers import setup, setup_user_error
 
 ROOT = Path(__file__).parents[1]
@@ -31,8 +31,9 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # no token is left in the ho
     ("cpus", "workers", "threads"),
     [([4], 1, 4), ([4], 2, 2), ([4], 3, 1), ([5, 1], 2, 2), ([4, 4, 4], 2, 4), ([3, 3], 4, 1), ([8, 4], 3, 4)],
 )
-def test_threads_are_what_machines_have_room_for(cpus, workers, threads):
-    assert most_threads(cpus, workers) == threads
+def test_threads_are_what_machines_have_room_for(tiny_config, cpus, workers, threads):
+    devices, found = pick_ray_workers(",".join(["cpu"] * workers), [{"CPU": n} for n in cpus], tiny_config())
+    assert (len(devices), found) == (workers, threads)
     assert sum(n // threads for n in cpus) >= workers > sum(n // (threads + 1) for n in cpus)
 
 

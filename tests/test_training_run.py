@@ -161,7 +161,7 @@ def test_killed_anywhere_between_two_writes_the_end_is_the_same(tmp_path, stop, 
         return run
 
     expected = whole(tmp_path / "whole")
-    with killed_at(at, (checkpoint, "save"), (checkpoint, "link"), (training_run.RunLog, "write")):
+    with killed_at(at, (checkpoint, "save"), (checkpoint, "copy"), (training_run.RunLog, "write")):
         whole(tmp_path / "broken")
     resumed = whole(tmp_path / "broken", resume=True)
     assert states_equal(resumed.model.state_dict(), expected.model.state_dict())
@@ -384,9 +384,9 @@ MISTAKES = {
     "other groups": ({"options": {"decay_norm_and_bias": False}}, "supernet.decay_norm_and_bias: expected True"),
     "a torn checkpoint": (
         {"torn": True},
-        r"last\.pt: not a readable checkpoint.*last_good\.pt is an earlier one: copy it",
+        r"last\.pt: not a readable checkpoint.*last_good\.pt is that of the last .*: copy it",
     ),
-    "a checkpoint that is gone": ({"gone": True}, r"last\.pt: no such checkpoint; .*last_good\.pt is an earlier one"),
+    "a checkpoint that is gone": ({"gone": True}, r"last\.pt: no such checkpoint; .*last_good\.pt is that of the last"),
 }
 
 
