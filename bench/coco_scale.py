@@ -67,7 +67,7 @@ def measure(path: Path) -> dict:
     """What the process of its own measures on one annotation file."""
     start = time.perf_counter()
     faults = Faults()
-    annotations = assemble(read_coco(path, [(path, path.parent / path.stem)], faults), path, [], faults)
+    annotations = assemble(read_coco(path.parent / path.stem, [path], faults), path, [], faults)
     train, search = split_indices(annotations, [1 - SEARCH_SHARE, SEARCH_SHARE], 0)
     seconds = time.perf_counter() - start
     return {

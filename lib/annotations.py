@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from lib.errors import UserError, did_you_mean
 from lib.images import read_size
-from lib.labels import OBJECT, Faults, read_coco_json, read_voc_xml, read_yolo_txt, slashes, split_of, stem
+from lib.labels import OBJECT, Faults, read_coco_json, read_voc_xml, read_yolo_txt, slashes, stem
 from lib.layouts import Pair, Tree
 from lib.plain import shown
 
@@ -134,15 +133,18 @@ def read_pairs(pairs: Iterable[Pair], faults: Faults, yolo_names: dict[int, str]
     return Content(pictures, np.array(found, dtype=OBJECT), list(number_of), classes)
 
 
-def read_coco(root: Path, files: Iterable[tuple[Path, Path | None]], faults: Faults) -> Content:
-    """The content of COCO instances files, each with the folder of its pictures (None: found below `root`)."""
+def read_coco(folder: Path, files: Sequence[Path], faults: Faults) -> Content:
+    """The content of COCO instances files, whose pictures are found below `folder`."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder (data.train_images, data.test_images)")
+    tree = Tree(folder)
     pictures: list[Picture] = []
     parts: list[np.ndarray] = []
     names: list[str] = []
     id_of: dict[str, int] = {}
-    for path, folder in files:
+    for path in files:
         coco = read_coco_json(path, faults)
-        place_of = _coco_pictures(path, folder or root, coco.images, pictures, faults)
+        place_of = _coco_pictures(path, tree, coco.images, pictures, faults)
         number_of = {category_id: len(names) + i for i, category_id in enumerate(coco.categories)}
         names += coco.categories.values()
         id_of = {name: category_id for category_id, name in coco.categories.items()} | id_of
@@ -152,61 +154,37 @@ def read_coco(root: Path, files: Iterable[tuple[Path, Path | None]], faults: Fau
             ("label", "categories", coco.category_ids, number_of),
         ):
             numbers = coco.objects[column].astype(np.int64)
-            for number, unknown in enumerate(ids):
-                if unknown not in known:
-                    count = int((numbers == number).sum())
-                    text = f"{path}: not among its {what}: {shown(unknown)}, which {count} annotations name"
+            for number, count in enumerate(np.bincount(numbers).tolist()):
+                if count and ids[number] not in known:
+                    text = f"{path}: not among its {what}: {shown(ids[number])}, which {count} annotations name"
                     faults.add("object", "of an unknown image or class", text, count)
             coco.objects[column] = np.array([known.get(own_id, -1) for own_id in ids], dtype=np.int64)[numbers]
         parts.append(coco.objects[(coco.objects["image"] >= 0) & (coco.objects["label"] >= 0)])
     return Content(pictures, np.concatenate(parts), names, sorted(id_of, key=id_of.__getitem__), id_of)
 
 
-def _coco_pictures(path: Path, root: Path, images: dict, pictures: list[Picture], faults: Faults) -> dict:
+def _coco_pictures(path: Path, tree: Tree, images: dict, pictures: list[Picture], faults: Faults) -> dict:
     """Append the images whose pictures exist. The place of each COCO image id in `pictures`, -1 if it was left out."""
-    if not root.is_dir():
-        raise UserError(f"{root}: no such folder (data.train_images, data.test_images)")
-    tree = Tree(root)
-    folder, dropped = _picture_folder(tree, [name for name, _ in images.values()], path)
+    beside = os.path.relpath(path, tree.root)
+    files = {own_id: tree.find(name, beside) for own_id, (name, _) in images.items()}
+    if not any(files.values()):
+        # The names have folders that are not here.
+        files = {own_id: tree.find(basename(name), beside) for own_id, (name, _) in images.items()}
     place_of = dict.fromkeys(images, -1)
-    unused = set(tree.pictures)
+    used = set()
     for own_id, (name, size) in images.items():
-        end = folder + name.split("/", dropped)[-1]
+        picture = f"{tree.root}/{files[own_id] or name}"
         try:
-            if end not in unused:
-                raise UserError(f"{root / end}: no such image (or listed twice), but {path} lists it")
-            size = size or read_size(str(root / end))
+            if files[own_id] is None or picture in used:
+                raise UserError(f"{picture}: no such image (or listed twice), but {path} lists it")
+            size = size or read_size(picture)
         except UserError as error:
             faults.add("picture", "missing or unreadable", str(error))
             continue
-        unused.remove(end)
+        used.add(picture)
         place_of[own_id] = len(pictures)
-        pictures.append(Picture(stem(name), own_id, str(root / end), size, str(path)))
+        pictures.append(Picture(stem(name), own_id, picture, size, str(path)))
     return place_of
-
-
-def _picture_folder(tree: Tree, names: Sequence[str], beside: Path) -> tuple[str, int]:
-    """Where in `tree` the pictures of a COCO file are: a folder, and how many leading folders its names have too many.
-
-    Of several folders that have them, the one most like the path of the file, `beside`.
-    """
-    found: Counter[tuple[str, int]] = Counter()
-    for name in names[:: max(1, len(names) // 50)]:
-        for path in tree.by_stem.get(stem(basename(name)), ()):
-            for dropped in range(name.count("/") + 1):
-                end = name.split("/", dropped)[-1]
-                if f"/{path}".endswith(f"/{end}"):
-                    found[path.removesuffix(end), dropped] += 1
-                    break
-    words = set(re.findall(r"[a-z]+|\d+", os.path.relpath(beside, tree.root).lower()))
-
-    def fit(place: tuple[str, int]) -> tuple:
-        folder, dropped = place
-        alike = words & set(re.findall(r"[a-z]+|\d+", folder.lower()))
-        same_split = split_of(folder) == split_of(beside.as_posix())
-        return found[place], -dropped, same_split, len(alike), -len(folder), folder
-
-    return max(found, key=fit, default=("", 0))
 
 
 def assemble(

@@ -54,7 +54,11 @@ def load_annotations(data: DataConfig, split: Literal["train", "test"]) -> Annot
     classes: Sequence[str] = data.classes
     if split == "test" and not classes and not cut:
         classes = load_annotations(data, "train").classes
-    content = read_coco(root, parts, faults) if found.kind == "coco" else read_pairs(parts, faults, found.names)
+    if found.kind == "coco":
+        folder = data.test_images if split == "test" and not cut else data.train_images
+        content = read_coco(root / folder, parts, faults)
+    else:
+        content = read_pairs(parts, faults, found.names)
     known = content.category_ids
     unknown = [name for name in classes if name not in known] if known is not None else []
     if unknown and (split == "train" or cut):

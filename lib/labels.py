@@ -13,9 +13,10 @@ import logging
 import math
 import posixpath
 import re
+import struct
 import xml.etree.ElementTree as ElementTree
-from array import array
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ import yaml
 from lib import distributed
 from lib.errors import UserError
 from lib.images import SUFFIXES
-from lib.plain import read_bytes, shown
+from lib.plain import check, read_bytes, shown
 
 logger = logging.getLogger(__name__)
 MOST_BYTES = 64 * 1024**2  # of a label file that is not JSON
@@ -66,18 +67,19 @@ class Faults:
 
     def close(self, source: Path, pictures: int, objects: int) -> list[str]:
         """The notes, with a line for each kind of loss beside the `pictures` and `objects` that are left."""
-        if self.counts and not self.skip:
-            if len(self.named) == 1:
-                raise UserError(*self.named)
-            total = self.counts.total()
-            more = [f"and {total - len(self.named)} more"] if total > len(self.named) else []
-            raise UserError(f"{source}: {total} faults (data.on_error=skip leaves them out):", *self.named, *more)
+        if self.named and not self.skip:
+            lines, total = self.named, self.counts.total()
+            if len(lines) > 1:
+                more = [f"and {total - len(lines)} more"] if total > len(lines) else []
+                lines = [f"{source}: {total} faults (data.on_error=skip leaves them out):", *lines, *more]
+            raise UserError(*lines)
         if self.swapped:
             self.notes.append(f"{source}: {self.swapped} boxes had their corners in the wrong order: put right")
         for lost, left in (("picture", pictures), ("object", objects)):
             kinds = {kind: count for (what, kind), count in self.counts.items() if what == lost}
             gone = sum(kinds.values())
-            line = f"{source}: {gone} of {gone + left} {lost}s left out ({', '.join(f'{kinds[k]} {k}' for k in kinds)})"
+            reasons = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+            line = f"{source}: {gone} of {gone + left} {lost}s left out ({reasons})"
             if gone > self.max_skipped * (gone + left):
                 raise UserError(f"{line}, more than data.max_skipped={self.max_skipped:g}; the first: {self.named[0]}")
             if gone:
@@ -90,23 +92,18 @@ class Faults:
 # Text, and names of files. Paths have forward slashes.
 
 
-def read_text(path: Path, latin: bool = False) -> str:
-    """UTF-8 with or without a byte order mark, or UTF-16; with `latin`, what is neither is Latin-1."""
+def read_text(path: Path) -> str:
+    """UTF-8 with or without a byte order mark, or UTF-16 with one, else Latin-1, which any file is."""
     data = read_bytes(path, MOST_BYTES)
-    marked = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-    # UTF-16 without its mark has a zero byte first or second.
-    encoding = "utf-16" if marked else {0: "utf-16-be", 1: "utf-16-le"}.get(data[:2].find(0), "utf-8-sig")
     try:
-        return data.decode(encoding)
+        return data.decode("utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
     except UnicodeDecodeError:
-        if latin:
-            return data.decode("latin-1")
-        raise UserError(f"{path}: expected text in UTF-8") from None
+        return data.decode("latin-1")
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines that are not blank. A name in the wrong encoding is one of a picture that does not exist."""
-    return [line.strip() for line in read_text(path, latin=True).splitlines() if line.strip()]
+    """The lines that are not blank."""
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 
 def class_name(value: object) -> str:
@@ -128,7 +125,8 @@ def suffix_of(name: str) -> str:
 
 def stem(name: str) -> str:
     """`name` without the suffix of a picture."""
-    return posixpath.splitext(name)[0] if suffix_of(name) in SUFFIXES else name
+    bare, suffix = posixpath.splitext(name)
+    return bare if suffix.lower() in SUFFIXES else name
 
 
 def split_of(*paths: str) -> str:
@@ -141,13 +139,19 @@ def split_of(*paths: str) -> str:
     return ""
 
 
+def numbers_of(values: Sequence, low: float, high: float) -> list[float] | None:
+    """The numbers, or the numbers in the texts, `values`; None if one is none from `low` to `high`."""
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        numbers = [float(value) for value in values]
+        if all(low <= number <= high for number in numbers):
+            return numbers
+    return None
+
+
 def usable_size(*sides: object) -> tuple[int, int] | None:
     """Width and height of a picture as whole numbers; None where they are missing, zero or absurd."""
-    with contextlib.suppress(TypeError, ValueError, OverflowError):
-        width, height = map(float, sides)
-        if all(1 <= side <= LARGEST_SIDE and side.is_integer() for side in (width, height)):
-            return int(width), int(height)
-    return None
+    numbers = numbers_of(sides, 1, LARGEST_SIDE)
+    return tuple(map(int, numbers)) if numbers and all(map(float.is_integer, numbers)) else None
 
 
 def refuse_twice(source: Path, what: str, values: list) -> None:
@@ -168,11 +172,8 @@ class VocFile(NamedTuple):
 
 def read_voc_xml(path: Path, faults: Faults) -> VocFile:
     """One VOC annotation. Corners in the wrong order are put right."""
-    data = read_bytes(path, MOST_BYTES)
-    if b"<!ENTITY" in data.replace(b"\0", b""):  # a few of them can stand for gigabytes
-        raise UserError(f"{path}: declares XML entities, which no VOC annotation has")
     try:
-        tree = ElementTree.fromstring(data)
+        tree = ElementTree.fromstring(read_bytes(path, MOST_BYTES))
     except (ElementTree.ParseError, ValueError, LookupError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as a VOC annotation: {error}") from None
     if tree.tag != "annotation":
@@ -181,21 +182,18 @@ def read_voc_xml(path: Path, faults: Faults) -> VocFile:
     for element in tree.iter("object"):
         texts = [element.findtext(f"bndbox/{key}") or "" for key in ("xmin", "ymin", "xmax", "ymax")]
         name = class_name(element.findtext("name"))
-        try:
-            x1, y1, x2, y2 = corners = [float(text) for text in texts]
-            usable = name and all(abs(corner) <= FARTHEST for corner in corners)
-        except ValueError:
-            usable = False
-        if not usable:
+        corners = numbers_of(texts, -FARTHEST, FARTHEST)
+        if not name or not corners:
             found = shown([element.findtext("name"), *texts])
             expected = "expected <name> and the numbers <xmin>, <ymin>, <xmax>, <ymax> in <bndbox>"
             faults.add("object", "malformed object", f"{path}: malformed object: {expected}, found {found}")
             continue
+        x1, y1, x2, y2 = corners
         # VOC's corners are 1-based and inclusive, so a box without width has x1 = x2 + 1.
-        wrong_x, wrong_y = x1 > x2 + 1, y1 > y2 + 1
-        faults.swapped += wrong_x or wrong_y
-        x1, x2 = (x2, x1) if wrong_x else (x1, x2)
-        y1, y2 = (y2, y1) if wrong_y else (y1, y2)
+        if x1 > x2 + 1 or y1 > y2 + 1:
+            faults.swapped += 1
+            x1, x2 = sorted((x1, x2))
+            y1, y2 = sorted((y1, y2))
         difficult = (element.findtext("difficult") or "").strip().lower()
         objects.append((name, (x1 - 1, y1 - 1, x2, y2), difficult in ("1", "1.0", "true", "yes")))
     filename = posixpath.basename(slashes((tree.findtext("filename") or "").strip()))
@@ -227,26 +225,25 @@ def read_coco_json(path: Path, faults: Faults) -> CocoFile:
     """A COCO instances file. (pycocotools' own reader keeps each annotation as a dict and names no file.)"""
     # An annotation becomes eight numbers as soon as it is parsed: as Python objects, those of COCO take gigabytes. Ids
     # are integers of any length or strings, so the numbers are places in these dicts.
-    flat, image_number, category_number = array("d"), {}, {}
+    packed, image_number, category_number = bytearray(), {}, {}
+    pack = struct.Struct("8d").pack
 
     def take_numbers(entry: dict) -> Any:
         if "bbox" not in entry:
             return entry
         try:
+            image_id, category_id, area = entry["image_id"], entry["category_id"], entry.get("area")
             x, y, width, height = entry["bbox"]
-            area = entry.get("area")
-            image_id, category_id = entry["image_id"], entry["category_id"]
-            finite = abs(x) + abs(y) + abs(width) + abs(height) <= FARTHEST and abs(area or 0) <= FARTHEST**2
-            if not finite or type(image_id) not in (int, str) or type(category_id) not in (int, str):
-                return entry
-            area = math.nan if area is None else area
-            # An array of its own first: an entry with a value that is no number must add nothing to `flat`.
-            numbers = array("d", (0, 0, x, y, x + width, y + height, entry.get("iscrowd") or 0, area))
-        except (KeyError, TypeError, ValueError, OverflowError):
+            numbers = pack(
+                image_number.setdefault(image_id, len(image_number)),
+                category_number.setdefault(category_id, len(category_number)),
+                *(x, y, x + width, y + height),
+                entry.get("iscrowd") or 0,
+                math.nan if area is None else area,
+            )
+        except (KeyError, TypeError, ValueError, OverflowError, struct.error):
             return entry
-        numbers[0] = image_number.setdefault(image_id, len(image_number))
-        numbers[1] = category_number.setdefault(category_id, len(category_number))
-        flat.extend(numbers)
+        packed.extend(numbers)
         return _TAKEN
 
     try:
@@ -255,14 +252,16 @@ def read_coco_json(path: Path, faults: Faults) -> CocoFile:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: malformed JSON: {error}") from None
     for key in ("images", "annotations", "categories"):
-        if not isinstance(document, dict) or not isinstance(document.get(key), list):
-            raise UserError(f"{path}: malformed COCO annotations: no list '{key}'")
-    wrong = [entry for entry in document["annotations"] if entry is not _TAKEN]
-    objects = np.array(flat).view(OBJECT)
-    if len(document["annotations"]) - len(wrong) != len(objects):
+        check(check(document, dict, str(path)).get(key), list, f"{path}: {key}")
+    objects = np.frombuffer(packed, OBJECT)
+    malformed = [shown(entry) for entry in document["annotations"] if entry is not _TAKEN]
+    if len(document["annotations"]) - len(malformed) != len(objects):
         raise UserError(f"{path}: malformed COCO annotations: some stand outside of the list 'annotations'")
-    for entry in wrong:
-        faults.add("object", "malformed annotation", f"{path}: malformed annotation {shown(entry)}")
+    # NaN is no box, but the area of an object whose area the file does not give.
+    usable = (np.abs(objects["box_xyxy"]) <= FARTHEST).all(1) & ~(np.abs(objects["area"]) > FARTHEST**2)
+    malformed += [shown(box) for box in objects["box_xyxy"][~usable].tolist()]
+    for found in malformed:
+        faults.add("object", "malformed annotation", f"{path}: malformed annotation {found}")
     images: dict[int | str, tuple[str, tuple[int, int] | None]] = {}
     for entry in document["images"]:
         image = entry if isinstance(entry, dict) else {}
@@ -273,7 +272,7 @@ def read_coco_json(path: Path, faults: Faults) -> CocoFile:
             continue
         images[number] = slashes(name), usable_size(image.get("width"), image.get("height"))
     categories = _coco_categories(path, document["categories"], category_number, faults)
-    return CocoFile(images, categories, objects, list(image_number), list(category_number))
+    return CocoFile(images, categories, objects[usable], list(image_number), list(category_number))
 
 
 def _coco_categories(path: Path, entries: list, used: dict, faults: Faults) -> dict[int, str]:
@@ -313,14 +312,12 @@ def read_yolo_txt(
     """As `VocFile.objects`, of a picture of `size` (width, height). Polygons become their boxes."""
     objects = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
-        if not line.split():
+        if not line.strip():
             continue
-        try:
-            label, *shares = map(float, line.split())
-            usable = label >= 0 and label.is_integer() and all(-1 <= share <= 2 for share in shares)
-        except ValueError:
-            usable = False
-        if not usable or len(shares) < 4 or len(shares) % 2:
+        label, *texts = line.split()
+        shares = numbers_of(texts, -1, 2)
+        known = numbers_of([label], 0, LARGEST_SIDE)
+        if not known or not known[0].is_integer() or not shares or len(shares) < 4 or len(shares) % 2:
             expected = "expected a class, and shares of the picture: x, y, width and height, or a polygon"
             faults.add("object", "malformed line", f"{path}: line {number}: {expected}; found {shown(line)}")
             continue
@@ -328,36 +325,32 @@ def read_yolo_txt(
         if len(shares) == 4:
             x, y, width, height = shares
             box = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
-        name = names.get(int(label), f"class {shown(int(label))}")
+        name = names.get(int(known[0]), f"class {known[0]:g}")
         objects.append((name, tuple(share * side for share, side in zip(box, 2 * size, strict=True)), False))
     return objects
 
 
-def read_yolo_yaml(path: Path) -> tuple[dict[int, str], str, dict[str, list[str]]]:
-    """Class names by number, the key `path`, and the folders or list files of train, val and test."""
+def read_yolo_yaml(path: Path) -> tuple[dict[int, str], dict[str, list[str]]]:
+    """Class names by number, and the folders or list files of train, val and test."""
     text = read_text(path)
     if len(text) > MOST_YAML or text.count("[") + text.count("{") > MOST_BRACKETS:
         raise UserError(f"{path}: too large, or nested too deeply, for a description of a data set")
     try:
         # The base loader leaves every scalar as text: a class called yes or 1 stays that.
-        data = yaml.load(text, Loader=yaml.BaseLoader)
+        data = check(yaml.load(text, Loader=yaml.BaseLoader), dict, str(path))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid YAML: {shown(' '.join(str(error).split()))}") from None
-    data = data if isinstance(data, dict) else {}
-    names = data.get("names")
+    names = check(data.get("names"), list[str] | dict[str, str], f"{path}: names")
     names = dict(enumerate(names)) if isinstance(names, list) else names
-    usable = names and isinstance(names, dict) and all(isinstance(name, str) for name in names.values())
-    if not usable or not all(re.fullmatch(r"\d{1,9}", str(key)) for key in names):
-        raise UserError(f"{path}: expected the class names under 'names', found {shown(names)}")
-    splits: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+    if not all(re.fullmatch(r"\d{1,9}", str(key)) for key in names):
+        raise UserError(f"{path}: names: expected the numbers of the classes as keys, found {shown(list(names))}")
+    base = data.get("path") if isinstance(data.get("path"), str) else ""
+    places: dict[str, list[str]] = {"train": [], "val": [], "test": []}
     for key in ("train", "val", "valid", "test"):
-        values = data.get(key) or []
+        values = check(data.get(key) or [], str | list[str], f"{path}: {key}")
         values = [values] if isinstance(values, str) else values
-        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-            raise UserError(f"{path}: {key}: expected a folder, a list file or several, found {shown(values)}")
-        splits[SPLIT_OF[key]] += [slashes(value) for value in values if value]
-    base = data.get("path")
-    return plain_names(path, names), slashes(base) if isinstance(base, str) else "", splits
+        places[SPLIT_OF[key]] += [slashes(posixpath.join(base, value)) for value in values if value]
+    return plain_names(path, names), places
 
 
 def plain_names(source: Path, names: dict) -> dict[int, str]:

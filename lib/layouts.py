@@ -20,11 +20,14 @@ from lib.errors import UserError, did_you_mean
 from lib.images import SUFFIXES
 from lib.labels import SPLIT_OF, Faults, slashes, split_of, stem, suffix_of
 
-DEEPEST = 8  # folders below the data set's
 # Pictures in these folders are the masks of others.
 MASKS = {"segmentationclass", "segmentationobject", "mask", "masks", "trimaps"}
 ONE_OF_MANY = "other"  # VOC has two sets for each class, such as cat_train
-LABEL_COLUMN = re.compile(r"(.*\S)\s+(?:-1|0|1)")  # of the image sets of one class
+LABEL_COLUMN = re.compile(r"\s+(-1|0|1)$")  # of the image sets of one class
+EXPECTED = (
+    "VOC (ImageSets/Main/*.txt, or an XML file for each picture), COCO (a JSON file with images, annotations and "
+    "categories), YOLO (data.yaml, or classes.txt and a text file for each picture)"
+)
 NOT_INSTANCES = re.compile(r"captions|keypoints|panoptic|image_info|stuff|results|detections|predictions", re.I)
 
 
@@ -37,14 +40,12 @@ class Pair(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a folder was recognised as: its items by split ("train", "trainval", "val", "test", ""), and their use."""
+    """What a folder was recognised as."""
 
     kind: str  # "voc", "coco" or "yolo"
     what: str
-    groups: Mapping[str, list[str]]
-    # Of some items, and whether they train or test: for VOC and YOLO Pairs, for COCO JSON files, each with the folder
-    # of its pictures.
-    parts: Callable[[list[str], str], list[Any]]
+    split_of: dict[str, str]  # of each item (list, file or folder): "train", "trainval", "val", "test", or ""
+    parts: Callable[[list[str]], list[Any]]  # of some items: Pairs, or for COCO the JSON files
     names: dict[int, str] | None = None  # YOLO's classes by number
 
 
@@ -56,69 +57,71 @@ class Tree:
         self.files: dict[str, list[str]] = defaultdict(list)
         seen = set()
         for folder, folders, names in os.walk(root, followlinks=True):
-            below = Path(folder).relative_to(root).as_posix()
-            real = Path(folder).resolve()
-            if real in seen or below.count("/") >= DEEPEST:
-                folders.clear()  # a link back, or too deep
+            real = os.path.realpath(folder)
+            if real in seen:  # a link back
+                folders.clear()
                 continue
             seen.add(real)
             folders[:] = sorted(name for name in folders if not name.startswith("."))
+            below = Path(folder).relative_to(root).as_posix()
             for name in sorted(names):
                 if not name.startswith("."):
-                    kind = "picture" if suffix_of(name) in SUFFIXES else suffix_of(name)
+                    suffix = suffix_of(name)
+                    kind = "pictures" if suffix in SUFFIXES else suffix
                     self.files[kind].append(name if below == "." else f"{below}/{name}")
-        self.pictures = self.files["picture"]
+        self.pictures = self.files["pictures"]
 
     @functools.cached_property
-    def by_stem(self) -> dict[str, list[str]]:
-        """Pictures and XML files, each by its name without folder and suffix; some tools name the latter a.jpg.xml."""
+    def by_stem(self) -> dict[tuple[str, str], list[str]]:
+        """Pictures and XML files by their kind and their name without folder and suffix."""
         found = defaultdict(list)
-        for path in (*self.pictures, *self.files[".xml"]):
-            found[stem(basename(bare(path)))].append(path)
+        for kind in ("pictures", ".xml"):
+            for path in self.files[kind]:
+                found[kind, basename(bare(path))].append(path)
         return found
 
-    def find(self, name: str, xml: bool = False, beside: str = "") -> str | None:
-        """The picture (or the XML file) of this name, with or without folders and suffix; None if there is none.
+    def find(self, name: str, beside: str = "", kind: str = "pictures") -> str | None:
+        """The picture (or the XML file) that a label file means by `name`: a path, perhaps without folders or suffix.
 
-        Of several pictures, the one that the annotation `beside` names, then the one whose folders have most in common
-        with it, then no mask, then a JPEG. None if that does not tell.
+        Leading folders of `name` that are not here are ignored, but only an absolute path, which comes from another
+        machine, may lose them all. Of several files the one that fits the label file `beside` best; None if that does
+        not tell.
         """
-        wanted = stem(name)
-        candidates = [
-            path
-            for path in self.by_stem.get(basename(wanted), ())
-            if (suffix_of(path) == ".xml") == xml and f"/{bare(path)}".endswith(f"/{wanted}")
-        ]
-        if len(candidates) < 2:
-            return candidates[0] if candidates else None
-        filename = labels.picture_name(self.root / beside) if beside.endswith(".xml") else ""
+        candidates = self.by_stem.get((kind, basename(stem(name))), [])
+        parts = stem(name).split("/")
+        least = 1 if len(parts) == 1 or re.match(r"/|[A-Za-z]:", name) else 2
+        for start in range(len(parts) - least + 1):
+            end = "/" + "/".join(parts[start:])
+            if fitting := [path for path in candidates if f"{self.root}/{bare(path)}".endswith(end)]:
+                break
+        else:
+            return None
+        if len(fitting) == 1:
+            return fitting[0]
+        filename = labels.picture_name(self.root / beside) if suffix_of(beside) == ".xml" else ""
 
         def unlike(path: str) -> tuple:
-            folders, suffix = path.split("/")[:-1], suffix_of(path)
-            shared = Counter(folders) & Counter(beside.split("/")[:-1])
+            folders, suffix = dirname(path), suffix_of(path)
             return (
-                not f"/{path}".endswith(f"/{name}"),
+                basename(path) != basename(name),
                 basename(path) != filename,
-                -shared.total(),
-                not MASKS.isdisjoint(folder.lower() for folder in folders),
-                len(folders),
-                SUFFIXES.index(suffix) if suffix in SUFFIXES else 0,
+                split_of(folders) != split_of(beside),
+                -len(_words(folders) & _words(beside)),
+                not MASKS.isdisjoint(folders.lower().split("/")),
+                path.count("/"),
+                SUFFIXES.index(suffix) if suffix in SUFFIXES else 0,  # first of all a JPEG
             )
 
-        best, second = sorted(candidates, key=unlike)[:2]
+        best, second = sorted(fitting, key=unlike)[:2]
         return best if unlike(best) < unlike(second) else None
 
-    def tail(self, name: str) -> str:
-        """Of a path on another machine, the longest end that is a picture here; `name` if none is."""
-        parts = name.split("/")
-        # Without its folders, only a path that certainly comes from elsewhere is looked for.
-        foreign = re.match(r"/|[A-Za-z]:", name) is not None
-        ends = ("/".join(parts[start:]) for start in range(len(parts) - (not foreign)))
-        return next((end for end in ends if self.find(end)), name)
+
+def _words(path: str) -> set[str]:
+    return set(re.findall(r"[a-z]+|\d+", path.lower()))
 
 
 def bare(path: str) -> str:
-    """The path of a picture or an XML file without its suffix."""
+    """The path of a picture or an XML file without its suffix; some tools name the latter a.jpg.xml."""
     return stem(path[:-4] if suffix_of(path) == ".xml" else path)
 
 
@@ -131,13 +134,13 @@ def find_layout(data: DataConfig, split: str, faults: Faults) -> tuple[Found, li
     found = _recognise(root, data, faults)
     train, test, left_out = _divide(found, data)
     if not train and (split == "train" or not test):
-        items = _few(sorted(item for group in found.groups.values() for item in group))
+        items = _few(sorted(found.split_of))
         raise UserError(f"{root}: {found.what}: which is the training data? Found {items} (data.train_sets)")
     notes = [f"{root}: {found.what}; training data: {_few(train)}; test data: {_few(test)}"]
     if left_out:
         notes.append(f"{root}: neither trains nor tests: {_few(left_out)}")
     faults.notes[:0] = notes
-    return found, found.parts(test if split == "test" and test else train, split), not test
+    return found, found.parts(test if split == "test" and test else train), not test
 
 
 def _few(names: Sequence[str]) -> str:
@@ -152,16 +155,9 @@ def _recognise(root: Path, data: DataConfig, faults: Faults) -> Found:
     for kind, way in ways:
         if data.dataset_type in ("auto", kind) and (found := way(tree, data, faults)):
             return found
-    expected = {
-        "voc": "VOC (ImageSets/Main/*.txt, or an XML file for each picture)",
-        "coco": "COCO (a JSON file with images, annotations and categories)",
-        "yolo": "YOLO (data.yaml, or classes.txt and a text file for each picture)",
-    }
-    wanted = expected.get(data.dataset_type, ", ".join(expected.values()))
-    kinds = Counter({kind: len(names) for kind, names in tree.files.items() if names}).most_common(6)
-    called = {"": "files without suffix", "picture": "pictures"}
-    there = ", ".join(f"{called.get(kind, kind)}: {count}" for kind, count in kinds)
-    raise UserError(f"{root}: expected {wanted}; found {there or 'nothing'} (data.root, data.dataset_type)")
+    kinds = Counter({kind or "without suffix": len(names) for kind, names in tree.files.items() if names})
+    there = ", ".join(f"{kind}: {count}" for kind, count in kinds.most_common(6)) or "nothing"
+    raise UserError(f"{root}: expected {EXPECTED}; found {there} (data.root; data.dataset_type={data.dataset_type})")
 
 
 def _divide(found: Found, data: DataConfig) -> tuple[list[str], list[str], list[str]]:
@@ -170,27 +166,27 @@ def _divide(found: Found, data: DataConfig) -> tuple[list[str], list[str], list[
     Where there is test data, the validation data trains as well, as in VOC's trainval: the search takes its own part
     of the training data. Else it is the test data.
     """
-    group_of = {item: split for split, items in found.groups.items() for item in items}
-    named: dict[str, list[str]] = {"train": [], "test": []}
-    for split in named:
-        key = {"voc": f"{split}_sets", "coco": f"{split}_annotations"}.get(found.kind)
-        values = getattr(data, key) if key else []
+    named: dict[str, list[str]] = {}
+    for split in ("train", "test"):
+        key = {"voc": f"{split}_sets", "coco": f"{split}_annotations"}.get(found.kind, "")
+        values = getattr(data, key, [])
         named[split] = [values] if values and isinstance(values, str) else list(values)
         for name in named[split]:
-            if name not in group_of:
-                raise UserError(f"data.{key}: '{name}' is not there{did_you_mean(name, group_of)}")
+            if name not in found.split_of:
+                raise UserError(f"data.{key}: '{name}' is not there{did_you_mean(name, found.split_of)}")
+    free = defaultdict(list)
+    for item, split in found.split_of.items():
+        if item not in named["train"] + named["test"]:
+            free[split].append(item)
 
-    def free(split: str) -> list[str]:
-        return [item for item in found.groups.get(split, ()) if item not in (*named["train"], *named["test"])]
-
-    train, val, both = free("train") or free(""), free("val"), free("trainval")
+    train, val, both = free["train"] or free[""], free["val"], free["trainval"]
     # Validation data that is a part of what trains cannot test.
-    overlaps = any(group_of[name] == "trainval" for name in named["train"])
-    tests = named["test"] or free("test") or (val if (train or named["train"]) and not overlaps else [])
-    tests_val = any(group_of[name] == "val" for name in tests)
+    overlaps = any(found.split_of[name] == "trainval" for name in named["train"])
+    tests = named["test"] or free["test"] or (val if (train or named["train"]) and not overlaps else [])
+    tests_val = any(found.split_of[name] == "val" for name in tests)
     chosen = named["train"] or (train if tests_val else []) or both or train + val
     covered = {*chosen, *tests, *(train + val if set(chosen) & set(both) else [])}  # VOC's trainval is train and val
-    left_out = [item for item, split in group_of.items() if item not in covered and split != ONE_OF_MANY]
+    left_out = [item for item, split in found.split_of.items() if item not in covered and split != ONE_OF_MANY]
     return chosen, tests, left_out
 
 
@@ -199,48 +195,50 @@ def _divide(found: Found, data: DataConfig) -> tuple[list[str], list[str], list[
 
 def _voc_lists(tree: Tree, data: DataConfig, faults: Faults) -> Found | None:
     """Image sets of a VOCdevkit ("VOC2007/trainval") or a bare folder ("trainval")."""
-    sets: list[str] = []
+    file_of: dict[str, str] = {}
     for place in ("ImageSets/Main/", "ImageSets/"):  # some tools leave Main out
-        found = [name for name in tree.files[".txt"] if re.fullmatch(rf"([^/]+/){{0,2}}{place}[^/]+\.txt", name)]
-        sets = sets or [name[: -len(".txt")].replace(place, "") for name in found]
-    groups = defaultdict(list)
-    for name in sets:
-        # A single set trains, whatever it is called.
-        groups[SPLIT_OF.get(basename(name).lower(), ONE_OF_MANY if len(sets) > 1 else "train")].append(name)
+        found = [path for path in tree.files[".txt"] if re.fullmatch(rf"([^/]+/){{0,2}}{place}[^/]+\.txt", path)]
+        file_of = file_of or {path[: -len(".txt")].replace(place, ""): path for path in found}
+    # A single set trains, whatever it is called.
+    unknown = ONE_OF_MANY if len(file_of) > 1 else "train"
+    splits = {name: SPLIT_OF.get(basename(name).lower(), unknown) for name in file_of}
 
-    def pairs(chosen: list[str], _: str) -> list[Pair]:
-        return [pair for name in chosen for pair in voc_pairs(tree.root, name, faults)]
+    def pairs(chosen: list[str]) -> list[Pair]:
+        return [pair for name in chosen for pair in voc_pairs(tree.root / file_of[name], faults)]
 
-    return Found("voc", "VOC", groups, pairs) if sets else None
+    return Found("voc", "VOC", splits, pairs) if splits else None
 
 
-def voc_pairs(root: Path, set_name: str, faults: Faults) -> list[Pair]:
+def voc_pairs(file: Path, faults: Faults) -> list[Pair]:
     """The pictures of an image set, each once.
 
     The sets of one class have a second column, -1, 0 or 1: whether the picture shows it. It selects nothing, since a
     picture without the class belongs to the set too, and the annotations say what a picture shows.
     """
-    folder = root / dirname(set_name)
-    file = folder / "ImageSets" / "Main" / f"{basename(set_name)}.txt"
-    file = file if exists(file) else folder / "ImageSets" / file.name
-    tree, lines = Tree(folder), [slashes(line) for line in labels.read_lines(file)]
+    folder = next(place.parent for place in file.parents if place.name == "ImageSets")
+    tree = Tree(folder)
+    lines = labels.read_lines(file)
     if not lines:
         faults.add("picture", "empty image set", f"{file}: the image set is empty")
-    columns = [LABEL_COLUMN.fullmatch(line) for line in lines]
-    if all(columns) and not all(tree.find(line) for line in lines):
-        lines = [column[1] for column in columns]
     pairs: dict[str, Pair] = {}  # a picture that is listed twice counts once
-    for line in map(tree.tail, lines):
-        name, picture = stem(line), tree.find(line, beside="JPEGImages/")
+    for line in map(slashes, lines):
+        name, picture = line, tree.find(line, "JPEGImages/")
         if picture is None:
-            text = f"{folder / 'JPEGImages' / name}.jpg: no such image, but {set_name} lists it"
+            name = LABEL_COLUMN.sub("", line)
+            picture = tree.find(name, "JPEGImages/")
+        if picture is None:
+            text = f"{folder / 'JPEGImages' / stem(name)}.jpg: no such image, but {file.name} lists it"
             faults.add("picture", "missing", text)
             continue
-        if stem(picture) == name:  # the list names the folder of the pictures as well
-            name = name.split("/", 1)[-1]
-        xml = tree.find(name, xml=True, beside="Annotations/")
-        picture = tree.find(line, beside=xml or "JPEGImages/") or picture
-        pairs.setdefault(picture, Pair(name, str(folder / picture), folder / (xml or f"Annotations/{name}.xml")))
+        # The id is what is listed, without the folder of the pictures and without folders of another machine.
+        image_id = stem(name)
+        while "/" in image_id and not stem(picture).endswith(f"/{image_id}"):
+            image_id = image_id.partition("/")[2]
+        xml = tree.find(image_id, "Annotations/", ".xml")
+        if xml:  # it knows better which picture is its own
+            picture = tree.find(name, xml) or picture
+        label = folder / (xml or f"Annotations/{image_id}.xml")
+        pairs.setdefault(picture, Pair(image_id, str(folder / picture), label))
     return list(pairs.values())
 
 
@@ -248,50 +246,47 @@ def _voc_files(tree: Tree, data: DataConfig, faults: Faults) -> Found | None:
     picture_of = {}
     for xml in tree.files[".xml"]:
         name = basename(xml)[: -len(".xml")]
-        picture = tree.find(name, beside=xml)
-        picture_of[xml] = picture or tree.find(labels.picture_name(tree.root / xml) or name, beside=xml)
+        picture_of[xml] = tree.find(name, xml) or tree.find(labels.picture_name(tree.root / xml) or name, xml)
     if not any(picture_of.values()):
         return None
-    groups = defaultdict(list)
-    for xml, picture in picture_of.items():
-        groups[split_of(dirname(xml), dirname(picture or ""))].append(xml)
+    splits = {xml: split_of(dirname(xml), dirname(picture or "")) for xml, picture in picture_of.items()}
 
-    def pairs(chosen: list[str], _: str) -> list[Pair]:
+    def pairs(chosen: list[str]) -> list[Pair]:
+        found = []
         for xml in chosen:
-            if not picture_of[xml]:
+            if picture := picture_of[xml]:
+                found.append(Pair(stem(basename(picture)), str(tree.root / picture), tree.root / xml))
+            else:
                 faults.add("picture", "missing", f"{tree.root / xml}: the picture that it belongs to is not there")
-        found = ((picture_of[xml], tree.root / xml) for xml in chosen if picture_of[xml])
-        return [Pair(stem(basename(picture)), str(tree.root / picture), xml) for picture, xml in found]
+        return found
 
-    others = set(tree.pictures) - set(picture_of.values())
-    rest = sum(MASKS.isdisjoint(name.lower().split("/")) for name in others)
-    if rest:
+    if rest := sum((".xml", name) not in tree.by_stem for kind, name in tree.by_stem if kind == "pictures"):
         faults.notes.append(f"{tree.root}: {rest} pictures have no XML file, so they were not annotated: left out")
-    return Found("voc", "VOC, an XML file for each picture", groups, pairs)
+    return Found("voc", "VOC, an XML file for each picture", splits, pairs)
 
 
 # COCO.
 
 
 def _coco(tree: Tree, data: DataConfig, faults: Faults) -> Found | None:
-    groups = defaultdict(list)
+    splits = {}
     for path in tree.files[".json"]:
         if not NOT_INSTANCES.search(basename(path)) and labels.is_coco(tree.root / path):
-            groups[split_of(path)].append(path)
+            splits[path] = split_of(path)
     named = {"train": data.train_annotations, "test": data.test_annotations}
-    for split, key in named.items():
-        if key and exists(tree.root / key) and not any(key in names for names in groups.values()):
-            groups[split].append(key)
-    for split, names in groups.items():
+    for split, path in named.items():
+        if path and exists(tree.root / path):
+            splits.setdefault(path, split)
+    for split in dict.fromkeys(splits.values()):
+        files = [path for path in splits if splits[path] == split]
         which = "test" if split == "test" else "train"
-        if len(names) > 1 and not named[which] and (split or not groups.get("train")):
-            raise UserError(f"{tree.root}: several COCO files, {_few(names)}: data.{which}_annotations names the one")
+        if len(files) > 1 and not named[which] and (split or "train" not in splits.values()):
+            raise UserError(f"{tree.root}: several COCO files, {_few(files)}: data.{which}_annotations names the one")
 
-    def parts(chosen: list[str], split: str) -> list[tuple[Path, Path | None]]:
-        folder = data.train_images if split == "train" else data.test_images
-        return [(tree.root / name, tree.root / folder if folder else None) for name in chosen]
+    def parts(chosen: list[str]) -> list[Path]:
+        return [tree.root / path for path in chosen]
 
-    return Found("coco", "COCO", groups, parts) if groups or any(named.values()) else None
+    return Found("coco", "COCO", splits, parts) if splits or any(named.values()) else None
 
 
 # YOLO.
@@ -300,19 +295,19 @@ def _coco(tree: Tree, data: DataConfig, faults: Faults) -> Found | None:
 def _yolo_yaml(tree: Tree, data: DataConfig, faults: Faults) -> Found | None:
     for path in (name for name in tree.files[".yaml"] + tree.files[".yml"] if name.count("/") < 2):
         try:
-            names, base, groups = labels.read_yolo_yaml(tree.root / path)
+            names, places = labels.read_yolo_yaml(tree.root / path)
         except UserError:
             if data.dataset_type == "yolo" or path == "data.yaml":
                 raise
             continue
-        if groups["train"] or groups["val"]:
-            return _yolo_lists(tree, path, names, base, groups, faults)
+        if places["train"] or places["val"]:
+            return _yolo(tree, path, names, places, faults)
     return None
 
 
 def _yolo_files(tree: Tree, data: DataConfig, faults: Faults) -> Found | None:
     texts = tree.files[".txt"]
-    files = [name for name in texts if basename(name) == "classes.txt"] + tree.files[".names"] + tree.files[".labels"]
+    files = [name for name in texts if basename(name) == "classes.txt"] + tree.files[".names"]
     labelled = texts and any(labels.yolo_label(str(tree.root / name)) for name in tree.pictures)
     if not labelled or not (files or data.classes or any("labels" in name.split("/") for name in texts)):
         return None
@@ -321,63 +316,54 @@ def _yolo_files(tree: Tree, data: DataConfig, faults: Faults) -> Found | None:
     source = files[0] if files else ""
     classes = labels.read_text(tree.root / source).rstrip().splitlines() if files else data.classes
     names = labels.plain_names(tree.root / source, dict(enumerate(classes)))
-    lists = {SPLIT_OF[name[:-4]]: [name] for name in texts if name[:-4] in SPLIT_OF}
-    if lists.get("train"):
-        return _yolo_lists(tree, source, names, "", lists, faults)
-    groups = defaultdict(list)
-    for path in tree.pictures:
-        groups[split_of(dirname(path))].append(path)
-
-    def pairs(chosen: list[str], _: str) -> list[Pair]:
-        return _yolo_pairs(tree.root, [str(tree.root / path) for path in chosen])
-
-    return Found("yolo", "YOLO, a text file for each picture", groups, pairs, names)
+    # Lists by their usual names, as darknet's, or all pictures by the names of their folders.
+    places = {SPLIT_OF[name[:-4]]: [name] for name in texts if name[:-4] in SPLIT_OF}
+    if "train" not in places:
+        places = defaultdict(list)
+        for path in tree.pictures:
+            places[split_of(dirname(path))].append(path)
+    return _yolo(tree, source, names, places, faults)
 
 
-def _yolo_lists(
-    tree: Tree, source: str, names: dict[int, str], base: str, groups: dict[str, list[str]], faults: Faults
-) -> Found:
-    """What data.yaml names: folders, or text files that list pictures."""
+def _yolo(tree: Tree, source: str, names: dict[int, str], places: Mapping[str, list[str]], faults: Faults) -> Found:
+    """`places`, by split, are folders, text files that list pictures, or pictures."""
     file = tree.root / source
-    bases = [file.parent / base, file.parent, tree.root / base, tree.root.parent / base]
-    for split, values in groups.items():
-        for value in list(values):
-            problem = "no folder or list" if _locate(bases, value) is None else ""
-            if split == "train" and problem:
-                raise UserError(f"{file}: train: {problem} '{value}' here")
-            if split != "train" and value in groups["train"]:
-                problem = "not test data, since it is the training data:"
-            if problem:
-                values.remove(value)
-                faults.notes.append(f"{file}: {split}: {problem} '{value}'")
+    bases = [file.parent, tree.root]
+    splits: dict[str, str] = {}
+    for split, values in places.items():
+        for value in values:
+            if _locate(bases, value) is None:
+                if split == "train":
+                    raise UserError(f"{file}: train: no folder or list '{value}' here")
+                faults.notes.append(f"{file}: {split}: no folder or list '{value}'")
+            elif split != "train" and splits.get(value) == "train":
+                faults.notes.append(f"{file}: {split}: not test data, since it is the training data: '{value}'")
+            else:
+                splits[value] = split
 
-    def pairs(chosen: list[str], _: str) -> list[Pair]:
+    def pairs(chosen: list[str]) -> list[Pair]:
         pictures: dict[str, None] = {}  # each once, in order
         for place in (_locate(bases, value) for value in chosen):
             if place.is_dir():
-                pictures |= {str(place / name): None for name in Tree(place).pictures}
-                continue
-            for line in map(slashes, labels.read_lines(place)):
-                pictures[str(_locate([place.parent, *bases], line) or place.parent / line)] = None
-        return _yolo_pairs(tree.root, list(pictures))
+                pictures |= dict.fromkeys(str(place / name) for name in Tree(place).pictures)
+            elif suffix_of(place.name) in SUFFIXES:
+                pictures[str(place)] = None
+            else:
+                for line in map(slashes, labels.read_lines(place)):
+                    pictures[str(_locate([place.parent, *bases], line) or place.parent / line)] = None
+        found = [Pair(stem(basename(name)), name, labels.yolo_label(name)) for name in pictures]
+        if found and not any(pair.label for pair in found):
+            where = "in a folder labels/ beside images/ or next to it"
+            raise UserError(f"{file}: none of {len(found)} pictures has a label file, {found[0].name}.txt, {where}")
+        return found
 
-    return Found("yolo", f"YOLO, {source or 'lists'}", groups, pairs, names)
+    return Found("yolo", f"YOLO, {source or 'a text file for each picture'}", splits, pairs, names)
 
 
 def _locate(bases: Sequence[Path], value: str) -> Path | None:
     """The file or folder that a path of data.yaml means: as it is, or where its leading folders are not here."""
-    for base in bases:
-        if exists(base / value):
-            return base / value
-    parts = [part for part in value.split("/") if part not in ("", "..", ".")]
+    parts = value.split("/")
     # Not down to the bare name of a picture or of images/, which may be another one.
-    ends = ["/".join(parts[start:]) for start in range(len(parts)) if start < len(parts) - 1 or split_of(parts[-1])]
-    return next((base / end for end in ends or parts for base in bases if exists(base / end)), None)
-
-
-def _yolo_pairs(root: Path, pictures: list[str]) -> list[Pair]:
-    pairs = [Pair(stem(basename(name)), name, labels.yolo_label(name)) for name in pictures]
-    if pairs and not any(pair.label for pair in pairs):
-        where = "in a folder labels/ beside images/ or next to it"
-        raise UserError(f"{root}: none of {len(pairs)} pictures has a label file, {pairs[0].name}.txt, {where}")
-    return pairs
+    starts = [i for i in range(1, len(parts)) if i < len(parts) - 1 or split_of(parts[i])]
+    ends = [value, *("/".join(parts[start:]) for start in starts)]
+    return next((base / end for end in ends for base in bases if exists(base / end)), None)

@@ -170,8 +170,8 @@ def describe(kind: Any) -> str:
             return f"{describe(base)} of at least {bounds.low:g}"
         below = "below " if 0 < 1 - bounds.high < 1e-9 else ""
         return f"{describe(base)} from {bounds.low:.7g} to {below}{bounds.high:.7g}"
-    if kind in NAMES:
-        return NAMES[kind]
+    if (plain := typing.get_origin(kind) or kind) in NAMES:
+        return NAMES[plain]
     if typing.get_origin(kind) is Literal:
         return " or ".join(repr(option) for option in typing.get_args(kind))
     return " or ".join(describe(option) for option in typing.get_args(kind)) or kind.__name__

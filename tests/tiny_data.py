@@ -71,14 +71,14 @@ def read_voc(
 ) -> Annotations:
     """Annotations of some VOC image sets; `options` are those of Faults."""
     faults = Faults(*options, **more)
-    pairs = [pair for name in sets for pair in voc_pairs(root, name, faults)]
+    pairs = [pair for name in sets for pair in voc_pairs(root / f"ImageSets/Main/{name}.txt", faults)]
     return assemble(read_pairs(pairs, faults), root, classes, faults)
 
 
 def read_coco(path: Path, folder: Path, classes: Sequence[str] = (), *options: object) -> Annotations:
     """Annotations of a COCO file whose pictures are in `folder`; `options` are those of Faults."""
     faults = Faults(*options)
-    return assemble(read_coco_files(path, [(path, folder)], faults), path, classes, faults)
+    return assemble(read_coco_files(folder, [path], faults), path, classes, faults)
 
 
 def read_label(root: Path, pair: Pair, names: dict[int, str] | None = None, on_error: str = "raise") -> Annotations:
