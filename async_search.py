@@ -38,10 +38,10 @@ from lib.errors import UserError
 from lib.genotype import Genotype, read_genotype_files
 from lib.latency import measure_table
 from lib.ledger import Ledger
-from lib.log import duration, progress, say
+from lib.log import Throttle, duration, progress, say
 from lib.plan import scoring_seconds
 from lib.ray_dispatcher import pick_dispatcher
-from lib.report import Throttle, cost_text, write_results
+from lib.report import cost_text, write_results
 from lib.runtime import Stopped, StopRequest, pick_device, run
 from lib.scoring import prepare_scoring_data, save_scoring_data, scoring_worker
 from lib.search import Identity, Job, Search

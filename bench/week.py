@@ -150,7 +150,8 @@ def simulate(folder: str, evaluations: int, workers: int, kill_every: int, last:
     from lib.controllers import RandomSearch
     from lib.genotype import BlockChoices, SearchSpace, StageChoices
     from lib.ledger import Ledger
-    from lib.report import Throttle, write_results
+    from lib.log import Throttle
+    from lib.report import write_results
     from lib.runtime import StopRequest
     from lib.search import Identity, Search
 

@@ -45,8 +45,7 @@ def load_annotations(data: DataConfig, split: Literal["train", "test"]) -> Annot
     """
     root = Path(data.root)
     if data.dataset_type == "shapes":
-        with distributed.in_turns():
-            write_shapes(root, data.shapes_train, data.shapes_test)
+        write_shapes(root, data.shapes_train, data.shapes_test)
         # A small set may not show all classes.
         return load_annotations(replace(data, dataset_type="voc", classes=data.classes or list(CLASSES)), split)
     faults = Faults(data.on_error, data.max_skipped)

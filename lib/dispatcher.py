@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import ctypes
 import math
 import multiprocessing
 import os
 import pickle
-import queue
 import signal
 import threading
 import time
@@ -28,12 +26,11 @@ from typing import Any
 from lib.errors import UserError
 
 ATTEMPTS = 3  # of a job before it is given up, and of a worker to start
-GRACE_SECONDS = 2.0  # how long `close` lets workers exit by themselves
 LONGEST_WAIT = 3600.0  # seconds in one call of the system
 KILL_SECONDS = 10.0  # how long a killed process may take to go, which a hung driver can prevent
 OUT_OF_MEMORY = ", probably for want of memory: try fewer workers (--gpus) or a smaller search.batch_size"
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # by a terminal or a batch system
-EXIT = b""  # the message that ends a worker
+MOST_BYTES = 32 * 1024  # of a job: `MAX_AHEAD` of them fit into a pipe, so that sending one never waits for its worker
 CONTEXT = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
 
 
@@ -117,7 +114,10 @@ class WorkerPool(contextlib.AbstractContextManager):
         """Queue a job. Beyond `free_slots` it waits here until a worker has room."""
         if job_id in self._messages:
             raise ValueError(f"job {job_id!r} is pending already")
-        self._messages[job_id] = pickle.dumps((job_id, payload))
+        message = pickle.dumps((job_id, payload))
+        if len(message) > MOST_BYTES:
+            raise ValueError(f"job {job_id!r} has {len(message)} bytes: expected at most {MOST_BYTES}")
+        self._messages[job_id] = message
         self._waiting.append(job_id)
         self._hand_out()
 
@@ -144,7 +144,7 @@ class WorkerPool(contextlib.AbstractContextManager):
         return done
 
     def close(self) -> None:
-        """End all workers within seconds, whatever they do. Pending jobs are lost."""
+        """End all workers at once, whatever they do. Pending jobs are lost."""
         for worker in self._workers:
             self._kill(worker)
         self._workers = []
@@ -258,13 +258,9 @@ def die_with_parent() -> None:
 
     A forked child inherits its parent's sockets. While it lives, the parent's peers cannot see that the parent is gone.
     """
-    parent = multiprocessing.parent_process()
-    if os.getppid() == parent.pid:  # not so under forkserver, whose server is the parent to Linux
-        with contextlib.suppress(AttributeError, OSError):
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of sys/prctl.h
 
     def watch() -> None:
-        parent.join()
+        multiprocessing.parent_process().join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -305,7 +301,7 @@ class Dispatcher(WorkerPool):
     """A WorkerPool of spawned processes.
 
     A worker exits by itself when this process is gone, and ignores `STOPS`, which this process handles. Workers are
-    daemons: they may not start `multiprocessing` children of their own.
+    daemons: they may not start `multiprocessing` children of their own. Results may be large, jobs up to `MOST_BYTES`.
     """
 
     def _start(self, slot: int) -> _Process:
@@ -343,15 +339,6 @@ class Dispatcher(WorkerPool):
             return f"exit code {code}"
         return f"killed by {signal.Signals(-code).name}{OUT_OF_MEMORY if code == -signal.SIGKILL else ''}"
 
-    def close(self) -> None:
-        # An idle worker exits by itself, with its buffers flushed.
-        for worker in self._workers:
-            self._send(worker, EXIT)
-        deadline = time.monotonic() + GRACE_SECONDS
-        for worker in self._workers:
-            worker.process.join(max(0.0, deadline - time.monotonic()))
-        super().close()
-
 
 @contextlib.contextmanager
 def _settings_for_children(threads: int | None) -> Iterator[None]:
@@ -372,26 +359,17 @@ def _settings_for_children(threads: int | None) -> Iterator[None]:
 
 
 def _worker_main(conn: connection.Connection, setup: Callable, device: str, args: tuple) -> None:
-    """The main function of a worker process: set up, then run jobs until the EXIT message."""
+    """The main function of a worker process: set up, then run one job after the other."""
     die_with_parent()
     # They reach the whole process group, but only the parent knows how to stop.
     for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
-    jobs: queue.SimpleQueue = queue.SimpleQueue()
-
-    def receive_jobs() -> None:
-        with contextlib.suppress(EOFError, OSError):  # the parent is gone
-            while True:
-                jobs.put(conn.recv_bytes())
-        os._exit(1)
-
-    # Jobs are received while the main thread computes, so that the parent never waits.
-    threading.Thread(target=receive_jobs, daemon=True).start()
     function, message = set_up(setup, device, args)
-    conn.send_bytes(message)
-    if function is not None:
-        for job in iter(jobs.get, EXIT):
-            conn.send_bytes(run_job(function, job))
+    with contextlib.suppress(EOFError, OSError):  # the parent is gone
+        conn.send_bytes(message)
+        while function is not None:
+            # The parent sends jobs ahead, which wait in the pipe, so that this worker never waits.
+            conn.send_bytes(run_job(function, conn.recv_bytes()))
 
 
 @dataclass

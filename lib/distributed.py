@@ -198,17 +198,6 @@ def from_main(value: T) -> T:
     return values[0]
 
 
-@contextlib.contextmanager
-def in_turns() -> Iterator[None]:
-    """For work whose files later processes reuse: first the main process, then one on each machine, then the rest."""
-    turn = 0 if world().main else 1 if world().local_rank == 0 else 2
-    for _ in range(turn):
-        any_of(False)  # a barrier
-    yield
-    for _ in range(2 - turn):
-        any_of(False)
-
-
 class _Sum(torch.autograd.Function):
     """The sum over the processes; its gradient is the sum of their gradients."""
 

@@ -21,6 +21,8 @@ from lib.checkpoint import replacing
 from lib.errors import UserError
 from lib.plain import check
 
+SHARE = 0.01  # of the time since the start, at most, is spent on writing results: meanwhile no worker gets a job
+
 
 def progress(items: Iterable | None, description: str, total: int | None = None, initial: int = 0) -> tqdm:
     """A progress bar with rate and remaining time on stderr; a line every 30 seconds if that is not a terminal."""
@@ -113,6 +115,20 @@ def read_log(path: Path) -> list[dict]:
             check({"losses": {}, "networks": {}, **record}, _Line)
             records.append(record)
     return records
+
+
+class Throttle:
+    """Calls `action` where that takes at most `SHARE` of the time since the start."""
+
+    def __init__(self, action: Callable[[], None]):
+        self._action = action
+        self._due = time.monotonic() + 1.0 / SHARE  # loading matplotlib takes about a second
+
+    def __call__(self) -> None:
+        begun = time.monotonic()
+        if begun >= self._due:
+            self._action()
+            self._due = begun + (time.monotonic() - begun) / SHARE
 
 
 def plot_training(log: Path, picture: Path, metric: str, phases: Sequence[int] = ()) -> None:

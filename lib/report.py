@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from html import escape
@@ -26,7 +25,6 @@ from lib.search import Search
 REFRESH_SECONDS = 60  # an open page reloads itself this often while the search runs
 PAUSE_SECONDS = 60.0  # no worker is without a job for this long: a longer gap lies between two runs of the script
 MANY_POINTS = 2000  # more points than this are embedded in a figure as pixels, which keeps the page small
-SHARE = 0.01  # of the time since the start, at most, is spent on writing results: meanwhile no worker gets a job
 COSTS = {  # how a cost is shown: its name, what it is divided by, its unit
     "flops": ("multiply-adds", 1e6, "M"),
     "params": ("parameters", 1e6, "M"),
@@ -38,23 +36,6 @@ def cost_text(metrics: Mapping[str, float], cost: str) -> str:
     """A cost with its unit and name, as in `312.4 M multiply-adds`."""
     name, scale, unit = COSTS[cost]
     return f"{metrics[cost] / scale:.4g} {unit} {name}"
-
-
-class Throttle:
-    """Calls `action` where that takes at most `SHARE` of the time since the start."""
-
-    def __init__(self, action: Callable[[], None]):
-        self._action = action
-        self._start = time.monotonic()
-        self._spent = 0.0  # seconds in all calls
-        self._last = 1.0  # in the last one; before the first, about what loading matplotlib takes
-
-    def __call__(self) -> None:
-        begun = time.monotonic()
-        if self._spent + self._last <= SHARE * (begun - self._start):
-            self._action()
-            self._last = time.monotonic() - begun
-            self._spent += self._last
 
 
 def write_results(search: Search, folder: Path, top: int = 0) -> None:
@@ -249,9 +230,7 @@ def worker_use(records: Sequence[Mapping]) -> tuple[dict[str, list[Mapping]], fl
     by_worker, seconds, end = defaultdict(list), 0.0, -math.inf
     for record in sorted(records, key=lambda r: r["time"] - r["seconds"]):
         start = record["time"] - record["seconds"]
-        if start - end > PAUSE_SECONDS:
-            end = start
-        seconds += max(record["time"] - end, 0.0)
+        seconds += max(record["time"] - (start if start - end > PAUSE_SECONDS else end), 0.0)
         end = max(record["time"], end)
         by_worker[record["worker"]].append(record)
     return dict(sorted(by_worker.items())), seconds

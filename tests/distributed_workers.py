@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -197,9 +196,6 @@ def messages() -> dict:
     distributed.average_gradients(net.parameters())
     distributed.copy_from_main(net)
     distributed.BUCKET = 2**23
-    with distributed.in_turns():
-        time.sleep(0.2 if rank == 0 else 0)
-        left = time.monotonic()
     return {
         "gradients": [p.grad for p in net.parameters()],
         "copied": [p.detach().unique().tolist() for p in net.parameters()],
@@ -210,7 +206,6 @@ def messages() -> dict:
         "mean": distributed.mean_of({"a": 1.0 + rank, "b": 4.0 * rank}),
         "any": [distributed.any_of(flag) for flag in (False, rank == 1, True)],
         "normalizers": distributed.normalizer(torch.tensor([3 * rank, 0])).tolist(),
-        "left": left,
         "sorted": sort_channels(),
     }
 
