@@ -244,8 +244,10 @@ def refuse_to_overwrite(product: Path, args: argparse.Namespace) -> None:
 @contextlib.contextmanager
 def claim(product: Path, args: argparse.Namespace) -> Iterator[None]:
     """Be the only process that writes to a run's folder, which holds no other run's `product` unless it is resumed."""
+    refuse_to_overwrite(product, args)  # before the lock, which would change the folder
     with contextlib.nullcontext() if args.dry_run else checkpoint.lock_folder(product.parent):
-        refuse_to_overwrite(product, args)
+        if not args.dry_run:
+            refuse_to_overwrite(product, args)  # another process may have written it in between
         yield
 
 
