@@ -111,7 +111,7 @@ class Content(NamedTuple):
 
 
 def read_pairs(pairs: Iterable[Pair], faults: Faults, yolo_names: dict[int, str] | None = None) -> Content:
-    """The content of pictures that have a label file each: VOC's, or with `yolo_names`, the classes, YOLO's."""
+    """The content of pictures with a label file each: VOC's, or with `yolo_names`, the classes by number, YOLO's."""
     pictures: list[Picture] = []
     found: list[tuple] = []  # of OBJECT
     number_of: dict[str, int] = {}
@@ -153,7 +153,7 @@ def read_coco(folder: Path, files: Sequence[Path], faults: Faults) -> Content:
             ("image", "images", coco.image_ids, place_of),
             ("label", "categories", coco.category_ids, number_of),
         ):
-            numbers = coco.objects[column].astype(np.int64)
+            numbers = coco.objects[column]
             for number, count in enumerate(np.bincount(numbers).tolist()):
                 if count and ids[number] not in known:
                     text = f"{path}: not among its {what}: {shown(ids[number])}, which {count} annotations name"
@@ -165,7 +165,7 @@ def read_coco(folder: Path, files: Sequence[Path], faults: Faults) -> Content:
 
 def _coco_pictures(path: Path, tree: Tree, images: dict, pictures: list[Picture], faults: Faults) -> dict:
     """Append the images whose pictures exist. The place of each COCO image id in `pictures`, -1 if it was left out."""
-    beside = os.path.relpath(path, tree.root)
+    folder, beside = str(tree.root), os.path.relpath(path, tree.root)
     files = {own_id: tree.find(name, beside) for own_id, (name, _) in images.items()}
     if not any(files.values()):
         # The names have folders that are not here.
@@ -173,7 +173,7 @@ def _coco_pictures(path: Path, tree: Tree, images: dict, pictures: list[Picture]
     place_of = dict.fromkeys(images, -1)
     used = set()
     for own_id, (name, size) in images.items():
-        picture = f"{tree.root}/{files[own_id] or name}"
+        picture = f"{folder}/{files[own_id] or name}"
         try:
             if files[own_id] is None or picture in used:
                 raise UserError(f"{picture}: no such image (or listed twice), but {path} lists it")
@@ -203,10 +203,10 @@ def assemble(
     pictures, objects, names = content.pictures, content.objects, content.names
     classes = tuple(classes) or tuple(content.classes)
     label_of = {name: label for label, name in enumerate(classes, start=1)}
-    labels = np.array([label_of.get(name, 0) for name in names], dtype=np.int64)[objects["label"].astype(np.int64)]
+    labels = np.array([label_of.get(name, 0) for name in names], dtype=np.int64)[objects["label"]]
     for number in np.unique(objects["label"][labels == 0]):
         rows = np.flatnonzero(objects["label"] == number)
-        source, name = pictures[int(objects["image"][rows[0]])].source, names[int(number)]
+        source, name = pictures[objects["image"][rows[0]]].source, names[number]
         more = f" ({len(rows)} objects)" if len(rows) > 1 else ""
         text = f"{source}: unknown class '{name}'{did_you_mean(name, classes)}{more}"
         faults.add("object", "of an unknown class", text, len(rows))
@@ -223,9 +223,8 @@ def assemble(
         if kept == (len(ids) if split == "train" else 0):
             share = f"data.test_portion={test_portion:g} of {len(ids)} images is {kept}"
             raise UserError(f"{root}: no test data here, and {share}")
-        notes.append(
-            f"{root}: {kept} of {len(ids)} images are kept for the test (data.test_portion), whatever the seed"
-        )
+        share = f"{kept} of {len(ids)} images"
+        notes.append(f"{root}: {share} are kept for the test (data.test_portion), whatever the seed")
         # By the ids alone: with another seed, in another stage or for another network, it is the same test set, so no
         # score rests on pictures that something has been trained on.
         held_out = {ids[i] for i in ranked(ids, "test")[:kept]}
@@ -236,7 +235,7 @@ def assemble(
     # Objects follow the order of the images; those of one image keep theirs.
     place_of = np.full(len(content.pictures), -1)
     place_of[order] = np.arange(len(order))
-    owner = place_of[objects["image"].astype(np.int64)]
+    owner = place_of[objects["image"]]
     rows = np.argsort(owner, kind="stable")
     rows = rows[(owner[rows] >= 0) & (labels[rows] > 0)]
     owner, objects, labels = owner[rows], objects[rows], labels[rows]

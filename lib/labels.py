@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -15,7 +16,7 @@ import posixpath
 import re
 import struct
 import xml.etree.ElementTree as ElementTree
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,9 +39,10 @@ FARTHEST = 10.0 * LARGEST_SIDE  # a corner beyond this is a mistake as well
 SPLIT_OF = {"train": "train", "training": "train", "default": "train", "trainval": "trainval"}
 SPLIT_OF |= {"val": "val", "valid": "val", "validation": "val", "test": "test", "testing": "test"}
 
-# One object while a file is read, eight float64: numbers of its picture and its class, a box in continuous pixels from
-# 0, whether the object is ignored, and its area, NaN if the file gives none.
-OBJECT = np.dtype([("image", "f8"), ("label", "f8"), ("box_xyxy", "f8", 4), ("ignore", "f8"), ("area", "f8")])
+# One object while a file is read: numbers of its picture and its class, a box in continuous pixels from 0, whether the
+# object is ignored, and its area, NaN if the file gives none.
+OBJECT = np.dtype([("image", "i8"), ("label", "i8"), ("box_xyxy", "f8", 4), ("ignore", "f8"), ("area", "f8")])
+PACK_OBJECT = struct.Struct("2q6d").pack
 
 
 class Faults:
@@ -223,27 +225,22 @@ _TAKEN = object()  # in the document: an annotation whose numbers were taken
 
 def read_coco_json(path: Path, faults: Faults) -> CocoFile:
     """A COCO instances file. (pycocotools' own reader keeps each annotation as a dict and names no file.)"""
-    # An annotation becomes eight numbers as soon as it is parsed: as Python objects, those of COCO take gigabytes. Ids
-    # are integers of any length or strings, so the numbers are places in these dicts.
-    packed, image_number, category_number = bytearray(), {}, {}
-    pack = struct.Struct("8d").pack
+    # An annotation becomes an OBJECT as soon as it is parsed: as Python objects, those of COCO take gigabytes. Ids are
+    # integers of any length or strings, so the numbers are places in these dicts.
+    packed = bytearray()
+    image_number, category_number = (defaultdict(itertools.count().__next__) for _ in range(2))
 
     def take_numbers(entry: dict) -> Any:
         if "bbox" not in entry:
             return entry
         try:
-            image_id, category_id, area = entry["image_id"], entry["category_id"], entry.get("area")
+            area, crowd = entry.get("area"), entry.get("iscrowd") or 0
+            area = math.nan if area is None else area
+            image, category = image_number[entry["image_id"]], category_number[entry["category_id"]]
             x, y, width, height = entry["bbox"]
-            numbers = pack(
-                image_number.setdefault(image_id, len(image_number)),
-                category_number.setdefault(category_id, len(category_number)),
-                *(x, y, x + width, y + height),
-                entry.get("iscrowd") or 0,
-                math.nan if area is None else area,
-            )
+            packed.extend(PACK_OBJECT(image, category, x, y, x + width, y + height, crowd, area))
         except (KeyError, TypeError, ValueError, OverflowError, struct.error):
             return entry
-        packed.extend(numbers)
         return _TAKEN
 
     try:

@@ -88,6 +88,8 @@ class Tree:
         not tell.
         """
         candidates = self.by_stem.get((kind, basename(stem(name))), [])
+        if len(candidates) == 1 and "/" not in name:
+            return candidates[0]
         parts = stem(name).split("/")
         least = 1 if len(parts) == 1 or re.match(r"/|[A-Za-z]:", name) else 2
         for start in range(len(parts) - least + 1):
