@@ -8,7 +8,7 @@
     python final_train.py --compare                           # does the search pay? others by the same short recipe
     python final_train.py --eval-only                         # the last detector on the test set again
     python final_train.py --eval-only --pycocotools           # with pycocotools' own numbers
-    python final_train.py --predict 'photos/*.jpg' --out drawn
+    python final_train.py --predict 'photos/*.jpg' --out drawn --tiles 2x2
     python final_train.py --export onnx --int8                # detector.onnx, detector_int8.onnx, export.json
 
 Writes best.pt (the detector), last.pt, metrics.json, log.jsonl and curves.png to runs/NAME/final; where it starts from
@@ -21,12 +21,12 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
 
-from lib import checkpoint, cli, distributed, export, inference, plan
+from lib import analysis, checkpoint, cli, distributed, export, inference, plan
 from lib.annotations import Annotations
 from lib.config import Config
 from lib.config_io import to_dict
@@ -49,6 +49,7 @@ from lib.images import find_pictures
 from lib.latency import describe_parts
 from lib.log import duration
 from lib.metrics import to_pixels
+from lib.plain import Bounds, check
 from lib.runtime import pick_device, run, seed_everything
 from lib.training_run import read_previous
 from lib.trials import Recipe, Trials, contestants, shortened, write_comparison
@@ -260,6 +261,8 @@ def evaluate_again(args: argparse.Namespace, device: torch.device) -> None:
         try:
             checkpoint.write_text(written, json.dumps(results) + "\n")
             print(f"detections: {written}")
+            analysis.write_analysis(found, test, metrics, path)
+            print(f"analysis: {path.with_name('analysis.html')}, {path.with_name('analysis.json')}")
         except UserError as error:  # the detector may lie in a folder of somebody else
             print(f"note: {error}")
 
@@ -288,8 +291,10 @@ def export_detector(args: argparse.Namespace) -> None:
 
 def predict(args: argparse.Namespace) -> None:
     """--predict: pictures with what the detector finds in them, and detections.json."""
-    if not 0 <= args.threshold <= 1:
-        raise UserError(f"--threshold {args.threshold}: expected a score from 0 to 1")
+    threshold = None
+    if args.threshold != "auto":
+        threshold = check(args.threshold, Annotated[float, Bounds(0, 1)], "--threshold")
+    inference.tile_places(args.tiles, 1, 1)  # raises if it is none
     path, pictures = trained_detector(args), find_pictures(args.predict)
     own_ids = {}
     if path.suffix != ".onnx":
@@ -301,7 +306,14 @@ def predict(args: argparse.Namespace) -> None:
         raise UserError(f"{path}: an exported file has its settings inside; --cfg, --set and --data work with best.pt")
     else:
         detector = inference.load(path)
-    inference.draw_pictures(detector, inference.plan_jobs(pictures, own_ids), args.out, args.threshold)
+    detector.tiles = args.tiles
+    why = "--threshold"
+    if threshold is None:
+        threshold, why = detector.threshold, f"the best F1 on the test pictures, from {path.name}"
+    if threshold is None:
+        threshold, why = inference.DEFAULT_THRESHOLD, f"the default, since {path.name} knows none with the best F1"
+    print(f"threshold {threshold:.3g}: {why}")
+    inference.draw_pictures(detector, inference.plan_jobs(pictures, own_ids), args.out, threshold)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -364,7 +376,18 @@ def make_parser() -> argparse.ArgumentParser:
         default=Path("drawn"),
         help="folder that --predict writes to (default: drawn)",
     )
-    add("--threshold", type=float, default=0.4, help="--predict draws detections from this score on (default: 0.4)")
+    add(
+        "--threshold",
+        metavar="SCORE",
+        default="auto",
+        help="--predict draws detections from this score on (default: auto, that of the best F1 on the test set)",
+    )
+    add(
+        "--tiles",
+        metavar="TILES",
+        default="1x1",
+        help="--predict searches large pictures in overlapping tiles: 2x2 of them, or 640 pixels a side",
+    )
     return parser
 
 
@@ -374,6 +397,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--dry-run: goes with training and with --compare")
     if args.pycocotools and not args.eval_only:
         raise UserError("--pycocotools: goes with --eval-only")
+    if args.tiles != "1x1" and not args.predict:
+        raise UserError("--tiles: goes with --predict")
     if (args.no_nms or args.int8) and not args.export:
         raise UserError("--no-nms and --int8 go with --export onnx")
     device = pick_device(args.device)

@@ -68,10 +68,10 @@ def export_torchvision(metadata: Metadata, path: Path) -> None:
         weights=None,
         weights_backbone=None,
         num_classes=len(metadata.classes) + 1,
-        score_thresh=rules["confidence_threshold"],
-        nms_thresh=rules["nms_threshold"],
-        topk_candidates=rules["pre_nms_top_k"],
-        detections_per_img=rules["top_k"],
+        score_thresh=rules.confidence_threshold,
+        nms_thresh=rules.nms_threshold,
+        topk_candidates=rules.pre_nms_top_k,
+        detections_per_img=rules.top_k,
     ).eval()
     model.transform.min_size = (size,)
     model.transform.max_size = size

@@ -343,6 +343,7 @@ class DetectorFile(NamedTuple):
     classes: list[str]
     category_ids: list[int | None]  # None: the test set's file lacks the class
     epoch: Annotated[int, Bounds(0)]
+    thresholds: list[Annotated[float, Bounds(0, 1)] | None]
 
 
 class Supernet(NamedTuple):
@@ -364,6 +365,7 @@ class Detector(NamedTuple):
     classes: tuple[str, ...]
     category_ids: tuple[int, ...]
     epoch: int
+    thresholds: Sequence[float | None] = ()  # scores of the best F1 in the test set: over all, then of each class
 
 
 def load_supernet(path: Path, mmap: bool = False) -> Supernet:
@@ -397,7 +399,7 @@ def load_detector(path: Path) -> Detector:
     payload = checkpoint.read(path)
     if "genotype" not in payload:
         raise UserError(f"{path}: not a detector's checkpoint; expected best.pt of final_train.py")
-    found = check(payload, DetectorFile, str(path))
+    found = check({"thresholds": [], **payload}, DetectorFile, str(path))
     with naming(path):
         config = config_io.from_dict(found.config)
         genotype = Genotype.from_dict(found.genotype)
@@ -405,7 +407,7 @@ def load_detector(path: Path) -> Detector:
         check_ids(found.category_ids, found.classes)
     load_weights(model, payload, path)
     classes, category_ids = tuple(found.classes), tuple(found.category_ids)
-    return Detector(model.eval(), config, genotype, classes, category_ids, found.epoch)
+    return Detector(model.eval(), config, genotype, classes, category_ids, found.epoch, found.thresholds)
 
 
 def check_ids(category_ids: Sequence[int | None], classes: Sequence[str]) -> None:

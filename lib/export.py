@@ -146,6 +146,7 @@ def export_graph(detector: Detector, nms: bool = True) -> ModelProto:
         "postprocess": asdict(detector.config.postprocess),
         "boxes": "xyxy, shares of the picture's width and height",
         "epoch": detector.epoch,
+        "thresholds": list(detector.thresholds),
     }
     entries = {key: json.dumps(value) for key, value in metadata.items()}
     onnx.helper.set_model_props(model, {"format": FORMAT, **entries})
@@ -214,8 +215,9 @@ class Metadata(NamedTuple):
     category_ids: list[int | None]
     genotype: dict
     image_size: Annotated[int, Bounds(32, 8192)]
-    postprocess: dict
+    postprocess: PostprocessConfig
     epoch: Annotated[int, Bounds(0)]
+    thresholds: list[Annotated[float, Bounds(0, 1)] | None]
 
 
 def read_metadata(session, path: Path) -> Metadata:
@@ -224,7 +226,7 @@ def read_metadata(session, path: Path) -> Metadata:
     if stored.get("format") != FORMAT:
         raise UserError(f"{path}: not a detector of final_train.py --export (its metadata lacks format {FORMAT})")
     parts = {key: parse_json(stored[key], f"{path}: metadata {key}") for key in Metadata._fields if key in stored}
-    found = check(parts, Metadata, f"{path}: metadata")
+    found = check({"thresholds": [], **parts}, Metadata, f"{path}: metadata")
     with naming(path):
         check_ids(found.category_ids, found.classes)
         Genotype.from_dict(found.genotype)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lib import checkpoint, distributed
+from lib.analysis import best_f1, score_curves
 from lib.annotations import Annotations
 from lib.cli import supernet_checkpoint
 from lib.config import Config
@@ -24,7 +25,7 @@ from lib.genotype import Genotype
 from lib.latency import time_parts
 from lib.log import finite, plot_training, progress, say
 from lib.losses import DetectionLoss, Targets
-from lib.metrics import detection_metrics
+from lib.metrics import Evaluation, to_pixels
 from lib.postprocess import Detections
 from lib.pretrained import as_table, load_pretrained
 from lib.scoring import calibration_rows, whole_batches
@@ -118,12 +119,15 @@ def detect_all(model: SSD, annotations: Annotations, config: Config, device: tor
 
 
 def measure(found: Sequence[Detections], annotations: Annotations, by_pycocotools: bool = False) -> dict:
-    """Metrics of the main process's detections in all images, in every process."""
+    """Metrics of the main process's detections in all images, best F1 and its threshold included, in every process."""
     metrics = {}
     if distributed.world().main:
+        in_pixels = [to_pixels(image, *size) for image, size in zip(found, annotations.sizes.tolist(), strict=True)]
         truth = annotations.ground_truth(range(len(annotations)))
-        sizes = annotations.sizes.tolist()
-        metrics = detection_metrics(found, truth, sizes, annotations.classes, reference=by_pycocotools)
+        evaluation = Evaluation(len(annotations.classes), truth, in_pixels)
+        metrics = evaluation.summary(annotations.classes, by_pycocotools)
+        for scores, curve in zip((metrics, *metrics["per_class"].values()), score_curves(evaluation), strict=True):
+            scores |= best_f1(curve)
     return distributed.from_main(metrics)
 
 
@@ -192,8 +196,9 @@ class FinalTraining(Training):
         value, best = (finite(m.get(objective)) or 0.0 for m in (metrics, self.best))
         if value > best or not self.best:
             self.best = finite({**metrics, **self.cost, "epoch": epoch})
+            thresholds = [scores["threshold"] for scores in (self.best, *self.best["per_class"].values())]
             model = self.trainer.averaged.state_dict()
-            checkpoint.save(self.folder / "best.pt", {**self.identity(), "model": model})
+            checkpoint.save(self.folder / "best.pt", {**self.identity(), "thresholds": thresholds, "model": model})
             self.write_metrics()
         # Logged last: an evaluation in the log is not repeated, so everything else must have been saved by then.
         self.save()

@@ -14,6 +14,7 @@ import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -192,12 +193,12 @@ def is_large_jpeg(path: str, size: Tensor) -> bool:
     return int(size.prod()) >= LARGE_PICTURE and path.lower().endswith((".jpg", ".jpeg"))
 
 
-def write_picture(image: Tensor, path: Path, signed: bool = False) -> None:
+def write_picture(image: Tensor, path: Path | BinaryIO, signed: bool = False) -> None:
     """Write `image` (3, H, W) uint8, no side over 65,500, as a JPEG; its folder is created if needed."""
     exif = Image.Exif() if signed else b""
     if signed:
         exif[SOFTWARE] = WRITTEN_BY
-    with replacing(path, sync=False) as file:
+    with replacing(path, sync=False) if isinstance(path, Path) else contextlib.nullcontext(path) as file:
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=92, exif=exif)
 
 

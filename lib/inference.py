@@ -16,7 +16,9 @@ import contextlib
 import functools
 import itertools
 import json
+import math
 import os
+import re
 import time
 import unicodedata
 from collections import Counter
@@ -28,7 +30,7 @@ from typing import NamedTuple
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torchvision.ops import nms
+from torchvision.ops import batched_nms, nms
 from torchvision.transforms.functional import pil_to_tensor
 
 from lib import checkpoint
@@ -46,6 +48,8 @@ from lib.transforms import EvalTransform
 
 SAME_PLACE = 0.6  # IoU from which two detections count as one place when they are drawn
 SMALLEST_TEXT = 11  # pixels
+OVERLAP = 0.2  # of two neighbouring tiles, as a share of their side
+DEFAULT_THRESHOLD = 0.4  # of detectors that do not know their best one
 LONGEST_JPEG = 65_500  # pixels a side that libjpeg writes
 EMPTY_LIST = "[\n]\n"
 LIST_START = '{\n "format": "predict/1",\n "images": '  # of pictures.json: says that --predict wrote to that folder
@@ -59,6 +63,23 @@ class PictureDetections(NamedTuple):
     names: list[str]
 
 
+def tile_places(tiles: str, width: int, height: int) -> list[tuple[int, int, int, int]]:
+    """The tiles of a picture, xyxy in its pixels, from a value of --tiles: columns x rows as in 2x2, or pixels a side.
+
+    Neighbours overlap by at least `OVERLAP` of their side.
+    """
+    columns, is_grid, rows = tiles.partition("x")
+    if not re.fullmatch(r"[1-9]\d?x[1-9]\d?|[1-9]\d{1,4}", tiles):
+        raise UserError(f"--tiles {tiles}: expected columns x rows, such as 2x2, or pixels a side, such as 640")
+    spans = []
+    for length, number in ((width, int(columns)), (height, int(rows or columns))):
+        side = math.ceil(length / (number - (number - 1) * OVERLAP)) if is_grid else min(number, length)
+        count = number if is_grid else math.ceil((length - side) / ((1 - OVERLAP) * side)) + 1
+        starts = [i * (length - side) // max(count - 1, 1) for i in range(count)]
+        spans.append([(start, start + side) for start in starts])
+    return [(left, top, right, bottom) for top, bottom in spans[1] for left, right in spans[0]]
+
+
 @dataclass
 class PictureDetector:
     """`detector(picture)` returns PictureDetections; `load` makes one."""
@@ -67,12 +88,29 @@ class PictureDetector:
     category_ids: tuple[int, ...]
     image_size: int
     detect: Callable[[Tensor], list[Detections]]  # of images (B, 3, image_size, image_size) uint8; boxes in [0, 1]
+    nms_threshold: float  # IoU, also used where tiles overlap
+    threshold: float | None = None  # the score of the best F1 on the test pictures
     max_pixels: int = MAX_PIXELS  # a file with more is refused
+    tiles: str = "1x1"  # see `tile_places`
 
     def detect_picture(self, image: Tensor) -> Detections:
         """Detections, with normalised boxes, of one picture (3, H, W) uint8 RGB of any size."""
+        places = tile_places(self.tiles, image.shape[2], image.shape[1])
+        if len(places) > 1:
+            return self._detect_tiles(image, places)
         resized, *_ = EvalTransform(self.image_size)(image, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
         return self.detect(resized[None])[0]
+
+    def _detect_tiles(self, image: Tensor, places: Sequence[tuple[int, int, int, int]]) -> Detections:
+        """What is found in the tiles at `places`; NMS removes the second boxes where they overlap."""
+        found = []
+        for left, top, right, bottom in places:  # one by one, which bounds the memory
+            detections = replace(self, tiles="1x1").detect_picture(image[:, top:bottom, left:right])
+            boxes = to_pixels(detections, right - left, bottom - top)["boxes"]
+            found.append(detections._replace(boxes=boxes + torch.tensor([left, top, left, top])))
+        boxes, scores, labels = map(torch.cat, zip(*found, strict=True))
+        keep = batched_nms(boxes.double(), scores.double(), labels, self.nms_threshold)  # best first
+        return Detections(boxes[keep] / torch.tensor(image.shape[:0:-1] * 2), scores[keep], labels[keep])
 
     def __call__(self, picture: Tensor | str | Path) -> PictureDetections:
         """The detections in a picture, which is a file or (3, H, W) uint8 RGB. Raises UnreadableImage, a UserError.
@@ -108,7 +146,8 @@ def load(path: str | Path, device: str = "auto") -> PictureDetector:
             raise UserError(f"{path}: finds labels above {len(classes)}, the number of its classes")
         return found
 
-    return PictureDetector(classes, tuple(metadata.category_ids), metadata.image_size, run)
+    rules = metadata.postprocess.nms_threshold, next(iter(metadata.thresholds), None)
+    return PictureDetector(classes, tuple(metadata.category_ids), metadata.image_size, run, *rules)
 
 
 def torch_detector(loaded: Detector, device: str) -> PictureDetector:
@@ -119,7 +158,8 @@ def torch_detector(loaded: Detector, device: str) -> PictureDetector:
     def run(images: Tensor) -> list[Detections]:
         return detect(model, [images], config, place)
 
-    return PictureDetector(loaded.classes, loaded.category_ids, model.image_size, run, config.data.max_pixels)
+    rules = config.postprocess.nms_threshold, next(iter(loaded.thresholds), None), config.data.max_pixels
+    return PictureDetector(loaded.classes, loaded.category_ids, model.image_size, run, *rules)
 
 
 class Job(NamedTuple):
@@ -262,9 +302,12 @@ def visible(detections: Detections, threshold: float) -> Tensor:
     return confident[nms(detections.boxes[confident], detections.scores[confident], SAME_PLACE)]
 
 
-def draw(image: Tensor, detections: Detections, classes: Sequence[str], threshold: float) -> Tensor:
-    """A copy of `image` (3, H, W) uint8 with the detections of at least `threshold`: a box and a label each."""
-    keep = visible(detections, threshold)
+def draw(image: Tensor, detections: Detections, classes: Sequence[str], threshold: float | None) -> Tensor:
+    """A copy of `image` (3, H, W) uint8 with the detections of at least `threshold`: a box and a label each.
+
+    Without a threshold they are objects: all are drawn, and their labels have no score.
+    """
+    keep = torch.arange(len(detections.scores)) if threshold is None else visible(detections, threshold)
     height, width = image.shape[-2:]
     found = to_pixels(Detections(*(column[keep] for column in detections)), width, height)
     shown = list(zip(*(found[name].tolist() for name in ("boxes", "labels", "scores")), strict=True))
@@ -281,7 +324,7 @@ def draw(image: Tensor, detections: Detections, classes: Sequence[str], threshol
             name, font = f"class {label}", font_of("")
         pen.font = ImageFont.truetype(font, text_size)
         # A filled label on top of the box, or inside its upper edge if there is no room above.
-        text = f"{name} {score:.2f}"
+        text = name if threshold is None else f"{name} {score:.2f}"
         *_, text_width, text_height = pen.textbbox((0, 0), text)
         margin = max(1, text_height // 8)
         label_width, label_height = text_width + 2 * margin, text_height + 2 * margin

@@ -12,6 +12,7 @@ left out of every mean. A mean over nothing is nan.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -117,8 +118,11 @@ class Evaluation:
         total = np.where(counted, per_class, 0).sum(0)
         return np.divide(total, counted.sum(0), out=np.full(len(total), np.nan), where=counted.any(0))
 
-    def _voc_curves(self, weight: np.ndarray) -> list[VocCurve]:
-        """The curve of each class, as VOCevaldet.m of the VOC devkit finds it.
+    @functools.cached_property
+    def outcomes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The owner (K,) of each detection, -1 without; whether it is right (K,); those that count, by falling score.
+
+        As VOCevaldet.m of the VOC devkit finds them.
 
         A detection belongs to the object of its class with the highest IoU, from 0.5 on. The first by score is right,
         a second one of the same object is wrong, and one of an ignored object does not count. The devkit counts
@@ -130,19 +134,23 @@ class Evaluation:
         overlap = coco_eval.iou(no_crowds, found, pairs.detection, pairs.object)
         best_last = np.lexsort((-pairs.object, overlap))  # at equal IoU the earlier object wins
         best_last = best_last[overlap[best_last] >= VOC_IOU]
-        owner = np.full(len(found.label), -1)  # (K,) the object that each detection belongs to
+        owner = np.full(len(found.label), -1)
         owner[pairs.detection[best_last]] = pairs.object[best_last]  # the last one written stays
         ignored = np.append(objects.crowd, False)[owner]  # the last one is for owner -1
+        order = np.argsort(-found.score, kind="stable")
+        right = np.zeros(len(owner), bool)
+        right[order[np.unique(owner[order], return_index=True)[1]]] = True
+        return owner, right & (owner >= 0) & ~ignored, order[~ignored[order]]
+
+    def _voc_curves(self, weight: np.ndarray) -> list[VocCurve]:
+        """The curve of each class."""
+        objects, found, (_, right, order) = self.objects, self.found, self.outcomes
         curves = []
         for label in range(self.num_classes):
-            chosen = np.flatnonzero((found.label == label) & ~ignored)
-            chosen = chosen[np.argsort(-found.score[chosen], kind="stable")]
-            right = np.zeros(len(chosen), int)
-            right[np.unique(owner[chosen], return_index=True)[1]] = 1
-            right[owner[chosen] < 0] = 0
+            chosen = order[found.label[order] == label]
             times = weight[:, found.image[chosen]]
             num_objects = weight[:, objects.image[(objects.label == label) & ~objects.crowd]].sum(1)
-            curves.append(VocCurve(np.cumsum(times * right, 1), np.cumsum(times, 1), num_objects))
+            curves.append(VocCurve(np.cumsum(times * right[chosen], 1), np.cumsum(times, 1), num_objects))
         return curves
 
 

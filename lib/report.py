@@ -68,7 +68,8 @@ def write_results(search: Search, folder: Path, top: int = 0) -> None:
 PAGE = Template("""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">$refresh<title>$title</title><style>
 body { max-width: 70em; margin: 2em auto; padding: 0 1em; font: 15px/1.5 system-ui, sans-serif; color: #222; }
-section, article { border-top: 1px solid #ddd; } td { padding: 2px 14px 2px 0; text-align: right; }
+section, article { border-top: 1px solid #ddd; } thead { font-weight: bold; }
+td { padding: 2px 14px 2px 0; text-align: right; }
 pre, code { background: #f3f4f6; font-size: 12.5px; overflow-x: auto; } svg { max-width: 100%; height: auto; }
 </style></head>
 <body><h1>$title</h1>
@@ -84,28 +85,31 @@ def search_page(search: Search, folder: Path) -> str:
     reasons = Counter(error.strip().splitlines()[-1] for error in errors)
     failures = [f"{count} × {reason}" for reason, count in reasons.most_common()]
     sections = {
-        "Summary": [_element("p", _summary(search, reused=len(search.told) - len(own)))],
-        "Fronts": [_svg(lambda axis, cost=cost: _draw_front(axis, search, cost)) for cost in costs],
+        "Summary": [element("p", _summary(search, reused=len(search.told) - len(own)))],
+        "Fronts": [svg(lambda axis, cost=cost: _draw_front(axis, search, cost), f"front by {cost}") for cost in costs],
         "Best so far, beside random search": _history(search, folder),
         "The front, cheapest first": _members(search, folder, costs),
         "Workers": _workers(own),
-        "Failed evaluations": [_element("pre", "\n".join(failures) or "none")],
+        "Failed evaluations": [element("pre", "\n".join(failures) or "none")],
     }
-    return PAGE.substitute(
-        title=escape(f"{search.config.name}: search"),
-        refresh=f'<meta http-equiv="refresh" content="{REFRESH_SECONDS}">' if len(search.told) < search.total else "",
-        body="".join(_element("section", _element("h2", name), *parts) for name, parts in sections.items()),
-    )
+    refresh = f'<meta http-equiv="refresh" content="{REFRESH_SECONDS}">' if len(search.told) < search.total else ""
+    return page(f"{search.config.name}: search", sections, refresh)
 
 
-class _Html(str):
+def page(title: str, sections: Mapping[str, Iterable[Html]], refresh: str = "") -> str:
+    """A self-contained page with a heading over each section; `refresh` is markup of its head."""
+    body = "".join(element("section", element("h2", name), *parts) for name, parts in sections.items())
+    return PAGE.substitute(title=escape(title), refresh=refresh, body=body)
+
+
+class Html(str):
     """Markup, which is not escaped again."""
 
 
-def _element(tag: str, *children: object) -> _Html:
+def element(tag: str, *children: object) -> Html:
     """One element; what is not markup already is escaped."""
-    content = "".join(child if isinstance(child, _Html) else escape(str(child), quote=False) for child in children)
-    return _Html(f"<{tag}>{content}</{tag}>\n")
+    content = "".join(child if isinstance(child, Html) else escape(str(child), quote=False) for child in children)
+    return Html(f"<{tag}>{content}</{tag}>\n")
 
 
 def _summary(search: Search, reused: int) -> str:
@@ -132,9 +136,16 @@ def _figure(draw: Callable, format: str) -> bytes:
     return file.getvalue()
 
 
-def _svg(draw: Callable) -> _Html:
+def svg(draw: Callable, label: str) -> Html:
+    """The figure that `draw(axis)` fills, as an element of a page; `label` says in words what it shows."""
     text = _figure(draw, "svg").decode()
-    return _Html(text[text.index("<svg") :])  # without the XML header
+    return Html(f'<svg role="img" aria-label="{escape(label)}"{text[text.index("<svg") + 4 :]}')  # no XML header
+
+
+def table(rows: Iterable[Sequence]) -> Html:
+    """A table whose first row is its head."""
+    head, *others = ([element("td", cell) for cell in row] for row in rows)
+    return element("table", element("thead", *head), *(element("tr", *cells) for cells in others))
 
 
 def _draw_front(axis, search: Search, cost: str) -> None:
@@ -175,13 +186,13 @@ def _draw_history(axis, search: Search) -> None:
     axis.legend(fontsize=8)
 
 
-def _history(search: Search, folder: Path) -> Iterator[_Html]:
+def _history(search: Search, folder: Path) -> Iterator[Html]:
     """The curve, and what the comparison with random search says and cannot say."""
-    yield _svg(lambda axis: _draw_history(axis, search))
+    yield svg(lambda axis: _draw_history(axis, search), "best so far against evaluations")
     known, control = search.random_evaluations(), search.control()
     if control:
         last, best = control[-1], search.history()[control[-1].draws - 1]
-        yield _element(
+        yield element(
             "p",
             f"After {last.draws} evaluations: best {search.config.search.objective} {best:.4f} here, {last.mean:.4f} "
             f"expected of random search (8 in 10 between {last.low:.4f} and {last.high:.4f}): the best of as many "
@@ -191,20 +202,20 @@ def _history(search: Search, folder: Path) -> Iterator[_Html]:
     # A control of the search's own first proposals says nothing about later ones.
     if not control or (name != "random" and all(r["search"] == search.identity.search for r in known)):
         run = cli.command("async_search.py", load=search.identity.supernet, train_dir=folder)
-        yield _element(
+        yield element(
             "p",
             f"The ledger holds {len(known)} random evaluations, all of this search: what random search would have "
             "found later is not known. These two commands add a random search and draw this page again:",
         )
-        yield _element("pre", f"{run} --resume --controller random\n{run} --resume --controller {name}")
+        yield element("pre", f"{run} --resume --controller random\n{run} --resume --controller {name}")
 
 
-def _members(search: Search, folder: Path, costs: Sequence[str]) -> Iterator[_Html]:
+def _members(search: Search, folder: Path, costs: Sequence[str]) -> Iterator[Html]:
     front = search.front()
     noises = [search.noise(record) for record in front]
     if any(noises):
         ties = ", ".join(str(k) for k, noise in enumerate(noises) if noise and noise.tie)
-        yield _element(
+        yield element(
             "p",
             f"Ties with the best: {ties}. The paired difference of a tie to the best has a {CONFIDENCE:.0%} interval "
             f"that holds 0, over {search.config.search.resamples} resamples of the same {front[0]['images']} images. "
@@ -216,12 +227,12 @@ def _members(search: Search, folder: Path, costs: Sequence[str]) -> Iterator[_Ht
         facts += [cost_text(metrics, cost) for cost in costs]
         if noise:
             facts.append(f"{search.config.search.objective} from {noise.interval.low:.4f} to {noise.interval.high:.4f}")
-        yield _element(
+        yield element(
             "article",
-            _element("h3", f"{k} (best)" if record["key"] == search.best()["key"] else k),
-            _element("p", ", ".join(facts)),
-            _element("code", Genotype.from_dict(record["genotype"])),
-            _element("pre", cli.command("final_train.py", genotype=folder / "pareto.json", index=k)),
+            element("h3", f"{k} (best)" if record["key"] == search.best()["key"] else k),
+            element("p", ", ".join(facts)),
+            element("code", Genotype.from_dict(record["genotype"])),
+            element("pre", cli.command("final_train.py", genotype=folder / "pareto.json", index=k)),
         )
 
 
@@ -236,12 +247,12 @@ def worker_use(records: Sequence[Mapping]) -> tuple[dict[str, list[Mapping]], fl
     return dict(sorted(by_worker.items())), seconds
 
 
-def _workers(own: Sequence[dict]) -> Iterator[_Html]:
+def _workers(own: Sequence[dict]) -> Iterator[Html]:
     by_worker, total = worker_use(own)
     minutes = (total or 1.0) / 60
-    yield _element("p", f"{len(own) / minutes:.1f} evaluations per minute over {duration(total)} of work.")
+    yield element("p", f"{len(own) / minutes:.1f} evaluations per minute over {duration(total)} of work.")
     rows = [("worker", "evaluations", "failed", "busy")]
     for name, records in by_worker.items():
         busy = sum(record["seconds"] for record in records) / 60 / minutes
         rows.append((name, len(records), sum(r["status"] == "failed" for r in records), f"{busy:.0%}"))
-    yield _element("table", *(_element("tr", *(_element("td", cell) for cell in row)) for row in rows))
+    yield table(rows)

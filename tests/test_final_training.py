@@ -99,7 +99,7 @@ def train(tiny_detector, tiny_config, batch, tmp_path, monkeypatch):
         epoch = training[-1].trainer.epoch - 1
         evaluated.append(epoch)
         ap = {1: 0.2, 2: 0.5, 3: 0.3}[epoch]
-        return {"AP": ap, "AP50": 0.1 * epoch, "mAP": float("nan")}
+        return {"AP": ap, "AP50": 0.1 * epoch, "mAP": float("nan"), "threshold": 0.5, "per_class": {}}
 
     training = []
 
@@ -120,7 +120,7 @@ def test_the_best_evaluation_is_kept(train):
     assert (metrics["epoch"], metrics["AP"], metrics["mAP"], metrics["test_images"]) == (2, 0.5, None, 2)
     best, last = (checkpoint.read(train.folder / name) for name in ("best.pt", "last.pt"))
     assert (best["epoch"], last["epoch"], last["best"]["epoch"]) == (2, 4, 2)
-    assert best.keys() == {"format", "genotype", "config", "classes", "category_ids", "epoch", "model"}
+    assert best.keys() == {"format", "genotype", "config", "classes", "category_ids", "epoch", "model", "thresholds"}
     train.run(resume=True)
     assert train.evaluated == [1, 2, 3]  # nothing is left to do
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import os
 from pathlib import Path
@@ -13,6 +14,7 @@ from matplotlib import font_manager
 from PIL import Image
 from pycocotools.coco import COCO
 from tiny_data import write_coco, write_picture, write_voc
+from torchvision.ops import box_iou
 
 from lib import inference
 from lib.config import DataConfig
@@ -139,6 +141,83 @@ def test_pictures_are_drawn_and_their_detections_written(tiny_checkpoint, pictur
     assert f"no detection reached --threshold 1; try {best * 0.8:.2g}" in capsys.readouterr().out
     with pytest.raises(UserError, match="none of the 1 pictures could be read"):
         draw_pictures(detector, plan_jobs([bad], {}), tmp_path / "nothing", 0.1)
+
+
+# Tiles
+
+
+@pytest.mark.parametrize("tiles", ["1x1", "2x2", "3x1", "100", "64", "999"])
+@pytest.mark.parametrize(("width", "height"), [(120, 90), (333, 101), (64, 640)])
+def test_tiles_cover_the_picture_and_overlap(tiles, width, height):
+    places = inference.tile_places(tiles, width, height)
+    columns, rows = ({place[axis::2] for place in places} for axis in (0, 1))
+    assert len(places) == len(set(places)) == len(columns) * len(rows)
+    for spans, length in ((columns, width), (rows, height)):
+        ordered = sorted(spans)
+        assert ordered[0][0] == 0 and ordered[-1][1] == length
+        sides = {end - start for start, end in ordered}
+        assert len(sides) == 1
+        for (_, end), (start, _) in itertools.pairwise(ordered):
+            assert end - start >= 0.2 * max(sides) - 1
+    if "x" in tiles:
+        assert f"{len(columns)}x{len(rows)}" == tiles
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_found_in_tiles_has_the_pictures_coordinates_and_stands_once(seed):
+    """Each object has a colour and is found wherever all of it is seen, which where tiles overlap is twice or more."""
+
+    def detect(images):
+        found = []
+        for colour in images[0, 0].unique().tolist()[:-1]:  # the last one is white
+            rows, columns = (images[0, 0] == colour).nonzero(as_tuple=True)
+            box = torch.stack((columns.min(), rows.min(), columns.max() + 1, rows.max() + 1))
+            if len(rows) == 12 * 9:
+                found.append((box / 100, torch.tensor(colour / 255), torch.tensor(1 + colour % 3)))
+        boxes, scores, labels = zip(*found, strict=True) if found else ([], [], [])
+        nothing = torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64)
+        return [Detections(*map(torch.stack, (boxes, scores, labels))) if found else Detections(*nothing)]
+
+    detector = inference.PictureDetector(("a", "b", "c"), (1, 2, 3), 100, detect, nms_threshold=0.5, tiles="100")
+    generator = torch.Generator().manual_seed(seed)
+    picture, expected = torch.full((3, 310, 270), 255, dtype=torch.uint8), []
+    for colour, cell in enumerate(torch.randperm(18 * 20, generator=generator)[:60].tolist(), start=100):
+        x, y = cell % 18 * 15, cell // 18 * 15 + int(torch.randint(0, 6, (), generator=generator))
+        picture[:, y : y + 9, x : x + 12] = colour
+        expected.append([x, y, x + 12, y + 9, colour / 255])
+    found = detector(picture)
+    assert sorted(found.scores.tolist(), reverse=True) == found.scores.tolist()
+    rows = torch.cat((found.boxes, found.scores[:, None]), 1)
+    torch.testing.assert_close(rows, torch.tensor(expected[::-1]), rtol=0, atol=1e-3)
+
+
+def test_tiles_of_a_detector_equal_a_slow_loop_and_one_tile_is_the_picture(tiny_checkpoint, exported):
+    image = torch.randint(0, 256, (3, 150, 200), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for name in (tiny_checkpoint, exported / "detector.onnx"):
+        detector = load(name)
+        whole = detector(image)
+        tiled = dataclasses.replace(detector, tiles="2x1")
+        found = []
+        for left, top, right, bottom in inference.tile_places("2x1", 200, 150):
+            boxes, scores, names = detector(image[:, top:bottom, left:right])
+            found += zip(scores.tolist(), names, (boxes + torch.tensor([left, top, left, top])).tolist(), strict=True)
+        kept = []
+        for score, label, box in sorted(found, reverse=True):
+            same = torch.tensor([other for _, name, other in kept if name == label]).reshape(-1, 4)
+            if not (box_iou(torch.tensor([box]), same) > 0.5).any():
+                kept.append((score, label, box))
+        boxes, scores, names = tiled(image)
+        assert scores.tolist() == [score for score, _, _ in kept] and names == [label for _, label, _ in kept]
+        torch.testing.assert_close(boxes, torch.tensor([box for _, _, box in kept]), rtol=0, atol=1e-3)
+        assert 0 < len(kept) < len(found)
+        for one, other in zip(dataclasses.replace(detector, tiles="200")(image), whole, strict=True):
+            assert one == other if isinstance(one, list) else torch.equal(one, other)
+
+
+@pytest.mark.parametrize("text", ["0x2", "2x", "x2", "2x2x2", "5", "-64", "100x1", "a"])
+def test_tiles_that_are_none_are_named(text):
+    with pytest.raises(UserError, match=f"--tiles {text}: expected columns x rows"):
+        inference.tile_places(text, 100, 100)
 
 
 def content(folder: Path) -> dict:

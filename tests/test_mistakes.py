@@ -118,6 +118,11 @@ MISTAKES = {
         [FINAL, "--predict", "shapes/JPEGImages", "--set", "postprocess.topk=9"],
         "topk.*top_k",
     ),
+    "no score": (
+        [FINAL, "--predict", "shapes", "--threshold", "2"],
+        "--threshold: expected a number from 0 to 1, found 2",
+    ),
+    "tiles without pictures": ([FINAL, "--tiles", "2x2"], "--tiles: goes with --predict"),
     "no picture": ([FINAL, "--predict", "nothing.jpg"], r"nothing\.jpg: no picture"),
     "an empty test set": (
         [FINAL, "--set", "data.dataset_type=voc", "--data", "bare", "--set", "data.classes=[cat]", "--from-scratch"],

@@ -65,7 +65,7 @@ def told():
 @pytest.fixture
 def undrawn(monkeypatch):
     """Pages without their figures, for the tests that only read the text."""
-    monkeypatch.setattr(report, "_svg", lambda draw: report._Html("<svg></svg>"))
+    monkeypatch.setattr(report, "svg", lambda *_: report.Html("<svg></svg>"))
 
 
 def test_every_member_of_the_front_is_on_the_page_with_its_command(told):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -121,7 +122,11 @@ def test_eval_only_reproduces_the_metrics_to_the_digit(flow, flags):
         metrics["AP"], abs=1e-9
     )
     for name, scores in metrics["per_class"].items():
-        assert f"  {name}: " + ", ".join(f"{key} {value:.4f}" for key, value in scores.items()) in printed
+        values = {key: math.nan if value is None else value for key, value in scores.items()}
+        assert f"  {name}: " + ", ".join(f"{key} {value:.4f}" for key, value in values.items()) in printed
+    assert checkpoint.read(folder / "runs/tiny/final/best.pt")["thresholds"][0] == metrics["threshold"]
+    analysis = json.loads((folder / "runs/tiny/final/analysis.json").read_text())
+    assert analysis["metrics"]["F1"] == metrics["F1"] and analysis["data"] == metrics["data"]
 
 
 def test_the_metrics_say_what_the_detector_costs_and_where_it_comes_from(flow):
