@@ -90,8 +90,11 @@ def load_data(config: Config) -> tuple[Annotations, Annotations]:
 def train(args: argparse.Namespace, device: torch.device) -> None:
     """Train a genotype from the supernet's weights, or with --from-scratch, --from-pretrained from others."""
     command = cli.CommandLine(args, "final")
-    choice = chosen_genotype(command)
     origin = "scratch" if args.from_scratch else "pretrained" if args.from_pretrained else "supernet"
+    if origin == "pretrained" and args.cfg and not (args.genotype or command.given("final.genotypes")):
+        train_from(command.resolve(), None, origin, args, device)  # the pretrained network itself
+        return
+    choice = chosen_genotype(command)
     this_run = command.resolve(choice.content.get("config"), f"the genotype file {choice.name}")
     train_from(this_run, choice, origin, args, device)
 
@@ -117,16 +120,22 @@ def fine_tune(args: argparse.Namespace, detector_path: Path, device: torch.devic
     train_from(this_run, choice, "pretrained", args, device)
 
 
-def train_from(this_run: cli.Run, choice: Choice, origin: str, args: argparse.Namespace, device: torch.device) -> None:
-    """The whole of stage 3, from a genotype and the `origin` of its weights to a detector."""
+def train_from(
+    this_run: cli.Run, choice: Choice | None, origin: str, args: argparse.Namespace, device: torch.device
+) -> None:
+    """The whole of stage 3, from a genotype and the `origin` of its weights to a detector.
+
+    Without a `choice` the genotype is that of the pretrained network.
+    """
     folder, config = this_run.folder, this_run.config
     previous = read_previous(folder, config, "final") if args.resume else None
     seed_everything(config.seed)
     annotations, test = load_data(config)
     if origin == "supernet" and annotations.held_out:
         refuse_seen(supernet_path(config, choice.content, args.load).parent / "split.json", annotations)
-    network = find_start(origin, config, choice.content, annotations.classes, args.load)
-    genotype = choice.genotype(network.space)
+    source = choice.content if choice else {}
+    network, pretrained = find_start(origin, config, source, annotations.classes, args.load)
+    genotype = choice.genotype(network.space) if choice else pretrained
     student = cut_student(network, genotype, inherits=origin != "scratch")
     loader = final_loader(annotations, genotype.image_size, config, device)
     # The plan: everything that can be wrong has been checked by now.

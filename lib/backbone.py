@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -15,10 +16,9 @@ from lib.elastic import (
     SamePadConv2d,
     Segment,
     make_divisible,
-    run_segment,
 )
 from lib.errors import UserError
-from lib.genotype import Genotype, StageChoices
+from lib.genotype import Block, Genotype, StageChoices
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,25 @@ TABLES = {
 }
 
 
-class ElasticBackbone(nn.Module):
-    """`backbone(x, genotype)` gives one feature map per level l of `feature_levels`, with stride 2**l.
+class Half(NamedTuple):
+    """A block that expands, up to its expansion or from there on."""
 
-    It is the last feature map of that stride; MobileNetV3's last level ends in its 960-channel 1x1 convolution.
+    whole: ElasticInvertedResidual
+    first: bool
+
+    def __call__(self, x: Tensor, block: Block) -> Tensor:
+        return self.whole.expansion(x, block) if self.first else self.whole(x, block, expanded=True)
+
+    def extract(self, block: Block) -> nn.Sequential:
+        layers = self.whole.extract(block)
+        return layers[:3] if self.first else layers[3:]  # the first three are convolution, BatchNorm and activation
+
+
+class ElasticBackbone(nn.Module):
+    """One feature map per level l of `feature_levels`: (B, C_l, S / 2**l, S / 2**l), rounded up, of (B, 3, S, S).
+
+    It is the last feature map of that stride; MobileNetV3's last level ends in its 960-channel 1x1 convolution. With
+    `feature_taps: expansion` the others end in the expansion of the block that halves them (MobileNetV3, section 6.3).
     """
 
     def __init__(self, config: BackboneConfig, stages: Sequence[StageChoices]):
@@ -96,30 +111,40 @@ class ElasticBackbone(nn.Module):
             width = conv.out_channels
         # A feature map leaves the backbone after the last stage of its level, the last one at the very end.
         last_stage = {level: i for i, level in enumerate(levels)}
-        self._taps = [last_stage[level] for level in self.feature_levels[:-1]]
-        self.feature_channels = [*(channels[i + 1] for i in self._taps), width]
+        self._begins = [last_stage[level] + 1 for level in self.feature_levels[:-1]]  # stages
+        self.feature_channels = [*(channels[i] for i in self._begins), width]
+        self.split_blocks: dict[int, ElasticInvertedResidual] = {}  # by the feature map that ends in the expansion
+        for k, i in enumerate(self._begins):
+            block = self.stages[i][0]
+            if config.feature_taps == "expansion" and block.expand is not None:
+                self.split_blocks[k] = block
+                block.is_tapped = True
+                self.feature_channels[k] = block.expand.out_channels
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eps = config.norm_eps
+
+    def channels(self, genotype: Genotype) -> tuple[int, ...]:
+        """Of the feature maps of `genotype`: `feature_channels`, but for those that end in a narrower expansion."""
+        channels = list(self.feature_channels)
+        for k, block in self.split_blocks.items():
+            channels[k] = block.hidden_channels(genotype.stages[self._begins[k]][0].expand)
+        return tuple(channels)
 
     def segments(self, genotype: Genotype) -> list[Segment]:
         """What `genotype` runs: one segment per feature level, each ending in that level's feature map."""
         segments: list[Segment] = [[(self.stem, None)]]
         for i, blocks in enumerate(genotype.stages):
-            segments[-1] += zip(self.stages[i], blocks, strict=False)  # a shallow stage runs its first blocks
-            if i in self._taps:
+            steps: Segment = list(zip(self.stages[i], blocks, strict=False))  # a shallow stage runs its first blocks
+            if i in self._begins:
+                if whole := self.split_blocks.get(len(segments) - 1):
+                    segments[-1].append((Half(whole, first=True), blocks[0]))
+                    steps[0] = Half(whole, first=False), blocks[0]
                 segments.append([])
+            segments[-1] += steps
         if self.last_conv is not None:
             segments[-1].append((self.last_conv, None))
         return segments
-
-    def forward(self, x: Tensor, genotype: Genotype) -> list[Tensor]:
-        """Normalised images (B, 3, S, S) to feature maps (B, C_l, S / 2**l, S / 2**l), rounded up, one per level l."""
-        features = []
-        for segment in self.segments(genotype):
-            x = run_segment(segment, x)
-            features.append(x)
-        return features
 
 
 def _with_norm(conv: nn.Conv2d, activation: str) -> nn.Sequential:
@@ -128,12 +153,11 @@ def _with_norm(conv: nn.Conv2d, activation: str) -> nn.Sequential:
 
 
 def _check_lengths(stages: int, strides: list[int], channels: list[int], table: Table) -> None:
-    counts = {"search_space.num_cell_groups": (stages, len(table.strides)), "backbone.strides": (len(strides), stages)}
-    for key, (found, expected) in counts.items():
+    expected = len(table.strides)
+    for key, found in (("search_space.num_cell_groups", stages), ("backbone.strides", len(strides))):
         if found != expected:
             raise UserError(f"{key}: expected {expected} values, one per stage, found {found}")
-    needed = stages + 1 + table.last_conv
-    if len(channels) < needed:
+    if len(channels) < (needed := stages + 1 + table.last_conv):
         raise UserError(f"backbone.layer_channels: expected at least {needed} values, found {len(channels)}")
 
 

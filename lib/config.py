@@ -131,6 +131,8 @@ class BackboneConfig:
     kernels: list[Kernel] = field(default_factory=list)  # largest per stage; [] = 3 where the expansion is 1, else 7
     mult_ratio: Annotated[float, Bounds(0.01, 16)] = 1.0
     feature_levels: list[Level] = field(default_factory=lambda: [4, 5])  # log2 of the strides that feed the head
+    # What ends a feature map but the last one: its last stage, or the expansion in the block that halves it.
+    feature_taps: Literal["stage", "expansion"] = "stage"
     padding: Literal["symmetric", "tf_same"] = "symmetric"  # tf_same: as TensorFlow pads at stride 2
     norm_eps: Annotated[float, Bounds(TINY, 1)] = 1e-5  # of BatchNorm in the backbone
     pretrained_path: str = ""  # where the weights start: a file, a run's folder, or a name (lib/sources.py)
@@ -145,10 +147,11 @@ class HeadConfig:
 
     channels: list[Channels] = field(default_factory=lambda: [512, 256, 256, 128])
     predictor: Literal["ssdlite", "plain"] = "ssdlite"  # depthwise separable, or 3x3 convolutions
+    extra_activation: bool = False  # the extra blocks end in a ReLU6
     aspect_ratios: list[list[AspectRatio]] = field(default_factory=lambda: [[2], [2, 3], [2, 3], [2, 3], [2], [2]])
     scales: list[Scale] = field(default_factory=lambda: [0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.05])
     squares: bool = True  # also ratio 1, at s_k and at sqrt(s_k s_{k+1}); --fit-priors gives their place to ratios
-    clip: bool = True
+    clip: bool | Literal["sizes"] = True  # prior boxes' corners to the image; sizes: width and height to at most 1
     variances: list[Annotated[float, Bounds(0.0001, 100)]] = field(default_factory=lambda: [0.1, 0.2])
 
 

@@ -247,6 +247,8 @@ def validate_structure(config: Config) -> None:
         require(len(get_key(plain, key)) == length, key, f"{length} values, {why}")
     ratios = head.squares or all(head.aspect_ratios)
     require(ratios, "head.aspect_ratios", "a ratio for each feature map, since head.squares is false")
+    split = backbone.feature_taps == "expansion" and head.predictor != "ssdlite"
+    require(not split, "head.predictor", "ssdlite, since backbone.feature_taps is expansion")
     choices = ("search_space.image_size_choice", "search_space.head_width_choice", "search_space.head_kernel_choice")
     for key in (*choices, "search.costs"):
         values = get_key(plain, key)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.nn.utils import fuse_conv_bn_weights
 
 from lib import checkpoint, config_io
-from lib.backbone import TABLES, ElasticBackbone
+from lib.backbone import ElasticBackbone
 from lib.config import Config
 from lib.elastic import (
     ElasticDepthwiseConv,
@@ -31,7 +31,7 @@ from lib.elastic import (
 )
 from lib.errors import UserError, naming
 from lib.genotype import Block, Genotype, SearchSpace
-from lib.head import ElasticExtras, Predictors
+from lib.head import ElasticExtras, ElasticPredictor, Predictors
 from lib.losses import focal_prior_bias
 from lib.plain import Bounds, check, shown
 from lib.postprocess import Detections, class_scores, postprocess
@@ -100,24 +100,21 @@ class ElasticSSD(nn.Module):
     def __init__(self, config: Config, num_classes: int):
         super().__init__()
         self.space: SearchSpace = full_space(config)
-        _refuse_giant(config, self.space, num_classes)
+        # Nothing is allocated yet for weights and prior boxes that nobody can train.
+        with torch.device("meta"):
+            _refuse_giant(config, self.space, _parts(config, self.space, num_classes))
         self.num_classes = num_classes
         head = config.head
         self.normalize = Normalize(config.backbone.pixel_mean, config.backbone.pixel_std)
-        self.backbone = ElasticBackbone(config.backbone, self.space.stages)
-        extra_channels = [make_divisible(c * config.backbone.mult_ratio) for c in head.channels]
-        self.extras = ElasticExtras(self.backbone.feature_channels[-1], extra_channels, self.space.head)
-        channels = [*self.backbone.feature_channels, *extra_channels]
-        self.predictors = Predictors(
-            channels, priors_per_cell(head.aspect_ratios, head.squares), num_classes, head.predictor
-        )
+        self.backbone, self.extras, self.predictors = _parts(config, self.space, num_classes)
         for size in self.space.image_size:
             priors = prior_boxes(self.feature_sizes(size), head.scales, head.aspect_ratios, head.clip, head.squares)
             self.register_buffer(f"priors_{size}", priors, persistent=False)  # (P, 4) cxcywh
         _initialise(self)
         # Otherwise the many background priors dominate the first losses.
         if config.loss.type == "focal":
-            self.predictors.set_class_bias(focal_prior_bias())
+            for net in self.predictors.classes:
+                nn.init.constant_(net[-1].bias, focal_prior_bias())
         self._costs: dict[tuple, tuple[Cost, torch.Size]] = {}  # and output shape; by module, block and input shape
 
     def feature_sizes(self, image_size: int) -> list[tuple[int, int]]:
@@ -157,7 +154,7 @@ class ElasticSSD(nn.Module):
             normalize=copy_module(self.normalize),
             backbone=[extract_segment(s) for s in self.backbone.segments(genotype)],
             extras=[extract_segment(s) for s in self.extras.segments(genotype)],
-            predictors=copy_module(self.predictors),
+            predictors=self.predictors.extract(self.backbone.channels(genotype)),
             priors=self.priors(genotype.image_size).clone(),
         ).train(self.training)
 
@@ -172,39 +169,38 @@ class ElasticSSD(nn.Module):
                 cost, shape = self._cost(module, block, shape)
                 costs.append(cost)
             # Both predictors see the feature map with which the segment ends.
-            costs += [self._cost(predictor, None, shape)[0] for predictor in predictors]
+            for net in predictors:
+                costs.append(self._cost(net, shape[1] if isinstance(net, ElasticPredictor) else None, shape)[0])
         return Cost(flops=sum(cost.flops for cost in costs), params=sum(cost.params for cost in costs))
 
-    def _cost(self, module: nn.Module, block: Block | None, shape: torch.Size) -> tuple[Cost, torch.Size]:
-        key = (module, block, shape)
+    def _cost(self, module: nn.Module, part: Block | int | None, shape: torch.Size) -> tuple[Cost, torch.Size]:
+        key = (module, part, shape)
         if key not in self._costs:
-            cost, output = module_cost(module if block is None else module.extract(block), shape)
+            cost, output = module_cost(module if part is None else module.extract(part), shape)
             self._costs[key] = cost, output.shape
         return self._costs[key]
 
 
-def _refuse_giant(config: Config, space: SearchSpace, num_classes: int) -> None:
-    """Raise UserError before gigabytes are allocated for weights or prior boxes that nobody can train."""
-    ratio = config.backbone.mult_ratio
-    widths = [c * ratio for c in config.backbone.layer_channels or TABLES[space.backbone_type].layer_channels]
-    blocks = [
-        (*io, stage.block, max(stage.depth))
-        for io, stage in zip(itertools.pairwise(widths), space.stages, strict=False)
-    ]
-    extras = [max(widths[: len(blocks) + 2]), *(c * ratio for c in config.head.channels)]
-    blocks += [(*io, choices, 1) for io, choices in zip(itertools.pairwise(extras), space.head, strict=False)]
-    weights = 0.0
-    for inputs, outputs, choices, depth in blocks:
-        widest = max(inputs, outputs)
-        weights += depth * max(choices.expand) * widest * (inputs + outputs + max(choices.expand) * widest / 2)
-    per_cell = priors_per_cell(config.head.aspect_ratios)
-    weights += sum(per_cell) * max(extras) * (num_classes + 5) * (9 if config.head.predictor == "plain" else 1)
+def _parts(config: Config, space: SearchSpace, num_classes: int) -> tuple[ElasticBackbone, ElasticExtras, Predictors]:
+    head, backbone = config.head, ElasticBackbone(config.backbone, space.stages)
+    extra_channels = [make_divisible(c * config.backbone.mult_ratio) for c in head.channels]
+    extras = ElasticExtras(backbone.feature_channels[-1], extra_channels, space.head, head.extra_activation)
+    channels = [*backbone.feature_channels, *extra_channels]
+    kinds = ["elastic" if k in backbone.split_blocks else head.predictor for k in range(len(channels))]
+    per_cell = priors_per_cell(head.aspect_ratios, head.squares)
+    return backbone, extras, Predictors(channels, per_cell, num_classes, kinds)
+
+
+def _refuse_giant(config: Config, space: SearchSpace, parts: Sequence[nn.Module]) -> None:
+    """Raise UserError if the weights of these parts, or the prior boxes of an image, are too many."""
+    weights = sum(parameter.numel() for part in parts for parameter in part.parameters())
     if weights > MOST_WEIGHTS:
         raise UserError(
-            f"search_space: its largest sub-network has about {weights:.1e} weights, at most {MOST_WEIGHTS:.0e} are "
+            f"search_space: its largest sub-network has {weights:.1e} weights, at most {MOST_WEIGHTS:.0e} are "
             "supported; backbone.mult_ratio, layer_channels, num_cell_groups, expansions and head.channels decide"
         )
     cells = (max(space.image_size) / 2 ** config.backbone.feature_levels[0]) ** 2
+    per_cell = priors_per_cell(config.head.aspect_ratios, config.head.squares)
     if cells * per_cell[0] > MOST_PRIORS:
         raise UserError(
             f"search_space.image_size_choice: {max(space.image_size)} px with backbone.feature_levels "

@@ -38,11 +38,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         return F.batch_norm(x, mean, var, self.weight, self.bias, self.training, self.momentum, self.eps)
 
 
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "relu": lambda: nn.ReLU(inplace=True),
-    "relu6": ReLU6,
-    "h_swish": nn.Hardswish,
-}
+ACTIVATIONS = {"relu": functools.partial(nn.ReLU, inplace=True), "relu6": ReLU6, "h_swish": nn.Hardswish}
 NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")  # one number per channel each
 
 
@@ -157,14 +153,14 @@ def _add_gradients(gradients: list[tuple[nn.Parameter, tuple[slice, ...], Tensor
 
 
 class ElasticConv1x1(nn.Conv2d):
-    """1x1 convolution without bias from the first input channels to the first `out_channels` output channels."""
+    """1x1 convolution from the first input channels to the first `out_channels` output channels, all with a bias."""
 
     def forward(self, x: Tensor, out_channels: int) -> Tensor:
         (weight,) = first_channels((self.weight, (out_channels, x.shape[1])))
-        return F.conv2d(x, weight)
+        return F.conv2d(x, weight, self.bias)
 
     def extract(self, in_channels: int, out_channels: int) -> nn.Conv2d:
-        return _plain_conv1x1(self.weight[:out_channels, :in_channels])
+        return _plain_conv1x1(self.weight[:out_channels, :in_channels], self.bias)
 
 
 class ElasticBatchNorm(nn.BatchNorm2d):
@@ -264,8 +260,7 @@ class Residual(nn.Sequential):
 class ElasticInvertedResidual(nn.Module):
     """Inverted residual block (MobileNetV2, section 3.3) of any expand ratio and kernel it was built for.
 
-    Hidden channels are the first `make_divisible(in_channels * expand)`. A block whose only expand ratio is 1 has no
-    expanding convolution.
+    Hidden channels are the first `make_divisible(in_channels * expand)`; if 1 is the only ratio, nothing is expanded.
     """
 
     def __init__(
@@ -294,15 +289,18 @@ class ElasticInvertedResidual(nn.Module):
         self.project = ElasticConv1x1(hidden, out_channels, 1, bias=False)
         self.project_norm = ElasticBatchNorm(out_channels)
         self.activation = ACTIVATIONS[activation]()
+        self.is_tapped = False  # whether a feature map ends in the expansion, whose channels then keep their order
 
     def hidden_channels(self, expand: float) -> int:
         return make_divisible(self.in_channels * expand) if expand != 1 else self.in_channels
 
-    def forward(self, x: Tensor, block: Block) -> Tensor:
-        """(B, in_channels, H, W) to (B, out_channels, H / stride, W / stride), rounded up."""
-        h = x
-        if self.expand is not None:
-            h = self.activation(self.expand_norm(self.expand(h, self.hidden_channels(block.expand))))
+    def expansion(self, x: Tensor, block: Block) -> Tensor:
+        """(B, in_channels, H, W) to the hidden channels, (B, hidden_channels(block.expand), H, W)."""
+        return self.activation(self.expand_norm(self.expand(x, self.hidden_channels(block.expand))))
+
+    def forward(self, x: Tensor, block: Block, expanded: bool = False) -> Tensor:
+        """(B, in_channels, H, W), or its expansion, to (B, out_channels, H / stride, W / stride), rounded up."""
+        h = x if self.expand is None or expanded else self.expansion(x, block)
         h = self.activation(self.depthwise_norm(self.depthwise(h, block.kernel)))
         if self.squeeze_excitation is not None:
             h = self.squeeze_excitation(h)

@@ -47,22 +47,27 @@ def cut_student(network: ElasticSSD, genotype: Genotype, inherits: bool) -> Stud
     return Student(genotype, network.extract(genotype), network.cost(genotype), inherits)
 
 
-def find_start(origin: str, config: Config, source: dict, classes: Sequence[str], load: Path | None) -> ElasticSSD:
+def find_start(
+    origin: str, config: Config, source: dict, classes: Sequence[str], load: Path | None
+) -> tuple[ElasticSSD, Genotype | None]:
     """The network that a student is cut from, with its weights from `origin`: supernet, pretrained or scratch.
 
-    `source` is the content of the genotype file, which may name a supernet; `load` is the run of another one.
+    Of a pretrained network also the genotype that holds it. `source` is the content of the genotype file, which may
+    name a supernet; `load` is the run of another one.
     """
     if origin == "supernet":
         path = supernet_path(config, source, load)
         supernet = load_supernet_of(path, classes)
         validate_network(config, supernet.config, ("search_space", "backbone", "head"), path)
-        return supernet.detector
+        return supernet.detector, None
     network = ElasticSSD(config, len(classes))
     if origin == "pretrained":
         if not config.backbone.pretrained_path:
             raise UserError("--from-pretrained: backbone.pretrained_path is empty; set it in the YAML or with --set")
-        print("\n".join(as_table(load_pretrained(network, config, classes).rows)))
-    return network
+        embedding = load_pretrained(network, config, classes)
+        print("\n".join(as_table(embedding.rows)))
+        return network, embedding.genotype
+    return network, None
 
 
 def supernet_path(config: Config, source: dict, load: Path | None) -> Path:

@@ -164,7 +164,7 @@ def propose_priors(
         return head, report
     sizes = detector.feature_sizes(size)
     pairs = [count // 2 for count in priors_per_cell(head.aspect_ratios, head.squares)]
-    scales, ratios = fit_priors(*objects_of(split), sizes, pairs, threshold, head.clip)
+    scales, ratios = fit_priors(*objects_of(split), sizes, pairs, threshold, head.clip is True)
     priors = prior_boxes(sizes, scales, ratios, head.clip, squares=False)
     after = coverage_of(split, priors, threshold)
     shares = [row for row in zip(before, after, annotations.classes, strict=True) if row[0] == row[0]]  # not NaN

@@ -8,6 +8,7 @@ genotype, and every sub-network that contains it, computes the source's feature 
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,9 +24,12 @@ from lib.detector import ElasticSSD
 from lib.elastic import ElasticInvertedResidual
 from lib.errors import UserError, naming
 from lib.genotype import Block, BlockChoices, Genotype
+from lib.head import Predictors
 from lib.sources import Source, Tensors, read_source
 
-HEAD_EPS = 1e-5  # of BatchNorm in the head, in every detector: `backbone.norm_eps` is the backbone's alone
+SETTINGS = ("pixel_mean", "pixel_std", "padding", "norm_eps")  # of the backbone, that a training depends on
+HEAD_SETTINGS = ("scales", "aspect_ratios", "squares", "clip", "variances", "extra_activation")
+SYNONYMS = {"aeroplane": "airplane", "motorbike": "motorcycle", "sofa": "couch", "tvmonitor": "tv"}  # VOC's, COCO's
 FRESH = "starts fresh"
 MATRICES = {5: "depthwise.7to5_matrix", 3: "depthwise.5to3_matrix"}  # by the side of the kernel that they make
 Row = tuple[str, str]  # a part of the supernet, and where its weights come from
@@ -48,9 +52,10 @@ def load_pretrained(detector: ElasticSSD, config: Config, classes: Sequence[str]
         embedding = embed(detector, source, config.backbone.pretrained_head, classes)
     rows = [("recognised as", source.name), *embedding.rows]
     # The weights can start the training even if a setting differs.
-    pairs = [("backbone", key, source.settings, "it was") for key in ("pixel_mean", "pixel_std", "padding", "norm_eps")]
+    pairs = [("backbone", key, source.settings, "it was") for key in SETTINGS]
     if source.head and config.backbone.pretrained_head:
-        pairs += [("head", key, source.head, "its predictors were") for key in ("scales", "aspect_ratios", "squares")]
+        pairs.append(("backbone", "feature_taps", source.settings, "its predictors were"))
+        pairs += [("head", key, source.head, "its predictors were") for key in HEAD_SETTINGS]
     for section, key, settings, what in pairs:
         value, original = getattr(getattr(config, section), key), getattr(settings, key)
         if value != original:
@@ -82,24 +87,31 @@ def embed(
     stages = tuple(_embed_stage(detector, source, i, rows) for i in range(len(source.stages)))
     if backbone.last_conv is not None:
         _embed_conv(backbone.last_conv, source.last_conv, eps, "last 1x1 convolution", rows)
-    head = _embed_extras(detector, source, rows)
-    predictors = source.predictors
+    space = detector.space
+    size = source.image_size if source.image_size in space.image_size else space.image_size[-1]
+    genotype = Genotype(size, space.backbone_type, stages, _embed_extras(detector, source, rows))
+    theirs = source.predictors
+    # For feature maps as wide as the source's, which may be narrower than the widest ones.
+    ours = detector.predictors.extract(detector.backbone.channels(genotype))
     # Logits are ordered by class: the same classes in another order need them rearranged.
-    if predictors and source.classes and classes and tuple(classes) != source.classes:
-        predictors = _with_classes(detector, predictors, source.classes, classes)
+    if theirs and source.classes and classes and tuple(classes) != tuple(source.classes):
+        known = list(source.classes)
+        numbers = {_spelling(name): known.index(name) for name in known} | {name: known.index(name) for name in known}
+        origins = {name: numbers.get(name, numbers.get(_spelling(name))) for name in classes}
+        theirs = _with_classes(ours, theirs, len(known), origins)
+        found = {name: known[i] for name, i in origins.items() if i is not None}
         parts = {
-            "kept": [name for name in classes if name in source.classes],
-            FRESH: [name for name in classes if name not in source.classes],
-            "left out": [name for name in source.classes if name not in classes],
+            "kept": [name if name == origin else f"{name} ({origin})" for name, origin in found.items()],
+            FRESH: [name for name in classes if name not in found],
+            "left out": [name for name in dict.fromkeys(known) if name not in found.values()],
         }
         texts = [f"{what}: {', '.join(names)}" for what, names in parts.items() if names]
         rows.append(("class logits", "; ".join(texts)))
-    rows.append(("predictors", _load_predictors(detector, predictors)))
+    rows.append(("predictors", _load_predictors(detector.predictors, ours.state_dict(), theirs, source.head_eps)))
     if source.left_out:
         modules = Counter(key.rpartition(".")[0] or key for key in source.left_out)
         rows.append(("left out", ", ".join(f"{module} ({count} tensors)" for module, count in modules.items())))
-    space = detector.space
-    return Embedding(Genotype(space.image_size[-1], space.backbone_type, stages, head), rows)
+    return Embedding(genotype, rows)
 
 
 def _embed_conv(ours: nn.Sequential, theirs: Tensors, eps: float, where: str, rows: list[Row]) -> None:
@@ -214,8 +226,9 @@ def _load(ours: nn.Module, theirs: Tensors, eps: float) -> None:
     """Copy the tensors, or the first channels that both have. The weights of our surplus inputs become zero."""
     theirs = dict(theirs)
     for name, module in ours.named_modules():
-        if isinstance(module, nn.BatchNorm2d):  # its weight makes up for another eps, so that the function is the same
-            var = theirs[f"{name}.running_var"]
+        var = theirs.get(f"{name}.running_var")
+        # The weight of a BatchNorm makes up for another eps, so that the function is the same.
+        if isinstance(module, nn.BatchNorm2d) and var is not None:
             theirs[f"{name}.weight"] = theirs[f"{name}.weight"] * ((var + module.eps) / (var + eps)).sqrt()
     for name, tensor in ours.state_dict().items():
         if name in theirs:
@@ -234,7 +247,7 @@ def _embed_extras(detector: ElasticSSD, source: Source, rows: list[Row]) -> tupl
             # An extra block that does not fit is no reason to refuse the backbone.
             try:
                 ours, theirs = detector.extras.blocks[i], source.extras[i]
-                block = _embed_block(ours, theirs, choices, source.elastic, HEAD_EPS, f"extra block {i}")
+                block = _embed_block(ours, theirs, choices, source.elastic, source.head_eps, f"extra block {i}")
                 what = f"loaded as ({block.expand:g}, {block.kernel})"
             except UserError as misfit:
                 what = f"{FRESH} ({misfit})"
@@ -243,31 +256,34 @@ def _embed_extras(detector: ElasticSSD, source: Source, rows: list[Row]) -> tupl
     return tuple(head)
 
 
-def _load_predictors(detector: ElasticSSD, theirs: Tensors) -> str:
-    """Copy the tensors of the same name and shape: all but the class logits if the number of classes differs."""
-    ours: dict[str, Tensor] = detector.predictors.state_dict()
+def _load_predictors(predictors: nn.Module, ours: Tensors, theirs: Tensors, eps: float) -> str:
+    """Copy the tensors of the same name and shape as `ours`: not the class logits of another number of classes."""
     fitting = {name: t for name, t in theirs.items() if name in ours and t.shape == ours[name].shape}
     floating = {name: tuple(t.shape) for name, t in ours.items() if name in fitting and t.is_floating_point()}
     _check_tensors(fitting, floating, "predictors")
-    detector.predictors.load_state_dict(fitting, strict=False)
+    _load(predictors, fitting, eps)
     if not fitting:
         return FRESH
     fresh = sorted({name.rpartition(".")[0] for name in ours if name not in fitting})
     return f"loaded; {FRESH}: {', '.join(fresh)}" if fresh else "loaded"
 
 
-def _with_classes(detector: ElasticSSD, theirs: Tensors, known: Sequence[str], wanted: Sequence[str]) -> Tensors:
-    """`theirs` with class logits for `wanted`: the background's and those of `known` classes, else `detector`'s."""
+def _spelling(name: str) -> str:
+    """A name without case, spaces and hyphens, in COCO's words: tvmonitor is tv, Dining-Table is diningtable."""
+    plain = re.sub(r"[\W_]", "", name.lower()) or name
+    return SYNONYMS.get(plain, plain)
+
+
+def _with_classes(ours: Predictors, theirs: Tensors, known: int, origins: Mapping[str, int | None]) -> Tensors:
+    """`theirs`, of `known` classes, with class logits from `origins`: the background's and these, else `ours`."""
     result = dict(theirs)
-    kept = [name for name in wanted if name in known]
-    to = [0, *(wanted.index(name) + 1 for name in kept)]
-    origin = [0, *(known.index(name) + 1 for name in kept)]
-    for level, net in enumerate(detector.predictors.classes):
+    pairs = {0: 0, **{to: i + 1 for to, i in enumerate(origins.values(), start=1) if i is not None}}
+    for level, net in enumerate(ours.classes):
         for part in ("weight", "bias"):
             name = f"classes.{level}.{len(net) - 1}.{part}"
-            merged = getattr(net[-1], part).unflatten(0, (-1, len(wanted) + 1)).clone()  # (priors, classes + 1, ...)
+            merged = getattr(net[-1], part).unflatten(0, (-1, len(origins) + 1)).clone()  # (priors, classes + 1, ...)
             # With another number of priors in a cell none of these logits has a counterpart.
-            if name in theirs and theirs[name].shape == (len(merged) * (len(known) + 1), *merged.shape[2:]):
-                merged[:, to] = theirs[name].unflatten(0, (-1, len(known) + 1))[:, origin]
+            if name in theirs and theirs[name].shape == (len(merged) * (known + 1), *merged.shape[2:]):
+                merged[:, list(pairs)] = theirs[name].unflatten(0, (-1, known + 1))[:, list(pairs.values())]
                 result[name] = merged.flatten(0, 1)
     return result

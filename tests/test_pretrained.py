@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import functools
 import random
+import re
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torchvision.models import mobilenet_v2, mobilenet_v3_large
+from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights, ssdlite320_mobilenet_v3_large
 
 from lib import checkpoint, config_io
 from lib.config import Config
 from lib.config_io import to_dict
-from lib.detector import ElasticSSD
+from lib.detector import ElasticSSD, ScoresAndBoxes, detect
+from lib.elastic import run_segment
 from lib.errors import UserError
 from lib.genotype import Genotype
 from lib.pretrained import as_table, embed, load_pretrained
+from lib.shrinking import sort_hidden_channels
 from lib.sources import read_source, recognise
 
 CLASSES = ["cat", "dog", "eel"]
@@ -75,9 +81,12 @@ def outputs(layers, x: torch.Tensor) -> list[torch.Tensor]:
     return found
 
 
-@torch.no_grad()
 def features(detector: ElasticSSD, x: torch.Tensor, genotype: Genotype) -> list[torch.Tensor]:
-    return detector.backbone(x, genotype)
+    maps = []
+    for segment in detector.backbone.segments(genotype):
+        x = run_segment(segment, x)
+        maps.append(x)
+    return maps
 
 
 @pytest.mark.parametrize(
@@ -145,6 +154,124 @@ def test_efficientnet_lite0_with_its_real_weights():
     assert not any(part == "note" for part, _ in embedding.rows)
     assert embedding.genotype.depths == (1, 2, 2, 3, 3, 4, 1)
     assert [stage[0].kernel for stage in embedding.genotype.stages] == [3, 3, 5, 3, 5, 5, 3]
+
+
+SSDLITE = CONFIGS / "ssdlite320.yaml"
+
+
+@pytest.fixture(scope="module")
+@torch.no_grad()
+def ssdlite():
+    """torchvision's detector with random weights and statistics, in which positions differ as in a trained one."""
+    torch.manual_seed(1)
+    net = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    images = F.interpolate(torch.rand(2, 3, 13, 17), (240, 400))
+    net.train().head(list(net.backbone(net.transform(list(images))[0].tensors).values()))
+    for name, tensor in (*net.named_parameters(), *net.named_buffers()):
+        if name.endswith("running_var"):
+            tensor.mul_(torch.empty_like(tensor).uniform_(0.5, 1.5)).clamp_(min=1e-3)
+        elif tensor.ndim == 1:
+            tensor.add_(0.1 * torch.randn_like(tensor))
+    return net.eval(), images[:1]
+
+
+@torch.no_grad()
+def test_torchvisions_ssdlite_is_a_sub_network_whole(ssdlite, tmp_path):
+    """Logits, offsets, decoded boxes and detections are torchvision's own."""
+    net, images = ssdlite
+    outputs, decoded = {}, []
+    hook = net.head.register_forward_hook(lambda _module, _inputs, output: outputs.update(output))
+    decode = net.box_coder.decode_single
+    with mock.patch.object(
+        net.box_coder, "decode_single", lambda *inputs: decoded.append(decode(*inputs)) or decoded[-1]
+    ):
+        (theirs,) = net(list(images))
+    hook.remove()
+    torch.save(net.state_dict(), tmp_path / "ssdlite.pth")
+    settings = config_io.read_config(SSDLITE, [f"backbone.pretrained_path={tmp_path / 'ssdlite.pth'}"])
+    detector = make_detector(settings, 90)
+    embedding = load_pretrained(
+        detector, settings, SSDLite320_MobileNet_V3_Large_Weights.DEFAULT.meta["categories"][1:]
+    )
+    assert not any(part in ("note", "left out") or "fresh" in what for part, what in embedding.rows)
+    genotype = embedding.genotype
+    assert genotype.image_size == 320 and [block.expand for block in genotype.head] == [0.533, 0.25, 0.5, 0.25]
+    logits, offsets = detector(images * 255, genotype)
+    assert_close(logits, outputs["cls_logits"])
+    assert_close(offsets, outputs["bbox_regression"])
+    plain = detector.extract(genotype)
+    boxes = ScoresAndBoxes(plain, settings)(images * 255)[1]
+    torch.testing.assert_close(boxes[0], (decoded[0] / 320).clamp(0, 1), rtol=0, atol=1e-4)
+    (ours,) = detect(plain, [images * 255], settings, torch.device("cpu"))
+    boxes = theirs["boxes"] / torch.tensor([400, 240, 400, 240])
+    assert len(ours.scores) == len(boxes) == 300
+    # Scores that are equal but for rounding may have changed places.
+    distance = (ours.boxes[:, None] - boxes).abs().amax(-1) + (ours.scores[:, None] - theirs["scores"]).abs()
+    distance += (ours.labels[:, None] != theirs["labels"]).float()
+    assert distance.amin(0).max() < 1e-3 and distance.amin(1).max() < 1e-3
+
+
+@torch.no_grad()
+def test_classes_of_other_data_start_from_cocos_of_the_same_name(ssdlite):
+    """VOC's spelling too. Box offsets are kept."""
+    net, images = ssdlite
+    settings = config_io.read_config(SSDLITE, ["search_space.image_size_choice=[320, 384]"])
+    settings.search_space.schedule_cfg.image_size_choice.boundary.clear()
+    detector, all_classes = make_detector(settings, 5), make_detector(settings, 90)
+    source = recognise(net.state_dict(), "file")
+    embedding = embed(detector, source, classes=["tvmonitor", "widget", "dining-table", "dog", "Cat"])
+    genotype = embed(all_classes, source).genotype
+    assert embedding.genotype == genotype and genotype.image_size == 320  # not the largest of the space
+    rows = dict(embedding.rows)
+    assert rows["class logits"].startswith("kept: tvmonitor (tv), dining-table (dining table), dog, Cat (cat); ")
+    assert "starts fresh: widget; left out: person" in rows["class logits"]
+    (ours, offsets), (theirs, their_offsets) = detector(images * 255, genotype), all_classes(images * 255, genotype)
+    assert_close(offsets, their_offsets)
+    assert_close(ours[..., [0, 1, 3, 4, 5]], theirs[..., [0, 72, 67, 18, 17]])  # COCO's category ids
+    other = recognise({**net.state_dict(), **fewer_logits(net, 5)}, "file")
+    assert other.classes == ()  # a file that was trained on other classes names none
+
+
+def fewer_logits(net: nn.Module, outputs: int) -> dict[str, torch.Tensor]:
+    state = net.state_dict()
+    last = [name for name in state if re.fullmatch(r"head\.classification_head\.module_list\.\d\.1\.\w+", name)]
+    return {name: state[name][: 6 * outputs] for name in last}
+
+
+TAPS = {"backbone__feature_taps": "expansion", "head__extra_activation": True}
+
+
+@torch.no_grad()
+def test_a_detector_whose_feature_map_ends_in_a_narrow_expansion_comes_back(tiny_detector, tiny_config):
+    """With its predictors, and with the same logits for classes of the same name."""
+    source = tiny_detector(**TAPS)
+    genotype = source.space.smallest()
+    plain = source.extract(genotype)
+    assert plain.predictors.classes[0][0].in_channels < source.predictors.classes[0][0].weight.shape[0]
+    content = {"model": plain.state_dict(), "config": to_dict(tiny_config(**TAPS)), "genotype": genotype.to_dict()}
+    payload = {"format": checkpoint.FORMAT, **content, "classes": CLASSES}
+    for wanted in (CLASSES, ["eel", "emu", "cat"]):
+        target = fresh(tiny_config, **TAPS)
+        embedding = embed(target, recognise(payload, "file"), classes=wanted)
+        assert embedding.genotype == genotype and dict(embedding.rows)["predictors"] == "loaded"
+        kept = [0, *(CLASSES.index(name) + 1 for name in wanted if name in CLASSES)]
+        places = [0, *(place for place, name in enumerate(wanted, start=1) if name in CLASSES)]
+        (ours, offsets), (theirs, their_offsets) = target(IMAGES, genotype), plain(IMAGES)
+        torch.testing.assert_close(ours[..., places], theirs[..., kept], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(offsets, their_offsets, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_sorting_leaves_an_expansion_that_predictors_read(tiny_detector):
+    detector = tiny_detector(**TAPS)
+    largest = detector.space.largest()
+    before = detector(IMAGES, largest)
+    assert sort_hidden_channels(detector) == len(list(detector.backbone.stages)) * 2 - 2
+    for after, output in zip(detector(IMAGES, largest), before, strict=True):
+        torch.testing.assert_close(after, output, rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -290,7 +417,7 @@ def test_the_backbone_alone(own, tiny_config):
     rows = dict(embed(target, read_source(str(folder / "supernet/last.pt")), with_head=False).rows)
     assert rows["extra block 0"] == rows["predictors"] == "starts fresh"
     x = torch.randn(1, 3, 64, 64)
-    for ours, theirs in zip(target.backbone(x, genotype), source.backbone(x, genotype), strict=True):
+    for ours, theirs in zip(features(target, x, genotype), features(source, x, genotype), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     for part in ("extras", "predictors"):
         state = getattr(untouched, part).state_dict()
@@ -301,7 +428,7 @@ def test_surplus_channels_and_blocks_learn():
     detector = make_detector(MBV3)
     embed(detector, recognise(weights(mobilenet_v3_large), "file"))
     detector.train()
-    maps = detector.backbone(torch.randn(2, 3, 64, 64), detector.space.largest())
+    maps = features(detector, torch.randn(2, 3, 64, 64), detector.space.largest())
     sum(feature_map.square().sum() for feature_map in maps).backward()
     surplus, wide = detector.backbone.stages[1][3], detector.backbone.stages[3][1]
     assert surplus.project_norm.weight.grad.abs().sum() > 0
