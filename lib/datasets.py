@@ -199,7 +199,6 @@ class DetectionDataset(Dataset):
         self.reduces = self.training and not data.cache
         self.cache_room = CACHE_BYTES if self.training and data.cache else 0
         self.cached: dict[int, Tensor] = {}
-        self.unreadable: set[int] = set()
         # Whether (N, 2) a note and a fault of each picture have been logged: by any process, in any dataset of these.
         nothing = torch.zeros(len(annotations), 2, dtype=torch.bool)
         self.logged = vars(annotations).setdefault("logged", nothing.share_memory_())
@@ -260,13 +259,12 @@ class DetectionDataset(Dataset):
         """The picture of a row and the row itself; under `on_error: skip`, if need be, those of its replacement."""
         shown = row
         for _ in range(len(self.indices)):
-            if shown not in self.unreadable:
+            if not self.logged[shown, 1]:  # else some process has found that it cannot be read
                 try:
                     return self.read_image(shown), shown
                 except UnreadableImage as error:
                     if not self.skip:
                         raise
-                    self.unreadable.add(shown)
                     self._log_once(row=shown, kind=1, message=f"{error}; skipped")
                     lost, count = int(self.logged[self.indices, 1].sum()), len(self.indices)
                     if lost > self.max_skipped * count:
