@@ -168,6 +168,28 @@ def test_coco_file_names_with_folders(tmp_path, prefix):
     assert len(found) == 6 and len(found.objects.labels) == 6 and found.sizes.tolist() == [[48, 32]] * 6
 
 
+def test_of_pictures_of_one_name_a_coco_file_means_those_of_its_split_and_no_masks(tmp_path):
+    coco(tmp_path, {"labels/x_train.json": ("images/train", TRAIN), "labels/x_val.json": ("images/valid", TRAIN)})
+    for name in TRAIN:
+        write_picture(tmp_path / "masks" / "train" / f"{name}.jpg")
+        write_picture(tmp_path / "copy" / "images" / "valid" / f"{name}.jpg")
+    for split, folder in (("train", "train"), ("test", "valid")):
+        found = load(tmp_path, split)
+        assert [found.paths[i] for i in range(6)] == [str(tmp_path / f"images/{folder}/{name}.jpg") for name in TRAIN]
+    write_picture(tmp_path / "images" / "train" / "more" / "p0.jpg")
+    write_picture(tmp_path / "images" / "more" / "train" / "p0.jpg")
+    (tmp_path / "images" / "train" / "p0.jpg").unlink()
+    with pytest.raises(UserError, match=r"p0\.jpg: no such image"):
+        load(tmp_path)
+
+
+def test_yolo_pictures_that_validate_and_test_do_not_train(tmp_path):
+    for split, objects in (("train", TRAIN), ("val", TEST)):
+        yolo(tmp_path, lambda n, split=split: (f"images/{split}/{n}.jpg", f"labels/{split}/{n}.txt"), objects)
+    (tmp_path / "data.yaml").write_text("names: [cat, dog]\ntrain: images/train\nval: images/val\ntest: images/val\n")
+    as_read(tmp_path, "YOLO, data.yaml")
+
+
 def test_what_is_ambiguous_or_missing_is_named_with_its_key(tmp_path):
     coco(tmp_path, {"a/one_train.json": ("a", TRAIN), "b/other_train.json": ("a", TRAIN)})
     with pytest.raises(UserError, match=r"one_train\.json, b/other_train\.json: data\.train_annotations names the one"):
