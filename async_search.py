@@ -6,6 +6,8 @@
     python async_search.py --resume                           # go on after any interruption
     python async_search.py --dispatcher ray --ray-address auto    # on the machines of a Ray cluster
     python async_search.py --measure-latency cpu              # writes latency_cpu.json, by which a search knows latency
+    python async_search.py --measure-latency cpu --latency-runtime onnxruntime
+    python async_search.py --measure-latency phone --measure-with './phone.sh {file}'
     python async_search.py --latency-table runs/bccd/search/latency_cpu.json --max-latency 12
 
 Writes best.json (the genotype to train), pareto.json (the front), evals.jsonl (every evaluation), front.png and
@@ -18,6 +20,7 @@ import argparse
 import contextlib
 import gc
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,17 +29,16 @@ import torch
 
 from lib import checkpoint, cli, plan
 from lib.annotations import Annotations
-from lib.budget import Budget, Coster, limits_of, table_for
 from lib.cli import last_run, remember, supernet_checkpoint
 from lib.config import Config
 from lib.config_io import to_dict, validate_network
-from lib.controllers import RandomSearch, make_controller
+from lib.controllers import Budget, RandomSearch, limits_of, make_controller
 from lib.datasets import load_annotations, load_split
 from lib.detector import Supernet, load_supernet
 from lib.dispatcher import Result, TimeLimit, WorkerPool
 from lib.errors import UserError
 from lib.genotype import Genotype, read_genotype_files
-from lib.latency import measure_table
+from lib.latency import RUNTIMES, Coster, load_table, measure_table
 from lib.ledger import Ledger
 from lib.log import Throttle, duration, progress, say
 from lib.plan import scoring_seconds
@@ -133,13 +135,26 @@ def progress_line(search: Search, epoch: int) -> str:
 
 
 def measure_latency(args: argparse.Namespace, supernet: Supernet, config: Config, folder: Path) -> None:
-    """Write the latency table of a device and say how good it is."""
-    device = pick_device(args.measure_latency, "--measure-latency")
-    path = folder / f"latency_{str(device).replace(':', '_')}.json"
+    """Write the latency table of a device and a runtime, and say how good it is."""
+    runtime = args.measure_with or args.latency_runtime or "torch"
+    name = args.measure_latency
+    if args.measure_with:
+        name = "external" if name == "auto" else name
+        if not re.fullmatch(r"[\w-]+", name):
+            raise UserError(f"--measure-latency {name}: expected a name of letters and digits for the device")
+        if "{file}" not in runtime:
+            raise UserError(f"--measure-with '{runtime}': expected {{file}} where the path of the exported file goes")
+        device = torch.device("cpu")
+    else:
+        device = pick_device("cpu" if name == "auto" and runtime != "torch" else name, "--measure-latency")
+        if device.type != "cpu" and runtime != "torch":
+            raise UserError(f"--measure-latency {name}: --latency-runtime {runtime} runs on the CPU: expected cpu")
+        name = str(device).replace(":", "_") + (f"_{runtime}" if runtime != "torch" else "")
+    path = folder / f"latency_{name}.json"
     if args.dry_run:
-        print(f"latency: times sub-networks on {device} and writes {path}")
+        print(f"latency: times sub-networks by {runtime}, device {args.measure_latency}, and writes {path}")
         return
-    table = measure_table(supernet.detector, config, device)
+    table = measure_table(supernet.detector, config, device, runtime, name if args.measure_with else "")
     table.save(path)
     costs = Coster(supernet.detector, table)
     low = costs(supernet.space.smallest())["latency_ms"]
@@ -207,6 +222,14 @@ def make_parser() -> argparse.ArgumentParser:
         const="auto",
         help="write such a table for this machine's cpu or cuda:0 to the run's folder, and stop",
     )
+    measuring = parser.add_mutually_exclusive_group()
+    measuring.add_argument("--latency-runtime", choices=RUNTIMES, help="what --measure-latency times (default: torch)")
+    measuring.add_argument(
+        "--measure-with",
+        metavar="COMMAND",
+        help="--measure-latency NAME by a command on another device: it gets an ONNX file as {file} and prints "
+        "milliseconds as its last number",
+    )
     return parser
 
 
@@ -245,8 +268,12 @@ def prepare(args: argparse.Namespace, search_run: cli.Run, supernet: Supernet, p
     config = search_run.config
     flag, gpus = ("--device", args.device) if args.gpus is None else ("--gpus", args.gpus)
     devices, make_pool = pick_dispatcher(args.dispatcher, args.ray_address, gpus, config, flag)
-    costs = Coster(supernet.detector, table_for(supernet.detector, config.search))
-    budget = Budget(costs, supernet.space, limits_of(config.search))
+    limits = limits_of(config.search)
+    table = load_table(Path(config.search.latency_table), supernet.detector) if config.search.latency_table else None
+    if table is None and "latency_ms" in (*config.search.costs, *limits):
+        raise UserError("search: a cost or limit of latency needs --latency-table FILE, which --measure-latency writes")
+    costs = Coster(supernet.detector, table)
+    budget = Budget(costs, supernet.space, limits)
     # One random proposal shows at once whether anything fits all limits together.
     RandomSearch(config.search, supernet.space, config.seed, budget).ask()
     config.data.classes = list(supernet.classes)
@@ -400,6 +427,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--top {args.top}: expected how many of the best to list")
     if args.save_every is not None and args.save_every < 1:
         raise UserError(f"--save-every {args.save_every}: expected a number of search epochs, at least 1")
+    if (args.latency_runtime or args.measure_with) and not args.measure_latency:
+        raise UserError("--latency-runtime and --measure-with say how to measure: add --measure-latency")
     if args.measure_latency:
         measure_latency(args, supernet, search_run.config, search_run.folder)
         return

@@ -225,8 +225,10 @@ class Bench:
         self.report.line("PASS" if worst < 0.03 else "FAIL" if self.gpu else "INFO", "latency repeats", f"{worst:.1%}")
         graphs = ""
         if self.gpu:
-            picture = torch.zeros(1, 3, 480, 640, dtype=torch.uint8, device=self.device)
-            graphs = "; as a CUDA graph " + ", ".join(f"{self.milliseconds(graph_of(m, picture)):.3f}" for m in models)
+            sizes = [genotype.image_size for genotype in genotypes]
+            images = [torch.zeros(1, 3, size, size, dtype=torch.uint8, device=self.device) for size in sizes]
+            times_of_graphs = [self.milliseconds(graph_of(m, x)) for m, x in zip(models, images, strict=True)]
+            graphs = "; without resizing, as a CUDA graph " + ", ".join(f"{ms:.3f}" for ms in times_of_graphs)
         self.report.info("latency of smallest, median, largest", f"{times} ms{graphs}")
 
     def switches(self) -> None:

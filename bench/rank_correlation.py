@@ -22,6 +22,7 @@ import numpy as np
 
 from lib.cli import supernet_checkpoint
 from lib.detector import load_supernet
+from lib.latency import kendall_tau
 from lib.runtime import run
 from lib.scoring import Scorer
 
@@ -99,13 +100,6 @@ def with_interval(tau, values: np.ndarray, final: np.ndarray, *given: np.ndarray
         drawn.append(tau(values[rows], means, *(each[rows] for each in given)))
     low, high = np.nanquantile(drawn, [0.025, 0.975])
     return f"{tau(values, final.mean(1), *given):.2f} ({low:.2f} to {high:.2f})"
-
-
-def kendall_tau(a: np.ndarray, b: np.ndarray) -> float:
-    """Kendall's tau-b: agreeing pairs minus disagreeing ones, over the pairs that are no tie. NaN if all are ties."""
-    x, y = (np.sign(np.subtract.outer(values, values)) for values in (a, b))
-    untied = np.sqrt(float((x != 0).sum()) * float((y != 0).sum()))
-    return float((x * y).sum() / untied) if untied else float("nan")
 
 
 def partial_tau(a: np.ndarray, b: np.ndarray, given: np.ndarray) -> float:

@@ -145,10 +145,10 @@ class Saboteur(Dispatcher):
 def simulate(folder: str, evaluations: int, workers: int, kill_every: int, last: int) -> None:
     """Run the search in `folder`, or resume it; with `last`, kill this process at so many evaluations in the ledger."""
     from async_search import search_loop
-    from lib.budget import Coster
     from lib.config import Config, SearchConfig
     from lib.controllers import RandomSearch
     from lib.genotype import BlockChoices, SearchSpace, StageChoices
+    from lib.latency import Coster
     from lib.ledger import Ledger
     from lib.log import Throttle
     from lib.report import write_results

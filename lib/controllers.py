@@ -1,5 +1,7 @@
 """Search controllers: random search, regularized evolution and Pareto evolution behind one ask / tell interface.
 
+Then the budget of a search: limits on what a sub-network costs.
+
 Pure: no processes, no files, no torch. Many asks may come before their tells, and tells come in any order.
 """
 
@@ -10,11 +12,12 @@ import operator
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 from lib.config import SearchConfig
 from lib.errors import UserError
-from lib.genotype import Genotype, SearchSpace
+from lib.genotype import Block, Genotype, SearchSpace, all_blocks
 
 CHILD_TRIES = 1_000  # children in a row that may be rejected before a proposal is sampled from the whole space
 SAMPLE_TRIES = 10_000  # samples in a row that may be rejected before the space counts as exhausted
@@ -233,3 +236,68 @@ def make_controller(
 ) -> Controller:
     """The controller that `settings.controller` names, as `Controller` describes the arguments."""
     return CONTROLLERS[settings.controller](settings, space, seed, budget, seeds)
+
+
+# The keys of the configuration that hold the least and the most of each cost.
+LIMIT_KEYS = {cost: (f"min_{cost}", f"max_{cost}") for cost in ("flops", "params", "latency_ms")}
+Limits = dict[str, tuple[float, float]]
+
+
+def limits_of(settings: SearchConfig) -> Limits:
+    """Least and most of each cost that has a limit. A limit of 0 means no limit."""
+    limits = {cost: [getattr(settings, key) for key in keys] for cost, keys in LIMIT_KEYS.items()}
+    return {cost: (low, high or math.inf) for cost, (low, high) in limits.items() if low or high}
+
+
+class Budget:
+    """`budget(genotype)` is whether a genotype is within all limits; `str(budget)` describes the limits.
+
+    A limit that no sub-network can meet is a UserError with the achievable range; whether all can be met together is
+    left to the search. `costs` gives the costs of a genotype by name.
+    """
+
+    def __init__(self, costs: Callable[[Genotype], Mapping[str, float]], space: SearchSpace, limits: Limits):
+        self._costs = costs
+        self._limits = limits
+        self._descriptions = []
+        for cost, (low, high) in limits.items():
+            ends = [extreme(space, lambda g, cost=cost: costs(g)[cost], pick) for pick in (min, max)]
+            least, most = (costs(genotype)[cost] for genotype in ends)
+            within = f"sub-networks have {least:.4g} to {most:.4g}"
+            low_key, high_key = LIMIT_KEYS[cost]
+            if low > most:
+                raise UserError(f"search.{low_key}: {low:.4g} is out of reach, {within}")
+            if high < least:
+                raise UserError(f"search.{high_key}: {high:.4g} is out of reach, {within}")
+            self._descriptions.append(f"{cost} from {low:.4g} to {high:.4g} ({within})")
+
+    def __call__(self, genotype: Genotype) -> bool:
+        costs = self._costs(genotype) if self._limits else {}
+        return all(low <= costs[cost] <= high for cost, (low, high) in self._limits.items())
+
+    def __str__(self) -> str:
+        return ", ".join(self._descriptions) or "none"
+
+
+def extreme(space: SearchSpace, cost: Callable[[Genotype], float], pick: Callable) -> Genotype:
+    """The genotype of least (`pick` is min) or greatest (max) cost, if each block adds a cost of its own."""
+    found = []
+    for size in space.image_size:
+        genotype = replace(space.largest(), image_size=size)
+        # At full depth each block can be chosen by itself, since costs add up; the depths follow.
+        for i, stage in enumerate(space.stages):
+            for j in range(max(stage.depth)):
+                blocks = genotype.stages[i]
+                options = ((*blocks[:j], block, *blocks[j + 1 :]) for block in all_blocks(stage.block))
+                genotype = pick((_with_stage(genotype, i, blocks) for blocks in options), key=cost)
+        for i, choices in enumerate(space.head):
+            heads = [(*genotype.head[:i], block, *genotype.head[i + 1 :]) for block in all_blocks(choices)]
+            genotype = pick((replace(genotype, head=head) for head in heads), key=cost)
+        for i, stage in enumerate(space.stages):
+            genotype = pick([_with_stage(genotype, i, genotype.stages[i][:d]) for d in stage.depth], key=cost)
+        found.append(genotype)
+    return pick(found, key=cost)
+
+
+def _with_stage(genotype: Genotype, i: int, stage: tuple[Block, ...]) -> Genotype:
+    return replace(genotype, stages=(*genotype.stages[:i], stage, *genotype.stages[i + 1 :]))

@@ -1,51 +1,55 @@
-"""Latency of any sub-network: measured on a device, or predicted from a table of block times.
+"""Latency of any sub-network: measured in the runtime that will run it, or predicted from a table of block times.
 
 The prediction is the sum of the blocks' times and of a constant for each image size, as in ProxylessNAS (Cai et al.,
 ICLR 2019, section 3.3) and Once-for-All. Blocks are not timed one by one: the table is fitted to times of whole
-detectors. A time is in milliseconds, from one picture to scores and boxes; non-maximum suppression is timed separately.
+detectors. A time is in milliseconds, from one picture to scores and boxes, without non-maximum suppression.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
 import json
 import random
-import statistics
-import time
+import re
+import shlex
+import subprocess
+import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
-from lib.backbone import Half
 from lib.checkpoint import write_text
 from lib.config import Config
 from lib.detector import SSD, ElasticSSD, ScoresAndBoxes, fuse
 from lib.elastic import ElasticInvertedResidual
 from lib.errors import UserError
+from lib.export import OPSET, PRIORS, open_session, quantize, require, run_session
 from lib.genotype import Block, Genotype, SearchSpace, all_blocks
 from lib.log import progress
-from lib.plain import Bounds, check, read_json
-from lib.runtime import device_name
+from lib.plain import Bounds, check, read_json, shown
+from lib.runtime import device_name, time_interleaved, visit
+from lib.transforms import EvalTransform
 
 FORMAT = "latency/1"
+RUNTIMES = ("torch", "onnxruntime", "onnxruntime-int8")
 SAMPLES_PER_BLOCK = 2  # measured detectors for each entry of the table
 HELD_OUT = 40  # measured detectors that only judge the table
 MIN_HELD_OUT = 10
 RIDGE = 1e-4  # ratio of two relative variances: of a measurement (standard deviation 1%) and of a block time (100%)
 PICTURE = (480, 640)  # height and width of the camera picture that a detector is given
-REPETITIONS = 3  # timed calls of a visit, after one that warms up
-ROUNDS = 10  # visits of each run
-REFERENCE_EVERY = 4  # visits from one of the reference to the next
-Run = Callable[[], object]
+ROUNDS = 10  # visits of each detector
+COMMAND_ROUNDS = 2  # the same where a command measures, which is expected to repeat by itself
+COMMAND_SECONDS = 300  # that a command may take
 Milliseconds = Annotated[float, Bounds(0, 1e9)]
 
 
@@ -70,15 +74,19 @@ class LatencyTable:
     error_95: float
     error_constant: float
     nms_ms: Milliseconds
-    nms_boxes: int
+    nms_boxes: int  # 0: NMS was not timed
     ms: dict[str, Milliseconds]
+    runtime: str  # one of RUNTIMES, or the command that measured
+    tau: float | None  # Kendall's tau-b of predicted and measured times on `held_out`; None: unknown
 
     def describe(self) -> str:
-        where = f"{self.device_name}, CPU threads: {self.threads}" if self.device == "cpu" else self.device_name
+        threads = f", CPU threads: {self.threads}" if self.device == "cpu" else ""
+        tau = "" if self.tau is None else f", Kendall's tau with the measured times {self.tau:.2f}"
+        nms = f"; NMS of {self.nms_boxes} boxes takes another {self.nms_ms:.2f} ms" if self.nms_boxes else ""
         return (
-            f"latency: {where}, batch {self.batch}; on {self.held_out} held-out sub-networks median absolute error "
-            f"{self.error_median:.1%}, 95% below {self.error_95:.1%} (one constant for all: median "
-            f"{self.error_constant:.1%}); NMS of {self.nms_boxes} boxes takes another {self.nms_ms:.2f} ms"
+            f"latency: {self.runtime} on {self.device_name}{threads}, batch {self.batch}; on {self.held_out} held-out "
+            f"sub-networks median absolute error {self.error_median:.1%}, 95% below {self.error_95:.1%} (one constant "
+            f"for all: median {self.error_constant:.1%}){tau}{nms}"
         )
 
     def save(self, path: Path) -> None:
@@ -88,12 +96,29 @@ class LatencyTable:
 def load_table(path: Path, detector: ElasticSSD) -> LatencyTable:
     """Read a table. Raises UserError unless it can predict every sub-network of `detector`."""
     again = "measure this supernet with --measure-latency"
-    table = check(read_json(path, FORMAT, f"; {again}"), LatencyTable, str(path))
+    data = {"runtime": "torch", "tau": None, **read_json(path, FORMAT, f"; {again}")}
+    table = check(data, LatencyTable, str(path))
     if table.network != shared_parts(detector):
         raise UserError(f"{path}: measured on a detector with another stem, head or number of classes; {again}")
     if missing := [name for name in all_features(detector) if name not in table.ms]:
         raise UserError(f"{path}: measured on another search space, without '{missing[0]}'; {again}")
     return table
+
+
+@dataclass
+class Coster:
+    """`coster(genotype)` is what a whole detector costs: flops, params and, if there is a table, latency_ms."""
+
+    detector: ElasticSSD
+    table: LatencyTable | None = None
+
+    def __call__(self, genotype: Genotype) -> dict[str, float]:
+        return {**self.detector.cost(genotype)._asdict(), **self.latency(genotype)}
+
+    def latency(self, genotype: Genotype) -> dict[str, float]:
+        """latency_ms alone; empty without a table."""
+        table = self.table
+        return {"latency_ms": round(predict(table.ms, features(self.detector, genotype)), 4)} if table else {}
 
 
 def features(detector: ElasticSSD, genotype: Genotype) -> Counter[str]:
@@ -102,11 +127,7 @@ def features(detector: ElasticSSD, genotype: Genotype) -> Counter[str]:
     counts = Counter([f"shared at {side}"])
     for segment in detector.segments(genotype):
         for module, block in segment:
-            if isinstance(module, Half):
-                if module.first:
-                    continue  # the time of the whole block is that of its second half
-                module = module.whole
-            stride = getattr(module[0], "stride", (1,))[0] if block is None else module.depthwise.stride
+            stride = module[0].stride[0] if block is None else module.depthwise.stride
             if block is not None:
                 counts[block_name(module, block, side)] += 1
             side = -(-side // stride)  # rounded up
@@ -143,23 +164,32 @@ def shared_parts(detector: ElasticSSD) -> str:
     return hashlib.sha256(json.dumps([*fixed, repr(detector.predictors)]).encode()).hexdigest()
 
 
-def measure_table(detector: ElasticSSD, config: Config, device: torch.device) -> LatencyTable:
-    """Time a designed sample of whole detectors on `device`, fit the table to it, and judge it on other detectors."""
+def measure_table(
+    detector: ElasticSSD, config: Config, device: torch.device, runtime: str = "torch", name: str = ""
+) -> LatencyTable:
+    """Time a designed sample of whole detectors on `device`, fit the table to it, and judge it on other detectors.
+
+    `runtime` is one of RUNTIMES, or a command that measures on another device, which is called `name`.
+    """
     rng = random.Random(config.seed)
     space = detector.space
     fitted = designed_sample(space, SAMPLES_PER_BLOCK * len(all_features(detector)), rng)
     held_out = held_out_sample(space, HELD_OUT, set(fitted), rng)
     # All detectors are timed in one interleaved measurement, so that both sets meet the same machine.
-    *times, nms = time_detectors(fused_detectors(detector, [*fitted, *held_out], config, device), config, device)
+    models = fused_detectors(detector, [*fitted, *held_out], config, device)
+    if runtime == "torch":
+        *times, nms = time_detectors(models, config, device)
+    else:
+        times, nms = time_files(models, config, runtime), 0.0
     ms = fit([features(detector, genotype) for genotype in fitted], times[: len(fitted)])
     # Detectors that the fit has not seen judge it, and with it the simplest of all predictions, one constant.
     measured = np.array(times[len(fitted) :])
     predicted = np.array([predict(ms, features(detector, genotype)) for genotype in held_out])
-    errors = np.abs(predicted - measured) / measured
-    errors_of_constant = np.abs(np.median(times[: len(fitted)]) - measured) / measured
+    errors = np.abs(predicted / measured - 1)
+    errors_of_constant = np.abs(np.median(times[: len(fitted)]) / measured - 1)
     return LatencyTable(
-        device=str(device),
-        device_name=device_name(device),
+        device=name or str(device),
+        device_name=name or device_name(device),
         threads=config.search.latency_threads,
         batch=1,
         torch=torch.__version__,
@@ -171,9 +201,18 @@ def measure_table(detector: ElasticSSD, config: Config, device: torch.device) ->
         error_95=float(np.percentile(errors, 95)),
         error_constant=float(np.median(errors_of_constant)),
         nms_ms=nms,
-        nms_boxes=config.postprocess.top_k,
+        nms_boxes=config.postprocess.top_k if nms else 0,
         ms=ms,
+        runtime=runtime,
+        tau=kendall_tau(predicted, measured),
     )
+
+
+def kendall_tau(a: np.ndarray, b: np.ndarray) -> float:
+    """Kendall's tau-b: agreeing pairs minus disagreeing ones, over the pairs that are no tie. NaN if all are ties."""
+    x, y = (np.sign(np.subtract.outer(values, values)) for values in (a, b))
+    untied = np.sqrt(float((x != 0).sum()) * float((y != 0).sum()))
+    return float((x * y).sum() / untied) if untied else float("nan")
 
 
 def designed_sample(space: SearchSpace, count: int, rng: random.Random) -> list[Genotype]:
@@ -194,11 +233,9 @@ def designed_sample(space: SearchSpace, count: int, rng: random.Random) -> list[
         blocks = zip(*(column(all_blocks(stage.block)) for _ in range(max(stage.depth))), strict=True)
         stages.append([chosen[:depth] for chosen, depth in zip(blocks, depths, strict=True)])
     heads = [column(all_blocks(choices)) for choices in space.head]
-    sample = []
-    for i, size in enumerate(sizes):
-        chosen = tuple(column_of_stage[i] for column_of_stage in stages)
-        sample.append(Genotype(size, space.backbone_type, chosen, tuple(head[i] for head in heads)))
-    return list(dict.fromkeys(sample))
+    rows = zip(sizes, *stages, *heads, strict=True)
+    n = 1 + len(stages)
+    return list(dict.fromkeys(Genotype(row[0], space.backbone_type, row[1:n], row[n:]) for row in rows))
 
 
 def held_out_sample(space: SearchSpace, count: int, known: Collection[Genotype], rng: random.Random) -> list[Genotype]:
@@ -262,10 +299,10 @@ def fused_detectors(
     Each block is extracted once for all detectors that have it, so that hundreds of them fit into memory.
     """
 
-    @functools.cache
-    def part(module: nn.Module, block: Block | tuple[int, ...] | None = None) -> nn.Module:
-        plain = module if block is None else module.extract(block)
-        return fuse(plain).to(device, memory_format=torch.channels_last)
+    @cache
+    def part(module: nn.Module, block: Block | None = None) -> nn.Module:
+        plain = fuse(module if block is None else module.extract(block))
+        return plain.to(device, memory_format=torch.channels_last)
 
     models = []
     for genotype in genotypes:
@@ -275,7 +312,7 @@ def fused_detectors(
             backbone=[nn.Sequential(*(part(*step) for step in segment)) for segment in detector.segments(genotype)],
             # The segments of the extra blocks are in `backbone`: SSD runs one after the other anyway.
             extras=[],
-            predictors=part(detector.predictors, detector.backbone.channels(genotype)),
+            predictors=part(detector.predictors),
             priors=detector.priors(genotype.image_size).to(device),
         )
         models.append(ScoresAndBoxes(model, config).eval())
@@ -290,19 +327,20 @@ def time_parts(model: SSD, config: Config, device: torch.device) -> dict:
     """
     deployed = ScoresAndBoxes(fuse(model).to(device, memory_format=torch.channels_last), config).eval()
     net = deployed.model
-    picture = torch.randint(0, 256, (1, 3, *PICTURE), dtype=torch.uint8, device=device)
-    x = net.normalize(picture, net.image_size)
+    resize = picture_resizer(net.image_size)
+    x = net.normalize(resize().to(device), net.image_size)
     logits, offsets = net.predict(x)
     # Each part runs on the output of the one before, computed once.
-    runs = [
-        lambda: deployed(picture),
-        lambda: net.normalize(picture, net.image_size),
-        lambda: net.predict(x),
-        lambda: deployed.decode(logits, offsets),
-        nms_run(config, net.predictors.num_classes, device),
-    ]
-    whole, resize, network, decoding, nms = time_interleaved(runs, device, config.search.latency_threads)
-    times = {"resize": resize, "network": network, "decoding": decoding, "nms": nms, "total": whole + nms}
+    runs = {
+        "total": lambda: deployed(resize().to(device)),
+        "resize": lambda: net.normalize(resize().to(device), net.image_size),
+        "network": lambda: net.predict(x),
+        "decoding": lambda: deployed.decode(logits, offsets),
+        "nms": nms_run(config, net.predictors.num_classes, device),
+    }
+    visits = [partial(visit, run, device) for run in runs.values()]
+    times = dict(zip(runs, time_interleaved(visits, config.search.latency_threads, ROUNDS), strict=True))
+    times["total"] += times["nms"]
     return {
         "device": str(device),
         "device_name": device_name(device),
@@ -321,7 +359,15 @@ def describe_parts(times: dict) -> str:
     return f"latency: {times['total_ms']:.2f} ms a picture ({parts}) on {times['device_name']}{threads}"
 
 
-def nms_run(config: Config, num_classes: int, device: torch.device) -> Run:
+@cache
+def picture_resizer(size: int) -> Callable[[], Tensor]:
+    """What resizes a camera picture, noise, to (1, 3, S, S) uint8 as `PictureDetector.detect_picture` does."""
+    transform = EvalTransform(size)
+    sample = torch.randint(0, 256, (3, *PICTURE), dtype=torch.uint8), torch.zeros(0, 4), torch.zeros(0)
+    return lambda: transform(*sample)[0][None]
+
+
+def nms_run(config: Config, num_classes: int, device: torch.device) -> Callable[[], object]:
     """Non-maximum suppression of `top_k` random boxes."""
     boxes = config.postprocess.top_k
     centres, sizes = torch.rand(2, boxes, 2, device=device)
@@ -333,53 +379,67 @@ def nms_run(config: Config, num_classes: int, device: torch.device) -> Run:
 
 @torch.inference_mode()
 def time_detectors(models: Sequence[ScoresAndBoxes], config: Config, device: torch.device) -> list[float]:
-    """Milliseconds of each model for one camera picture, and last those of non-maximum suppression."""
-    picture = torch.randint(0, 256, (1, 3, *PICTURE), dtype=torch.uint8, device=device)
-    runs: list[Run] = [lambda model=model: model(picture) for model in models]
+    """Milliseconds of each model in PyTorch for one camera picture, and last those of non-maximum suppression."""
+    runs = [lambda m=model: m(picture_resizer(m.model.image_size)().to(device)) for model in models]
     runs.append(nms_run(config, models[0].model.predictors.num_classes, device))
-    return time_interleaved(runs, device, config.search.latency_threads)
+    visits = [partial(visit, run, device) for run in runs]
+    return time_interleaved(visits, config.search.latency_threads, ROUNDS)
 
 
-def time_interleaved(runs: Sequence[Run], device: torch.device, threads: int) -> list[float]:
-    """Median milliseconds of each run over ROUNDS rounds, on `threads` CPU threads.
+def time_files(models: Sequence[ScoresAndBoxes], config: Config, runtime: str) -> list[float]:
+    """Milliseconds of each model as an ONNX file without NMS, in onnxruntime or by the command that `runtime` is.
 
-    A round visits every run, in a random order. A machine's speed drifts. So the first run serves as the reference: it
-    is visited again and again within a round, and the times of the round are divided by its median.
+    onnxruntime's contain the resizing of one camera picture. A command is given a file alone.
     """
-    rng = random.Random(0)
-    order = list(range(len(runs)))
-    times = np.empty((ROUNDS, len(runs)))
-    speeds = np.empty(ROUNDS)
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    bar = progress(None, "measure", total=ROUNDS * len(runs))
+    by_command = runtime not in RUNTIMES
+    visits: list[Callable[[], float]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for model in progress(models, "export"):
+            path, size = Path(folder) / f"{len(visits)}.onnx", model.model.image_size
+            write_graph(model, path, int8=runtime == "onnxruntime-int8")
+            visits.append(partial(visit_command, runtime, path) if by_command else partial(visit_file, path, size))
+            # A command that does not work is refused before hundreds of files are written.
+            if len(visits) == 1:
+                visits[0]()
+        return time_interleaved(visits, config.search.latency_threads, COMMAND_ROUNDS if by_command else ROUNDS)
+
+
+def write_graph(model: ScoresAndBoxes, path: Path, int8: bool) -> None:
+    """Write a detector for one picture, (1, 3, S, S) uint8, as lib.export does without NMS.
+
+    torch's tracing exporter takes a thirtieth of the time of the one that lib.export uses, for nearly the same graph.
+    """
+    onnx, *_ = require("onnx", "onnxscript", "onnxruntime")
+    noise = picture_resizer(model.model.image_size)()
+    names = {"input_names": ["images"], "output_names": list(PRIORS)}
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # deprecations within the exporter
+        torch.onnx.export(model, (noise,), str(path), **names, opset_version=OPSET, dynamo=False)
+    if int8:
+        # Time does not depend on the ranges of the activations, so noise calibrates well enough.
+        onnx.save(quantize(onnx.load(path), [noise]), path)
+
+
+def visit_file(path: Path, size: int) -> float:
+    """Milliseconds from a picture to scores and boxes of an exported file in onnxruntime, on torch's CPU threads."""
+    session = open_session(path)  # anew in each visit: hundreds of open ones would fill the memory
+    return visit(lambda: run_session(session, picture_resizer(size)(), PRIORS), torch.device("cpu"), often=4)
+
+
+def visit_command(command: str, path: Path) -> float:
+    """The last number that a command prints, given an exported file in place of {file}: milliseconds.
+
+    Raises UserError with the command and what it printed if it fails, takes too long or prints no such number.
+    """
     try:
-        for n in range(ROUNDS):
-            rng.shuffle(order)
-            reference = []
-            for position, i in enumerate(order):
-                # Within a round the speed drifts too, so the reference is measured several times.
-                if position % REFERENCE_EVERY == 0:
-                    reference.append(visit(runs[0], device))
-                times[n, i] = visit(runs[i], device)
-                bar.update()
-            speeds[n] = statistics.median(reference)
-    finally:
-        bar.close()
-        torch.set_num_threads(threads_before)
-    # Ratios to the reference become milliseconds at the machine's usual speed.
-    return (np.median(speeds) * np.median(times / speeds[:, None], axis=0)).tolist()
-
-
-def visit(run: Run, device: torch.device) -> float:
-    """Median milliseconds of a few calls after one that warms up. Waits for the GPU's work to end."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda _: None
-    run()
-    times = []
-    for _ in range(REPETITIONS):
-        wait(device)
-        start = time.perf_counter()
-        run()
-        wait(device)
-        times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
+        words = [word.replace("{file}", str(path)) for word in shlex.split(command)]
+        # With the terminal as its input, ssh and adb would read what is typed.
+        quiet = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "errors": "replace"}
+        done = subprocess.run(words, **quiet, timeout=COMMAND_SECONDS)
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:  # ValueError: an open quote
+        raise UserError(f"--measure-with '{command}': {error}") from None
+    numbers = re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?(?:e[-+]?\d+)?", done.stdout)
+    if done.returncode or not numbers or not 0 < float(numbers[-1]) < 1e9:
+        found = shown(" ".join(f"{done.stdout} {done.stderr} (exit status {done.returncode})".split())[-76:])
+        raise UserError(f"--measure-with '{command}': expected milliseconds as the last number, found {found}")
+    return float(numbers[-1])

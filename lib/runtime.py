@@ -1,4 +1,4 @@
-"""The machine and the process that a script runs in: devices, seeds, memory, signals and the exit status."""
+"""The machine and the process that a script runs in: devices, seeds, timing, memory, signals and the exit status."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import platform
 import random
 import re
 import signal
+import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from lib import distributed
 from lib.config import Config
 from lib.dispatcher import STOPS, die_with_parent
 from lib.errors import UserError, one_line
-from lib.log import keep_streams_open, say
+from lib.log import keep_streams_open, progress, say
 
 MAX_CPU_WORKERS = 8  # by default; more have to be asked for
 # What a shortage looks like in the exceptions of PyTorch and Python, and what helps.
@@ -36,6 +37,8 @@ SHORTAGES = {
     "with accumulate in its place, or precision=bf16",
 }
 GRACE_SECONDS = 10  # that a loader process goes on after SIGTERM
+REPETITIONS = 3  # timed calls of a visit, after one that warms up
+REFERENCE_EVERY = 4  # visits from one of the reference to the next
 ECHO_SECONDS = 1.0  # a batch system may send SIGTERM to a process and then again to its process group
 
 
@@ -99,6 +102,49 @@ def device_name(device: torch.device) -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def time_interleaved(visits: Sequence[Callable[[], float]], threads: int, rounds: int) -> list[float]:
+    """Median milliseconds of each over so many rounds, on `threads` CPU threads. A visit measures once and returns ms.
+
+    A round makes every visit, in a random order. A machine's speed drifts. So the first one serves as the reference:
+    it is made again and again within a round, and the times of the round are divided by its median.
+    """
+    rng = random.Random(0)
+    order = list(range(len(visits)))
+    times = np.empty((rounds, len(visits)))
+    speeds = np.empty(rounds)
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with progress(None, "measure", total=rounds * len(visits)) as bar:
+            for n in range(rounds):
+                rng.shuffle(order)
+                reference = []
+                for position, i in enumerate(order):
+                    # Within a round the speed drifts too, so the reference is measured several times.
+                    if position % REFERENCE_EVERY == 0:
+                        reference.append(visits[0]())
+                    times[n, i] = visits[i]()
+                    bar.update()
+                speeds[n] = statistics.median(reference)
+    finally:
+        torch.set_num_threads(threads_before)
+    # Ratios to the reference become milliseconds at the machine's usual speed.
+    return (np.median(speeds) * np.median(times / speeds[:, None], axis=0)).tolist()
+
+
+def visit(run: Callable[[], object], device: torch.device, often: int = 1) -> float:
+    """Median milliseconds of a few calls after one that warms up. Waits for the GPU's work to end."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda _: None
+    times = []
+    for _ in range(1 + often * REPETITIONS):
+        wait(device)
+        start = time.perf_counter()
+        run()
+        wait(device)
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times[1:])
 
 
 def seed_everything(seed: int) -> None:

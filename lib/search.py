@@ -16,12 +16,12 @@ import numpy as np
 
 from lib import checkpoint
 from lib.annotations import Annotations
-from lib.budget import LIMIT_KEYS, Coster, counts_latency, limits_of
 from lib.config import Config
-from lib.controllers import Controller, RandomSearch, SpaceExhausted, pareto_front
+from lib.controllers import LIMIT_KEYS, Controller, RandomSearch, SpaceExhausted, limits_of, pareto_front
 from lib.dispatcher import Result
 from lib.errors import UserError
 from lib.genotype import Genotype
+from lib.latency import Coster
 from lib.ledger import Ledger, checked, evaluation_basis, evaluation_key
 from lib.log import say
 from lib.scoring import Interval, interval, rests_on, unpack
@@ -41,14 +41,17 @@ class Identity:
     basis: str  # all that a score depends on besides the genotype
     basis_all: str  # the same for a score on all images of the search split
     parts: dict[str, str] = field(default_factory=dict)  # of the basis, shortened: a message says what has changed
+    latency_table: str = ""  # SHA-256 of the one by which limits of latency were kept
 
     @classmethod
     def of(
         cls, supernet: Path, config: Config, annotations: Annotations, train: Sequence[int], search: Sequence[int]
     ) -> Identity:
         settings = config.search
-        latency = checkpoint.sha256(Path(settings.latency_table)) if counts_latency(settings) else "no latency"
-        shared = (config.seed, settings.controller, settings.objective, settings.costs, limits_of(settings))
+        limits = limits_of(settings)
+        counts_latency = "latency_ms" in (*settings.costs, *limits)
+        latency = checkpoint.sha256(Path(settings.latency_table)) if counts_latency else "no latency"
+        shared = (config.seed, settings.controller, settings.objective, settings.costs, limits)
         keys = itertools.chain(*LIMIT_KEYS.values())
         weights = checkpoint.sha256(supernet)
         on_all = replace(config, search=replace(settings, images=0))
@@ -61,6 +64,7 @@ class Identity:
             basis=evaluation_basis(parts),
             basis_all=evaluation_basis(parts_all),
             parts={name: digest[:12] for name, digest in parts.items()},
+            latency_table=latency if "latency_ms" in limits else "",
         )
 
 
@@ -243,6 +247,8 @@ class Search:
         """Every random proposal in the ledger that this search could have made, whichever search made it."""
         same = {"budget": self.identity.budget, "basis": self.identity.basis}
         found = self.ledger.records(origin="random", status="ok", **same)
+        # A limit of milliseconds is another one by another table, whose hash is part of a search's name.
+        found = [r for r in found if self.identity.latency_table in r["search"]]
         return [r for r in found if r["metrics"][self.settings.objective] is not None]
 
     def control(self) -> list[BestOf]:

@@ -116,7 +116,8 @@ def formats(detector, tiny_config, tmp_path_factory):
     ms = dict.fromkeys(all_features(detector), 0.5)
     numbers = dict.fromkeys(("threads", "batch", "fitted", "held_out", "nms_boxes"), 1)
     numbers |= dict.fromkeys(("error_median", "error_95", "error_constant", "nms_ms"), 0.5)
-    table = LatencyTable("cpu", "a", torch="2", image_sizes=[64], network=shared_parts(detector), ms=ms, **numbers)
+    numbers |= {"network": shared_parts(detector), "runtime": "torch", "tau": 0.9}
+    table = LatencyTable("cpu", "a", torch="2", image_sizes=[64], ms=ms, **numbers)
     trial = {"AP": 0.5, "AP50": 0.7}
     result = {"name": "found", "genotype": {}, "flops": 5, "params": 5}
     result |= dict.fromkeys(("inherited", "fine_tuned", "scratch"), trial)

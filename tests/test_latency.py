@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import inspect
 import itertools
 import json
 import random
+import re
+import shlex
+import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,14 +23,15 @@ from hypothesis import strategies as st
 from search_records import every_genotype
 
 import async_search
-from lib import checkpoint, latency
-from lib.budget import Coster
+from lib import checkpoint, export, latency, runtime
 from lib.config_io import to_dict
 from lib.detector import Normalize, ScoresAndBoxes
 from lib.errors import UserError
 from lib.genotype import Block, Genotype
 from lib.head import Predictors
+from lib.inference import torch_detector
 from lib.latency import (
+    Coster,
     all_features,
     designed_sample,
     features,
@@ -32,10 +39,9 @@ from lib.latency import (
     fused_detectors,
     load_table,
     time_detectors,
-    time_interleaved,
-    visit,
 )
 from lib.postprocess import postprocess
+from lib.runtime import time_interleaved, visit
 
 CPU = torch.device("cpu")
 
@@ -52,10 +58,8 @@ def test_features_count_blocks(tiny_detector):
     assert counts["24x24, channels 8-48-8, kernel 5, stride 1, ReLU"] == a.depths[1] - 1
 
 
-@pytest.mark.parametrize("taps", ["stage", "expansion"])
-def test_each_block_is_named_and_nothing_else(tiny_detector, taps):
-    widths = {"search_space__image_size_choice": [64, 96], "search_space__head_width_choice": [0.25, 0.5]}
-    detector = tiny_detector(**widths, backbone__feature_taps=taps, head__extra_activation=taps == "expansion")
+def test_each_block_is_named_and_nothing_else(tiny_detector):
+    detector = tiny_detector(search_space__image_size_choice=[64, 96], search_space__head_width_choice=[0.25, 0.5])
     rng = random.Random(0)
     seen = {name for _ in range(150) for name in features(detector, detector.space.sample(rng))}
     assert set(all_features(detector)) == seen
@@ -180,7 +184,7 @@ def test_the_reported_error_is_that_of_the_held_out(measured):
     """Counted again, slowly: predictions by adding block after block, a median by sorting."""
     detector, table, made, milliseconds = measured
     assert table.fitted + table.held_out == len(made) == len(set(made)) and table.held_out == 40
-    errors, guesses = [], []
+    errors, guesses, pairs = [], [], []
     usual = np.median(milliseconds[: table.fitted])
     for genotype, true in list(zip(made, milliseconds, strict=True))[table.fitted :]:
         total = 0.0
@@ -189,6 +193,9 @@ def test_the_reported_error_is_that_of_the_held_out(measured):
                 total += table.ms[name]
         errors.append(abs(total - true) / true)
         guesses.append(abs(usual - true) / true)
+        pairs.append((total, true))
+    agreeing = [(a > c) == (b > d) for (a, b), (c, d) in itertools.combinations(pairs, 2)]
+    assert table.tau == pytest.approx(2 * sum(agreeing) / len(agreeing) - 1) and table.tau > 0.8
     errors.sort()
     assert table.error_median == pytest.approx((errors[19] + errors[20]) / 2)
     assert table.error_95 == pytest.approx(errors[37] + 0.05 * (errors[38] - errors[37]))
@@ -199,9 +206,22 @@ def test_a_table_comes_back_from_its_file(measured, tmp_path):
     detector, table, _, _ = measured
     table.save(tmp_path / "t.json")
     assert load_table(tmp_path / "t.json", detector) == table
-    assert json.loads((tmp_path / "t.json").read_text())["format"] == "latency/1"
+    data = json.loads((tmp_path / "t.json").read_text())
+    assert data["format"] == "latency/1" and data["runtime"] == "torch" and data["tau"] == table.tau
+    # Tables of earlier versions are of PyTorch, and state no tau.
+    (tmp_path / "old.json").write_text(json.dumps({k: v for k, v in data.items() if k not in ("runtime", "tau")}))
+    old = load_table(tmp_path / "old.json", detector)
+    assert old == dataclasses.replace(table, tau=None) and "Kendall" not in old.describe()
     assert table.device == "cpu" and table.batch == 1 and table.torch == torch.__version__
-    for words in (table.device_name, "CPU threads: 1", "40 held-out", f"{table.error_median:.1%}"):
+    tau = f"Kendall's tau with the measured times {table.tau:.2f}"
+    for words in (
+        "torch on",
+        tau,
+        table.device_name,
+        "CPU threads: 1",
+        "40 held-out",
+        f"{table.error_median:.1%}",
+    ):
         assert words in table.describe()
 
 
@@ -275,6 +295,9 @@ def test_costs_of_a_genotype(measured):
         (["--set", "search.costs=[latency_ms]", "--set", "search.latency_table=''"], "needs --latency-table FILE"),
         (["--latency-table", "none.json"], r"none\.json: cannot be read"),
         (["--measure-latency", "gpu"], "--measure-latency gpu: 'gpu' is not among .*: cpu"),
+        (["--measure-with", "echo {file}"], "add --measure-latency"),
+        (["--measure-latency", "a/b", "--measure-with", "echo {file}"], "--measure-latency a/b: expected a name of"),
+        (["--measure-latency", "phone", "--measure-with", "echo"], "'echo': expected {file} where"),
     ],
 )
 def test_the_search_refuses_at_once(measured, tiny_config, tmp_path, monkeypatch, arguments, words):
@@ -292,7 +315,7 @@ def test_the_search_refuses_at_once(measured, tiny_config, tmp_path, monkeypatch
 def test_a_detector_of_shared_parts_finds_what_the_extracted_one_does(tiny_detector, tiny_config):
     detector, config = tiny_detector(), tiny_config()
     rng = random.Random(0)
-    images = torch.randint(0, 256, (1, 3, *latency.PICTURE), dtype=torch.uint8)
+    images = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
     genotypes = [detector.space.largest(), *(detector.space.sample(rng) for _ in range(3))]
     for genotype, model in zip(genotypes, fused_detectors(detector, genotypes, config, CPU), strict=True):
         plain = detector.extract(genotype)
@@ -326,7 +349,7 @@ def test_the_parts_of_a_detector_are_timed_by_themselves(tiny_trained, clock, mo
         monkeypatch.setattr(kind, name, slow(milliseconds, getattr(kind, name)))
     monkeypatch.setattr(ScoresAndBoxes, "decode", slow(10, ScoresAndBoxes.decode))
     monkeypatch.setattr(latency, "ROUNDS", 1)
-    monkeypatch.setattr(latency, "REPETITIONS", 1)
+    monkeypatch.setattr(runtime, "REPETITIONS", 1)
     before = torch.get_num_threads()
     times = latency.time_parts(detector.model, detector.config, CPU)
     assert torch.get_num_threads() == before and threads[-1] == 2 == times["threads"]
@@ -347,9 +370,8 @@ def test_blocks_are_shared(tiny_detector, tiny_config):
     assert len(blocks) <= most + 2 and len(weights) < 0.5 * sum(len(list(m.parameters())) for m in models)
 
 
-def test_each_run_has_its_own_milliseconds(clock):
-    runs = [lambda ms=ms: clock.work(ms / 1000) for ms in (1, 4, 2)]
-    assert time_interleaved(runs, CPU, threads=1) == pytest.approx([1, 4, 2])
+def test_each_visit_has_its_own_milliseconds():
+    assert time_interleaved([lambda ms=ms: ms for ms in (1, 4, 2)], threads=1, rounds=3) == pytest.approx([1, 4, 2])
 
 
 def test_drift_cancels(monkeypatch):
@@ -357,25 +379,22 @@ def test_drift_cancels(monkeypatch):
     run that is measured alone would not; with it all are those of the middle round."""
     true, speed, visits = [2.0, 3.0, 5.0, 7.0], [1.0], [0]
 
-    def slow(run, _device):
+    def slow(i):
         visits[0] += 1
-        return true[run()] * speed[0]
+        return true[i] * speed[0]
 
-    class Bar:
-        def __init__(self):
-            self.done = 0
+    class Bar(contextlib.nullcontext):
+        done = 0
+
+        def __enter__(self):
+            return self
 
         def update(self):
             self.done += 1
             speed[0] = 1.5 ** (self.done // len(true))
 
-        def close(self):
-            pass
-
-    monkeypatch.setattr(latency, "visit", slow)
-    monkeypatch.setattr(latency, "progress", lambda *_, **__: Bar())
-    monkeypatch.setattr(latency, "ROUNDS", 5)
-    found = time_interleaved([lambda i=i: i for i in range(4)], CPU, threads=1)
+    monkeypatch.setattr(runtime, "progress", lambda *_, **__: Bar())
+    found = time_interleaved([lambda i=i: slow(i) for i in range(4)], threads=1, rounds=5)
     assert found == pytest.approx([t * 1.5**2 for t in true])
     assert visits[0] == 5 * (4 + 1)  # and the reference once in four
 
@@ -392,3 +411,67 @@ def test_detectors_and_nms_take_time(tiny_detector, tiny_config, monkeypatch):
     assert isinstance(models[0], ScoresAndBoxes) and not models[0].training
     milliseconds, nms = time_detectors(models, config, CPU)
     assert 0 < milliseconds < 1000 and 0 < nms < 1000
+
+
+def test_a_picture_is_resized_as_a_detector_resizes_it(tiny_trained):
+    """The tensor that reaches the network, for the picture of noise that is timed."""
+    seen = []
+    detector = torch_detector(tiny_trained(), "cpu")
+    detect = detector.detect
+    detector.detect = lambda images: seen.append(images) or detect(images)
+    resized = latency.picture_resizer(detector.image_size)
+    picture = inspect.getclosurevars(resized).nonlocals["sample"][0]
+    detector.detect_picture(picture)
+    assert picture.shape == (3, *latency.PICTURE) and torch.equal(seen[0], resized())
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_file_that_is_timed_computes_what_the_detector_does(tiny_detector, tiny_config, tmp_path, int8):
+    detector = tiny_detector()
+    (model,) = fused_detectors(detector, [detector.space.smallest()], tiny_config(), CPU)
+    latency.write_graph(model, tmp_path / "a.onnx", int8)
+    image = latency.picture_resizer(64)()
+    found = export.run_session(export.open_session(tmp_path / "a.onnx"), image, export.PRIORS)
+    with torch.inference_mode():
+        for ours, theirs in zip(found, model(image), strict=True):
+            assert ours.shape == theirs.shape and (int8 or (ours - theirs).abs().max() < 1e-4)
+    stored = onnx.load(tmp_path / "a.onnx").graph
+    assert any(node.op_type == "QuantizeLinear" for node in stored.node) == int8
+    assert 0 < latency.visit_file(tmp_path / "a.onnx", 64) < 1000
+
+
+def test_a_command_measures_each_file_in_turn(tiny_detector, tiny_config, tmp_path, monkeypatch):
+    """It says what its file's size is; so does a table by it. It is run twice for each file, and without a shell."""
+    detector = tiny_detector()
+    rng = random.Random(0)
+    models = fused_detectors(detector, [detector.space.sample(rng) for _ in range(3)], tiny_config(), CPU)
+    log = tmp_path / "log"
+    sizes = {id(model): 100 + i for i, model in enumerate(models)}
+    monkeypatch.setattr(latency, "write_graph", lambda model, path, int8: path.write_bytes(b"x" * sizes[id(model)]))
+    code = f"import sys; n = len(open(sys.argv[1]).read()); open({str(log)!r}, 'a').write('x'); print('int8:', n, 'ms')"
+    command = shlex.join([sys.executable, "-c", code]) + " {file}"
+    found = latency.time_files(models, tiny_config(), command)
+    assert found == pytest.approx([100, 101, 102])
+    assert len(log.read_text()) == 1 + 2 * (3 + 1)  # the first file at once, and the reference in each round
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("echo fast", "expected milliseconds as the last number, found 'fast .exit status 0.'"),
+        ("echo 0", "found '0 .exit status 0.'"),
+        ("sh -c 'echo 5; echo lost >&2; exit 3'", "found '5 lost .exit status 3.'"),
+        ("no-such-program 5", "No such file or directory: 'no-such-program'"),
+        ("echo 'open", "No closing quotation"),
+        ("sleep 5", "timed out after 0.2 seconds"),
+    ],
+)
+def test_a_command_that_does_not_measure_is_refused(command, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(latency, "COMMAND_SECONDS", 0.2 if "sleep" in command else 60)
+    with pytest.raises(UserError, match=f"--measure-with '{re.escape(command)}'.*{words}"):
+        latency.visit_command(command, tmp_path)
+
+
+@pytest.mark.parametrize(("printed", "ms"), [("7", 7), ("run 3 of 3: 12.5 ms", 12.5), ("x86 int8 v1.2 1.5e1 ms", 15)])
+def test_the_last_number_of_a_command_counts(printed, ms, tmp_path):
+    assert latency.visit_command(f"echo {printed}", tmp_path) == ms

@@ -21,7 +21,7 @@ from tiny_data import read_voc, write_voc
 from tiny_runs import FINAL, REPOSITORY, SEARCH, SUPERNET, environment, finish, read_lines, run, start
 
 import async_search
-from lib import checkpoint, latency
+from lib import checkpoint, latency, runtime
 from lib.checkpoint import code_revision
 from lib.detector import load_supernet
 from lib.genotype import Genotype
@@ -256,7 +256,7 @@ def test_a_search_knows_latency_by_its_table(flow, tmp_path, monkeypatch, capsys
     folder, _ = flow
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(latency, "ROUNDS", 1)
-    monkeypatch.setattr(latency, "REPETITIONS", 1)
+    monkeypatch.setattr(runtime, "REPETITIONS", 1)
     options = ["--load", str(folder / "runs/tiny/supernet"), "--train-dir", "search"]
     async_search.main([*options, "--measure-latency", "cpu"])
     table = json.loads((tmp_path / "search/latency_cpu.json").read_text())
