@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
+from lib.backbone import Half
 from lib.checkpoint import write_text
 from lib.config import Config
 from lib.detector import SSD, ElasticSSD, ScoresAndBoxes, fuse
@@ -127,7 +128,11 @@ def features(detector: ElasticSSD, genotype: Genotype) -> Counter[str]:
     counts = Counter([f"shared at {side}"])
     for segment in detector.segments(genotype):
         for module, block in segment:
-            stride = module[0].stride[0] if block is None else module.depthwise.stride
+            if isinstance(module, Half):
+                if module.first:
+                    continue  # the time of the whole block is that of its second half
+                module = module.whole
+            stride = getattr(module[0], "stride", (1,))[0] if block is None else module.depthwise.stride
             if block is not None:
                 counts[block_name(module, block, side)] += 1
             side = -(-side // stride)  # rounded up
@@ -300,7 +305,7 @@ def fused_detectors(
     """
 
     @cache
-    def part(module: nn.Module, block: Block | None = None) -> nn.Module:
+    def part(module: nn.Module, block: Block | tuple[int, ...] | None = None) -> nn.Module:
         plain = fuse(module if block is None else module.extract(block))
         return plain.to(device, memory_format=torch.channels_last)
 
@@ -312,7 +317,7 @@ def fused_detectors(
             backbone=[nn.Sequential(*(part(*step) for step in segment)) for segment in detector.segments(genotype)],
             # The segments of the extra blocks are in `backbone`: SSD runs one after the other anyway.
             extras=[],
-            predictors=part(detector.predictors),
+            predictors=part(detector.predictors, detector.backbone.channels(genotype)),
             priors=detector.priors(genotype.image_size).to(device),
         )
         models.append(ScoresAndBoxes(model, config).eval())

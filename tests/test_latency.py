@@ -58,8 +58,10 @@ def test_features_count_blocks(tiny_detector):
     assert counts["24x24, channels 8-48-8, kernel 5, stride 1, ReLU"] == a.depths[1] - 1
 
 
-def test_each_block_is_named_and_nothing_else(tiny_detector):
-    detector = tiny_detector(search_space__image_size_choice=[64, 96], search_space__head_width_choice=[0.25, 0.5])
+@pytest.mark.parametrize("taps", ["stage", "expansion"])
+def test_each_block_is_named_and_nothing_else(tiny_detector, taps):
+    widths = {"search_space__image_size_choice": [64, 96], "search_space__head_width_choice": [0.25, 0.5]}
+    detector = tiny_detector(**widths, backbone__feature_taps=taps, head__extra_activation=taps == "expansion")
     rng = random.Random(0)
     seen = {name for _ in range(150) for name in features(detector, detector.space.sample(rng))}
     assert set(all_features(detector)) == seen
