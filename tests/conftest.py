@@ -78,7 +78,8 @@ def tiny_trained(tiny_config, tiny_detector):
                 net[-1].weight.normal_(0, 0.5)
             for net in model.predictors.classes:
                 net[-1].bias.normal_(-2, 0.5)
-        return Detector(model.eval(), tiny_config(**changes), genotype, ("cat", "dog", "eel"), (1, 7, 9), 5)
+        classes, thresholds = ("cat", "dog", "eel"), (0.5, 0.4, None, 0.6)
+        return Detector(model.eval(), tiny_config(**changes), genotype, classes, (1, 7, 9), 5, thresholds)
 
     return make
 

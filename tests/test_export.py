@@ -194,7 +194,7 @@ def test_the_file_says_what_it_holds(exported):
     assert metadata.classes == ["cat", "dog", "eel"] and metadata.category_ids == [1, 7, 9]
     assert Genotype.from_dict(metadata.genotype) == detector.genotype
     assert metadata.image_size == SIZE and metadata.epoch == 5
-    assert metadata.postprocess == detector.config.postprocess
+    assert metadata.postprocess == detector.config.postprocess and metadata.thresholds == list(detector.thresholds)
     (images,) = session.get_inputs()
     assert (images.name, images.type, images.shape) == ("images", "tensor(uint8)", ["batch", 3, SIZE, SIZE])
     shapes = {output.name: output.shape for output in session.get_outputs()}

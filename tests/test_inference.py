@@ -94,7 +94,9 @@ def test_an_exported_file_gives_the_same(tiny_checkpoint, exported, picture):
     assert [a for a, s in zip(mine.names, same, strict=True) if s] == [
         b for b, s in zip(theirs.names, same, strict=True) if s
     ]
-    assert load(exported / "detector.onnx").category_ids == (1, 7, 9)
+    onnx = load(exported / "detector.onnx")
+    assert onnx.category_ids == (1, 7, 9) and onnx.threshold == 0.5
+    assert load(tiny_checkpoint).threshold is None  # as in files of before there were any
 
 
 def test_a_file_without_nms_is_refused(exported):
