@@ -131,8 +131,7 @@ class BackboneConfig:
     kernels: list[Kernel] = field(default_factory=list)  # largest per stage; [] = 3 where the expansion is 1, else 7
     mult_ratio: Annotated[float, Bounds(0.01, 16)] = 1.0
     feature_levels: list[Level] = field(default_factory=lambda: [4, 5])  # log2 of the strides that feed the head
-    # What ends a feature map but the last one: its last stage, or the expansion in the block that halves it.
-    feature_taps: Literal["stage", "expansion"] = "stage"
+    feature_taps: Literal["stage", "expansion"] = "stage"  # what ends a level: its last stage, or the next expansion
     padding: Literal["symmetric", "tf_same"] = "symmetric"  # tf_same: as TensorFlow pads at stride 2
     norm_eps: Annotated[float, Bounds(TINY, 1)] = 1e-5  # of BatchNorm in the backbone
     pretrained_path: str = ""  # where the weights start: a file, a run's folder, or a name (lib/sources.py)

@@ -50,10 +50,10 @@ def cut_student(network: ElasticSSD, genotype: Genotype, inherits: bool) -> Stud
 def find_start(
     origin: str, config: Config, source: dict, classes: Sequence[str], load: Path | None
 ) -> tuple[ElasticSSD, Genotype | None]:
-    """The network that a student is cut from, with its weights from `origin`: supernet, pretrained or scratch.
+    """The network that a student is cut from, and the genotype that holds a pretrained one.
 
-    Of a pretrained network also the genotype that holds it. `source` is the content of the genotype file, which may
-    name a supernet; `load` is the run of another one.
+    Its weights are from `origin`: supernet, pretrained or scratch. `source` is the content of the genotype file, which
+    may name a supernet; `load` is the run of another one.
     """
     if origin == "supernet":
         path = supernet_path(config, source, load)

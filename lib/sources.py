@@ -77,10 +77,6 @@ def _block(path: str, layers: Mapping[str, tuple[str, str]], ours: str = "block.
     return modules
 
 
-def _predictor(path: str, ours: str) -> dict[str, str]:
-    return {f"{path}.0.0": f"{ours}.0", f"{path}.0.1": f"{ours}.1", f"{path}.1": f"{ours}.3"}
-
-
 MOBILENET_V3 = {
     "features.0": "stem",
     "features.16": "last_conv",
@@ -99,8 +95,12 @@ FORMATS = (
             **MOBILENET_V3,
             **_block("backbone.extra.N", {"expand": ("0.0", "0.1"), "depthwise": ("1.0", "1.1")}, "extras.N"),
             **_block("backbone.extra.N", {"project": ("2.0", "2.1")}, "extras.N"),
-            **_predictor("head.classification_head.module_list.N", "predictors.classes.N"),
-            **_predictor("head.regression_head.module_list.N", "predictors.boxes.N"),
+            "head.classification_head.module_list.N.0.0": "predictors.classes.N.0",
+            "head.classification_head.module_list.N.0.1": "predictors.classes.N.1",
+            "head.classification_head.module_list.N.1": "predictors.classes.N.3",
+            "head.regression_head.module_list.N.0.0": "predictors.boxes.N.0",
+            "head.regression_head.module_list.N.0.1": "predictors.boxes.N.1",
+            "head.regression_head.module_list.N.1": "predictors.boxes.N.3",
         },
         settings=BackboneConfig(pixel_mean=[127.5] * 3, pixel_std=[127.5] * 3, norm_eps=1e-3, feature_taps="expansion"),
         image_size=320,
