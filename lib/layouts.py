@@ -9,7 +9,7 @@ import functools
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from posixpath import basename, dirname, exists
 from typing import Any, NamedTuple
@@ -245,13 +245,19 @@ def voc_pairs(file: Path, faults: Faults) -> list[Pair]:
 
 
 def _voc_files(tree: Tree, data: DataConfig, faults: Faults) -> Found | None:
+    if not tree.files[".xml"] and tree.files[""]:  # the XML files of Stanford Dogs have no suffix
+        with (tree.root / tree.files[""][-1]).open("rb") as file:
+            tree.files[".xml"] = tree.files[""] if b"<annotation" in file.read(200) else []
     picture_of = {}
     for xml in tree.files[".xml"]:
-        name = basename(xml)[: -len(".xml")]
+        name = basename(xml[:-4] if suffix_of(xml) == ".xml" else xml)
         picture_of[xml] = tree.find(name, xml) or tree.find(labels.picture_name(tree.root / xml) or name, xml)
     if not any(picture_of.values()):
         return None
     splits = {xml: split_of(dirname(xml), dirname(picture or "")) for xml, picture in picture_of.items()}
+    if lists := _lists(tree):
+        listed = {picture: split for split, files in lists.items() for file in files for picture in _listed(tree, file)}
+        splits = {xml: listed.get(picture, "unlisted") for xml, picture in picture_of.items()}
 
     def pairs(chosen: list[str]) -> list[Pair]:
         found = []
@@ -265,6 +271,23 @@ def _voc_files(tree: Tree, data: DataConfig, faults: Faults) -> Found | None:
     if rest := sum((".xml", name) not in tree.by_stem for kind, name in tree.by_stem if kind == "pictures"):
         faults.notes.append(f"{tree.root}: {rest} pictures have no XML file, so they were not annotated: left out")
     return Found("voc", "VOC, an XML file for each picture", splits, pairs)
+
+
+def _lists(tree: Tree) -> dict[str, list[str]]:
+    """Text files that list the pictures of a split by its name, such as train.txt, by split; none without training."""
+    found: dict[str, list[str]] = {split: [] for split in ("trainval", "train", "val", "test")}
+    for path in tree.files[".txt"]:
+        split = SPLIT_OF.get(basename(path)[: -len(".txt")].lower())
+        if split and next(_listed(tree, path), None):
+            found[split].append(path)
+    return found if found["train"] or found["trainval"] else {}
+
+
+def _listed(tree: Tree, file: str) -> Iterator[str]:
+    """The pictures that the lines of a list name; a line may go on, with the label file or the number of a class."""
+    for line in map(slashes, labels.read_lines(tree.root / file)):
+        if picture := tree.find(line) or tree.find(line.split()[0]):
+            yield picture
 
 
 # COCO.
@@ -319,11 +342,9 @@ def _yolo_files(tree: Tree, data: DataConfig, faults: Faults) -> Found | None:
     classes = labels.read_text(tree.root / source).rstrip().splitlines() if files else data.classes
     names = labels.plain_names(tree.root / source, dict(enumerate(classes)))
     # Lists by their usual names, as darknet's, or all pictures by the names of their folders.
-    places = {SPLIT_OF[name[:-4]]: [name] for name in texts if name[:-4] in SPLIT_OF}
-    if "train" not in places:
-        places = defaultdict(list)
-        for path in tree.pictures:
-            places[split_of(dirname(path))].append(path)
+    places: dict[str, list[str]] = _lists(tree) or defaultdict(list)
+    for path in () if places else tree.pictures:
+        places[split_of(dirname(path))].append(path)
     return _yolo(tree, source, names, places, faults)
 
 

@@ -81,11 +81,33 @@ def as_read(root, kind, train=TRAIN, test=TEST):
         lambda split, name: (f"{split}/images/{name}.jpg", f"{split}/annotations/xmls/{name}.xml"),
         lambda split, name: (f"{split}_zip/{split}/{name}.jpg", f"{split}_zip/{split}/{name}.jpg.xml"),
         lambda split, name: (f"Pictures/{split.title()}Set/{name}.jpg", f"labels/{name}.XML"),
+        lambda split, name: (f"Images/{split}/{name}.jpg", f"Annotation/{split}/{name}"),  # Stanford Dogs
     ],
 )
 def test_pictures_with_an_xml_file_each(tmp_path, place):
     xml_files(tmp_path, place)
     as_read(tmp_path, "VOC")
+
+
+def test_lists_of_pictures_and_label_files_part_a_folder(tmp_path):
+    """As PaddleDetection's label_list and the Oxford pets' lists, in which something follows the picture."""
+    xml_files(tmp_path, lambda split, name: (f"images/{name}.jpg", f"annotations/{name}.xml"))
+    for split, objects in (("train", TRAIN), ("valid", TEST)):
+        lines = [f"./images/{name}.jpg ./annotations/{name}.xml" for name in objects]
+        (tmp_path / f"{split}.txt").write_text("\n".join(lines))
+    as_read(tmp_path, "VOC")
+    some = dict(list(TRAIN.items())[1:])
+    (tmp_path / "train.txt").write_text("".join(f"{name} 1 1 2\n" for name in some))
+    as_read(tmp_path, "VOC", train=some)
+    assert any("neither trains nor tests: annotations/p0.xml" in note for note in load(tmp_path).notes)
+
+
+def test_darknet_lists_part_a_folder(tmp_path):
+    yolo(tmp_path, lambda n: (f"data/obj/{n}.jpg", f"data/obj/{n}.txt"), {**TRAIN, **TEST})
+    (tmp_path / "data" / "obj.names").write_text("cat\ndog\n")
+    for split, objects in (("train", TRAIN), ("test", TEST)):
+        (tmp_path / "data" / f"{split}.txt").write_text("".join(f"data/obj/{name}.jpg\n" for name in objects))
+    as_read(tmp_path, "YOLO, data/obj.names")
 
 
 def test_yolo_as_its_tools_write_it(tmp_path):
