@@ -69,7 +69,8 @@ class DataConfig:
     max_skipped: Share = 0.1  # `skip` gives up where more of the pictures or the objects would be left out
     max_pixels: Count = 100_000_000  # a larger picture is not decoded; one takes up to 20 bytes of memory a pixel
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    workers: Annotated[int, Bounds(0, 512)] = 2  # loader processes
+    # loader processes; auto: 1 where a CPU trains, beside a GPU the process's share of the cores, less 1, up to 16
+    workers: Annotated[int, Bounds(0, 512)] | Literal["auto"] = "auto"
     cache: bool = False  # keep decoded images in memory (small data sets)
     shapes_train: Annotated[int, Bounds(1, 1_000_000)] = 400  # pictures of the built-in set
     shapes_test: Annotated[int, Bounds(1, 1_000_000)] = 100

@@ -6,6 +6,8 @@ import contextlib
 import hashlib
 import json
 import logging
+import mmap
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,7 +36,8 @@ Sample = tuple[Tensor, Tensor, Tensor, int]  # image, boxes, labels, row
 Device = torch.device | str
 logger = logging.getLogger(__name__)
 SPLIT_FORMAT = "split/1"
-CACHE_BYTES = 2 * 1024**3  # of decoded pictures, per process
+CACHE_BYTES = 2 * 1024**3  # of decoded pictures
+MOST_WORKERS = 16  # of an `auto` number
 
 
 def load_annotations(data: DataConfig, split: Literal["train", "test"]) -> Annotations:
@@ -172,6 +175,40 @@ def collate(samples: Sequence[Sample]) -> Batch:
     return batch
 
 
+class PictureCache:
+    """The decoded pictures of some rows, the first that fit into CACHE_BYTES, in memory that loader processes share.
+
+    It has no name in /dev/shm, which may be small, so only forked processes share it; a spawned one has its own.
+    """
+
+    def __init__(self, sizes: Tensor, rows: Tensor) -> None:
+        self.sizes, self.rows = sizes, rows
+        self.places: dict[int, tuple[int, int]] = {}
+        end = 0
+        for row, (width, height) in zip(rows.tolist(), sizes[rows].tolist(), strict=True):
+            if end + 3 * width * height > CACHE_BYTES:
+                break
+            self.places[row] = end, end + 3 * width * height
+            end = self.places[row][1]
+        self.pixels = torch.frombuffer(mmap.mmap(-1, max(end, 1)), dtype=torch.uint8)  # not occupied until written
+        self.known = torch.zeros(len(sizes), dtype=torch.bool).share_memory_()
+
+    def __reduce__(self) -> tuple:
+        return PictureCache, (self.sizes, self.rows)
+
+    def get(self, row: int, read: Callable[[int], Tensor]) -> Tensor:
+        """The picture (3, H, W) of a row; `read` decodes it where no process has done so."""
+        if row not in self.places:
+            return read(row)
+        start, end = self.places[row]
+        width, height = self.sizes[row].tolist()
+        picture = self.pixels[start:end].view(3, height, width)
+        if not self.known[row]:
+            picture.copy_(read(row))
+            self.known[row] = True  # last, since other processes look
+        return picture
+
+
 class DetectionDataset(Dataset):
     """Pictures of some rows of `annotations`, transformed. Ignored objects are left out.
 
@@ -181,7 +218,7 @@ class DetectionDataset(Dataset):
     Under `data.on_error: skip`, a picture that cannot be read is logged once. In training, the next readable row takes
     its place. In evaluation, it is black, so its objects count as missed.
 
-    With `data.cache`, training keeps decoded pictures in this process's memory. Without it, a large JPEG is decoded at
+    With `data.cache`, training keeps decoded pictures in a `PictureCache`. Without it, a large JPEG is decoded at
     1/2, 1/4 or 1/8 of its size if the view that the sample shows has enough pixels left.
     """
 
@@ -197,8 +234,7 @@ class DetectionDataset(Dataset):
         self.max_pixels = data.max_pixels
         self.training = isinstance(transform, TrainTransform)
         self.reduces = self.training and not data.cache
-        self.cache_room = CACHE_BYTES if self.training and data.cache else 0
-        self.cached: dict[int, Tensor] = {}
+        self.cache = PictureCache(annotations.sizes, self.indices) if self.training and data.cache else None
         # Whether (N, 2) a note and a fault of each picture have been logged: by any process, in any dataset of these.
         nothing = torch.zeros(len(annotations), 2, dtype=torch.bool)
         self.logged = vars(annotations).setdefault("logged", nothing.share_memory_())
@@ -220,14 +256,7 @@ class DetectionDataset(Dataset):
 
     def read_image(self, row: int) -> Tensor:
         """The picture (3, H, W) uint8 of a row, from the cache if it is there. Raises UnreadableImage."""
-        if row in self.cached:
-            return self.cached[row]
-        image = self._read(row)
-        # What was read first stays: each epoch reads every picture once.
-        if image.numel() <= self.cache_room:
-            self.cache_room -= image.numel()
-            self.cached[row] = image
-        return image
+        return self.cache.get(row, self._read) if self.cache else self._read(row)
 
     def _read(self, row: int, reduction: int = 1) -> Tensor:
         return read_picture(
@@ -374,8 +403,12 @@ class _Loader(DataLoader):
             raise RuntimeError(f"DataLoader worker (pid unknown) exited unexpectedly: {error!r}") from None
 
 
-def make_loader(dataset: Dataset, batches: Iterable, workers: int, device: Device) -> DataLoader:
-    """A loader of Batches; `batches` are lists of keys, as DetectionDataset takes them."""
+def make_loader(dataset: Dataset, batches: Iterable, workers: int | str, device: Device) -> DataLoader:
+    """A loader of Batches; `batches` are lists of keys, as DetectionDataset takes them. `workers` may be "auto"."""
+    if workers == "auto":
+        # torchrun says how many processes share this machine.
+        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = 1 if torch.device(device).type == "cpu" else min(max(1, cores - 1), MOST_WORKERS)
     return _Loader(
         dataset,
         batch_sampler=batches,

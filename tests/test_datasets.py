@@ -1,6 +1,8 @@
 import functools
 import logging
+import multiprocessing
 import os
+import pickle
 import resource
 import signal
 from dataclasses import replace
@@ -293,12 +295,25 @@ def test_cached_pictures_are_decoded_once_and_within_the_budget(annotations, mon
     dataset = DetectionDataset(annotations, range(10), TrainTransform(32), DataConfig(cache=True))
     plain = DetectionDataset(annotations, range(10), TrainTransform(32), HERE)
     expected = [plain[1, row] for row in range(3)]
-    assert all(same(dataset[1, row], expected[row]) for row in (0, 1, 2, 1, 0))
+    assert all(same(dataset[1, row], expected[row]) for row in (0, 2, 0))
+    other = multiprocessing.get_context("fork").Process(target=dataset.read_image, args=(1,))
+    other.start()
+    other.join()
     for row in range(3):
         spoil(annotations, row)
+    # Row 1 is in memory that the other process has written.
     assert all(same(dataset[1, row], expected[row]) for row in (0, 1))
-    with pytest.raises(UserError):
-        dataset[1, 2]
+    for lost, of in ((2, dataset), (0, pickle.loads(pickle.dumps(dataset)))):  # the latter as in a spawned process
+        with pytest.raises(UserError):
+            of[1, lost]
+
+
+@pytest.mark.parametrize(("device", "processes"), [("cpu", 1), ("cuda:0", 5)])
+def test_auto_loads_with_a_share_of_the_cores(annotations, monkeypatch, device, processes):
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert DataConfig().workers == "auto"
+    assert eval_loader(annotations, range(10), 32, 4, DataConfig(), device).num_workers == processes
 
 
 def rows_of(sampler):
