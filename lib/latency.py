@@ -150,8 +150,7 @@ def block_name(module: ElasticInvertedResidual, block: Block, side: int) -> str:
 def all_features(detector: ElasticSSD) -> list[str]:
     """The names of all blocks of a search space, and of the shared parts at each image size."""
     space = detector.space
-    choices = [*(stage.block for stage in space.stages), *space.head]
-    options = [all_blocks(c) for c in choices]
+    options = [all_blocks(choices) for choices in (*(stage.block for stage in space.stages), *space.head)]
     names: set[str] = set()
     # Genotypes of full depth; the n-th has the n-th option of every block, so together they have all of them.
     for size, n in itertools.product(space.image_size, range(max(map(len, options)))):
@@ -177,9 +176,8 @@ def measure_table(
     `runtime` is one of RUNTIMES, or a command that measures on another device, which is called `name`.
     """
     rng = random.Random(config.seed)
-    space = detector.space
-    fitted = designed_sample(space, SAMPLES_PER_BLOCK * len(all_features(detector)), rng)
-    held_out = held_out_sample(space, HELD_OUT, set(fitted), rng)
+    fitted = designed_sample(detector.space, SAMPLES_PER_BLOCK * len(all_features(detector)), rng)
+    held_out = held_out_sample(detector.space, HELD_OUT, set(fitted), rng)
     # All detectors are timed in one interleaved measurement, so that both sets meet the same machine.
     models = fused_detectors(detector, [*fitted, *held_out], config, device)
     if runtime == "torch":
@@ -198,7 +196,7 @@ def measure_table(
         threads=config.search.latency_threads,
         batch=1,
         torch=torch.__version__,
-        image_sizes=list(space.image_size),
+        image_sizes=list(detector.space.image_size),
         network=shared_parts(detector),
         fitted=len(fitted),
         held_out=len(held_out),
@@ -406,7 +404,9 @@ def time_files(models: Sequence[ScoresAndBoxes], config: Config, runtime: str) -
             # A command that does not work is refused before hundreds of files are written.
             if len(visits) == 1:
                 visits[0]()
-        return time_interleaved(visits, config.search.latency_threads, COMMAND_ROUNDS if by_command else ROUNDS)
+        # A command takes seconds, of a device whose speed changes slowly.
+        rounds, every = (COMMAND_ROUNDS, 8) if by_command else (ROUNDS, 2)
+        return time_interleaved(visits, config.search.latency_threads, rounds, every)
 
 
 def write_graph(model: ScoresAndBoxes, path: Path, int8: bool) -> None:

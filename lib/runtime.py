@@ -38,7 +38,6 @@ SHORTAGES = {
 }
 GRACE_SECONDS = 10  # that a loader process goes on after SIGTERM
 REPETITIONS = 3  # timed calls of a visit, after one that warms up
-REFERENCE_EVERY = 4  # visits from one of the reference to the next
 ECHO_SECONDS = 1.0  # a batch system may send SIGTERM to a process and then again to its process group
 
 
@@ -104,34 +103,36 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def time_interleaved(visits: Sequence[Callable[[], float]], threads: int, rounds: int) -> list[float]:
+def time_interleaved(
+    visits: Sequence[Callable[[], float]], threads: int, rounds: int, reference_every: int = 2
+) -> list[float]:
     """Median milliseconds of each over so many rounds, on `threads` CPU threads. A visit measures once and returns ms.
 
-    A round makes every visit, in a random order. A machine's speed drifts. So the first one serves as the reference:
-    it is made again and again within a round, and the times of the round are divided by its median.
+    A round makes every visit, in a random order. The speed of a machine changes, also twofold from one second to the
+    next. So the first visit serves as the reference: it is repeated after every `reference_every` others, and a time is
+    divided by the mean of the reference's before and after it.
     """
     rng = random.Random(0)
     order = list(range(len(visits)))
-    times = np.empty((rounds, len(visits)))
-    speeds = np.empty(rounds)
+    ratios = np.empty((rounds, len(visits)))
+    references = []
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         with progress(None, "measure", total=rounds * len(visits)) as bar:
             for n in range(rounds):
                 rng.shuffle(order)
-                reference = []
-                for position, i in enumerate(order):
-                    # Within a round the speed drifts too, so the reference is measured several times.
-                    if position % REFERENCE_EVERY == 0:
-                        reference.append(visits[0]())
-                    times[n, i] = visits[i]()
-                    bar.update()
-                speeds[n] = statistics.median(reference)
+                references.append(visits[0]())
+                for start in range(0, len(order), reference_every):
+                    some = order[start : start + reference_every]
+                    times = np.array([visits[i]() for i in some])
+                    references.append(visits[0]())
+                    ratios[n, some] = times / statistics.mean(references[-2:])
+                    bar.update(len(some))
     finally:
         torch.set_num_threads(threads_before)
     # Ratios to the reference become milliseconds at the machine's usual speed.
-    return (np.median(speeds) * np.median(times / speeds[:, None], axis=0)).tolist()
+    return (statistics.median(references) * np.median(ratios, axis=0)).tolist()
 
 
 def visit(run: Callable[[], object], device: torch.device, often: int = 1) -> float:

@@ -391,14 +391,14 @@ def test_drift_cancels(monkeypatch):
         def __enter__(self):
             return self
 
-        def update(self):
-            self.done += 1
+        def update(self, visits):
+            self.done += visits
             speed[0] = 1.5 ** (self.done // len(true))
 
     monkeypatch.setattr(runtime, "progress", lambda *_, **__: Bar())
     found = time_interleaved([lambda i=i: slow(i) for i in range(4)], threads=1, rounds=5)
     assert found == pytest.approx([t * 1.5**2 for t in true])
-    assert visits[0] == 5 * (4 + 1)  # and the reference once in four
+    assert visits[0] == 5 * (4 + 3)  # and the reference before, after two and after four
 
 
 def test_a_visit_is_a_median_after_a_warm_up(clock):
@@ -454,7 +454,9 @@ def test_a_command_measures_each_file_in_turn(tiny_detector, tiny_config, tmp_pa
     command = shlex.join([sys.executable, "-c", code]) + " {file}"
     found = latency.time_files(models, tiny_config(), command)
     assert found == pytest.approx([100, 101, 102])
-    assert len(log.read_text()) == 1 + 2 * (3 + 1)  # the first file at once, and the reference in each round
+    assert len(log.read_text()) == 1 + 2 * (
+        3 + 2
+    )  # the first at once, and before and after each round as the reference
 
 
 @pytest.mark.parametrize(
