@@ -320,7 +320,7 @@ def predict(args: argparse.Namespace) -> None:
     if threshold is None:
         threshold, why = detector.threshold, f"the best F1 on the test pictures, from {path.name}"
     if threshold is None:
-        threshold, why = inference.DEFAULT_THRESHOLD, f"the default, since {path.name} knows none with the best F1"
+        threshold, why = inference.DEFAULT_THRESHOLD, f"the default: {path.name} was saved without that of the best F1"
     print(f"threshold {threshold:.3g}: {why}")
     inference.draw_pictures(detector, inference.plan_jobs(pictures, own_ids), args.out, threshold)
 
