@@ -226,6 +226,8 @@ def read_metadata(session, path: Path) -> Metadata:
     if stored.get("format") != FORMAT:
         raise UserError(f"{path}: not a detector of final_train.py --export (its metadata lacks format {FORMAT})")
     parts = {key: parse_json(stored[key], f"{path}: metadata {key}") for key in Metadata._fields if key in stored}
+    if isinstance(parts.get("postprocess"), dict):  # an older file may lack a key
+        parts["postprocess"] = {**vars(PostprocessConfig()), **parts["postprocess"]}
     found = check({"thresholds": [], **parts}, Metadata, f"{path}: metadata")
     with naming(path):
         check_ids(found.category_ids, found.classes)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lib import checkpoint, cli, config_io, inference, pretrained
-from lib.config import Config
+from lib.config import Config, PostprocessConfig
 from lib.datasets import load_split
 from lib.detector import load_detector, load_supernet
 from lib.errors import UserError
@@ -313,7 +313,8 @@ def test_an_exported_file_that_answers_nonsense_is_named(outputs, words, monkeyp
         get_outputs=lambda: [SimpleNamespace(name=name) for name in ("boxes", "scores", "labels")]
     )
     monkeypatch.setattr(inference, "open_session", lambda path: session)
-    metadata = SimpleNamespace(classes=["cat", "dog"], category_ids=[1, 2], image_size=64)
+    rules = {"postprocess": PostprocessConfig(), "thresholds": []}
+    metadata = SimpleNamespace(classes=["cat", "dog"], category_ids=[1, 2], image_size=64, **rules)
     monkeypatch.setattr(inference, "read_metadata", lambda *_: metadata)
     monkeypatch.setattr(inference, "run_session", lambda *_: outputs)
     with pytest.raises(UserError, match=rf"other\.onnx: {words}"):
