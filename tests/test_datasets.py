@@ -308,6 +308,7 @@ def test_cached_pictures_are_decoded_once_and_within_the_budget(annotations, mon
             of[1, lost]
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 5")  # more than this machine has cores
 @pytest.mark.parametrize(("device", "processes"), [("cpu", 1), ("cuda:0", 5)])
 def test_auto_loads_with_a_share_of_the_cores(annotations, monkeypatch, device, processes):
     monkeypatch.setattr(os, "cpu_count", lambda: 12)
