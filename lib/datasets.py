@@ -396,11 +396,16 @@ class _Loader(DataLoader):
     def __iter__(self) -> Iterator[Batch]:
         try:
             yield from super().__iter__()
-        except (ConnectionError, EOFError, FileNotFoundError) as error:
+        except Exception as error:
+            # Collected later, together with the error's traceback, it would wait 10 s for its processes.
+            if self._iterator is not None:
+                self._iterator._shutdown_workers()
+                self._iterator = None
             # Not of the pictures: a batch was to be fetched from a process that is gone.
-            if getattr(error, "filename", None) or "in DataLoader worker" in str(error):
-                raise
-            raise RuntimeError(f"DataLoader worker (pid unknown) exited unexpectedly: {error!r}") from None
+            lost = isinstance(error, (ConnectionError, EOFError, FileNotFoundError))
+            if lost and not getattr(error, "filename", None) and "in DataLoader worker" not in str(error):
+                raise RuntimeError(f"DataLoader worker (pid unknown) exited unexpectedly: {error!r}") from None
+            raise
 
 
 def make_loader(dataset: Dataset, batches: Iterable, workers: int | str, device: Device) -> DataLoader:
