@@ -134,7 +134,7 @@ class CommandLine:
         if self.stage != "search":
             config_io.validate_shares(config, self.stage, distributed.world().size)
             # The schedules of a run that goes on were fitted when it began.
-            notes = [] if goes_on else self._fit_schedules(config, layer, saved)
+            notes = [] if goes_on else self._fit_schedules(config, layer, saved, folder)
         if layer.is_foreign:
             notes += self._check_foreign_paths(config, layer.source, reads_data)
         return Run(folder, config, layer.source, notes)
@@ -160,13 +160,13 @@ class CommandLine:
             raise UserError(f"{where}name: expected a plain name, which becomes a folder, found {shown(name)}")
         return name
 
-    def _fit_schedules(self, config: Config, layer: Layer, saved: dict | None) -> list[str]:
+    def _fit_schedules(self, config: Config, layer: Layer, saved: dict | None, folder: Path) -> list[str]:
         """Fit the schedules to the number of epochs, and say so; what was derived when a run began stays as it is."""
         planned = config_io.get_key(layer.settings, f"{self.stage}.epochs") or getattr(Config(), self.stage).epochs
         notes = config_io.fit_schedules(config, self.stage, planned, self._typed)
         if saved is None:
             return notes
-        began = config_io.from_dict(saved, "config.yaml of this run")
+        began = config_io.from_dict(saved, str(folder / "config.yaml"))
         given = any("schedule_cfg" in key or "distill" in key for key in self._typed)
         if not given and (notes or f"{self.stage}.epochs" in self._typed):
             config.search_space.schedule_cfg = began.search_space.schedule_cfg
