@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import ctypes
 import math
 import multiprocessing
 import os
@@ -259,8 +260,15 @@ def die_with_parent() -> None:
     A forked child inherits its parent's sockets. While it lives, the parent's peers cannot see that the parent is gone.
     """
 
+    parent = multiprocessing.parent_process()
+    # The thread below cannot run in a process that hangs in a driver, so Linux is asked to kill it. Under forkserver,
+    # the server is the parent to Linux.
+    if os.getppid() == parent.pid:
+        with contextlib.suppress(AttributeError, OSError):
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG of sys/prctl.h
+
     def watch() -> None:
-        multiprocessing.parent_process().join()
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
