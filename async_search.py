@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-from lib import checkpoint, cli, plan
+from lib import UserError, checkpoint, cli, plan
 from lib.annotations import Annotations
 from lib.cli import last_run, remember, supernet_checkpoint
 from lib.config import Config
@@ -36,7 +36,6 @@ from lib.controllers import Budget, RandomSearch, limits_of, make_controller
 from lib.datasets import load_annotations, load_split
 from lib.detector import Supernet, load_supernet
 from lib.dispatcher import Result, TimeLimit, WorkerPool
-from lib.errors import UserError
 from lib.genotype import Genotype, read_genotype_files
 from lib.latency import RUNTIMES, Coster, load_table, measure_table
 from lib.ledger import Ledger

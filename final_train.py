@@ -26,13 +26,12 @@ from typing import Annotated, NamedTuple
 import torch
 from torch.utils.data import DataLoader
 
-from lib import analysis, checkpoint, cli, distributed, export, inference, plan
+from lib import UserError, analysis, checkpoint, cli, distributed, export, inference, naming, plan
 from lib.annotations import Annotations
 from lib.config import Config
 from lib.config_io import to_dict
 from lib.datasets import load_annotations, refuse_seen
 from lib.detector import SSD, detector_checkpoint, load_detector
-from lib.errors import UserError, naming
 from lib.final_training import (
     FinalTraining,
     cut_student,

@@ -24,14 +24,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lib import checkpoint, cli, distributed, plan
+from lib import UserError, checkpoint, cli, distributed, plan
 from lib.annotations import Annotations
 from lib.cli import remember, supernet_checkpoint
 from lib.config import Config, DistillConfig, SupernetConfig
 from lib.config_io import to_dict
 from lib.datasets import Batch, load_annotations, load_split, save_split, split_indices, train_loader
 from lib.detector import ElasticSSD, load_weights
-from lib.errors import UserError
 from lib.genotype import Genotype, SearchSpace, read_genotype_file
 from lib.log import duration, plot_training, say
 from lib.losses import DetectionLoss, Targets

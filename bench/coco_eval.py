@@ -13,8 +13,8 @@ import common
 import numpy as np
 import torch
 
+from lib import UserError
 from lib.coco_eval import NAMES
-from lib.errors import UserError
 from lib.metrics import Evaluation
 from lib.runtime import run
 

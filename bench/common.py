@@ -30,13 +30,12 @@ from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 # A bench imports this file before any of lib, so it can be started in any folder.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lib import checkpoint, config_io, scoring
+from lib import UserError, checkpoint, config_io, scoring
 from lib.cli import supernet_checkpoint
 from lib.config import Config, TrainConfig
 from lib.config_io import to_dict
 from lib.datasets import Batch, load_annotations, load_split
 from lib.detector import SSD, ElasticSSD, Supernet
-from lib.errors import UserError
 from lib.final_training import detection_losses
 from lib.genotype import Genotype, SearchSpace
 from lib.log import progress

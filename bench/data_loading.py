@@ -21,10 +21,10 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from lib import UserError
 from lib.annotations import Annotations
 from lib.config import AugmentConfig, DataConfig
 from lib.datasets import DetectionDataset, load_annotations
-from lib.errors import UserError
 from lib.runtime import run
 from lib.transforms import TrainTransform
 

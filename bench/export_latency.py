@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 
-from lib.errors import UserError
+from lib import UserError
 from lib.export import Metadata, open_session, read_metadata, require
 from lib.runtime import run
 

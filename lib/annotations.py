@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib.errors import UserError, did_you_mean
+from lib import UserError, did_you_mean
 from lib.images import read_size
 from lib.labels import OBJECT, Faults, read_coco_json, read_voc_xml, read_yolo_txt, slashes, stem
 from lib.layouts import Pair, Tree

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from lib import UserError
 from lib.config import BackboneConfig
 from lib.elastic import (
     ACTIVATIONS,
@@ -17,7 +18,6 @@ from lib.elastic import (
     Segment,
     make_divisible,
 )
-from lib.errors import UserError
 from lib.genotype import Block, Genotype, StageChoices
 
 

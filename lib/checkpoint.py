@@ -21,8 +21,7 @@ from typing import IO, BinaryIO
 import numpy as np
 import torch
 
-from lib import distributed
-from lib.errors import UserError
+from lib import UserError, distributed
 from lib.plain import check
 
 FORMAT = "checkpoint/1"

@@ -24,9 +24,8 @@ from pathlib import Path
 from posixpath import isdir, isfile
 from typing import NamedTuple
 
-from lib import checkpoint, config_io, distributed, shapes
+from lib import UserError, checkpoint, config_io, distributed, shapes
 from lib.config import Config
-from lib.errors import UserError
 from lib.plain import check, read_json, shown
 
 RUNS = Path("runs")

@@ -16,8 +16,8 @@ from typing import Any
 
 import yaml
 
+from lib import UserError, did_you_mean
 from lib.config import Config
-from lib.errors import UserError, did_you_mean
 from lib.plain import MOST_SHOWN, WrongKey, check, fail, hints_of, read_bytes, refuse_bomb
 
 # Keys of earlier versions that changed nothing about a network. Checkpoints and genotype files still hold them.

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
+from lib import UserError
 from lib.config import SearchConfig
-from lib.errors import UserError
 from lib.genotype import Block, Genotype, SearchSpace, all_blocks
 
 CHILD_TRIES = 1_000  # children in a row that may be rejected before a proposal is sampled from the whole space

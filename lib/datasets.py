@@ -19,11 +19,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
-from lib import distributed
+from lib import UserError, did_you_mean, distributed
 from lib.annotations import Annotations, assemble, ranked, read_coco, read_pairs
 from lib.checkpoint import write_text
 from lib.config import Config, DataConfig
-from lib.errors import UserError, did_you_mean
 from lib.images import UnreadableImage, is_large_jpeg, read_picture
 from lib.labels import Faults
 from lib.layouts import find_layout

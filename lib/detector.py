@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import fuse_conv_bn_weights
 
-from lib import checkpoint, config_io
+from lib import UserError, checkpoint, config_io, naming
 from lib.backbone import ElasticBackbone
 from lib.config import Config
 from lib.elastic import (
@@ -29,7 +29,6 @@ from lib.elastic import (
     make_divisible,
     run_segment,
 )
-from lib.errors import UserError, naming
 from lib.genotype import Block, Genotype, SearchSpace
 from lib.head import ElasticExtras, ElasticPredictor, Predictors
 from lib.losses import focal_prior_bias

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from multiprocessing import connection, resource_tracker
 from typing import Any
 
-from lib.errors import UserError
+from lib import UserError
 
 ATTEMPTS = 3  # of a job before it is given up, and of a worker to start
 LONGEST_WAIT = 3600.0  # seconds in one call of the system

@@ -30,14 +30,13 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import torch
 from torch import Tensor
 
-from lib import checkpoint
+from lib import UserError, checkpoint, naming
 from lib.annotations import Annotations
 from lib.checkpoint import replacing, write_text
 from lib.config import PostprocessConfig
 from lib.config_io import to_dict
 from lib.datasets import eval_loader
 from lib.detector import Detector, ElasticSSD, ScoresAndBoxes, check_ids, fuse
-from lib.errors import UserError, naming
 from lib.genotype import Genotype
 from lib.log import finite, progress
 from lib.metrics import detection_metrics

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lib import checkpoint, distributed
+from lib import UserError, checkpoint, distributed
 from lib.analysis import best_f1, score_curves
 from lib.annotations import Annotations
 from lib.cli import supernet_checkpoint
@@ -20,7 +20,6 @@ from lib.config import Config
 from lib.config_io import to_dict, validate_network
 from lib.datasets import Batch, eval_loader, train_loader
 from lib.detector import SSD, Cost, ElasticSSD, Supernet, detect, load_supernet, recalibrate
-from lib.errors import UserError
 from lib.genotype import Genotype
 from lib.latency import time_parts
 from lib.log import finite, plot_training, progress, say

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
-from lib.errors import UserError, did_you_mean, naming
+from lib import UserError, did_you_mean, naming
 from lib.plain import Bounds, check, read_json, shown
 
 FORMAT = "genotype/1"

@@ -33,11 +33,10 @@ from torch import Tensor
 from torchvision.ops import batched_nms, nms
 from torchvision.transforms.functional import pil_to_tensor
 
-from lib import checkpoint
+from lib import UserError, checkpoint
 from lib.config import DataConfig
 from lib.datasets import load_annotations
 from lib.detector import Detector, detect, load_detector
-from lib.errors import UserError
 from lib.export import DETECTIONS, open_session, read_metadata, run_session, unpad
 from lib.images import MAX_PIXELS, UnreadableImage, is_signed, read_picture, write_picture
 from lib.log import progress, say

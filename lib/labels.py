@@ -24,8 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from lib import distributed
-from lib.errors import UserError
+from lib import UserError, distributed
 from lib.images import SUFFIXES
 from lib.plain import check, read_bytes, shown
 

@@ -28,12 +28,12 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
+from lib import UserError
 from lib.backbone import Half
 from lib.checkpoint import write_text
 from lib.config import Config
 from lib.detector import SSD, ElasticSSD, ScoresAndBoxes, fuse
 from lib.elastic import ElasticInvertedResidual
-from lib.errors import UserError
 from lib.export import OPSET, PRIORS, open_session, quantize, require, run_session
 from lib.genotype import Block, Genotype, SearchSpace, all_blocks
 from lib.log import progress

@@ -14,9 +14,8 @@ from pathlib import Path
 from posixpath import basename, dirname, exists
 from typing import Any, NamedTuple
 
-from lib import labels
+from lib import UserError, did_you_mean, labels
 from lib.config import DataConfig
-from lib.errors import UserError, did_you_mean
 from lib.images import SUFFIXES
 from lib.labels import SPLIT_OF, Faults, slashes, split_of, stem, suffix_of
 

@@ -18,7 +18,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from lib.errors import UserError
+from lib import UserError
 from lib.genotype import Genotype
 from lib.plain import shown
 

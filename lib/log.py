@@ -16,9 +16,8 @@ from typing import NamedTuple
 from tqdm import tqdm
 from tqdm.utils import ObjectWrapper
 
-from lib import distributed
+from lib import UserError, distributed
 from lib.checkpoint import replacing
-from lib.errors import UserError
 from lib.plain import check
 
 SHARE = 0.01  # of the time since the start, at most, is spent on writing results: meanwhile no worker gets a job

@@ -18,7 +18,7 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, NoReturn
 
-from lib.errors import UserError
+from lib import UserError
 
 MOST_SHOWN = 80  # characters of a wrong value in an error message
 MOST_BYTES = 256 * 1024**2  # of a JSON file

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lib import UserError, naming
 from lib.checkpoint import holds_numbers
 from lib.config import Config
 from lib.detector import ElasticSSD
 from lib.elastic import ElasticInvertedResidual
-from lib.errors import UserError, naming
 from lib.genotype import Block, BlockChoices, Genotype
 from lib.head import Predictors
 from lib.sources import Source, Tensors, read_source

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lib import UserError
 from lib.config import Config
 from lib.dispatcher import Dispatcher, Worker, WorkerPool, run_job, set_up
-from lib.errors import UserError
 from lib.runtime import pick_workers, read_devices
 
 

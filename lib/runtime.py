@@ -20,10 +20,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lib import distributed
+from lib import UserError, distributed, one_line
 from lib.config import Config
 from lib.dispatcher import STOPS, die_with_parent
-from lib.errors import UserError, one_line
 from lib.log import keep_streams_open, progress, say
 
 MAX_CPU_WORKERS = 8  # by default; more have to be asked for

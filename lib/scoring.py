@@ -20,14 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib import checkpoint
+from lib import UserError, checkpoint
 from lib.annotations import Annotations
 from lib.config import Config
 from lib.config_io import from_dict as config_from_dict
 from lib.config_io import to_dict
 from lib.datasets import eval_loader
 from lib.detector import ElasticSSD, detect, fuse, load_supernet, recalibrate
-from lib.errors import UserError
 from lib.genotype import Genotype
 from lib.log import finite, progress
 from lib.metrics import Evaluation, to_pixels

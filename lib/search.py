@@ -14,12 +14,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lib import checkpoint
+from lib import UserError, checkpoint
 from lib.annotations import Annotations
 from lib.config import Config
 from lib.controllers import LIMIT_KEYS, Controller, RandomSearch, SpaceExhausted, limits_of, pareto_front
 from lib.dispatcher import Result
-from lib.errors import UserError
 from lib.genotype import Genotype
 from lib.latency import Coster
 from lib.ledger import Ledger, checked, evaluation_basis, evaluation_key

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lib import UserError
 from lib.checkpoint import lock
-from lib.errors import UserError
 from lib.images import write_picture
 
 MARKER = "shapes.json"  # says that the folder is ours, and whether it is complete

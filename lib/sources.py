@@ -16,10 +16,9 @@ from typing import NamedTuple
 from torch import Tensor
 from torchvision.models import get_model_weights
 
-from lib import checkpoint, config_io
+from lib import UserError, checkpoint, config_io, did_you_mean, naming
 from lib.cli import supernet_checkpoint
 from lib.config import BackboneConfig, HeadConfig
-from lib.errors import UserError, did_you_mean, naming
 from lib.genotype import Genotype
 from lib.plain import check
 

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from lib import checkpoint, distributed
+from lib import UserError, checkpoint, distributed
 from lib.config import Config, TrainConfig
-from lib.errors import UserError
 from lib.losses import DetectionLoss, at_least_one
 
 Losses = dict[str, Tensor]

@@ -19,10 +19,9 @@ from typing import Annotated, NamedTuple
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lib import checkpoint, config_io, distributed
+from lib import UserError, checkpoint, config_io, distributed
 from lib.config import Config
 from lib.datasets import Batch
-from lib.errors import UserError
 from lib.log import RunLog, progress, read_log, say
 from lib.losses import DetectionLoss, Targets
 from lib.plain import Bounds, check, shown

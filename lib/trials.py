@@ -14,12 +14,11 @@ from typing import NamedTuple
 
 import torch
 
-from lib import checkpoint
+from lib import UserError, checkpoint
 from lib.annotations import Annotations
 from lib.config import Config
 from lib.config_io import to_dict
 from lib.detector import ElasticSSD, Supernet, recalibrate
-from lib.errors import UserError
 from lib.final_training import FinalTraining, cut_student, evaluate, final_loader, some_images
 from lib.genotype import Genotype
 from lib.latency import fused_detectors, time_detectors

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lib.errors import UserError
+from lib import UserError
 from tests.dispatch_helpers import wait_for
 
 

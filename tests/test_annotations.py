@@ -12,10 +12,10 @@ import torch
 from pycocotools.coco import COCO
 from tiny_data import read_coco, read_voc, write_coco, write_picture, write_voc
 
+from lib import UserError
 from lib.annotations import PackedStrings
 from lib.config import DataConfig
 from lib.datasets import load_annotations
-from lib.errors import UserError
 
 OBJECTS = {
     "b_02": [("dog", 0, 0, 20, 10), ("cat", 5, 6, 30, 32, 1), ("dog", 40, 20, 48, 32)],

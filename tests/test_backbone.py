@@ -10,10 +10,10 @@ from torch import nn
 from torchvision.models import mobilenet_v2
 from torchvision.models.mobilenetv3 import InvertedResidual, InvertedResidualConfig
 
+from lib import UserError
 from lib.backbone import TABLES, ElasticBackbone
 from lib.config import BackboneConfig, Config
 from lib.elastic import ElasticDepthwiseConv, ElasticInvertedResidual, extract_segment, run_segment
-from lib.errors import UserError
 from lib.genotype import Block, BlockChoices, Genotype, SearchSpace, StageChoices
 from lib.shrinking import full_space
 

@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from lib import checkpoint
+from lib import UserError, checkpoint
 from lib.checkpoint import code_revision, lock, lock_folder, remove_leftovers
-from lib.errors import UserError
 
 
 def refusal(path: Path) -> str:

@@ -10,8 +10,7 @@ import pytest
 import yaml
 from tiny_runs import TINY
 
-from lib import checkpoint, cli, config_io
-from lib.errors import UserError
+from lib import UserError, checkpoint, cli, config_io
 
 
 @pytest.fixture(autouse=True)

@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lib import cli, config_io
+from lib import UserError, cli, config_io
 from lib.config import Config
 from lib.config_io import validate
-from lib.errors import UserError
 from lib.plain import Bounds
 from lib.shrinking import boundaries, full_space, space_at
 

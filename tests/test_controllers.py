@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from search_records import every_genotype
 
+from lib import UserError
 from lib.config import SearchConfig
 from lib.controllers import (
     SAMPLE_TRIES,
@@ -26,7 +27,6 @@ from lib.controllers import (
     make_controller,
     pareto_front,
 )
-from lib.errors import UserError
 from lib.genotype import BlockChoices, Genotype, SearchSpace, StageChoices
 
 NAMES = ["random", "evo", "pareto-evo"]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tiny_data import read_voc, write_coco, write_voc
 from torch.utils.data import Dataset
 
-from lib import datasets, runtime
+from lib import UserError, datasets, runtime
 from lib.config import AugmentConfig, Config, DataConfig
 from lib.datasets import (
     DetectionDataset,
@@ -31,7 +31,6 @@ from lib.datasets import (
     train_loader,
 )
 from lib.distributed import World
-from lib.errors import UserError
 from lib.images import UnreadableImage
 from lib.shapes import CLASSES
 from lib.transforms import EvalTransform, TrainTransform

@@ -19,7 +19,7 @@ from torchvision.models import (
     mobilenet_v3_large,
 )
 
-from lib import checkpoint
+from lib import UserError, checkpoint
 from lib.config import Config
 from lib.config_io import to_dict
 from lib.detector import (
@@ -36,7 +36,6 @@ from lib.detector import (
     recalibrate,
 )
 from lib.elastic import SamePadConv2d
-from lib.errors import UserError
 from lib.losses import DetectionLoss
 from lib.metrics import detection_metrics, to_pixels
 from lib.priors import priors_per_cell

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from dispatch_helpers import is_alive, pids_in, take, wait_for
 
+from lib import UserError
 from lib.dispatcher import ATTEMPTS, Dispatcher, TimeLimit
-from lib.errors import UserError
 from tests.dispatch_workers import (
     setup,
     setup_dies,

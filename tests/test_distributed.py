@@ -22,11 +22,10 @@ from test_imaginary_gpu import on_imaginary_gpu
 from tiny_runs import FINAL, REPOSITORY, SUPERNET, environment, finish, tiny_settings
 from torch import nn
 
-from lib import checkpoint, distributed
+from lib import UserError, checkpoint, distributed
 from lib.config import Config, TrainConfig
 from lib.config_io import validate_shares
 from lib.detector import ElasticSSD
-from lib.errors import UserError
 from lib.runtime import pick_device
 
 

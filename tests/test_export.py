@@ -16,13 +16,12 @@ from torch import nn
 from torchvision.ops import box_iou
 
 import final_train
-from lib import checkpoint, export
+from lib import UserError, checkpoint, export
 from lib.annotations import Objects
 from lib.config import PostprocessConfig
 from lib.config_io import to_dict
 from lib.datasets import load_annotations
 from lib.detector import SSD
-from lib.errors import UserError
 from lib.export import (
     DETECTIONS,
     PRIORS,

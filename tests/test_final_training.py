@@ -12,9 +12,8 @@ import pytest
 import torch
 from tiny_runs import killed_at
 
-from lib import checkpoint, final_training
+from lib import UserError, checkpoint, final_training
 from lib.datasets import Batch
-from lib.errors import UserError
 from lib.final_training import FinalTraining, cut_student, freeze_norms, supernet_path
 from lib.log import RunLog, read_log
 from lib.losses import DetectionLoss

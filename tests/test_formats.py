@@ -13,11 +13,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lib import checkpoint, cli, config_io, inference, pretrained
+from lib import UserError, checkpoint, cli, config_io, inference, pretrained
 from lib.config import Config, PostprocessConfig
 from lib.datasets import load_split
 from lib.detector import load_detector, load_supernet
-from lib.errors import UserError
 from lib.export import read_metadata
 from lib.genotype import Genotype, read_genotype_file, read_genotype_files
 from lib.latency import FORMAT as LATENCY

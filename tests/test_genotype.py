@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.errors import UserError
+from lib import UserError
 from lib.genotype import (
     Block,
     BlockChoices,

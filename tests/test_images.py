@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny_data import read_voc, write_voc
 
+from lib import UserError
 from lib import images as images_file
 from lib.config import AugmentConfig, DataConfig
 from lib.datasets import DetectionDataset
-from lib.errors import UserError
 from lib.images import (
     FORMATS,
     SUFFIXES,

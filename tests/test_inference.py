@@ -16,10 +16,9 @@ from pycocotools.coco import COCO
 from tiny_data import write_coco, write_picture, write_voc
 from torchvision.ops import box_iou
 
-from lib import inference
+from lib import UserError, inference
 from lib.config import DataConfig
 from lib.detector import load_detector
-from lib.errors import UserError
 from lib.export import add_nms
 from lib.images import UnreadableImage, read_picture
 from lib.inference import (

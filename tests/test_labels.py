@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_data import read_coco, read_label, write_picture
 
+from lib import UserError
 from lib.config import DataConfig
 from lib.datasets import load_annotations
-from lib.errors import UserError
 from lib.labels import Faults, class_name, read_lines, read_voc_xml, read_yolo_txt, read_yolo_yaml
 from lib.layouts import Pair
 

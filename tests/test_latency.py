@@ -23,10 +23,9 @@ from hypothesis import strategies as st
 from search_records import every_genotype
 
 import async_search
-from lib import checkpoint, export, latency, runtime
+from lib import UserError, checkpoint, export, latency, runtime
 from lib.config_io import to_dict
 from lib.detector import Normalize, ScoresAndBoxes
-from lib.errors import UserError
 from lib.genotype import Block, Genotype
 from lib.head import Predictors
 from lib.inference import torch_detector

@@ -8,9 +8,9 @@ import pytest
 import torch
 from tiny_data import write_coco, write_picture, write_voc
 
+from lib import UserError
 from lib.config import DataConfig
 from lib.datasets import load_annotations
-from lib.errors import UserError
 from lib.plan import same_pictures
 
 TRAIN = {f"p{i}": [("cat", 5, 5, 30, 25), ("dog", 20, 4, 40, 28)][: i % 3] for i in range(6)}

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.errors import UserError
+from lib import UserError
 from lib.genotype import Block, Genotype
 from lib.ledger import Ledger, checked, evaluation_basis, evaluation_key
 

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from lib.errors import UserError
+from lib import UserError
 from lib.images import read_picture
 from lib.log import RunLog, duration, finite, plot_training, progress, read_log, say
 

@@ -10,8 +10,7 @@ import pytest
 from tiny_data import write_voc
 from tiny_runs import FINAL, SEARCH, SUPERNET, run_as_user
 
-from lib import plan
-from lib.errors import UserError
+from lib import UserError, plan
 
 PLANS = {  # what each script's plan must say
     SUPERNET: [

@@ -13,12 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_data import read_voc, write_picture, write_voc
 
-from lib import plan
+from lib import UserError, plan
 from lib.annotations import Objects
 from lib.config import DataConfig, TrainConfig
 from lib.datasets import collate, load_annotations, split_indices, train_loader
 from lib.detector import ElasticSSD, module_cost
-from lib.errors import UserError
 from lib.plan import (
     Split,
     Stopwatch,

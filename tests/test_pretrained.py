@@ -15,12 +15,11 @@ from torch.nn import functional as F
 from torchvision.models import mobilenet_v2, mobilenet_v3_large
 from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights, ssdlite320_mobilenet_v3_large
 
-from lib import checkpoint, config_io
+from lib import UserError, checkpoint, config_io
 from lib.config import Config
 from lib.config_io import to_dict
 from lib.detector import ElasticSSD, ScoresAndBoxes, detect
 from lib.elastic import run_segment
-from lib.errors import UserError
 from lib.genotype import Genotype
 from lib.pretrained import as_table, embed, load_pretrained
 from lib.shrinking import sort_hidden_channels

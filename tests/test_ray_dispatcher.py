@@ -17,7 +17,7 @@ from dispatch_helpers import is_alive, pids_in, take, wait_for
 from search_runs import search
 from tiny_runs import finish, read_lines
 
-from lib.errors import UserError
+from lib import UserError
 from lib.ray_dispatcher import RayDispatcher, connect, pick_dispatcher, pick_ray_workers
 from tests.dispatch_workers import setup, setup_user_error
 

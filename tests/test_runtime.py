@@ -18,11 +18,11 @@ import torch
 from dispatch_helpers import is_alive, start_a_child, wait_for
 from tiny_runs import _SERVER
 
+from lib import UserError
 from lib.cli import CONFIGS
 from lib.config_io import read_config
 from lib.dispatcher import set_up
 from lib.distributed import PeerLost
-from lib.errors import UserError
 from lib.log import progress, say
 from lib.runtime import (
     Stopped,

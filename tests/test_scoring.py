@@ -15,11 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_data import read_voc, write_voc
 
-from lib import checkpoint
+from lib import UserError, checkpoint
 from lib.config_io import KEYS, to_dict
 from lib.datasets import load_annotations, split_indices
 from lib.detector import ElasticSSD, detect, recalibrate
-from lib.errors import UserError
 from lib.final_training import some_images
 from lib.metrics import detection_metrics
 from lib.scoring import (

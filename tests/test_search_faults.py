@@ -19,8 +19,7 @@ from search_runs import launch, search, search_command
 from tiny_runs import SEARCH, Script, finish, read_lines, start
 
 import async_search
-from lib import checkpoint
-from lib.errors import UserError
+from lib import UserError, checkpoint
 from lib.ledger import Ledger
 from tests.search_workers import fate
 

@@ -8,8 +8,7 @@ import torch
 from tiny_data import read_voc
 from torchvision.ops import masks_to_boxes
 
-from lib import shapes
-from lib.errors import UserError
+from lib import UserError, shapes
 from lib.shapes import CLASSES, SHAPES, draw_picture, place, write_shapes
 
 

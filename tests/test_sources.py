@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchvision.models import _api
 
-from lib.errors import UserError
+from lib import UserError
 from lib.sources import read_source
 
 

@@ -12,9 +12,8 @@ import pytest
 from test_training import network, states_equal, trainer
 from tiny_runs import Killed, killed_at
 
-from lib import checkpoint, config_io, training_run
+from lib import UserError, checkpoint, config_io, training_run
 from lib.config import Config
-from lib.errors import UserError
 from lib.log import read_log
 from lib.runtime import Stopped
 from lib.training_run import Training, read_previous

@@ -8,8 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lib import trials
-from lib.errors import UserError
+from lib import UserError, trials
 from lib.runtime import Stopped
 from lib.trials import Recipe, Trials, as_markdown, contestants, shortened
 
