@@ -4,6 +4,7 @@
     python async_search.py --gpus 0,1,2,3 --max-flops 300e6
     python async_search.py --load runs/bccd/supernet --gpus cpu,cpu --controller pareto-evo
     python async_search.py --resume                           # go on after any interruption
+    python async_search.py --resume --finalists 3             # short trainings decide which of three is best.json
     python async_search.py --dispatcher ray --ray-address auto    # on the machines of a Ray cluster
     python async_search.py --measure-latency cpu              # writes latency_cpu.json, by which a search knows latency
     python async_search.py --measure-latency cpu --latency-runtime onnxruntime
@@ -42,10 +43,11 @@ from lib.ledger import Ledger
 from lib.log import Throttle, duration, progress, say
 from lib.plan import scoring_seconds
 from lib.ray_dispatcher import pick_dispatcher
-from lib.report import cost_text, write_results
+from lib.report import write_results
 from lib.runtime import Stopped, StopRequest, pick_device, run
 from lib.scoring import prepare_scoring_data, save_scoring_data, scoring_worker
-from lib.search import Identity, Job, Search
+from lib.search import Identity, Job, Search, cost_text
+from lib.trials import train_finalists
 
 IMAGES = "images.pt"  # the pictures that the workers share while they run
 
@@ -106,7 +108,7 @@ def search_loop(
         evaluate_jobs(pool, stop, propose, learn, TimeLimit(settings.time_limit, first=settings.first_time_limit))
 
 
-def score_finalists(search: Search, pool: WorkerPool, stop: StopRequest, jobs: Sequence[Job]) -> bool:
+def rescore_front(search: Search, pool: WorkerPool, stop: StopRequest, jobs: Sequence[Job]) -> bool:
     """Score the front again on all images of the search split. False, and the front as it was, after a stop."""
     waiting = list(reversed(jobs))
     with progress(None, "front on all images", total=len(jobs)) as bar:
@@ -119,7 +121,7 @@ def score_finalists(search: Search, pool: WorkerPool, stop: StopRequest, jobs: S
         limit = TimeLimit(settings.time_limit, least=3, first=settings.first_time_limit)
         evaluate_jobs(pool, stop, lambda: waiting.pop() if waiting else None, learn, limit)
     if waiting:
-        search.finalists.clear()
+        search.rescored.clear()
     return not waiting
 
 
@@ -209,6 +211,13 @@ def make_parser() -> argparse.ArgumentParser:
         default=0,
         metavar="N",
         help="also write top.json, the N best (--genotype top.json --index K)",
+    )
+    add(
+        "--finalists",
+        type=int,
+        default=0,
+        metavar="K",
+        help="train the K most promising shortly (final.epochs / 4); the best of them becomes best.json",
     )
     add("--max-flops", type=float, metavar="N", help="budget: multiply-adds of the whole detector, e.g. 300e6")
     add("--max-params", type=float, metavar="N", help="budget: parameters of the whole detector")
@@ -377,6 +386,11 @@ def run_search(task: Task, args: argparse.Namespace) -> None:
             raise Stopped(f"{how}the same command with --resume goes on", stop.number)
         if not search.scored:
             raise UserError(f"no evaluation succeeded; see {folder / 'evals.jsonl'}")
+    if args.finalists:
+        path, pictures, device = task.path, task.annotations, pick_device(task.devices[0])
+        train_finalists(search, task.supernet, path, pictures, task.split, device, folder / "finalists", args.finalists)
+        write_results(search, folder, args.top)
+        print("\n".join(search.describe_finalists()))
 
 
 def evaluate(
@@ -389,10 +403,10 @@ def evaluate(
             search_loop(search, pool, stop, write, args.save_every or 1)
         if len(search.told) < search.total:
             return False
-    if jobs := search.missing_finalists():
+    if jobs := search.rescoring_jobs():
         all_images = replace(config, search=replace(config.search, images=0))
         with scoring_workers(task, all_images, sha256) as pool:
-            return score_finalists(search, pool, stop, jobs)
+            return rescore_front(search, pool, stop, jobs)
     return True
 
 
@@ -422,8 +436,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = supernet_checkpoint(source)
     supernet = load_supernet(path)
     search_run = resolve_run(args, supernet, path)
-    if args.top < 0:
-        raise UserError(f"--top {args.top}: expected how many of the best to list")
+    for flag, count in (("--top", args.top), ("--finalists", args.finalists)):
+        if count < 0:
+            raise UserError(f"{flag} {count}: expected how many of the best, 0 or more")
     if args.save_every is not None and args.save_every < 1:
         raise UserError(f"--save-every {args.save_every}: expected a number of search epochs, at least 1")
     if (args.latency_runtime or args.measure_with) and not args.measure_latency:

@@ -3,9 +3,10 @@
     python bench/pays.py --supernet runs/wide/supernet --epochs 4
 
 A budget is a share of the largest sub-network's multiply-adds. For each, async_search.py finds a network under it;
+with `--finalists` K, short trainings choose it ("finalist"), beside the one that is best with inherited weights.
 `--random` random ones have its multiply-adds to 2.5%; "scaled" is the pretrained network (or, without one, the largest)
-at the largest image size that fits, or at the smallest size with the widest blocks that fit. final_train.py trains each
-by one short recipe, `--seeds` times, and evaluates it on the test set.
+scaled down by a simple rule: at each image size the widest blocks that fit, of these what uses most of the budget.
+final_train.py trains each by one short recipe, `--seeds` times, and evaluates it on the test set.
 
 Prints a table with the AP of each, and the mean gain of found over random with its 95% interval, bootstrapped over the
 random networks and the seeds. Writes OUT/pays.json and pays.svg. A second call reuses finished trainings, also those of
@@ -13,6 +14,8 @@ bench/rank_correlation.py with the same --out.
 """
 
 import argparse
+import itertools
+import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -33,6 +36,7 @@ def main() -> None:
     parser = common.trainings_parser(__doc__)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.25, 0.5, 0.75], help="shares of the largest")
     parser.add_argument("--random", type=int, default=5, help="random sub-networks at each budget (default: 5)")
+    parser.add_argument("--finalists", type=int, default=0, help="candidates that short trainings choose among")
     args = parser.parse_args()
     args.out = args.out or args.supernet.parent / "rank_correlation"
     supernet = load_supernet(supernet_checkpoint(args.supernet))
@@ -52,14 +56,14 @@ def main() -> None:
         others = np.array([values for name, values in final.items() if name.startswith("random")])
         cost = {name: supernet.detector.cost(genotype).flops / 1e6 for name, genotype in group.items()}
         points += [(cost[name], values.mean(), name.split()[0]) for name, values in final.items()]
-        gains.append(gain(final["found"], others))
+        searched = [name for name in final if name in ("found", "finalist")]
+        gains.append(gain(final[searched[-1]], others))
         rows.append(
             {
                 "budget": f"{share:.0%} of the largest",
-                "found, M multiply-adds": f"{final['found'].mean():.3f}, {cost['found']:.1f}",
                 "random": f"{others.mean():.3f} ({others.mean(1).min():.3f} to {others.mean(1).max():.3f})",
-                "scaled, M multiply-adds": f"{final['scaled'].mean():.3f}, {cost['scaled']:.1f}",
-                "gain over random": interval(gains[-1]),
+                **{f"{name}, M": f"{final[name].mean():.3f}, {cost[name]:.1f}" for name in (*searched, "scaled")},
+                **{f"{name} - random": interval(gain(final[name], others)) for name in searched},
             }
         )
     draw(points, args.out / "pays.svg")
@@ -75,6 +79,12 @@ def contestants(share: float, supernet: Supernet, args: argparse.Namespace) -> d
     flags = ["--load", args.supernet, "--max-flops", f"{budget:.0f}", "--gpus", ",".join(["cpu"] * args.jobs)]
     common.run_stage("async_search.py", folder, flags, args.jobs)
     networks = {"found": Genotype.from_dict(read_genotype_file(folder / "best.json"))}
+    if args.finalists:
+        again = args.out / f"finalists-{share:g}"
+        if not again.exists():
+            shutil.copytree(folder, again)
+        common.run_stage("async_search.py", again, [*flags, "--finalists", args.finalists], args.jobs)
+        networks["finalist"] = Genotype.from_dict(read_genotype_file(again / "best.json"))
     for i, genotype in enumerate(common.random_of_cost(supernet, share, args.random)):
         networks[f"random {i + 1}"] = genotype
     own = args.supernet / "pretrained_genotype.json"
@@ -83,16 +93,16 @@ def contestants(share: float, supernet: Supernet, args: argparse.Namespace) -> d
 
 
 def scaled(shape: Genotype, supernet: Supernet, budget: float) -> Genotype:
-    """`shape` as a person would scale it down: the largest image size that fits; if none does, narrower blocks too."""
-    widths = sorted({width for stage in supernet.space.stages for width in stage.block.expand}, reverse=True)
-    sizes = sorted(supernet.space.image_size, reverse=True)
-    narrowest = [(sizes[-1], width) for width in widths]
-    for size, width in [(size, widths[0]) for size in sizes] + narrowest:
+    """`shape` with narrower blocks at an image size of the space: what uses most of the budget, as the docstring says."""
+    widths = sorted({width for stage in supernet.space.stages for width in stage.block.expand})
+    fitting = {}
+    for size, width in itertools.product(supernet.space.image_size, widths):
         stages = [tuple(block._replace(expand=min(block.expand, width)) for block in stage) for stage in shape.stages]
         genotype = replace(shape, image_size=size, stages=tuple(stages))
-        if supernet.detector.cost(genotype).flops <= budget * 1.005:
-            return genotype
-    return supernet.space.smallest()
+        cost = supernet.detector.cost(genotype).flops
+        if cost <= budget * 1.005:
+            fitting[genotype] = cost
+    return max(fitting, key=fitting.get, default=supernet.space.smallest())
 
 
 def gain(found: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -117,9 +127,9 @@ def draw(points: Sequence[tuple[float, float, str]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
-    for name, mark in (("random", "o"), ("scaled", "s"), ("found", "D")):
-        costs, aps = zip(*sorted((cost, ap) for cost, ap, kind in points if kind == name), strict=True)
-        axes.plot(costs, aps, mark, label=name, linestyle="" if name == "random" else "-")
+    for name, mark in (("random", "o"), ("scaled", "s"), ("found", "D"), ("finalist", "*")):
+        if chosen := sorted((cost, ap) for cost, ap, kind in points if kind == name):
+            axes.plot(*zip(*chosen, strict=True), mark, label=name, linestyle="" if name == "random" else "-")
     axes.set(xlabel="million multiply-adds", ylabel="AP on the test set, trained alone")
     axes.legend()
     figure.savefig(path)

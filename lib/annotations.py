@@ -8,7 +8,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from posixpath import basename
 from typing import NamedTuple
@@ -81,6 +81,19 @@ class Annotations:
     def ground_truth(self, indices: Iterable[int]) -> list[dict[str, Tensor]]:
         """What the detections in some images are compared with, as `lib.metrics` takes it."""
         return [self.truth.of(i) for i in indices]
+
+    def subset(self, rows: Sequence[int]) -> Annotations:
+        """The images of some rows, in their order."""
+
+        def objects(of: Objects) -> Objects:
+            parts = [of.of(i) for i in rows]
+            columns = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            return Objects(**columns, offsets=_offsets([len(part["labels"]) for part in parts]))
+
+        strings = {name: PackedStrings([getattr(self, name)[i] for i in rows]) for name in ("ids", "own_ids", "paths")}
+        return replace(
+            self, objects=objects(self.objects), truth=objects(self.truth), sizes=self.sizes[list(rows)], **strings
+        )
 
     def fingerprint(self) -> str:
         """SHA-256 of classes, ids, sizes and objects; it does not depend on where the folder is."""

@@ -20,22 +20,11 @@ from lib.controllers import pareto_front
 from lib.genotype import Genotype
 from lib.log import duration, finite, say
 from lib.scoring import CONFIDENCE
-from lib.search import Search
+from lib.search import COSTS, Search, cost_text
 
 REFRESH_SECONDS = 60  # an open page reloads itself this often while the search runs
 PAUSE_SECONDS = 60.0  # no worker is without a job for this long: a longer gap lies between two runs of the script
 MANY_POINTS = 2000  # more points than this are embedded in a figure as pixels, which keeps the page small
-COSTS = {  # how a cost is shown: its name, what it is divided by, its unit
-    "flops": ("multiply-adds", 1e6, "M"),
-    "params": ("parameters", 1e6, "M"),
-    "latency_ms": ("latency", 1.0, "ms"),
-}
-
-
-def cost_text(metrics: Mapping[str, float], cost: str) -> str:
-    """A cost with its unit and name, as in `312.4 M multiply-adds`."""
-    name, scale, unit = COSTS[cost]
-    return f"{metrics[cost] / scale:.4g} {unit} {name}"
 
 
 def write_results(search: Search, folder: Path, top: int = 0) -> None:
@@ -50,12 +39,13 @@ def write_results(search: Search, folder: Path, top: int = 0) -> None:
     def genotype_file(record: dict) -> dict:
         noise = search.noise(record)
         extra = {"noise": finite(noise._asdict())} if noise else {}
+        extra |= {"trained": search.trained[record["key"]]} if record["key"] in search.trained else {}
         return {**record["genotype"], "metrics": record["metrics"], **extra, **provenance}
 
     lists = {"pareto.json": search.front(), **({"top.json": search.top(top)} if top else {})}
     head = {"format": "pareto/1", "objective": settings.objective, "costs": settings.costs}
     contents = {name: {**head, "front": [*map(genotype_file, records)]} for name, records in lists.items()}
-    for name, content in {"best.json": genotype_file(search.best()), **contents}.items():
+    for name, content in {"best.json": genotype_file(search.winner()), **contents}.items():
         checkpoint.write_text(folder / name, json.dumps(content, indent=1) + "\n")
     with checkpoint.replacing(folder / "front.png") as file:
         file.write(_figure(lambda axis: _draw_front(axis, search, settings.costs[0]), "png"))
@@ -88,6 +78,7 @@ def search_page(search: Search, folder: Path) -> str:
         "Summary": [element("p", _summary(search, reused=len(search.told) - len(own)))],
         "Fronts": [svg(lambda axis, cost=cost: _draw_front(axis, search, cost), f"front by {cost}") for cost in costs],
         "Best so far, beside random search": _history(search, folder),
+        "Finalists": [element("pre", "\n".join(search.describe_finalists()) or "none: see --finalists")],
         "The front, cheapest first": _members(search, folder, costs),
         "Workers": _workers(own),
         "Failed evaluations": [element("pre", "\n".join(failures) or "none")],
@@ -162,7 +153,7 @@ def _draw_front(axis, search: Search, cost: str) -> None:
     plot((r for r in search.scored if r.get("origin") != "random"), "C0.", label="bred or given", **style)
     plot((r for r in search.scored if r.get("origin") == "random"), "C7.", label="random", **style)
     # A member is the best until the next one is affordable, so the front is a staircase, up to the dearest evaluation.
-    steps = pareto_front(search.finalists or search.scored, settings.objective, [cost])
+    steps = pareto_front(search.rescored or search.scored, settings.objective, [cost])
     steps.append({"metrics": {**steps[-1]["metrics"], cost: max(r["metrics"][cost] for r in search.scored)}})
     plot(steps, "C3-" if cost in settings.costs else "C3--", axis.step, where="post", label="front")
     plot(search.front(), "C3o", label="index in pareto.json")
@@ -229,7 +220,7 @@ def _members(search: Search, folder: Path, costs: Sequence[str]) -> Iterator[Htm
             facts.append(f"{search.config.search.objective} from {noise.interval.low:.4f} to {noise.interval.high:.4f}")
         yield element(
             "article",
-            element("h3", f"{k} (best)" if record["key"] == search.best()["key"] else k),
+            element("h3", f"{k} (best)" if record["key"] == search.winner()["key"] else k),
             element("p", ", ".join(facts)),
             element("code", Genotype.from_dict(record["genotype"])),
             element("pre", cli.command("final_train.py", genotype=folder / "pareto.json", index=k)),

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +27,18 @@ from lib.log import say
 from lib.scoring import Interval, interval, rests_on, unpack
 
 TAIL = 0.1  # on either side of the range of what random search would have found
+COSTS = {  # how a cost is shown: its name, what it is divided by, its unit
+    "flops": ("multiply-adds", 1e6, "M"),
+    "params": ("parameters", 1e6, "M"),
+    "latency_ms": ("latency", 1.0, "ms"),
+}
 Job = tuple[str, dict]  # the key of an evaluation, and what the scoring worker needs
+
+
+def cost_text(metrics: Mapping[str, float], cost: str) -> str:
+    """A cost with its unit and name, as in `312.4 M multiply-adds`."""
+    name, scale, unit = COSTS[cost]
+    return f"{metrics[cost] / scale:.4g} {unit} {name}"
 
 
 @dataclass(frozen=True)
@@ -79,7 +91,7 @@ class Search:
     """A search over `total` evaluations. Results already in the ledger are reused and never evaluated again.
 
     `told` are the records the search has learnt from, in order, each with the latency that `costs` predicts; `scored`
-    are those that did not fail; `finalists` are the members of the front once they are scored on all images of the
+    are those that did not fail; `rescored` are the members of the front once they are scored on all images of the
     search split, among which the front and the best are then found.
     """
 
@@ -97,7 +109,8 @@ class Search:
         self.asked = 0
         self.told: list[dict] = []
         self.scored: list[dict] = []
-        self.finalists: list[dict] = []
+        self.rescored: list[dict] = []
+        self.trained: dict[str, float] = {}  # by key: the objective of finalists after a short training
         self._best: dict = {}  # of `scored`
         self._running: dict[str, dict] = {}  # by key: what the record will hold of the proposal
 
@@ -131,7 +144,7 @@ class Search:
             self._tell(known)
         return None
 
-    def missing_finalists(self) -> list[Job]:
+    def rescoring_jobs(self) -> list[Job]:
         """Jobs that score the front on all images of the search split, if it was scored on a part of them.
 
         Results already in the ledger are reused; evaluations that failed are tried again.
@@ -144,7 +157,7 @@ class Search:
             if known is None or known["status"] == "failed" or self._missing(known):
                 jobs.append(self._job(key, genotype, "front", self.identity.basis_all))
             else:
-                self.finalists.append(self._with_latency(known))
+                self.rescored.append(self._with_latency(known))
         return jobs
 
     def describe_unused(self) -> str:
@@ -167,7 +180,7 @@ class Search:
         return key, job
 
     def learn(self, result: Result) -> None:
-        """Record the result of a job; the controller is told, unless it is a finalist's.
+        """Record the result of a job; the controller is told, unless it scores the front again.
 
         A result that cannot be believed (an objective that is NaN, an AP of 7) is recorded as a failure.
         """
@@ -184,7 +197,7 @@ class Search:
         if record["origin"] != "front":
             self._tell(record)
         elif not error:
-            self.finalists.append(self._with_latency(record))
+            self.rescored.append(self._with_latency(record))
 
     def _missing(self, record: dict) -> str:
         """The objective or a cost that a record of status "ok" lacks, as a sentence; "" if it has all."""
@@ -213,14 +226,43 @@ class Search:
 
     def front(self) -> list[dict]:
         """The members of pareto.json, cheapest first."""
-        return pareto_front(self.finalists or self.scored, self.settings.objective, self.settings.costs)
+        return pareto_front(self.rescored or self.scored, self.settings.objective, self.settings.costs)
 
     def _rank(self, record: dict) -> tuple[float, float]:
         """Records are best first in this order: highest objective, the cheapest among equals."""
         return -record["metrics"][self.settings.objective], record["metrics"][self.settings.costs[0]]
 
     def best(self) -> dict:
-        return min(self.finalists, key=self._rank) if self.finalists else self._best
+        return min(self.rescored, key=self._rank) if self.rescored else self._best
+
+    def promising(self, count: int) -> list[dict]:
+        """The records that a short training may choose among: the best of each image size, then the second of each.
+
+        Inherited weights order networks of one image size better than the sizes among each other.
+        """
+        taken: Counter[int] = Counter()
+        places = []
+        for rank, record in enumerate(sorted(self.rescored or self.scored, key=self._rank)):
+            size = record["genotype"]["image_size"]
+            places.append((taken[size], rank, record))
+            taken[size] += 1
+        return [record for *_, record in sorted(places, key=lambda place: place[:2])[:count]]
+
+    def winner(self) -> dict:
+        """What best.json is: the finalist that a short training made the best, else the best with inherited weights."""
+        known = [record for record in self.rescored or self.scored if record["key"] in self.trained]
+        return max(known, key=lambda record: self.trained[record["key"]], default=self.best())
+
+    def describe_finalists(self) -> list[str]:
+        """A line for each: what it costs, its score with inherited weights and after its short training."""
+        objective, cost = self.settings.objective, self.settings.costs[0]
+        return [
+            f"finalist, {record['genotype']['image_size']} px, {cost_text(record['metrics'], cost)}: {objective} "
+            f"{record['metrics'][objective]:.4f} inherited, {self.trained[record['key']]:.4f} after a short training"
+            + ", best.json"
+            * (record is self.winner())
+            for record in self.promising(len(self.trained))
+        ]
 
     def top(self, count: int) -> list[dict]:
         """The `count` best, best first."""

@@ -1,6 +1,7 @@
-"""Short trainings of several genotypes by one recipe, in a folder of their own; and --compare, a table of them.
+"""Short trainings of several genotypes by one recipe, in a folder of their own.
 
-Each trial that is done has a result.json, so an interrupted run continues with the next one.
+Each trial that is done has a result.json, so an interrupted run continues with the next one. Two uses: the finalists of
+a search, of which the best becomes best.json, and --compare, a table of the found network and others.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ from lib.latency import fused_detectors, time_detectors
 from lib.log import finite, say
 from lib.plain import check, read_json
 from lib.runtime import device_name, seed_everything
+from lib.search import Search
 from lib.training_run import read_previous
 
 SIMILAR = 0.1  # random sub-networks have multiply-adds within this share of the found one's
 TRIES = 4000
+ELSEWHERE = "remove it, or start elsewhere with --train-dir"
 STARTS = {"inherited": "inherited, no training", "fine_tuned": "fine-tuned", "scratch": "from scratch"}
 
 
@@ -64,26 +67,26 @@ class Recipe(NamedTuple):
     device: torch.device
 
 
-# What the table needs of a result.json.
+# What is needed of a result.json.
 class Scores(NamedTuple):
     AP: float
     AP50: float
 
 
-Result = NamedTuple("Result", [("name", str), ("flops", float), ("params", float), *((s, Scores) for s in STARTS)])
-
-
 class Trials:
-    """Train each of the named `networks` from each of STARTS by the recipe and evaluate it on the test set.
+    """Train each of the named `networks` from each of `starts` by the recipe and evaluate it on the test set.
 
     `results` holds per network its name, genotype, cost, and per start the metrics. plan.json in `folder` says what is
-    tried. Raises UserError if the folder holds trials by another plan.
+    tried. Raises UserError if the folder holds trials by another plan; trials of further networks may join them.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path, networks: Mapping[str, Genotype]):
+    def __init__(
+        self, recipe: Recipe, folder: Path, networks: Mapping[str, Genotype], starts: Sequence[str] = tuple(STARTS)
+    ):
         self.recipe = recipe
         self.folder = folder
         self.networks = networks
+        self.starts = starts
         self.results: list[dict] = []
         plan = {
             "contestants": {name: genotype.to_dict() for name, genotype in networks.items()},
@@ -94,14 +97,15 @@ class Trials:
         self.plan = json.loads(json.dumps(plan))  # tuples become lists, as in the file
         path = folder / "plan.json"
         known = check(read_json(path), dict, str(path)) if path.exists() else self.plan
-        if other := [key for key, value in self.plan.items() if known.get(key) != value]:
-            elsewhere = "start this one elsewhere with --train-dir"
-            raise UserError(f"{folder}: holds a comparison with another '{other[0]}'; {elsewhere}")
+        if other := [key for key in ("supernet", "data", "config") if known.get(key) != self.plan[key]]:
+            raise UserError(f"{folder}: holds a comparison with another '{other[0]}'; {ELSEWHERE}")
         checkpoint.write_text(path, json.dumps(self.plan, indent=1) + "\n")
 
     def run(self) -> None:
         """Do what is missing; then `results` are complete. Raises Stopped after a signal."""
         self.results.clear()
+        columns = [("name", str), ("genotype", dict), ("flops", float), ("params", float)]
+        content_type = NamedTuple("Result", [*columns, *((start, Scores) for start in self.starts)])
         for number, (name, genotype) in enumerate(self.networks.items(), start=1):
             folder = self.folder / name.replace(" ", "_")
             result = folder / "result.json"
@@ -109,14 +113,16 @@ class Trials:
                 say(f"{name}, {number} of {len(self.networks)}")
                 content = {"name": name, "genotype": genotype.to_dict()}
                 content |= self.recipe.supernet.detector.cost(genotype)._asdict()
-                for start in STARTS:
+                for start in self.starts:
                     content[start] = self._try(start, genotype, folder / start)
                 checkpoint.write_text(result, json.dumps(content, indent=1) + "\n")
                 # best.pt stays for use; last.pt and last_good.pt are large and were only needed to resume
                 for last in folder.glob("*/last*.pt"):
                     last.unlink()
             self.results.append(read_json(result))
-            check(self.results[-1], Result, str(result))
+            found = check(self.results[-1], content_type, str(result))
+            if Genotype.from_dict(found.genotype) != genotype:
+                raise UserError(f"{result}: is of another genotype than {name} is now; {ELSEWHERE}")
 
     def _try(self, start: str, genotype: Genotype, folder: Path) -> dict:
         """The metrics of one network from one start."""
@@ -136,6 +142,32 @@ class Trials:
         training = FinalTraining(recipe.config, folder, student, loader, recipe.test, recipe.device, previous=previous)
         training.run()
         return training.best
+
+
+def train_finalists(
+    search: Search,
+    supernet: Supernet,
+    supernet_path: Path,
+    annotations: Annotations,
+    split: tuple[Sequence[int], Sequence[int]],
+    device: torch.device,
+    folder: Path,
+    count: int,
+) -> None:
+    """Train the most promising candidates of a search shortly; the best of them then is `search.winner()`.
+
+    They learn from the first part of the `split` and are judged by the second, which scored the candidates: the test
+    set is for the detector that comes out.
+    """
+    records = {f"{r['genotype']['image_size']}px_{r['key'][:8]}": r for r in search.promising(count)}
+    genotypes = {name: Genotype.from_dict(record["genotype"]) for name, record in records.items()}
+    train, judge = (annotations.subset(rows) for rows in split)
+    recipe = Recipe(shortened(search.config, None), supernet, supernet_path, train, judge, device)
+    trials = Trials(recipe, folder, genotypes, ["fine_tuned"])
+    trials.run()
+    objective = search.settings.objective
+    for record, result in zip(records.values(), trials.results, strict=True):
+        search.trained[record["key"]] = check(result["fine_tuned"].get(objective), float, f"{folder}: {objective}")
 
 
 def contestants(

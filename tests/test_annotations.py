@@ -294,6 +294,17 @@ def test_the_fingerprint_knows_the_contents_and_not_the_place(folder, tmp_path):
     assert read_voc(tmp_path / "copy", ["trainval"]).fingerprint() != before
 
 
+def test_a_subset_is_what_its_rows_are(folder):
+    whole, rows = read_voc(folder, ["trainval"]), [2, 0, 1, 1]
+    part = whole.subset(rows)
+    assert len(part) == 4 and part.classes == whole.classes and part.sizes.tolist() == whole.sizes[rows].tolist()
+    for i, row in enumerate(rows):
+        assert (part.ids[i], part.paths[i], part.image_id(i)) == (whole.ids[row], whole.paths[row], whole.image_id(row))
+        for one, other in ((part.objects, whole.objects), (part.truth, whole.truth)):
+            assert all(torch.equal(value, other.of(row)[name]) for name, value in one.of(i).items())
+    assert whole.subset(range(3)).fingerprint() == whole.fingerprint()
+
+
 def test_tensors_are_shared_and_pickle_whole(folder):
     annotations = read_voc(folder, ["trainval"])
     for tensor in (*annotations.objects, annotations.sizes):

@@ -233,6 +233,25 @@ def test_a_pretrained_network_goes_through_all_stages(flow, arguments, tmp_path)
     assert Genotype.from_dict(metrics["genotype"]) == Genotype.from_dict(written)
 
 
+def test_short_trainings_choose_among_the_finalists(flow, tmp_path):
+    """They learn from the supernet's training pictures alone, and a second call trains nothing again."""
+    folder, _ = flow
+    search = shutil.copytree(folder / "runs/tiny/search", tmp_path / "search")
+    again = "--gpus", "cpu", "--train-dir", search, "--resume", "--finalists", 2
+    printed = run(folder, SEARCH, *again)
+    results = [json.loads(path.read_text()) for path in search.glob("finalists/*/result.json")]
+    best = json.loads((search / "best.json").read_text())
+    assert len(results) == 2 and best["trained"] == max(result["fine_tuned"]["AP"] for result in results)
+    assert len(re.findall("^finalist, .* after a short training", printed, re.MULTILINE)) == 2
+    split = json.loads((folder / "runs/tiny/supernet/split.json").read_text())
+    metrics = json.loads(next(search.glob("finalists/*/fine_tuned/metrics.json")).read_text())
+    assert metrics["test_images"] == len(split["search"])
+    times = {path: path.stat().st_mtime for path in search.glob("finalists/*/fine_tuned/*")}
+    assert "finalist, " in run(folder, SEARCH, *again)
+    assert times == {path: path.stat().st_mtime for path in search.glob("finalists/*/fine_tuned/*")}
+    assert "trained" not in json.loads((folder / "runs/tiny/search/best.json").read_text())
+
+
 def test_a_second_search_pays_for_nothing_twice(flow, tmp_path):
     folder, _ = flow
     options = ["--load", folder / "runs/tiny/supernet", "--gpus", "cpu", "--train-dir", tmp_path / "search", "--resume"]

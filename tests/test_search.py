@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from search_records import SPACE, everything_fits, make_identity, make_search
+from search_records import SPACE, everything_fits, make_identity, make_records, make_search
 from tiny_data import read_voc, write_voc
 
-from async_search import score_finalists, search_loop
+from async_search import rescore_front, search_loop
 from lib.config import Config, SearchConfig
 from lib.controllers import make_controller
 from lib.dispatcher import Result
@@ -55,6 +55,27 @@ def make(ledger: Ledger, name: str = "one", controller: str = "evo", **settings)
     config = Config(name="a", search=SearchConfig(controller=controller, **settings))
     asked = make_controller(config.search, SPACE, 0, everything_fits)
     return Search(asked, ledger, config, Costs(), make_identity(search=name), 1)
+
+
+def test_finalists_are_the_best_of_each_image_size_and_their_training_decides():
+    records = make_records(40)
+    search = make_search(records)
+    by_size = {
+        size: sorted(
+            (r for r in records if r["genotype"]["image_size"] == size), key=lambda r: r["metrics"]["AP"], reverse=True
+        )
+        for size in (64, 96)
+    }
+    first, second = sorted(by_size, key=lambda size: by_size[size][0]["metrics"]["AP"], reverse=True)
+    finalists = search.promising(3)
+    assert finalists[:2] == [by_size[first][0], by_size[second][0]] and search.best() == finalists[0]
+    assert finalists[2] in (by_size[first][1], by_size[second][1])
+    assert search.winner() is search.best() and search.describe_finalists() == []
+    search.trained = {r["key"]: ap for r, ap in zip(finalists, (0.5, 0.7, 0.6), strict=True)}
+    assert search.winner() is finalists[1] and search.best() is finalists[0]
+    lines = search.describe_finalists()
+    assert [line.endswith("best.json") for line in lines] == [False, True, False]
+    assert f"{second} px" in lines[1] and "0.7000 after a short training" in lines[1]
 
 
 def finish(search: Search, most: int = 10**6) -> list[dict]:
@@ -108,11 +129,11 @@ def test_the_front_of_a_search_on_a_part_is_scored_on_all_images_once(tmp_path):
             search.replay()
             finish(search)
             before = search.front()
-            jobs = search.missing_finalists()
+            jobs = search.rescoring_jobs()
             for key, job in jobs:
                 search.learn(Result(key, evaluate(job), None, "cpu#0", 1.0))
-            assert len(jobs) in (len(before), 0) and len(search.finalists) == len(before) > 1
-            assert {r["basis"] for r in search.front()} == {"all"} and search.best() in search.finalists
+            assert len(jobs) in (len(before), 0) and len(search.rescored) == len(before) > 1
+            assert {r["basis"] for r in search.front()} == {"all"} and search.best() in search.rescored
             assert len(search.told) == 80
     assert not jobs
 
@@ -156,15 +177,15 @@ def test_ctrl_c_while_the_front_is_scored_on_all_images_leaves_it_as_it_was(tmp_
         search = make(ledger, images=20)
         finish(search)
         before = search.front()
-        assert not score_finalists(search, OneAtATime(stop, last=1), stop, search.missing_finalists())
+        assert not rescore_front(search, OneAtATime(stop, last=1), stop, search.rescoring_jobs())
         assert search.front() == before
-        jobs = search.missing_finalists()
+        jobs = search.rescoring_jobs()
         assert len(jobs) == len(before) - 1 > 0
         search.learn(Result(jobs[0][0], None, "it failed", "cpu#0", 1.0))
-        search.finalists.clear()
-        assert search.missing_finalists() == jobs  # one that failed is tried again
+        search.rescored.clear()
+        assert search.rescoring_jobs() == jobs  # one that failed is tried again
         stop.requested, pool = False, OneAtATime(stop)
-        assert score_finalists(search, pool, stop, jobs) and pool.time_limit == 60
+        assert rescore_front(search, pool, stop, jobs) and pool.time_limit == 60
         assert {r["basis"] for r in search.front()} == {"all"}
 
 
@@ -225,8 +246,8 @@ def test_it_says_which_evaluations_are_of_no_use_and_why(tmp_path):
         again.identity = make_identity(basis="other", parts={"weights": "2", "settings": "1"})
         assert again.describe_unused().endswith("of this search: an earlier version made them")
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    finalist = {**records[0], "key": "f", "origin": "front", "basis": "all"}
-    records = [*({**r, "rests_on": {"weights": "1", "settings": "1"}} for r in records), finalist]
+    rescored = {**records[0], "key": "f", "origin": "front", "basis": "all"}
+    records = [*({**r, "rests_on": {"weights": "1", "settings": "1"}} for r in records), rescored]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     with Ledger(path) as ledger:
         again = make(ledger)
