@@ -93,7 +93,7 @@ def contestants(share: float, supernet: Supernet, args: argparse.Namespace) -> d
 
 
 def scaled(shape: Genotype, supernet: Supernet, budget: float) -> Genotype:
-    """`shape` with narrower blocks at an image size of the space: what uses most of the budget, as the docstring says."""
+    """`shape` at the image size, and with the widest blocks, that use most of the budget."""
     widths = sorted({width for stage in supernet.space.stages for width in stage.block.expand})
     fitting = {}
     for size, width in itertools.product(supernet.space.image_size, widths):
