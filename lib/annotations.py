@@ -123,7 +123,9 @@ class Content(NamedTuple):
     category_ids: dict[str, int] | None = None  # COCO's
 
 
-def read_pairs(pairs: Iterable[Pair], faults: Faults, yolo_names: dict[int, str] | None = None) -> Content:
+def read_pairs(
+    pairs: Iterable[Pair], faults: Faults, yolo_names: dict[int, str] | None = None, keypoints: int = 0
+) -> Content:
     """The content of pictures with a label file each: VOC's, or with `yolo_names`, the classes by number, YOLO's."""
     pictures: list[Picture] = []
     found: list[tuple] = []  # of OBJECT
@@ -135,7 +137,7 @@ def read_pairs(pairs: Iterable[Pair], faults: Faults, yolo_names: dict[int, str]
                 size, objects = voc.size or read_size(path), voc.objects
             else:
                 size = read_size(path)
-                objects = read_yolo_txt(label_file, yolo_names, size, faults) if label_file else []
+                objects = read_yolo_txt(label_file, yolo_names, size, faults, keypoints) if label_file else []
         except UserError as error:
             faults.add("picture", "unreadable", str(error))
             continue

@@ -59,7 +59,7 @@ def load_annotations(data: DataConfig, split: Literal["train", "test"]) -> Annot
         folder = data.test_images if split == "test" and not cut else data.train_images
         content = read_coco(root / folder, parts, faults)
     else:
-        content = read_pairs(parts, faults, found.names)
+        content = read_pairs(parts, faults, found.names, found.keypoints)
     known = content.category_ids
     unknown = [name for name in classes if name not in known] if known is not None else []
     if unknown and (split == "train" or cut):

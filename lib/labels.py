@@ -261,7 +261,7 @@ def read_coco_json(path: Path, faults: Faults) -> CocoFile:
     images: dict[int | str, tuple[str, tuple[int, int] | None]] = {}
     for entry in document["images"]:
         image = entry if isinstance(entry, dict) else {}
-        number, name = image.get("id"), image.get("file_name")
+        number, name = image.get("id"), image.get("file_name") or image.get("coco_url")  # the latter in LVIS
         if type(number) not in (int, str) or not isinstance(name, str) or number in images:
             problem = "expected an 'id' of its own and a 'file_name'"
             faults.add("picture", "malformed entry", f"{path}: malformed image entry {shown(entry)}: {problem}")
@@ -303,14 +303,19 @@ def is_coco(path: Path) -> bool:
 
 
 def read_yolo_txt(
-    path: Path, names: dict[int, str], size: tuple[int, int], faults: Faults
+    path: Path, names: dict[int, str], size: tuple[int, int], faults: Faults, keypoints: int = 0
 ) -> list[tuple[str, tuple[float, ...], bool]]:
-    """As `VocFile.objects`, of a picture of `size` (width, height). Polygons become their boxes."""
+    """As `VocFile.objects`, of a picture of `size` (width, height). Polygons become their boxes.
+
+    Behind a box may stand the numbers of its `keypoints`, which are so many.
+    """
     objects = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
             continue
         label, *texts = line.split()
+        if keypoints and len(texts) == 4 + keypoints:
+            texts = texts[:4]
         shares = numbers_of(texts, -1, 2)
         known = numbers_of([label], 0, LARGEST_SIDE)
         if not known or not known[0].is_integer() or not shares or len(shares) < 4 or len(shares) % 2:
@@ -326,8 +331,8 @@ def read_yolo_txt(
     return objects
 
 
-def read_yolo_yaml(path: Path) -> tuple[dict[int, str], dict[str, list[str]]]:
-    """Class names by number, and the folders or list files of train, val and test."""
+def read_yolo_yaml(path: Path) -> tuple[dict[int, str], dict[str, list[str]], int]:
+    """Class names by number; the folders or lists of train, val and test; the count of an object's keypoint numbers."""
     text = read_text(path)
     if len(text) > MOST_YAML or text.count("[") + text.count("{") > MOST_BRACKETS:
         raise UserError(f"{path}: too large, or nested too deeply, for a description of a data set")
@@ -346,7 +351,8 @@ def read_yolo_yaml(path: Path) -> tuple[dict[int, str], dict[str, list[str]]]:
         values = check(data.get(key) or [], str | list[str], f"{path}: {key}")
         values = [values] if isinstance(values, str) else values
         places[SPLIT_OF[key]] += [slashes(posixpath.join(base, value)) for value in values if value]
-    return plain_names(path, names), places
+    shape = numbers_of(check(data.get("kpt_shape") or [], list[str], f"{path}: kpt_shape"), 0, 10_000) or [0]
+    return plain_names(path, names), places, int(math.prod(shape))
 
 
 def plain_names(source: Path, names: dict) -> dict[int, str]:

@@ -46,6 +46,7 @@ class Found(NamedTuple):
     split_of: dict[str, str]  # of each item (list, file or folder): "train", "trainval", "val", "test", or ""
     parts: Callable[[list[str]], list[Any]]  # of some items: Pairs, or for COCO the JSON files
     names: dict[int, str] | None = None  # YOLO's classes by number
+    keypoints: int = 0  # the numbers that YOLO's lines have behind a box
 
 
 class Tree:
@@ -319,13 +320,13 @@ def _coco(tree: Tree, data: DataConfig, faults: Faults) -> Found | None:
 def _yolo_yaml(tree: Tree, data: DataConfig, faults: Faults) -> Found | None:
     for path in (name for name in tree.files[".yaml"] + tree.files[".yml"] if name.count("/") < 2):
         try:
-            names, places = labels.read_yolo_yaml(tree.root / path)
+            names, places, keypoints = labels.read_yolo_yaml(tree.root / path)
         except UserError:
             if data.dataset_type == "yolo" or path == "data.yaml":
                 raise
             continue
         if places["train"] or places["val"]:
-            return _yolo(tree, path, names, places, faults)
+            return _yolo(tree, path, names, places, faults)._replace(keypoints=keypoints)
     return None
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from lib import UserError, checkpoint
+from lib import UserError, checkpoint, naming
 from lib.annotations import Annotations
 from lib.config import Config
 from lib.config_io import to_dict
@@ -73,6 +73,14 @@ class Scores(NamedTuple):
     AP50: float
 
 
+def read_result(path: Path, starts: Sequence[str] = tuple(STARTS)) -> dict:
+    """The content of a result.json with the scores of some starts."""
+    columns = [("name", str), ("genotype", dict), ("flops", float), ("params", float)]
+    content = read_json(path)
+    check(content, NamedTuple("Result", [*columns, *((start, Scores) for start in starts)]), str(path))
+    return content
+
+
 class Trials:
     """Train each of the named `networks` from each of `starts` by the recipe and evaluate it on the test set.
 
@@ -104,8 +112,6 @@ class Trials:
     def run(self) -> None:
         """Do what is missing; then `results` are complete. Raises Stopped after a signal."""
         self.results.clear()
-        columns = [("name", str), ("genotype", dict), ("flops", float), ("params", float)]
-        content_type = NamedTuple("Result", [*columns, *((start, Scores) for start in self.starts)])
         for number, (name, genotype) in enumerate(self.networks.items(), start=1):
             folder = self.folder / name.replace(" ", "_")
             result = folder / "result.json"
@@ -119,10 +125,10 @@ class Trials:
                 # best.pt stays for use; last.pt and last_good.pt are large and were only needed to resume
                 for last in folder.glob("*/last*.pt"):
                     last.unlink()
-            self.results.append(read_json(result))
-            found = check(self.results[-1], content_type, str(result))
-            if Genotype.from_dict(found.genotype) != genotype:
-                raise UserError(f"{result}: is of another genotype than {name} is now; {ELSEWHERE}")
+            self.results.append(read_result(result, self.starts))
+            with naming(result):
+                if Genotype.from_dict(self.results[-1]["genotype"]) != genotype:
+                    raise UserError(f"is of another genotype than {name} is now; {ELSEWHERE}")
 
     def _try(self, start: str, genotype: Genotype, folder: Path) -> dict:
         """The metrics of one network from one start."""

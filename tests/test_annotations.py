@@ -433,6 +433,17 @@ def test_coco_names_what_is_missing(folder):
         load_annotations(data, "train")
 
 
+def test_lvis_names_its_pictures_by_their_address(tmp_path):
+    write_coco(tmp_path / "lvis.json", {"b_02": OBJECTS["b_02"]}, CATEGORIES)
+    content = json.loads((tmp_path / "lvis.json").read_text())
+    (image,) = content["images"]
+    image["coco_url"] = f"http://images.cocodataset.org/train2017/{image.pop('file_name')}"
+    (tmp_path / "lvis.json").write_text(json.dumps(content))
+    write_picture(tmp_path / "train2017" / "b_02.jpg")
+    found = read_coco(tmp_path / "lvis.json", tmp_path)
+    assert Path(found.paths[0]) == tmp_path / "train2017" / "b_02.jpg" and len(found.truth.labels) == 3
+
+
 def test_coco_images_in_subfolders_keep_apart(tmp_path):
     objects = {"x/1": [("cat", 1, 1, 9, 9)], "y/1": []}
     for stem in objects:

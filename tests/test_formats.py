@@ -22,10 +22,9 @@ from lib.genotype import Genotype, read_genotype_file, read_genotype_files
 from lib.latency import FORMAT as LATENCY
 from lib.latency import LatencyTable, all_features, load_table, shared_parts
 from lib.log import plot_training, read_log
-from lib.plain import check, read_json
 from lib.pretrained import load_pretrained
 from lib.sources import recognise
-from lib.trials import Result
+from lib.trials import read_result
 
 MUTANTS = 100  # of each file
 DEEP: list = []
@@ -132,7 +131,7 @@ def formats(detector, tiny_config, tmp_path_factory):
         "best.json": (genotype, read_genotype),
         "pareto.json": ({"format": "pareto/1", "front": [genotype, genotype]}, read_genotype_files),
         "latency.json": ({"format": LATENCY, **dataclasses.asdict(table)}, lambda path: load_table(path, detector)),
-        "result.json": (result, lambda path: check(read_json(path), Result, str(path))),
+        "result.json": (result, read_result),
         "split.json": (
             {"format": "split/1", "train": ["a", "b"], "search": ["c"]},
             lambda path: load_split(path, images),

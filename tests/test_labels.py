@@ -201,7 +201,7 @@ def test_yaml_that_is_no_data_set_is_refused(folder, text):
 
 def test_yaml_scalars_stay_text(folder):
     (folder / "x.yaml").write_text("names: [yes, 1, null, 'cat ']\ntrain: images\nvalid: [a, b]\n")
-    names, splits = read_yolo_yaml(folder / "x.yaml")
+    names, splits, _ = read_yolo_yaml(folder / "x.yaml")
     assert list(names.values()) == ["yes", "1", "null", "cat"]
     assert splits == {"train": ["images"], "val": ["a", "b"], "test": []}
 
@@ -246,6 +246,21 @@ def test_polygons_become_their_boxes_and_wrong_lines_are_named(folder):
         True,
         4,
     ]
+
+
+@pytest.mark.parametrize("shape, numbers", [("[2, 2]", "0.1 0.1 0.9 0.9"), ("[2, 3]", "0.1 0.1 2 0 0 0")])
+def test_keypoints_behind_a_yolo_box_are_not_a_polygon(tmp_path, shape, numbers):
+    """As of the public pose data sets, whose data.yaml says how many there are."""
+    for split in ("train", "val"):
+        write_picture(tmp_path / f"images/{split}/a.jpg")
+        (tmp_path / f"labels/{split}").mkdir(parents=True)
+        (tmp_path / f"labels/{split}/a.txt").write_text(f"0 0.5 0.5 0.25 0.5 {numbers}\n")
+    text = f"names: [tiger]\ntrain: images/train\nval: images/val\nkpt_shape: {shape}\n"
+    (tmp_path / "data.yaml").write_text(text)
+    found = load_annotations(DataConfig(root=str(tmp_path)), "train")
+    width, height = found.sizes[0].tolist()
+    expected = [0.375 * width, 0.25 * height, 0.625 * width, 0.75 * height]
+    assert found.truth.of(0)["boxes"].tolist() == [pytest.approx(expected)]
 
 
 def test_all_faults_come_in_one_list(tmp_path):
