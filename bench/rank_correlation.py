@@ -5,7 +5,7 @@
 `--count` sub-networks cover the range of multiply-adds, `--band` more have a quarter of the largest one's. Each is
 scored with the supernet's weights on the search split, as the search does. Then final_train.py trains each by one short
 recipe, `--seeds` times, and evaluates it on the test set. `--also` scores the same sub-networks with the weights of
-further supernets: what another way to train the supernet is worth.
+further supernets: what another way to train the supernet is worth. `--vary` scores them with other settings.
 
 Prints two tables: the sub-networks, and Kendall's tau-b of each predictor and the mean final AP. "given the cost" is
 the partial tau without what multiply-adds explain; "in the band" is that of sub-networks of one cost. Intervals (95%)
@@ -15,6 +15,7 @@ could reach. Writes OUT/rank_correlation.json. A second call reuses finished tra
 
 import itertools
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import common
@@ -32,6 +33,7 @@ DRAWS = 2000  # of the bootstrap
 def main() -> None:
     parser = common.trainings_parser(__doc__)
     parser.add_argument("--also", type=Path, nargs="*", default=[], help="supernets of the same space and split")
+    parser.add_argument("--vary", nargs="*", default=[], metavar="KEY=N", help="e.g. bn_images=256 images=100")
     parser.add_argument("--count", type=int, default=8, help="sub-networks over the range, both ends among them")
     parser.add_argument("--band", type=int, default=6, help="sub-networks of nearly the same multiply-adds")
     args = parser.parse_args()
@@ -48,11 +50,15 @@ def main() -> None:
 
     flops = np.array([supernet.detector.cost(genotype).flops / 1e6 for genotype in chosen])
     predictors = {"multiply-adds": flops}
-    scorer = Scorer(common.search_split_data(supernet, args.supernet), supernet.config, common.CPU)
-    for folder in (args.supernet, *args.also):
+    settings = supernet.config.search
+    scored = [(folder, "") for folder in (args.supernet, *args.also)] + [(args.supernet, each) for each in args.vary]
+    for folder, changed in scored:
+        key, _, number = changed.partition("=")
+        supernet.config.search = replace(settings, **{key: int(number)}) if changed else settings
+        scorer = Scorer(common.search_split_data(supernet, args.supernet), supernet.config, common.CPU)
         detector = load_supernet(supernet_checkpoint(folder)).detector
         scores = [scorer(detector, genotype)["metrics"]["AP"] for genotype in chosen]
-        predictors[f"inherited AP, {folder.parent.name}"] = np.array(scores)
+        predictors[f"inherited AP, {changed or folder.parent.name}"] = np.array(scores)
     in_band = np.arange(len(chosen)) >= args.count
     rows = [
         {
