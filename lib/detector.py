@@ -236,7 +236,7 @@ def recalibrate(model: nn.Module, images: Iterable[Tensor], device: torch.device
             if number == 1:
                 norm.reset_running_stats()
             norm.momentum = 1 / number
-        model(batch.to(device))
+        model(batch.to(device, non_blocking=True))
     for norm, momentum in norms.items():
         norm.momentum = momentum
     model.train(training)

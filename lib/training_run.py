@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -178,8 +179,11 @@ class Training:
         """Write last.pt. Raises Diverged, and leaves the file as it was, if a loss or a weight is not finite."""
         self._add(self.trainer.read_losses())
         state = self.state()
-        for key, tensor in state["model"].items():
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        weights = {key: tensor for key, tensor in state["model"].items() if tensor.is_floating_point()}
+        # Read at once: the host waits for a GPU.
+        finite = torch.stack([tensor.isfinite().all() for tensor in weights.values()]).tolist()
+        for key, is_finite in zip(weights, finite, strict=True):
+            if not is_finite:
                 raise Diverged(f"epoch {self.trainer.epoch}, step {self.trainer.step}: {key} is no longer finite")
         checkpoint.save(self.last, state)
         self._saved = time.monotonic()

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _foreach_utils
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 ROOT = f"{Path(__file__).parent.parent}{os.sep}"
 CPU = "cpu"
@@ -51,6 +50,8 @@ class Counts:
     kernels: Counter = field(default_factory=Counter)  # by (operator, line)
     waits: Counter = field(default_factory=Counter)  # of the host for the device, by (reason, line)
     copies: Counter = field(default_factory=Counter)  # from the host to the device, by line
+    # Of the copies, those that the host waits for: of memory that is not pinned, or without `non_blocking`.
+    blocking: Counter = field(default_factory=Counter)
 
     def clear(self) -> None:
         for counter in vars(self).values():
@@ -61,6 +62,7 @@ class Counts:
 
 
 counts = Counts()
+_current = [0]  # the GPU that `cuda` alone names
 _here = [CPU]  # where a factory without a device puts its tensor: the device of the call around it
 
 
@@ -84,7 +86,16 @@ def _line() -> str:
 
 
 def _tensors(*trees: object) -> list[Tensor]:
-    return [x for x in tree_leaves(trees) if isinstance(x, Tensor) and not x.is_meta]
+    # torch's tree_leaves takes longer than all the rest of this file.
+    found: list[Tensor] = []
+    for tree in trees:
+        if isinstance(tree, Tensor):
+            found += () if tree.is_meta else (tree,)
+        elif isinstance(tree, tuple | list):
+            found += _tensors(*tree)
+        elif isinstance(tree, dict):
+            found += _tensors(*tree.values())
+    return found
 
 
 class _Device(TorchDispatchMode):
@@ -109,7 +120,7 @@ class _Device(TorchDispatchMode):
         if name in ("copy_", "_to_copy"):  # between devices: see _Names
             target, source = device_of(tensors[0]), device_of(tensors[-1])
             if target != source:
-                _transfer(source, target)
+                _transfer(tensors[-1], target, non_blocking=False)
             return target
         if name in INDEXING:  # a GPU takes indices from the CPU, which are copied to it
             device = device_of(args[0])
@@ -138,17 +149,28 @@ def _lists_places(name: str, args: tuple) -> bool:
     return by_mask and not (name.startswith("index_put") and args[2].numel() == 1)
 
 
-def _transfer(source: str, target: str) -> None:
+def _transfer(x: Tensor, target: str, non_blocking: bool) -> None:
     if target == CPU:
         counts.waits["copy to the CPU", _line()] += 1
-    elif source == CPU:
+    elif device_of(x) == CPU:
         counts.copies[_line()] += 1
+        if not (non_blocking and getattr(x.untyped_storage(), "pinned", False)):
+            counts.blocking[_line()] += 1
+
+
+def _pin(x: Tensor, device: object = None) -> Tensor:
+    if device_of(x) != CPU:
+        raise RuntimeError("only memory of the host can be pinned")
+    pinned = x.detach()
+    pinned.untyped_storage().pinned = True
+    return pinned
 
 
 def _named(device: object) -> str:
     """`cpu` or `cuda:N`; an index alone is a GPU's."""
     device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    return CPU if device.type == "cpu" else f"cuda:{device.index or 0}"
+    index = _current[0] if device.index is None else device.index
+    return CPU if device.type == "cpu" else f"cuda:{index}"
 
 
 def _is_ours(device: object) -> bool:
@@ -168,16 +190,20 @@ class _Names(TorchFunctionMode):
 
     def __torch_function__(self, func, _types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        if func in self.GETTERS and not args[0].is_meta:
-            return self.GETTERS[func](device_of(args[0]))
+        if func.__name__ in ("__get__", "__set__"):
+            answer = None if args[0].is_meta else self.GETTERS.get(func)
+            return answer(device_of(args[0])) if answer else func(*args, **kwargs)
         if func is torch.Tensor.to:
             return self._to(args, kwargs)
         if func is torch.Tensor.cpu:
             return _move(args[0], CPU)
         if func is torch.Tensor.cuda:
-            return _move(args[0], "cuda:0")
-        if func is torch.Tensor.pin_memory:
-            return args[0]
+            return _move(args[0], _named("cuda"))
+        if func is torch.Tensor.__deepcopy__ and not args[0].is_meta:
+            with _disable_current_modes():  # torch copies the storage, and that without its name
+                copied = func(*args, **kwargs)
+            _place(copied, device_of(args[0]))
+            return copied
         if func in (torch.Tensor.numpy, torch.Tensor.__array__) and device_of(args[0]) != CPU:
             raise TypeError("a tensor of a GPU cannot become a NumPy array: .cpu() first")
         if func is torch.Tensor.tolist and device_of(args[0]) != CPU:
@@ -191,7 +217,7 @@ class _Names(TorchFunctionMode):
         _here.append(target)
         try:
             result = func(*args, **kwargs)
-            if func is torch.Tensor.__deepcopy__ or _is_ours(device):
+            if _is_ours(device):
                 for x in _tensors(result):
                     if target != CPU and func is torch.tensor:
                         counts.copies[_line()] += 1
@@ -205,19 +231,22 @@ class _Names(TorchFunctionMode):
         if others and isinstance(others[0], Tensor):  # x.to(other)
             return _move(x, device_of(others[0]), dtype=others[0].dtype)
         copy = kwargs.pop("copy", False)
-        device, dtype, _, memory_format = torch._C._nn._parse_to(*others, **kwargs)
+        device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*others, **kwargs)
         if x.is_meta or (device is not None and device.type == "meta"):
             return torch.Tensor.to(x, *others, copy=copy, **kwargs)
         target = device_of(x) if device is None else _named(device)
-        return _move(x, target, dtype=dtype or x.dtype, copy=copy, memory_format=memory_format)
+        options = {"memory_format": memory_format, "non_blocking": non_blocking}
+        return _move(x, target, dtype=dtype or x.dtype, copy=copy, **options)
 
 
-def _move(x: Tensor, target: str, *, copy: bool = False, memory_format=None, dtype=None) -> Tensor:
+def _move(
+    x: Tensor, target: str, *, copy: bool = False, memory_format=None, dtype=None, non_blocking: bool = False
+) -> Tensor:
     source = device_of(x)
     options = {} if memory_format is None else {"memory_format": memory_format}
     result = torch._C.TensorBase.to(x, dtype=dtype or x.dtype, copy=copy or source != target, **options)
     if source != target:
-        _transfer(source, target)
+        _transfer(x, target, non_blocking)
         _place(result, target)
     return result
 
@@ -229,8 +258,8 @@ def install(gpus: int = 1) -> None:
         "is_available": lambda: True,
         "is_initialized": lambda: True,
         "device_count": lambda: gpus,
-        "current_device": lambda: 0,
-        "set_device": lambda device: None,
+        "current_device": lambda: _current[0],
+        "set_device": lambda device: _current.__setitem__(0, int(_named(device).removeprefix("cuda:"))),
         "get_device_name": lambda device=None: "Imaginary",
         "get_device_properties": lambda device=None: properties,
         "get_device_capability": lambda device=None: (9, 0),
@@ -245,8 +274,12 @@ def install(gpus: int = 1) -> None:
     }
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)
-    if hasattr(torch, "accelerator"):
-        torch.accelerator.is_available = lambda: False  # what a DataLoader asks before it pins memory
+    # What a DataLoader asks before it pins memory, also in a thread of its own, which has no modes.
+    torch.accelerator.is_available = lambda: True
+    torch.accelerator.current_accelerator = lambda check_available=False: None
+    torch.accelerator.current_device_index = lambda: _current[0]
+    torch.accelerator.set_device_index = lambda device: None
+    torch.Tensor.pin_memory = _pin
     _autocast_on_the_cpu()
     _group_by_imaginary_device()
     for mode in (_Device(), _Names()):

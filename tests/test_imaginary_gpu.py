@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import multiprocessing
+import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
+from unittest import mock
 
 import imaginary_gpu
 import pytest
 import torch
+import yaml
+from tiny_runs import killed_at, read_lines, tiny_settings
 from torch import nn
 
-from lib import config_io
+import async_search
+import final_train
+import supernet_train
+from lib import checkpoint, config_io, dispatcher, final_training, latency, runtime
 from lib.checkpoint import ROOT
 from lib.config import LossConfig, TrainConfig
-from lib.datasets import Batch
-from lib.detector import ElasticSSD
+from lib.datasets import Batch, load_annotations
+from lib.detector import ElasticSSD, load_detector
 from lib.final_training import detection_losses
 from lib.losses import DetectionLoss
-from lib.scoring import Scorer
+from lib.scoring import Scorer, scoring_worker
 from lib.training import Trainer, build_optimizer, detection_loss
+from lib.training_run import Training
 
-GPU = torch.device("cuda:0")
+CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 
 
-def on_imaginary_gpu(work: Callable[[], object]) -> object:
-    """The result of `work` in a process of its own, where the GPU stays."""
+def on_imaginary_gpu(work: Callable[[], object], gpus: int = 1) -> object:
+    """The result of `work` in a process of its own, where the GPUs stay."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
 
     def be() -> None:
         torch.set_num_threads(1)
-        imaginary_gpu.install()
+        imaginary_gpu.install(gpus)
         try:
             theirs.send(work())
         except BaseException as error:
@@ -156,7 +167,7 @@ def test_losses_and_gradients_on_the_gpu_are_those_on_the_cpu(kind):
         batch.labels[2] = 0  # no object at all
         batch.boxes[3, 1] = batch.boxes[3, 0]  # two objects want the same priors
         results = []
-        for device in (torch.device("cpu"), GPU):
+        for device in (CPU, GPU):
             loss = DetectionLoss(replace(LossConfig(), type=kind))
             torch.manual_seed(1)
             priors = detector.priors(96)
@@ -199,3 +210,102 @@ def test_a_final_step_trains_there():
         return all(p.grad.device == GPU for p in model.parameters())
 
     assert on_imaginary_gpu(work)
+
+
+@contextlib.contextmanager
+def each_call(owner: object, name: str, report: Callable[..., None]) -> Iterator[None]:
+    """Meanwhile `report(counts, *arguments)` gets what each call of a method or function asked of the GPUs."""
+    real = getattr(owner, name)
+
+    def counted(*arguments: object) -> object:
+        imaginary_gpu.counts.clear()
+        result = real(*arguments)
+        report(imaginary_gpu.counts, *arguments)
+        return result
+
+    with mock.patch.object(owner, name, counted):
+        yield
+
+
+def watched_worker(*setup: object) -> Callable[[dict], dict]:
+    """A search's worker, whose results say where it computes, and how often the host waited there."""
+    score = scoring_worker(*setup)
+
+    def watched(job: dict) -> dict:
+        imaginary_gpu.counts.clear()
+        result = score(job)
+        _, waits, _ = imaginary_gpu.counts.totals()
+        result["metrics"] |= {"gpu": torch.cuda.current_device(), "waits": waits}
+        return result
+
+    return watched
+
+
+def run_the_scripts(folder: Path) -> dict[str, list]:
+    """The three stages in `folder`, both trainings ended and resumed; what their epochs asked of the GPU."""
+    os.chdir(folder)
+    found: dict[str, list] = {"supernet": [], "final": [], "save": []}
+
+    def epoch(counts: imaginary_gpu.Counts, training: Training, *_: object) -> None:
+        _, waits, copies = counts.totals()
+        found[training.stage].append((training.trainer.step, waits, copies, counts.blocking.total()))
+
+    def save(counts: imaginary_gpu.Counts, training: Training) -> None:
+        found["save"].append(counts.totals()[1])
+
+    with contextlib.ExitStack() as meanwhile:
+        for owner, name, stand_in in (
+            (dispatcher, "CONTEXT", multiprocessing.get_context("fork")),  # so that the GPUs are there
+            (async_search, "scoring_worker", watched_worker),
+            (latency, "ROUNDS", 1),
+            (runtime, "REPETITIONS", 1),
+            (supernet_train, "plot_training", lambda *_: None),
+            (final_training, "plot_training", lambda *_: None),
+        ):
+            meanwhile.enter_context(mock.patch.object(owner, name, stand_in))
+        meanwhile.enter_context(each_call(Training, "_train_epoch", epoch))
+        meanwhile.enter_context(each_call(Training, "save", save))
+        supernet = ["--cfg", "tiny.yaml", "--device", "cuda:1"]
+        with killed_at(1, (checkpoint, "save")):
+            supernet_train.main(supernet)
+        supernet_train.main([*supernet, "--resume"])
+        async_search.main(["--gpus", "0,1"])
+        with killed_at(1, (checkpoint, "save")):
+            final_train.main([])
+        final_train.main(["--resume"])
+    return found
+
+
+def test_the_three_scripts_run_there(tmp_path):
+    """Half precision, moving averages, distillation, --resume and two workers; every operator checks its devices."""
+    settings = tiny_settings(
+        data__root="shapes",
+        data__shapes_train=10,
+        data__shapes_test=4,
+        data__workers=0,
+        search_space__num_cell_groups=[1, 1, 1, 1, 2, 1],
+        supernet__precision="fp16",
+        supernet__ema_decay=0.9,
+        search__num_epochs=2,
+        search__steps=2,
+        final__ema_decay=0.9,
+    )
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings))
+    found = on_imaginary_gpu(lambda: run_the_scripts(tmp_path), gpus=2)
+    # Steps so far, waits, copies (four a batch), copies that the host waits for. In fp16 it reads at each step the loss
+    # and whether a gradient overflowed.
+    assert found["supernet"] == [(2, 4, 8, 0), (4, 4, 8, 0)]
+    assert found["final"] == [(2, 0, 8, 0), (4, 0, 8, 0)]
+    # Losses; whether the weights are finite; the scaler's state.
+    assert max(found["save"]) <= 4
+    records = read_lines(tmp_path / "runs/tiny/search/evals.jsonl")
+    places = {(record["metrics"]["gpu"], record["metrics"]["waits"]) for record in records}
+    assert len(records) == 4 and places == {(0, 2), (1, 2)}
+    final = tmp_path / "runs/tiny/final"
+    metrics = json.loads((final / "metrics.json").read_text())
+    assert metrics["latency"]["device"] == "cuda:0"
+    # The CPU finds what the GPU found.
+    detector = load_detector(final / "best.pt")
+    data = replace(detector.config.data, root=str(tmp_path / "shapes"), classes=list(detector.classes))
+    expected = final_training.evaluate(detector.model, load_annotations(data, "test"), detector.config, CPU)
+    assert all(metrics[name] == pytest.approx(expected[name], abs=1e-6) for name in ("AP", "AP50", "mAP"))
