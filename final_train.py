@@ -9,7 +9,7 @@
     python final_train.py --eval-only                         # the last detector on the test set again
     python final_train.py --eval-only --pycocotools           # with pycocotools' own numbers
     python final_train.py --predict 'photos/*.jpg' --out drawn --tiles 2x2
-    python final_train.py --export onnx --int8                # detector.onnx, detector_int8.onnx, export.json
+    python final_train.py --export onnx --int8 --int8-loss 0.01    # detector.onnx, detector_int8.onnx, export.json
 
 Writes best.pt (the detector), last.pt, metrics.json, log.jsonl and curves.png to runs/NAME/final; where it starts from
 a detector to runs/NAME/finetuned.
@@ -289,9 +289,9 @@ def export_detector(args: argparse.Namespace) -> None:
     reports = {exact.name: export.write(graph, exact, detector, test)}
     if args.int8:
         small = path.with_name(f"{name}_int8.onnx")
-        images = some_images(load_annotations(config.data, "train"), detector.model.image_size, config)
-        quantized = export.quantize(graph, images)
-        reports[small.name] = export.write(quantized, small, detector, test, reports[exact.name]["AP"])
+        images = list(some_images(load_annotations(config.data, "train"), detector.model.image_size, config))
+        exact_ap = reports[exact.name]["AP"]
+        reports[small.name] = export.write_int8(graph, small, detector, test, exact_ap, images, args.int8_loss)
     export.update_report(reports, path.parent)
     for file, report in reports.items():
         print(f"wrote {path.with_name(file)}, {report['bytes'] / 1e6:.2f} MB: {export.describe(report)}")
@@ -378,6 +378,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--int8", action="store_true", help="with --export: write an int8 file as well and report its AP")
     add(
+        "--int8-loss",
+        metavar="AP",
+        type=float,
+        help="with --int8: if it loses more AP than this, e.g. 0.01, the layers that lose most stay in float",
+    )
+    add(
         "--out",
         metavar="DIR",
         type=Path,
@@ -407,6 +413,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--pycocotools: goes with --eval-only")
     if args.tiles != "1x1" and not args.predict:
         raise UserError("--tiles: goes with --predict")
+    if args.int8_loss is not None and not (args.int8 and 0 <= args.int8_loss <= 1):
+        raise UserError(f"--int8-loss {args.int8_loss}: expected a difference of AP, from 0 to 1, and --int8")
     if (args.no_nms or args.int8) and not args.export:
         raise UserError("--no-nms and --int8 go with --export onnx")
     device = pick_device(args.device)

@@ -8,8 +8,8 @@ Outputs, best first, padded with zeros to K = postprocess.top_k detections an im
 Without NMS, for P prior boxes and C classes:
     prior_scores (B, P, C), prior_boxes (B, P, 4) xyxy in [0, 1]
 
-torch's exporter converts resizing, network, scores and decoding. NMS is a graph written by hand, because the export of
-torchvision's NMS depends on the versions of both libraries.
+torch's exporter converts resizing, network, scores and decoding. NMS is a graph written by hand (lib.postprocess),
+because the export of torchvision's NMS depends on the versions of both libraries.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import logging
 import math
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -41,19 +41,18 @@ from lib.genotype import Genotype
 from lib.log import finite, progress
 from lib.metrics import detection_metrics
 from lib.plain import Bounds, check, parse_json, read_json
-from lib.postprocess import Detections, postprocess
+from lib.postprocess import DETECTIONS, PRIORS, Detections, add_nms, postprocess
 from lib.pretrained import embed
 from lib.sources import recognise
 
 if TYPE_CHECKING:
-    from onnx import ModelProto
+    from onnx import GraphProto, ModelProto
 
 FORMAT = "detector/1"
-DETECTIONS = ("boxes", "scores", "labels")  # the outputs of a graph with NMS inside
-PRIORS = ("prior_scores", "prior_boxes")  # the outputs of a graph without NMS
 OPSET = 18
 TOLERANCE = 1e-4  # of logits, offsets, scores and normalised boxes
 AP_TOLERANCE = 5e-4
+SENSITIVITY_PICTURES = 8
 DIFFERENCES = ("supernet_difference", "score_difference", "box_difference")
 
 
@@ -64,49 +63,6 @@ def require(*names: str) -> list[ModuleType]:
     if missing:
         raise UserError(f"ONNX files need packages that are missing; pip install {' '.join(missing)}")
     return [importlib.import_module(name) for name in names]
-
-
-# The steps of lib.postprocess. An image has n = C * k candidates, the k best of each class, ordered by class.
-NMS = """
-nms (float[batch, P, C] prior_scores, float[batch, P, 4] prior_boxes)
-    => (float[batch, {top_k}, 4] boxes, float[batch, {top_k}] scores, int64[batch, {top_k}] labels)
-<
-    int64[1] nms_k = {{{k}}}, int64[1] nms_kept = {{{kept}}}, int64[1] nms_one = {{1}}, int64[1] nms_two = {{2}},
-    float nms_iou = {{{iou}}}, float nms_confidence = {{{confidence}}}, float nms_zero = {{0}}, int64 nms_none = {{0}},
-    int64[2] nms_per_image = {{-1, {n}}}, int64[2] nms_per_class = {{-1, {k}}}, int64[2] nms_columns = {{0, 2}},
-    int64[3] nms_scores_shape = {{-1, 1, {k}}}, int64[3] nms_boxes_shape = {{-1, {k}, 4}},
-    int64[4] nms_padding = {{0, 0, 0, {padding}}}, int64[6] nms_box_padding = {{0, 0, 0, 0, {padding}, 0}}
->
-{{
-    nms_by_class = Transpose <perm = [0, 2, 1]> (prior_scores)
-    nms_top, nms_prior = TopK <axis = -1> (nms_by_class, nms_k)
-    nms_flat_prior = Reshape (nms_prior, nms_per_image)
-    nms_prior_index = Unsqueeze (nms_flat_prior, nms_two)
-    nms_candidates = GatherND <batch_dims = 1> (prior_boxes, nms_prior_index)
-    nms_group_boxes = Reshape (nms_candidates, nms_boxes_shape)
-    nms_group_scores = Reshape (nms_top, nms_scores_shape)
-    nms_triples = NonMaxSuppression (nms_group_boxes, nms_group_scores, nms_k, nms_iou, nms_confidence)
-    nms_survivors = Gather <axis = 1> (nms_triples, nms_columns)
-    nms_table = Reshape (nms_top, nms_per_class)
-    nms_survivor_scores = GatherND (nms_table, nms_survivors)
-    nms_shape = Shape (nms_table)
-    nms_empty = ConstantOfShape (nms_shape)
-    nms_scattered = ScatterND (nms_empty, nms_survivors, nms_survivor_scores)
-    nms_flat_scores = Reshape (nms_scattered, nms_per_image)
-    nms_best, nms_place = TopK <axis = 1> (nms_flat_scores, nms_kept)
-    nms_class = Div (nms_place, nms_k)
-    nms_label = Add (nms_class, nms_one)
-    nms_found = Greater (nms_best, nms_zero)
-    nms_true_label = Where (nms_found, nms_label, nms_none)
-    nms_place_index = Unsqueeze (nms_place, nms_two)
-    nms_best_boxes = GatherND <batch_dims = 1> (nms_candidates, nms_place_index)
-    nms_found_column = Unsqueeze (nms_found, nms_two)
-    nms_true_boxes = Where (nms_found_column, nms_best_boxes, nms_zero)
-    scores = Pad (nms_best, nms_padding)
-    labels = Pad (nms_true_label, nms_padding)
-    boxes = Pad (nms_true_boxes, nms_box_padding)
-}}
-"""
 
 
 def export_graph(detector: Detector, nms: bool = True) -> ModelProto:
@@ -150,29 +106,6 @@ def export_graph(detector: Detector, nms: bool = True) -> ModelProto:
     entries = {key: json.dumps(value) for key, value in metadata.items()}
     onnx.helper.set_model_props(model, {"format": FORMAT, **entries})
     return model
-
-
-def add_nms(model: ModelProto, config: PostprocessConfig) -> ModelProto:
-    """A copy of a graph without NMS, followed by NMS as in lib.postprocess."""
-    compose, parser = require("onnx.compose", "onnx.parser")
-    shapes = {output.name: output.type.tensor_type.shape.dim for output in model.graph.output}
-    priors, classes = (dim.dim_value for dim in shapes[PRIORS[0]][1:])
-    # TopK cannot take more than there is: a short list is padded to `top_k` at the end.
-    k = min(config.pre_nms_top_k, priors)
-    kept = min(config.top_k, classes * k)
-    text = NMS.format(
-        k=k,
-        n=classes * k,
-        kept=kept,
-        top_k=config.top_k,
-        padding=config.top_k - kept,
-        iou=float(config.nms_threshold),
-        confidence=float(config.confidence_threshold),
-    )
-    joined = copy.deepcopy(model)
-    graph = compose.merge_graphs(model.graph, parser.parse_graph(text), [(name, name) for name in PRIORS])
-    joined.graph.CopyFrom(graph)
-    return joined
 
 
 def with_every_output(model: ModelProto, config: PostprocessConfig) -> ModelProto:
@@ -279,7 +212,10 @@ def describe(report: dict) -> str:
     """A report in one line."""
     text = f"AP {report['AP']:.4f} on {report['images']} test images"
     if "AP_loss" in report:
-        return f"{text}, a loss of {report['AP_loss']:.4f}"
+        text += f", a loss of {report['AP_loss']:.4f}"
+        if kept := report.get("float_layers"):
+            text += f"; {report['int8_layers']} convolutions in int8, {len(kept)} in float: {', '.join(kept)}"
+        return text
     worst = max(report[name] for name in DIFFERENCES)
     return f"{text}, the torch detector's {report['AP_torch']:.4f}; largest difference of an output {worst:.1g}"
 
@@ -351,11 +287,81 @@ def elastic_view(detector: Detector) -> ElasticSSD:
     return elastic
 
 
-def quantize(model: ModelProto, batches: Iterable[Tensor]) -> ModelProto:
+def write_int8(
+    model: ModelProto,
+    path: Path,
+    detector: Detector,
+    test: Annotations,
+    exact_ap: float,
+    batches: Sequence[Tensor],
+    bound: float | None = None,
+) -> dict:
+    """Write the int8 version of an exported graph, calibrated on `batches`, and return its report.
+
+    If it loses more AP than `bound`, layers stay in float in the order of `sensitivities`, as few as bisection finds
+    to suffice: with all of them in float nothing is lost.
+    """
+
+    def attempt(kept: Sequence[str]) -> dict:
+        report = write(quantize(model, batches, kept), path, detector, test, exact_ap)
+        names = [name.removeprefix("model.").removesuffix(".weight") for name in kept]
+        return {**report, "int8_layers": len(convolutions(model)) - len(kept), "float_layers": names}
+
+    report = attempt([])
+    if bound is None or not report["AP_loss"] > bound:
+        return report
+    change = sensitivities(model, batches[0][:SENSITIVITY_PICTURES], detector.config.postprocess)
+    ordered = sorted(change, key=change.get, reverse=True)
+    too_few, enough = 0, len(ordered)
+    while enough - too_few > 1:
+        middle = (too_few + enough) // 2
+        if attempt(ordered[:middle])["AP_loss"] > bound:
+            too_few = middle
+        else:
+            enough = middle
+    return attempt(ordered[:enough])
+
+
+def convolutions(model: ModelProto) -> list[str]:
+    """The convolutions of a graph, by the names of their weights, from the picture on."""
+    return [node.input[1] for node in model.graph.node if node.op_type == "Conv"]
+
+
+def sensitivities(model: ModelProto, images: Tensor, config: PostprocessConfig) -> dict[str, float]:
+    """Mean absolute change of scores and boxes of all priors if a convolution alone is in int8, by its name."""
+    model = with_every_output(model, config)
+    exact = run_session(open_session(model.SerializeToString()), images, PRIORS)
+    names = convolutions(model)
+    change = {}
+    for name in progress(names, "sensitivity of each layer"):
+        alone = quantize(model, [images], [other for other in names if other != name])
+        found = run_session(open_session(alone.SerializeToString()), images, PRIORS)
+        change[name] = sum(float((a - b).abs().mean()) for a, b in zip(exact, found, strict=True))
+    return change
+
+
+def float_nodes(graph: GraphProto, kept: Collection[str]) -> list[str]:
+    """The nodes that stay in float: the convolutions `kept`, what is beside none of the others, and what follows all.
+
+    Between two convolutions in int8, what has an int8 kernel needs no way back to float and forth.
+    """
+    last = max(i for i, node in enumerate(graph.node) if node.op_type == "Conv")
+    left = [node.name for node in graph.node[last + 1 :]]
+    beside: set[str] = set()  # tensors that come from an int8 convolution, without a sum in between
+    for node in graph.node[: last + 1]:
+        chosen = node.input[1] not in kept if node.op_type == "Conv" else beside.intersection(node.input)
+        if not chosen:
+            left.append(node.name)
+        elif node.op_type != "Add":
+            beside.update(node.output)
+    return left
+
+
+def quantize(model: ModelProto, batches: Iterable[Tensor], kept: Collection[str] = ()) -> ModelProto:
     """A copy of `model` with int8 convolutions (post-training quantisation, Jacob et al., CVPR 2018).
 
     Weights are quantised per channel, activations to the range seen on `batches` of unaugmented training images,
-    (B, 3, S, S) uint8. What follows the last convolution (scores, decoding, NMS) stays in float.
+    (B, 3, S, S) uint8. The convolutions `kept`, and what follows the last one (scores, decoding, NMS), stay in float.
     """
     onnx, quantization, shapes = require("onnx", "onnxruntime.quantization", "onnxruntime.quantization.shape_inference")
     feeds = ({"images": batch.numpy()} for batch in batches)
@@ -366,18 +372,14 @@ def quantize(model: ModelProto, batches: Iterable[Tensor]) -> ModelProto:
         logging.disable(logging.WARNING)
         try:
             shapes.quant_pre_process(f"{folder}/exported.onnx", f"{folder}/float.onnx", skip_symbolic_shape=True)
-            nodes = onnx.load(f"{folder}/float.onnx").graph.node
-            last = max(i for i, node in enumerate(nodes) if node.op_type == "Conv")
             quantization.quantize_static(
                 f"{folder}/float.onnx",
                 f"{folder}/int8.onnx",
                 SimpleNamespace(get_next=lambda: next(feeds, None)),  # a CalibrationDataReader
                 quant_format=quantization.QuantFormat.QDQ,
-                # Unsigned activations have kernels of their own, and what stands between two convolutions needs no
-                # way back to float and forth.
-                activation_type=quantization.QuantType.QUInt8,
+                activation_type=quantization.QuantType.QUInt8,  # unsigned ones have kernels of their own
                 op_types_to_quantize=["Conv", "Clip", "Relu", "Add"],
-                nodes_to_exclude=[node.name for node in nodes[last + 1 :]],
+                nodes_to_exclude=float_nodes(onnx.load(f"{folder}/float.onnx").graph, kept),
                 per_channel=True,
             )
         finally:

@@ -1,9 +1,13 @@
-"""From a detector's raw output to detections: scores, box decoding and non-maximum suppression of a whole batch."""
+"""From a detector's raw output to detections: scores, box decoding and non-maximum suppression of a whole batch.
+
+NMS is here once more as an ONNX graph, by the same rules, for the files that lib.export writes.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +16,11 @@ from torchvision.ops import nms
 from lib.config import PostprocessConfig
 from lib.priors import decode
 
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+DETECTIONS = ("boxes", "scores", "labels")  # the outputs of an exported graph with NMS inside
+PRIORS = ("prior_scores", "prior_boxes")  # the outputs of a graph without NMS
 FIRST_CANDIDATES = 2  # times `top_k`: the best candidates of an image that are tried first
 MORE_CANDIDATES = 4  # times as many at each further try
 SMALL_CALL = 64  # boxes that NMS processes in less time than a call of it takes
@@ -125,3 +134,70 @@ def _nms_by_class(
     calls = zip(index.split(sizes), shifted.split(sizes), entering[:, 4].split(sizes), strict=True)
     survivors.view(-1)[torch.cat([i[nms(b, s, config.nms_threshold)] for i, b, s in calls])] = True
     return survivors, counts.view(len(above), num_classes)
+
+
+# The steps of `postprocess`. An image has n = C * k candidates, the k best of each class, ordered by class.
+NMS = """
+nms (float[batch, P, C] prior_scores, float[batch, P, 4] prior_boxes)
+    => (float[batch, {top_k}, 4] boxes, float[batch, {top_k}] scores, int64[batch, {top_k}] labels)
+<
+    int64[1] nms_k = {{{k}}}, int64[1] nms_kept = {{{kept}}}, int64[1] nms_one = {{1}}, int64[1] nms_two = {{2}},
+    float nms_iou = {{{iou}}}, float nms_confidence = {{{confidence}}}, float nms_zero = {{0}}, int64 nms_none = {{0}},
+    int64[2] nms_per_image = {{-1, {n}}}, int64[2] nms_per_class = {{-1, {k}}}, int64[2] nms_columns = {{0, 2}},
+    int64[3] nms_scores_shape = {{-1, 1, {k}}}, int64[3] nms_boxes_shape = {{-1, {k}, 4}},
+    int64[4] nms_padding = {{0, 0, 0, {padding}}}, int64[6] nms_box_padding = {{0, 0, 0, 0, {padding}, 0}}
+>
+{{
+    nms_by_class = Transpose <perm = [0, 2, 1]> (prior_scores)
+    nms_top, nms_prior = TopK <axis = -1> (nms_by_class, nms_k)
+    nms_flat_prior = Reshape (nms_prior, nms_per_image)
+    nms_prior_index = Unsqueeze (nms_flat_prior, nms_two)
+    nms_candidates = GatherND <batch_dims = 1> (prior_boxes, nms_prior_index)
+    nms_group_boxes = Reshape (nms_candidates, nms_boxes_shape)
+    nms_group_scores = Reshape (nms_top, nms_scores_shape)
+    nms_triples = NonMaxSuppression (nms_group_boxes, nms_group_scores, nms_k, nms_iou, nms_confidence)
+    nms_survivors = Gather <axis = 1> (nms_triples, nms_columns)
+    nms_table = Reshape (nms_top, nms_per_class)
+    nms_survivor_scores = GatherND (nms_table, nms_survivors)
+    nms_shape = Shape (nms_table)
+    nms_empty = ConstantOfShape (nms_shape)
+    nms_scattered = ScatterND (nms_empty, nms_survivors, nms_survivor_scores)
+    nms_flat_scores = Reshape (nms_scattered, nms_per_image)
+    nms_best, nms_place = TopK <axis = 1> (nms_flat_scores, nms_kept)
+    nms_class = Div (nms_place, nms_k)
+    nms_label = Add (nms_class, nms_one)
+    nms_found = Greater (nms_best, nms_zero)
+    nms_true_label = Where (nms_found, nms_label, nms_none)
+    nms_place_index = Unsqueeze (nms_place, nms_two)
+    nms_best_boxes = GatherND <batch_dims = 1> (nms_candidates, nms_place_index)
+    nms_found_column = Unsqueeze (nms_found, nms_two)
+    nms_true_boxes = Where (nms_found_column, nms_best_boxes, nms_zero)
+    scores = Pad (nms_best, nms_padding)
+    labels = Pad (nms_true_label, nms_padding)
+    boxes = Pad (nms_true_boxes, nms_box_padding)
+}}
+"""
+
+
+def add_nms(model: ModelProto, config: PostprocessConfig) -> ModelProto:
+    """A copy of a graph without NMS, followed by NMS as in lib.postprocess."""
+    from onnx import compose, parser  # which lib.export has found to be there
+
+    shapes = {output.name: output.type.tensor_type.shape.dim for output in model.graph.output}
+    priors, classes = (dim.dim_value for dim in shapes[PRIORS[0]][1:])
+    # TopK cannot take more than there is: a short list is padded to `top_k` at the end.
+    k = min(config.pre_nms_top_k, priors)
+    kept = min(config.top_k, classes * k)
+    text = NMS.format(
+        k=k,
+        n=classes * k,
+        kept=kept,
+        top_k=config.top_k,
+        padding=config.top_k - kept,
+        iou=float(config.nms_threshold),
+        confidence=float(config.confidence_threshold),
+    )
+    joined = copy.deepcopy(model)
+    graph = compose.merge_graphs(model.graph, parser.parse_graph(text), [(name, name) for name in PRIORS])
+    joined.graph.CopyFrom(graph)
+    return joined

@@ -21,7 +21,7 @@ from lib.annotations import Objects
 from lib.config import PostprocessConfig
 from lib.config_io import to_dict
 from lib.datasets import load_annotations
-from lib.detector import SSD
+from lib.detector import SSD, ScoresAndBoxes, fuse
 from lib.export import (
     DETECTIONS,
     PRIORS,
@@ -35,10 +35,12 @@ from lib.export import (
     refuse,
     require,
     run_session,
+    sensitivities,
     unpad,
     update_report,
     with_every_output,
     write,
+    write_int8,
 )
 from lib.genotype import Genotype
 from lib.head import Predictors
@@ -492,3 +494,80 @@ def test_mistakes_are_named(folder, arguments, pattern, monkeypatch):
     with pytest.raises(UserError, match=pattern) as caught:
         final_train.main(arguments)
     assert "\n" not in str(caught.value)
+
+
+def weights_in_int8(graph):
+    """Of each convolution, whether its weights are stored in int8."""
+    made = {name: node.op_type for node in graph.graph.node for name in node.output}
+    return [made.get(node.input[1]) == "DequantizeLinear" for node in graph.graph.node if node.op_type == "Conv"]
+
+
+@pytest.mark.parametrize("exported", ["multibox"], indirect=True)
+def test_convolutions_that_are_kept_stay_in_float(exported):
+    _, graph = exported
+    names, images = export.convolutions(graph), pictures(2)
+    assert len(names) == 3 and weights_in_int8(quantize(graph, [images])) == [True, True, True]
+    assert weights_in_int8(quantize(graph, [images], names[:1])) == [False, True, True]
+    float_again = quantize(graph, [images], names)
+    assert not {"QuantizeLinear", "DequantizeLinear"} & {node.op_type for node in float_again.graph.node}
+    outputs = [run_session(open_session(g.SerializeToString()), images, PRIORS) for g in (graph, float_again)]
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*outputs, strict=True))
+
+
+def fake_unsigned(x):
+    """A tensor in 256 steps from its minimum to its maximum, which hold 0."""
+    low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
+    scale = (high - low) / 255
+    return torch.fake_quantize_per_tensor_affine(x, scale, round(-low / scale), 0, 255)
+
+
+def exact_session(model):
+    """A session without fused int8 kernels, which saturate on a processor without VNNI."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("exported", ["multibox"], indirect=True)
+@torch.no_grad()
+def test_sensitivity_is_the_change_by_one_quantised_layer(exported, monkeypatch):
+    """The same with torch's fake quantisation of weights, input and output (after the activation)."""
+    monkeypatch.setattr(export, "open_session", exact_session)
+    detector, graph = exported
+    images, expected_change = pictures(4), []
+    exact = ScoresAndBoxes(detector.model, detector.config)(images)
+    for number in range(3):
+        model = fuse(detector.model)
+        layer = [m for m in model.modules() if isinstance(m, nn.Conv2d)][number]
+        scales = layer.weight.detach().flatten(1).abs().amax(1) / 127
+        zeros = torch.zeros(len(scales), dtype=torch.int32)
+        layer.weight.data = torch.fake_quantize_per_channel_affine(layer.weight.data, scales, zeros, 0, -127, 127)
+        # Both predictors read the tensor that the backbone's activation gives.
+        ends = (layer, model.backbone[0]) if number else (model.normalize, model.backbone[0])
+        for module in ends:
+            module.register_forward_hook(lambda _, inputs, output: fake_unsigned(output))
+        found = ScoresAndBoxes(model, detector.config)(images)
+        expected_change.append(sum(float((a - b).abs().mean()) for a, b in zip(exact, found, strict=True)))
+    change = sensitivities(graph, images, detector.config.postprocess)
+    assert list(change) == export.convolutions(graph)
+    assert list(change.values()) == pytest.approx(expected_change, rel=0.02)
+
+
+@pytest.mark.parametrize("needed", [0, 1, 5, 6, 20])
+def test_as_few_layers_as_suffice_stay_in_float(needed, monkeypatch, tmp_path, trained):
+    """Stand-ins for quantisation and AP: the loss is within the bound once the `needed` most sensitive are kept."""
+    detector, graph, test = trained
+    names = [f"model.layer{i}.weight" for i in range(20)]
+    change = {name: (7 * i) % 20 for i, name in enumerate(names)}
+    ordered = sorted(names, key=change.get, reverse=True)
+    monkeypatch.setattr(export, "convolutions", lambda model: names)
+    monkeypatch.setattr(export, "sensitivities", lambda model, images, config: change)
+    monkeypatch.setattr(export, "quantize", lambda model, batches, kept: kept)
+    loss = lambda kept: 0.01 if len(kept) >= needed else 0.011  # noqa: E731
+    monkeypatch.setattr(export, "write", lambda kept, *_: {"AP": 0.5, "images": 8, "AP_loss": loss(kept)})
+    report = write_int8(graph, tmp_path / "a.onnx", detector, test, 0.51, [pictures(2)], 0.01)
+    assert report["float_layers"] == [name[6:-7] for name in ordered[:needed]] and report["int8_layers"] == 20 - needed
+    assert ("in float: " + ", ".join(report["float_layers"]) in export.describe(report)) == (needed > 0)
+    unbounded = write_int8(graph, tmp_path / "a.onnx", detector, test, 0.51, [pictures(2)])
+    assert unbounded["float_layers"] == []
