@@ -4,9 +4,10 @@
 
 From JPEG files to (3, 300, 300) with boxes, as lib/datasets.py does for training; beside it PIL and the "ssd" preset of
 torchvision's references/detection/presets.py (RandomPhotometricDistort, RandomZoomOut, RandomIoUCrop,
-RandomHorizontalFlip, then the resize of its model, PILToTensor, SanitizeBoundingBoxes). Without the random steps both
-must give the same pictures (to rounding) and boxes; with them, as many objects on average. Each turn is one pass over
-the same pictures.
+RandomHorizontalFlip, then the resize of its model, PILToTensor, SanitizeBoundingBoxes). Where a GPU trains, the
+distortion of colours is only drawn here and done there: "ours, beside a GPU". Without the random steps both must give
+the same pictures (to rounding) and boxes; with them, as many objects on average. Each turn is one pass over the same
+pictures.
 """
 
 from collections.abc import Callable, Sequence
@@ -49,6 +50,7 @@ def main() -> None:
     check_plain(annotations, rows, args.size)
     sides = {
         "ours": our_loader(annotations, args.size, AS_THE_PRESET),
+        "ours, beside a GPU": our_loader(annotations, args.size, AS_THE_PRESET, distort_later=True),
         "torchvision": torchvision_loader(annotations, args.size, augment=True),
     }
     objects = {name: mean_objects(load, rows) for name, load in sides.items()}
@@ -71,8 +73,9 @@ def main() -> None:
     common.report(args, table)
 
 
-def our_loader(annotations: Annotations, size: int, augment: AugmentConfig) -> Load:
-    dataset = DetectionDataset(annotations, range(len(annotations)), TrainTransform(size, augment), DataConfig())
+def our_loader(annotations: Annotations, size: int, augment: AugmentConfig, distort_later: bool = False) -> Load:
+    transform = TrainTransform(size, augment, distort_later)
+    dataset = DetectionDataset(annotations, range(len(annotations)), transform, DataConfig())
 
     def load(epoch: int, row: int) -> tuple[Tensor, Tensor]:
         image, boxes, *_ = dataset[epoch, row]

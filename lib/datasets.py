@@ -29,9 +29,9 @@ from lib.layouts import find_layout
 from lib.plain import check, read_json
 from lib.runtime import start_loader_process
 from lib.shapes import CLASSES, write_shapes
-from lib.transforms import EvalTransform, TrainTransform, Transform, scale_view
+from lib.transforms import EvalTransform, TrainTransform, Transform, distort, scale_view
 
-Sample = tuple[Tensor, Tensor, Tensor, int]  # image, boxes, labels, row
+Sample = tuple  # what a Transform gives, and the row
 Device = torch.device | str
 logger = logging.getLogger(__name__)
 SPLIT_FORMAT = "split/1"
@@ -146,31 +146,38 @@ class Batch:
     boxes: Tensor  # (B, M, 4) xyxy in [0, 1]
     labels: Tensor  # (B, M), 0 is padding
     index: Tensor  # (B,) rows of the annotations
+    distortion: Tensor | None = None  # (B, 12) settings of `distort`, which `to` applies; None: that is done
 
     def __len__(self) -> int:
         return len(self.images)
 
     def to(self, device: Device) -> Batch:
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in vars(self).values()))
+        moved = self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        if moved.distortion is None:
+            return moved
+        return replace(moved, images=distort(moved.images, moved.distortion), distortion=None)
 
     def pin_memory(self) -> Batch:
         """Called by a DataLoader with `pin_memory`."""
-        return Batch(*(tensor.pin_memory() for tensor in vars(self).values()))
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return Batch(**{name: change(tensor) for name, tensor in vars(self).items() if tensor is not None})
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
     """A batch from samples with different numbers of objects, possibly none."""
-    images, boxes, labels, rows = zip(*samples, strict=True)
+    images, boxes, labels, *settings, rows = zip(*samples, strict=True)
     batch = Batch(
         images=default_collate(images),  # in a loader process straight into shared memory
         boxes=pad_sequence(boxes, batch_first=True),
         labels=pad_sequence(labels, batch_first=True),
         index=torch.tensor(rows),
+        distortion=torch.stack(settings[0]) if settings else None,
     )
     if get_worker_info() is not None:
         # It would be done anyway, but later, where nobody hears of a failure.
-        for tensor in vars(batch).values():
-            tensor.share_memory_()
+        return batch._each(lambda tensor: tensor.share_memory_())
     return batch
 
 
@@ -361,10 +368,11 @@ def train_loader(
 ) -> DataLoader:
     """Batches augmented as `config.data` says; call `loader.batch_sampler.set_epoch` before each epoch.
 
-    `batch_size` counts the images of all processes of the job, which share every batch equally.
+    `batch_size` counts the images of all processes of the job, which share every batch equally. For a GPU, colours are
+    distorted there: that is most of a loader's time.
     """
     data, world = config.data, distributed.world()
-    transform = TrainTransform(image_size, data.augment)
+    transform = TrainTransform(image_size, data.augment, distort_later=torch.device(device).type != "cpu")
     dataset = DetectionDataset(annotations, indices, transform, data, config.seed)
     sampler = EpochSampler(indices, batch_size // world.size, config.seed, world)
     return make_loader(dataset, sampler, data.workers, device)

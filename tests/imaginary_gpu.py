@@ -217,10 +217,11 @@ class _Names(TorchFunctionMode):
         _here.append(target)
         try:
             result = func(*args, **kwargs)
+            if target != CPU and func in (torch.tensor, torch.Tensor.new_tensor):
+                counts.copies[_line()] += 1
+                counts.blocking[_line()] += 1
             if _is_ours(device):
                 for x in _tensors(result):
-                    if target != CPU and func is torch.tensor:
-                        counts.copies[_line()] += 1
                     _place(x, target)
             return result
         finally:
@@ -275,10 +276,11 @@ def install(gpus: int = 1) -> None:
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)
     # What a DataLoader asks before it pins memory, also in a thread of its own, which has no modes.
-    torch.accelerator.is_available = lambda: True
-    torch.accelerator.current_accelerator = lambda check_available=False: None
-    torch.accelerator.current_device_index = lambda: _current[0]
-    torch.accelerator.set_device_index = lambda device: None
+    if hasattr(torch, "accelerator"):
+        torch.accelerator.is_available = lambda: True
+        torch.accelerator.current_accelerator = lambda check_available=False: None
+        torch.accelerator.current_device_index = lambda: _current[0]
+        torch.accelerator.set_device_index = lambda device: None
     torch.Tensor.pin_memory = _pin
     _autocast_on_the_cpu()
     _group_by_imaginary_device()

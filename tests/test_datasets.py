@@ -373,9 +373,9 @@ def epochs_of(loader, start=0):
     return found
 
 
-def loader_of(annotations, batch_size=3, **options):
+def loader_of(annotations, batch_size=3, device="cpu", **options):
     config = Config(data=DataConfig(**{"workers": 0, **options}), seed=1)
-    return train_loader(annotations, range(10), 24, batch_size, config, "cpu")
+    return train_loader(annotations, range(10), 24, batch_size, config, device)
 
 
 def test_workers_and_a_resume_change_nothing(annotations):
@@ -386,6 +386,18 @@ def test_workers_and_a_resume_change_nothing(annotations):
     assert all(same(a, b) for a, b in zip(alone, shared, strict=True))
     assert all(same(a, b) for a, b in zip(alone[2:], resumed, strict=True))
     assert not same(alone[0], alone[3])
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory'")
+def test_for_a_gpu_a_resumed_run_has_the_same_distortions(annotations):
+    def distorted(start):
+        loader = loader_of(annotations, device="cuda", augment=AugmentConfig(distort=0.9))
+        loader.batch_sampler.set_epoch(1, start)
+        return [(batch.images, batch.to("cpu").images) for batch in loader]
+
+    whole, resumed = distorted(0), distorted(1)
+    assert all(same(a, b) for a, b in zip(whole[1:], resumed, strict=True))
+    assert not any(torch.equal(before, after) for before, after in whole)
 
 
 def test_loading_takes_nothing_from_the_global_generator(annotations):

@@ -292,10 +292,10 @@ def test_the_three_scripts_run_there(tmp_path):
     )
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings))
     found = on_imaginary_gpu(lambda: run_the_scripts(tmp_path), gpus=2)
-    # Steps so far, waits, copies (four a batch), copies that the host waits for. In fp16 it reads at each step the loss
+    # Steps so far, waits, copies (five a batch), copies that the host waits for. In fp16 it reads at each step the loss
     # and whether a gradient overflowed.
-    assert found["supernet"] == [(2, 4, 8, 0), (4, 4, 8, 0)]
-    assert found["final"] == [(2, 0, 8, 0), (4, 0, 8, 0)]
+    assert found["supernet"] == [(2, 4, 10, 0), (4, 4, 10, 0)]
+    assert found["final"] == [(2, 0, 10, 0), (4, 0, 10, 0)]
     # Losses; whether the weights are finite; the scaler's state.
     assert max(found["save"]) <= 4
     records = read_lines(tmp_path / "runs/tiny/search/evals.jsonl")

@@ -10,7 +10,18 @@ from torchvision.ops import box_iou
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from lib.transforms import GREY, EvalTransform, TrainTransform, View, random_iou_crop, random_zoom_out, resize_view
+from lib.config import AugmentConfig
+from lib.transforms import (
+    GREY,
+    EvalTransform,
+    TrainTransform,
+    View,
+    distort,
+    draw_distortion,
+    random_iou_crop,
+    random_zoom_out,
+    resize_view,
+)
 
 seeds = st.integers(0, 2**31)
 
@@ -186,3 +197,67 @@ def test_spawned_workers_can_have_them():
         torch.manual_seed(0)
         copied = pickle.loads(pickle.dumps(transform))(image, boxes, labels)
         assert all(torch.equal(a, b) for a, b in zip(expected, copied, strict=True))
+
+
+def distort_with_v2(picture, settings):
+    """One picture (3, H, W) by torchvision's functions, in floating point, the fill around its region as it was."""
+    brightness, contrast, saturation, hue, contrast_first, *channels = settings[:8].tolist()
+    left, top, right, bottom = settings[8:].int().tolist()
+    x = F.adjust_brightness(picture[:, top:bottom, left:right] / 255, brightness)
+    x = F.adjust_contrast(x, contrast) if contrast_first else x
+    x = F.adjust_hue(F.adjust_saturation(x, saturation), hue)
+    x = x if contrast_first else F.adjust_contrast(x, contrast)
+    expected = picture.clone()
+    expected[:, top:bottom, left:right] = (255 * F.permute_channels(x, [int(c) for c in channels])).round()
+    return expected
+
+
+def test_a_batch_is_distorted_as_each_picture_by_itself():
+    torch.manual_seed(0)
+    rule = v2.RandomPhotometricDistort(p=0.7)
+    pictures = torch.randint(0, 256, (24, 3, 20, 30), dtype=torch.uint8)
+    pictures[:8] = smooth_picture(30, 20)
+    pictures[8] = 90  # grey has no hue
+    region = torch.tensor([3.0, 2, 28, 19])
+    settings = torch.stack([torch.cat([draw_distortion(rule), region]) for _ in pictures])
+    settings[0, :8] = torch.tensor([1.0, 1, 1, 0, 0, 0, 1, 2])  # nothing was drawn
+    found = distort(pictures, settings)
+    expected = torch.stack([distort_with_v2(*pair) for pair in zip(pictures, settings, strict=True)])
+    assert found.dtype == torch.uint8 and torch.equal(found[0], pictures[0])
+    assert (found.int() - expected.int()).abs().max() <= 1
+
+
+def test_distortions_follow_the_law_of_v2():
+    rule, picture = v2.RandomPhotometricDistort(p=0.4), [torch.zeros(3, 1, 1)]
+    draw = getattr(rule, "make_params", None) or rule._get_params
+    torch.manual_seed(0)
+    theirs = []
+    for _ in range(1000):
+        *factors, first, channels = draw(picture).values()  # brightness, contrast, saturation, hue
+        factors = [neutral if x is None else x for x, neutral in zip(factors, (1.0, 1.0, 1.0, 0.0), strict=True)]
+        theirs.append([*factors, first, *([0, 1, 2] if channels is None else channels.tolist())])
+    theirs, ours = torch.tensor(theirs), torch.stack([draw_distortion(rule) for _ in range(1000)])
+    for power in (1, 2, 3):
+        a, b = theirs.double() ** power, ours.double() ** power
+        assert ((a.mean(0) - b.mean(0)).abs() < 4 * ((a.var(0) + b.var(0)) / 1000).sqrt()).all()
+
+
+@given(seed=seeds)
+@settings(max_examples=15)
+def test_what_is_distorted_later_has_the_same_geometry(seed):
+    image, boxes, labels = coloured_picture()
+    torch.manual_seed(seed)
+    expected = TrainTransform(96, AugmentConfig(distort=0))(image, boxes, labels)
+    torch.manual_seed(seed)
+    later = TrainTransform(96, AugmentConfig(distort=1), distort_later=True)
+    picture, found, names, how = later(image, boxes, labels)
+    # Up to the flip, which is drawn after the distortion.
+    if not torch.equal(picture, expected[0]):
+        assert torch.equal(picture.flip(2), expected[0])
+    else:
+        assert torch.equal(found, expected[1]) and torch.equal(names, expected[2])
+    left, top, right, bottom = how[8:].int().tolist()
+    distorted = distort(picture[None], how[None])[0]
+    distorted[:, top:bottom, left:right] = GREY
+    picture[:, top:bottom, left:right] = GREY
+    assert (picture == GREY).all() and torch.equal(distorted, picture)
