@@ -20,18 +20,19 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader
 
-from lib import UserError, analysis, checkpoint, cli, distributed, export, inference, naming, plan
-from lib.annotations import Annotations
+from lib import UserError, analysis, checkpoint, cli, converters, distributed, export, inference, naming, plan
+from lib.annotations import Annotations, without_objects
 from lib.config import Config
 from lib.config_io import to_dict
 from lib.datasets import load_annotations, refuse_seen
-from lib.detector import SSD, detector_checkpoint, load_detector
+from lib.detector import EXPORTED, SSD, detector_checkpoint, load_detector
 from lib.final_training import (
     FinalTraining,
     cut_student,
@@ -45,6 +46,7 @@ from lib.final_training import (
 )
 from lib.genotype import Genotype, is_genotype_string, parse_genotype_string, read_genotype_file
 from lib.images import find_pictures
+from lib.labels import Faults
 from lib.latency import describe_parts
 from lib.log import duration
 from lib.metrics import to_pixels
@@ -52,6 +54,13 @@ from lib.plain import Bounds, check
 from lib.runtime import pick_device, run, seed_everything
 from lib.training_run import read_previous
 from lib.trials import Recipe, Trials, contestants, shortened, write_comparison
+
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+PACKAGES = {  # by value of --export
+    "onnx": ONNX_PACKAGES,
+    "openvino": (*ONNX_PACKAGES, "openvino"),
+    "litert": ("litert_torch", "ai_edge_litert"),
+}
 
 
 class Choice(NamedTuple):
@@ -276,25 +285,44 @@ def evaluate_again(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def export_detector(args: argparse.Namespace) -> None:
-    """--export: detector.onnx beside the checkpoint, if it passes the parity gate of lib/export.py, and export.json."""
+    """--export: the detector beside its checkpoint, if it passes the parity gate of lib/export.py, and export.json."""
+    converters.require(*PACKAGES[args.export])  # before the minutes that a conversion takes
     path = trained_detector(args)
     loaded = load_detector(path)
-    config = configured_again(args, loaded.config, path)
+    config = configured_again(args, loaded.config, path, reads_data=not args.calibrate)
     config.data.classes = list(loaded.classes)
     detector = loaded._replace(config=config)
-    test = load_annotations(config.data, "test")
-    graph = export.export_graph(detector, nms=not args.no_nms)
-    name = "detector_raw" if args.no_nms else "detector"
-    exact = path.with_name(f"{name}.onnx")
-    reports = {exact.name: export.write(graph, exact, detector, test)}
-    if args.int8:
-        small = path.with_name(f"{name}_int8.onnx")
-        images = list(some_images(load_annotations(config.data, "train"), detector.model.image_size, config))
+    if args.calibrate:
+        faults = Faults(config.data.on_error, config.data.max_skipped)
+        test = without_objects(find_pictures(args.calibrate), detector.classes, faults)
+    else:
+        test = load_annotations(config.data, "test")
+    name = "detector_raw" if args.no_nms or args.export == "litert" else "detector"
+    if args.export == "litert":
+        config.data.workers = 0  # the converter has started threads, and a process with threads must not fork
+        save = partial(converters.save_litert, metadata=export.metadata_of(detector))
+        file = path.with_name(f"{name}.tflite")
+        reports = {file.name: export.write(detector, file, detector, test, save=save)}
+    else:
+        graph = export.export_graph(detector, nms=not args.no_nms)
+        save, suffix = converters.save_onnx, "onnx"
+        if args.export == "openvino":
+            save, suffix = converters.save_openvino, "xml"
+        exact = path.with_name(f"{name}.{suffix}")
+        reports = {exact.name: export.write(graph, exact, detector, test, save=save)}
         exact_ap = reports[exact.name]["AP"]
-        reports[small.name] = export.write_int8(graph, small, detector, test, exact_ap, images, args.int8_loss)
+        if args.half:
+            file, save_half = path.with_name(f"{name}_half.{suffix}"), partial(save, half=True)
+            reports[file.name] = export.write(graph, file, detector, test, exact_ap, save_half)
+        if args.int8:
+            file = path.with_name(f"{name}_int8.{suffix}")
+            seen = test if args.calibrate else load_annotations(config.data, "train")
+            images = list(some_images(seen, detector.model.image_size, config))
+            options = {"bound": args.int8_loss, "save": save}
+            reports[file.name] = export.write_int8(graph, file, detector, test, exact_ap, images, **options)
     export.update_report(reports, path.parent)
-    for file, report in reports.items():
-        print(f"wrote {path.with_name(file)}, {report['bytes'] / 1e6:.2f} MB: {export.describe(report)}")
+    for written, report in reports.items():
+        print(f"wrote {path.with_name(written)}, {report['bytes'] / 1e6:.2f} MB: {export.describe(report)}")
 
 
 def predict(args: argparse.Namespace) -> None:
@@ -305,7 +333,7 @@ def predict(args: argparse.Namespace) -> None:
     inference.tile_places(args.tiles, 1, 1)  # raises if it is none
     path, pictures = trained_detector(args), find_pictures(args.predict)
     own_ids = {}
-    if path.suffix != ".onnx":
+    if path.suffix not in EXPORTED:
         loaded = load_detector(path)
         config = configured_again(args, loaded.config, path, reads_data=False)
         detector = inference.torch_detector(loaded._replace(config=config), args.device)
@@ -368,8 +396,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--predict", metavar="PATH", nargs="+", help="detect on these pictures, folders or globs and stop")
     add(
         "--export",
-        choices=["onnx"],
-        help="export a trained detector as detector.onnx, verified on the test set, and stop",
+        choices=list(PACKAGES),
+        help="export a trained detector as detector.onnx, detector.xml or detector_raw.tflite, verified, and stop",
     )
     add(
         "--no-nms",
@@ -377,6 +405,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="with --export: output the scores and boxes of all prior boxes, as detector_raw.onnx",
     )
     add("--int8", action="store_true", help="with --export: write an int8 file as well and report its AP")
+    add("--half", action="store_true", help="with --export openvino: write a file with fp16 weights as well")
+    add(
+        "--calibrate",
+        metavar="PATH",
+        nargs="+",
+        help="with --export: compare outputs on these pictures, folders or globs; the data set is not read, no AP",
+    )
     add(
         "--int8-loss",
         metavar="AP",
@@ -413,10 +448,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--pycocotools: goes with --eval-only")
     if args.tiles != "1x1" and not args.predict:
         raise UserError("--tiles: goes with --predict")
-    if args.int8_loss is not None and not (args.int8 and 0 <= args.int8_loss <= 1):
-        raise UserError(f"--int8-loss {args.int8_loss}: expected a difference of AP, from 0 to 1, and --int8")
-    if (args.no_nms or args.int8) and not args.export:
-        raise UserError("--no-nms and --int8 go with --export onnx")
+    if args.int8_loss is not None and not (args.int8 and not args.calibrate and 0 <= args.int8_loss <= 1):
+        found = f"--int8-loss {args.int8_loss}"
+        raise UserError(f"{found}: expected a difference of AP, from 0 to 1, --int8, and the data set (no --calibrate)")
+    if (args.no_nms or args.int8 or args.half or args.calibrate) and not args.export:
+        raise UserError("--no-nms, --int8, --half and --calibrate go with --export")
+    if args.half and args.export != "openvino":
+        raise UserError("--half goes with --export openvino")
+    if args.int8 and args.export == "litert":
+        raise UserError("--int8 goes with --export onnx or openvino")
     device = pick_device(args.device)
     distributed.join(device)
     if args.predict:

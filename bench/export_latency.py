@@ -19,7 +19,7 @@ import torch
 from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 
 from lib import UserError
-from lib.export import Metadata, open_session, read_metadata, require
+from lib.converters import Metadata, open_exported, open_session, require
 from lib.runtime import run
 
 PEER = "torchvision's ssdlite"
@@ -36,7 +36,7 @@ def main() -> None:
     if not files:
         raise UserError(f"{args.load}: no detector.onnx here; python final_train.py --export onnx --load {args.load}")
     first = next(iter(files.values()))
-    metadata = read_metadata(open_session(first), first)
+    metadata = open_exported(first)[0]
     size, classes = metadata.image_size, len(metadata.classes)
     pixels = np.random.default_rng(0).integers(0, 256, (1, 3, size, size), dtype=np.uint8)
     with tempfile.TemporaryDirectory() as folder:

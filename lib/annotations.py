@@ -285,6 +285,13 @@ def assemble(
     )
 
 
+def without_objects(pictures: Sequence[Path], classes: Sequence[str], faults: Faults) -> Annotations:
+    """Pictures as a test set without objects, in which detections have no AP."""
+    pairs = [Pair(str(path), str(path), None) for path in pictures]
+    content = read_pairs(pairs, faults, dict(enumerate(classes)))
+    return assemble(content, pictures[0].parent, classes, faults)
+
+
 def ranked(ids: Sequence[str], salt: object) -> list[int]:
     """Rows in the order of a hash of their ids: the order in which images are read does not matter."""
     hashes = [hashlib.sha256(f"{salt}-{image_id}".encode(errors="surrogatepass")).digest() for image_id in ids]

@@ -37,6 +37,7 @@ from lib.postprocess import Detections, class_scores, postprocess
 from lib.priors import decode, prior_boxes, priors_per_cell
 from lib.shrinking import full_space, space_at
 
+EXPORTED = (".onnx", ".xml", ".tflite")  # files of --export
 MOST_WEIGHTS = 3e8
 MOST_PRIORS = 400_000  # of an image
 
@@ -389,7 +390,7 @@ def network(config: Config, classes: Sequence[str]) -> ElasticSSD:
 def load_detector(path: Path) -> Detector:
     """Load best.pt or last.pt of final_train.py; of a run's folder, its best.pt."""
     path = path / "best.pt" if path.is_dir() else path
-    if path.suffix == ".onnx":
+    if path.suffix in EXPORTED:
         raise UserError(f"{path}: an exported detector; expected the checkpoint that it comes from, best.pt")
     payload = checkpoint.read(path)
     if "genotype" not in payload:

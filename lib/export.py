@@ -15,32 +15,41 @@ because the export of torchvision's NMS depends on the versions of both librarie
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
 import logging
 import math
 import tempfile
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lib import UserError, checkpoint, naming
+from lib import UserError, checkpoint
 from lib.annotations import Annotations
-from lib.checkpoint import replacing, write_text
+from lib.checkpoint import write_text
 from lib.config import PostprocessConfig
 from lib.config_io import to_dict
+from lib.converters import (
+    FORMAT,
+    Runner,
+    detections_of,
+    open_exported,
+    open_session,
+    require,
+    run_session,
+    save_onnx,
+    session_runner,
+)
 from lib.datasets import eval_loader
-from lib.detector import Detector, ElasticSSD, ScoresAndBoxes, check_ids, fuse
-from lib.genotype import Genotype
+from lib.detector import Detector, ElasticSSD, ScoresAndBoxes, fuse
 from lib.log import finite, progress
 from lib.metrics import detection_metrics
-from lib.plain import Bounds, check, parse_json, read_json
+from lib.plain import check, read_json
 from lib.postprocess import DETECTIONS, PRIORS, Detections, add_nms, postprocess
 from lib.pretrained import embed
 from lib.sources import recognise
@@ -48,21 +57,13 @@ from lib.sources import recognise
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto
 
-FORMAT = "detector/1"
-OPSET = 18
+OPSET = 18  # the least that torch's exporter writes
+IR_VERSION = 8  # that of opset 18; onnxruntime reads the exporter's own from 1.18 on only
 TOLERANCE = 1e-4  # of logits, offsets, scores and normalised boxes
 AP_TOLERANCE = 5e-4
 SENSITIVITY_PICTURES = 8
 DIFFERENCES = ("supernet_difference", "score_difference", "box_difference")
-
-
-def require(*names: str) -> list[ModuleType]:
-    """Import optional packages. Raises UserError with the command that installs the missing ones."""
-    packages = dict.fromkeys(name.partition(".")[0] for name in names)
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
-    if missing:
-        raise UserError(f"ONNX files need packages that are missing; pip install {' '.join(missing)}")
-    return [importlib.import_module(name) for name in names]
+Save = Callable[..., None]  # one of the functions save_* of lib.converters
 
 
 def export_graph(detector: Detector, nms: bool = True) -> ModelProto:
@@ -93,19 +94,24 @@ def export_graph(detector: Detector, nms: bool = True) -> ModelProto:
         part.doc_string = ""
     if nms:
         model = add_nms(model, detector.config.postprocess)
+    model.ir_version = IR_VERSION
+    onnx.helper.set_model_props(model, metadata_of(detector))
+    return model
+
+
+def metadata_of(detector: Detector) -> dict[str, str]:
+    """What an exported file says about itself: JSON by key, see lib.converters.Metadata."""
     metadata = {
         "classes": detector.classes,
         "category_ids": detector.category_ids,
         "genotype": detector.genotype.to_dict(),
-        "image_size": size,
+        "image_size": detector.model.image_size,
         "postprocess": asdict(detector.config.postprocess),
         "boxes": "xyxy, shares of the picture's width and height",
         "epoch": detector.epoch,
         "thresholds": list(detector.thresholds),
     }
-    entries = {key: json.dumps(value) for key, value in metadata.items()}
-    onnx.helper.set_model_props(model, {"format": FORMAT, **entries})
-    return model
+    return {"format": FORMAT, **{key: json.dumps(value) for key, value in metadata.items()}}
 
 
 def with_every_output(model: ModelProto, config: PostprocessConfig) -> ModelProto:
@@ -118,75 +124,37 @@ def with_every_output(model: ModelProto, config: PostprocessConfig) -> ModelProt
     return model
 
 
-def open_session(model: Path | bytes):
-    """An onnxruntime session on the CPU with torch's number of threads. `model` is a file or its bytes."""
-    (onnxruntime,) = require("onnxruntime")
-    if isinstance(model, Path) and not model.is_file():
-        raise UserError(f"{model}: no such file")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    try:
-        source = str(model) if isinstance(model, Path) else model
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's exceptions have no base class of their own
-        name = model if isinstance(model, Path) else "the exported graph"
-        raise UserError(f"{name}: onnxruntime cannot read it: {' '.join(str(error).split())[:200]}") from None
-
-
-def run_session(session, images: Tensor, outputs: Sequence[str]) -> list[Tensor]:
-    """The named outputs for images (B, 3, S, S) uint8."""
-    arrays = session.run(list(outputs), {"images": images.cpu().numpy()})
-    return [torch.from_numpy(array) for array in arrays]
-
-
-class Metadata(NamedTuple):
-    """What an exported file says about itself, as JSON; its types are checked."""
-
-    classes: list[str]
-    category_ids: list[int | None]
-    genotype: dict
-    image_size: Annotated[int, Bounds(32, 8192)]
-    postprocess: PostprocessConfig
-    epoch: Annotated[int, Bounds(0)]
-    thresholds: list[Annotated[float, Bounds(0, 1)] | None]
-
-
-def read_metadata(session, path: Path) -> Metadata:
-    """The metadata that `final_train.py --export` wrote: classes, category_ids, genotype, image_size, postprocess."""
-    stored = session.get_modelmeta().custom_metadata_map
-    if stored.get("format") != FORMAT:
-        raise UserError(f"{path}: not a detector of final_train.py --export (its metadata lacks format {FORMAT})")
-    parts = {key: parse_json(stored[key], f"{path}: metadata {key}") for key in Metadata._fields if key in stored}
-    if isinstance(parts.get("postprocess"), dict):  # an older file may lack a key
-        parts["postprocess"] = {**vars(PostprocessConfig()), **parts["postprocess"]}
-    found = check({"thresholds": [], **parts}, Metadata, f"{path}: metadata")
-    with naming(path):
-        check_ids(found.category_ids, found.classes)
-        Genotype.from_dict(found.genotype)
-    return found
-
-
-def unpad(boxes: Tensor, scores: Tensor, labels: Tensor) -> list[Detections]:
-    """The detections of each image from boxes (B, K, 4), scores (B, K) and labels (B, K), padded with zeros."""
-    return [Detections(b[k > 0], s[k > 0], k[k > 0]) for b, s, k in zip(boxes, scores, labels, strict=True)]
-
-
-def write(model: ModelProto, path: Path, detector: Detector, test: Annotations, exact_ap: float | None = None) -> dict:
+def write(
+    model: ModelProto,
+    path: Path,
+    detector: Detector,
+    test: Annotations,
+    exact_ap: float | None = None,
+    save: Save = save_onnx,
+) -> dict:
     """Write `model` to `path` if it passes the gate, and return the report of `compare`. Else raise UserError.
 
-    The check reads the written bytes, under a temporary name. A graph that fails leaves no file. An int8 graph differs
-    from the detector: with `exact_ap`, that of the exact file, there is no gate, and the report has the loss of AP.
+    The check reads the written bytes. A file that fails does not stay. An int8 or fp16 file differs from the detector:
+    with `exact_ap`, that of the exact file, there is no gate, and the report has the loss of AP.
     """
-    with replacing(path) as file:
-        file.write(model.SerializeToString())
-        file.flush()
-        report = compare(Path(file.name), detector, test, parity=exact_ap is None)
+    with tempfile.TemporaryDirectory(prefix=".", dir=path.parent) as folder:
+        draft = Path(folder) / path.name
+        save(model, draft)
+        if draft.suffix == ".onnx":
+            every = with_every_output(require("onnx")[0].load(draft), detector.config.postprocess)
+            run = session_runner(open_session(every.SerializeToString()))
+        else:
+            _, run = open_exported(draft)
+        report = compare(run, detector, test, parity=exact_ap is None or math.isnan(exact_ap))
         if exact_ap is None:
             refuse(report, path)
         else:
             report["AP_loss"] = exact_ap - report["AP"]
-    return {**report, "bytes": path.stat().st_size}
+        parts = sorted(Path(folder).iterdir())  # OpenVINO's are a .bin and an .xml
+        report["bytes"] = sum(part.stat().st_size for part in parts)
+        for part in parts:
+            part.replace(path.with_name(part.name))
+    return report
 
 
 def update_report(reports: dict[str, dict], folder: Path) -> None:
@@ -210,28 +178,28 @@ def refuse(report: dict, path: Path) -> None:
 
 def describe(report: dict) -> str:
     """A report in one line."""
+    worst = f"largest difference of an output {max(report.get(name, 0.0) for name in DIFFERENCES):.1g}"
+    if math.isnan(report["AP"]):
+        return f"{worst} on {report['images']} pictures; without objects, no AP"
     text = f"AP {report['AP']:.4f} on {report['images']} test images"
     if "AP_loss" in report:
         text += f", a loss of {report['AP_loss']:.4f}"
         if kept := report.get("float_layers"):
             text += f"; {report['int8_layers']} convolutions in int8, {len(kept)} in float: {', '.join(kept)}"
         return text
-    worst = max(report[name] for name in DIFFERENCES)
-    return f"{text}, the torch detector's {report['AP_torch']:.4f}; largest difference of an output {worst:.1g}"
+    return f"{text}, the torch detector's {report['AP_torch']:.4f}; {worst}"
 
 
 @torch.inference_mode()
-def compare(path: Path, detector: Detector, test: Annotations, parity: bool = True) -> dict:
+def compare(run: Runner, detector: Detector, test: Annotations, parity: bool = True) -> dict:
     """AP, AP50 and, with `parity`, the differences of an exported file from its detector, on every test image.
 
-    Three paths must agree: the elastic network (see `elastic_view`), the plain network, and the file in onnxruntime.
+    Three paths must agree: the elastic network (see `elastic_view`), the plain network, and the file in its runtime.
     `supernet_difference` is the largest absolute one of logits and offsets between the first two, `score_difference`
     and `box_difference` are those of all priors, before NMS, between the last two. `AP_torch` is the detector's AP.
     """
-    (onnx,) = require("onnx")
     config, network = detector.config, detector.model
     rules = config.postprocess
-    session = open_session(with_every_output(onnx.load(path), rules).SerializeToString())
     deployed = ScoresAndBoxes(network, config)
     elastic = elastic_view(detector) if parity else None
     worst = dict.fromkeys(DIFFERENCES, 0.0)
@@ -239,15 +207,15 @@ def compare(path: Path, detector: Detector, test: Annotations, parity: bool = Tr
     trained = []
     # One pass over the images serves both comparisons: tensors image by image, AP at the end.
     for images in test_images(detector, test):
-        *detections, prior_scores, prior_boxes = run_session(session, images, [*DETECTIONS, *PRIORS])
-        exported += unpad(*detections)
+        outputs = run(images)
+        exported += detections_of(outputs, rules)
         if not parity:
             continue
         logits, offsets = network(images)  # (B, P, C + 1), (B, P, 4)
         scores, boxes = deployed.decode(logits, offsets)  # (B, P, C), (B, P, 4)
         raw = torch.cat((logits, offsets), -1)
         elastic_raw = torch.cat(elastic(images, detector.genotype), -1)
-        pairs = ((elastic_raw, raw), (prior_scores, scores), (prior_boxes, boxes))
+        pairs = ((elastic_raw, raw), (outputs[PRIORS[0]], scores), (outputs[PRIORS[1]], boxes))
         for name, (a, b) in zip(DIFFERENCES, pairs, strict=True):
             # max() would lose a NaN that is not the first argument, so NaN counts as infinite.
             worst[name] = max(worst[name], float((a - b).abs().nan_to_num(nan=math.inf).max()))
@@ -295,6 +263,7 @@ def write_int8(
     exact_ap: float,
     batches: Sequence[Tensor],
     bound: float | None = None,
+    save: Save = save_onnx,
 ) -> dict:
     """Write the int8 version of an exported graph, calibrated on `batches`, and return its report.
 
@@ -303,7 +272,7 @@ def write_int8(
     """
 
     def attempt(kept: Sequence[str]) -> dict:
-        report = write(quantize(model, batches, kept), path, detector, test, exact_ap)
+        report = write(quantize(model, batches, kept), path, detector, test, exact_ap, save)
         names = [name.removeprefix("model.").removesuffix(".weight") for name in kept]
         return {**report, "int8_layers": len(convolutions(model)) - len(kept), "float_layers": names}
 

@@ -1,8 +1,8 @@
-"""A finished detector on pictures: best.pt through PyTorch, or an exported detector.onnx through onnxruntime.
+"""A finished detector on pictures: best.pt through PyTorch, or an exported file through its runtime.
 
     from lib.inference import load
 
-    detector = load("runs/bccd/final/best.pt")  # or detector.onnx
+    detector = load("runs/bccd/final/best.pt")  # or detector.onnx, .xml, .tflite
     boxes, scores, names = detector("photo.jpg")
 
 `draw_pictures` writes pictures with their detections drawn, and all detections as COCO results. It never writes where
@@ -35,9 +35,9 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from lib import UserError, checkpoint
 from lib.config import DataConfig
+from lib.converters import detections_of, open_exported
 from lib.datasets import load_annotations
-from lib.detector import Detector, detect, load_detector
-from lib.export import DETECTIONS, open_session, read_metadata, run_session, unpad
+from lib.detector import EXPORTED, Detector, detect, load_detector
 from lib.images import MAX_PIXELS, UnreadableImage, is_signed, read_picture, write_picture
 from lib.log import progress, say
 from lib.metrics import to_pixels
@@ -123,23 +123,20 @@ class PictureDetector:
 
 
 def load(path: str | Path, device: str = "auto") -> PictureDetector:
-    """The detector in a run's folder (its best.pt), a checkpoint, or an exported .onnx file. Raises UserError.
+    """The detector in a run's folder (its best.pt), a checkpoint, or a file of --export. Raises UserError.
 
-    `device` is a value of --device, and applies to checkpoints; onnxruntime runs on the CPU.
+    `device` is a value of --device, and applies to checkpoints; exported files run on the CPU.
     """
     path = Path(path)
-    if path.suffix != ".onnx":
+    if path.suffix not in EXPORTED:
         return torch_detector(load_detector(path), device)
-    session = open_session(path)
-    metadata = read_metadata(session, path)
-    if [output.name for output in session.get_outputs()] != list(DETECTIONS):
-        raise UserError(f"{path}: was exported with --no-nms, so it has no detections as its output")
+    metadata, run_file = open_exported(path)
     classes = tuple(metadata.classes)
 
     def run(images: Tensor) -> list[Detections]:
         try:
-            found = unpad(*run_session(session, images, DETECTIONS))
-        except Exception as error:  # the graph may be a stranger's, and onnxruntime's exceptions have no common base
+            found = detections_of(run_file(images), metadata.postprocess)
+        except Exception as error:  # the file may be a stranger's, and the runtimes' exceptions have no common base
             raise UserError(f"{path}: does not run on its pictures: {error}") from None
         if any((image.labels > len(classes)).any() for image in found):
             raise UserError(f"{path}: finds labels above {len(classes)}, the number of its classes")

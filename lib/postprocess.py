@@ -75,6 +75,14 @@ def postprocess(
     return found
 
 
+def suppress(scores: Tensor, boxes: Tensor, config: PostprocessConfig) -> list[Detections]:
+    """Detections of each image from the scores (B, P, C) and the boxes (B, P, 4), normalised xyxy, of all priors."""
+    best, place = scores.flatten(1).sort(descending=True)
+    prior, label = place // scores.shape[2], place % scores.shape[2]
+    picked = boxes.gather(1, prior[..., None].expand(-1, -1, 4))
+    return _detect(torch.cat((picked, best[..., None], label[..., None]), -1), scores.shape[1:], config)[0]
+
+
 def _best_candidates(
     scores: Tensor, offsets: Tensor, priors_cxcywh: Tensor, variances: Sequence[float], count: int
 ) -> Tensor:

@@ -20,23 +20,15 @@ from lib import UserError, checkpoint, export
 from lib.annotations import Objects
 from lib.config import PostprocessConfig
 from lib.config_io import to_dict
+from lib.converters import check_metadata, open_exported, open_session, require, run_session, unpad
 from lib.datasets import load_annotations
 from lib.detector import SSD, ScoresAndBoxes, fuse
 from lib.export import (
-    DETECTIONS,
-    PRIORS,
-    add_nms,
-    compare,
     elastic_view,
     export_graph,
-    open_session,
     quantize,
-    read_metadata,
     refuse,
-    require,
-    run_session,
     sensitivities,
-    unpad,
     update_report,
     with_every_output,
     write,
@@ -45,7 +37,7 @@ from lib.export import (
 from lib.genotype import Genotype
 from lib.head import Predictors
 from lib.metrics import to_pixels
-from lib.postprocess import class_scores, postprocess
+from lib.postprocess import DETECTIONS, PRIORS, add_nms, class_scores, postprocess
 from lib.priors import decode
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
@@ -191,7 +183,7 @@ def test_the_file_says_what_it_holds(exported):
     graph = add_nms(raw, detector.config.postprocess)
     onnx.checker.check_model(graph, full_check=True)
     session = open_session(graph.SerializeToString())
-    metadata = read_metadata(session, "detector.onnx")
+    metadata = check_metadata(session.get_modelmeta().custom_metadata_map, "detector.onnx")
     assert metadata.classes == ["cat", "dog", "eel"] and metadata.category_ids == [1, 7, 9]
     assert Genotype.from_dict(metadata.genotype) == detector.genotype
     assert metadata.image_size == SIZE and metadata.epoch == 5
@@ -236,7 +228,7 @@ def test_padding_is_cut_off_image_by_image():
 
 def test_files_that_are_no_detectors_are_named(tmp_path):
     with pytest.raises(UserError, match=r"missing\.onnx: no such file"):
-        open_session(tmp_path / "missing.onnx")
+        open_exported(tmp_path / "missing.onnx")
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(b"no graph")
     with pytest.raises(UserError, match=r"broken\.onnx: onnxruntime cannot read it"):
@@ -245,7 +237,7 @@ def test_files_that_are_no_detectors_are_named(tmp_path):
     other = tmp_path / "other.onnx"
     onnx.save(onnx.parser.parse_model(text), other)
     with pytest.raises(UserError, match=r"other\.onnx: not a detector"):
-        read_metadata(open_session(other), other)
+        open_exported(other)
 
 
 @pytest.fixture(scope="module")
@@ -392,8 +384,7 @@ def test_an_elastic_layer_that_computes_something_else_is_seen(trained, monkeypa
 def test_a_measured_graph_is_written_whatever_its_ap(trained, tmp_path):
     detector, graph, test = trained
     same, worse = tmp_path / "same.onnx", tmp_path / "detector_int8.onnx"
-    onnx.save(graph, same)
-    exact = compare(same, detector, test)["AP"]
+    exact = write(graph, same, detector, test)["AP"]
     assert write(graph, same, detector, test, exact)["AP_loss"] == 0
     report = write(tampered(graph, suppress_more), worse, detector, test, exact)
     assert report["AP_loss"] == exact - report["AP"] > 0.01 and worse.is_file()
@@ -446,8 +437,8 @@ def test_the_weights_take_a_byte_each(graphs):
 
 
 def test_the_metadata_stay(graphs):
-    a, b = (read_metadata(open_session(g.SerializeToString()), "x") for g in graphs[:2])
-    assert a == b
+    a, b = ({entry.key: entry.value for entry in graph.metadata_props} for graph in graphs[:2])
+    assert a == b and check_metadata(a, "x").image_size == SIZE
 
 
 @pytest.fixture(scope="module")
@@ -484,7 +475,7 @@ def test_the_script_exports_and_predicts_the_same(folder, data, tiny_graph, monk
 @pytest.mark.parametrize(
     ("arguments", "pattern"),
     [
-        (["--int8"], "--no-nms and --int8 go with --export"),
+        (["--int8"], "--no-nms, --int8, --half and --calibrate go with --export"),
         (["--eval-only", "--load", "detector.onnx"], r"detector\.onnx: an exported detector; expected .*best\.pt"),
         (["--predict", "best.pt", "--load", "missing.onnx"], r"missing\.onnx: no such file"),
     ],

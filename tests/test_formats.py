@@ -15,9 +15,9 @@ import torch
 
 from lib import UserError, checkpoint, cli, config_io, inference, pretrained
 from lib.config import Config, PostprocessConfig
+from lib.converters import check_metadata
 from lib.datasets import load_split
 from lib.detector import load_detector, load_supernet
-from lib.export import read_metadata
 from lib.genotype import Genotype, read_genotype_file, read_genotype_files
 from lib.latency import FORMAT as LATENCY
 from lib.latency import LatencyTable, all_features, load_table, shared_parts
@@ -284,9 +284,7 @@ def test_no_metadata_of_an_exported_file_ends_in_a_traceback(detector):
     }
 
     def read(entries: dict) -> object:
-        stored = {"format": "detector/1", **entries}
-        session = SimpleNamespace(get_modelmeta=lambda: SimpleNamespace(custom_metadata_map=stored))
-        return read_metadata(session, "other.onnx")
+        return check_metadata({"format": "detector/1", **entries}, "other.onnx")
 
     assert read({key: json.dumps(value) for key, value in content.items()}).image_size == 64
     for what, mutant in mutants(content, seed=1):
@@ -307,14 +305,10 @@ def test_no_metadata_of_an_exported_file_ends_in_a_traceback(detector):
     ],
 )
 def test_an_exported_file_that_answers_nonsense_is_named(outputs, words, monkeypatch):
-    session = SimpleNamespace(
-        get_outputs=lambda: [SimpleNamespace(name=name) for name in ("boxes", "scores", "labels")]
-    )
-    monkeypatch.setattr(inference, "open_session", lambda path: session)
     rules = {"postprocess": PostprocessConfig(), "thresholds": []}
     metadata = SimpleNamespace(classes=["cat", "dog"], category_ids=[1, 2], image_size=64, **rules)
-    monkeypatch.setattr(inference, "read_metadata", lambda *_: metadata)
-    monkeypatch.setattr(inference, "run_session", lambda *_: outputs)
+    named = dict(zip(("boxes", "scores", "labels"), outputs, strict=False))
+    monkeypatch.setattr(inference, "open_exported", lambda path: (metadata, lambda images: named))
     with pytest.raises(UserError, match=rf"other\.onnx: {words}"):
         inference.load("other.onnx").detect(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
 

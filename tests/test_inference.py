@@ -19,7 +19,6 @@ from torchvision.ops import box_iou
 from lib import UserError, inference
 from lib.config import DataConfig
 from lib.detector import load_detector
-from lib.export import add_nms
 from lib.images import UnreadableImage, read_picture
 from lib.inference import (
     EMPTY_LIST,
@@ -35,7 +34,7 @@ from lib.inference import (
     plan_jobs,
 )
 from lib.metrics import to_pixels
-from lib.postprocess import Detections, postprocess
+from lib.postprocess import Detections, add_nms, postprocess
 from lib.transforms import EvalTransform
 
 FOUND = Detections(
@@ -98,9 +97,10 @@ def test_an_exported_file_gives_the_same(tiny_checkpoint, exported, picture):
     assert load(tiny_checkpoint).threshold is None  # as in files of before there were any
 
 
-def test_a_file_without_nms_is_refused(exported):
-    with pytest.raises(UserError, match=r"detector_raw\.onnx: was exported with --no-nms"):
-        load(exported / "detector_raw.onnx")
+def test_a_file_without_nms_finds_the_same(exported, picture):
+    raw, whole = (load(exported / name)(picture) for name in ("detector_raw.onnx", "detector.onnx"))
+    torch.testing.assert_close(raw.scores, whole.scores, rtol=0, atol=1e-6)
+    assert sorted(raw.names) == sorted(whole.names)
 
 
 def test_what_cannot_be_read_is_named(tiny_checkpoint, tmp_path):
