@@ -5,6 +5,7 @@
     python async_search.py --load runs/bccd/supernet --gpus cpu,cpu --controller pareto-evo
     python async_search.py --resume                           # go on after any interruption
     python async_search.py --resume --finalists 3             # short trainings decide which of three is best.json
+    python async_search.py --front-table                      # what each member of the front is worth as an ONNX file
     python async_search.py --dispatcher ray --ray-address auto    # on the machines of a Ray cluster
     python async_search.py --measure-latency cpu              # writes latency_cpu.json, by which a search knows latency
     python async_search.py --measure-latency cpu --latency-runtime onnxruntime
@@ -37,17 +38,18 @@ from lib.controllers import Budget, RandomSearch, limits_of, make_controller
 from lib.datasets import load_annotations, load_split
 from lib.detector import Supernet, load_supernet
 from lib.dispatcher import Result, TimeLimit, WorkerPool
+from lib.final_training import supernet_path
 from lib.genotype import Genotype, read_genotype_files
 from lib.latency import RUNTIMES, Coster, load_table, measure_table
 from lib.ledger import Ledger
 from lib.log import Throttle, duration, progress, say
 from lib.plan import scoring_seconds
 from lib.ray_dispatcher import pick_dispatcher
-from lib.report import write_results
+from lib.report import write_front_table, write_results
 from lib.runtime import Stopped, StopRequest, pick_device, run
 from lib.scoring import prepare_scoring_data, save_scoring_data, scoring_worker
 from lib.search import Identity, Job, Search, cost_text
-from lib.trials import train_finalists
+from lib.trials import measure_front, train_finalists
 
 IMAGES = "images.pt"  # the pictures that the workers share while they run
 
@@ -218,6 +220,11 @@ def make_parser() -> argparse.ArgumentParser:
         default=0,
         metavar="K",
         help="train the K most promising shortly (final.epochs / 4); the best of them becomes best.json",
+    )
+    add(
+        "--front-table",
+        action="store_true",
+        help="measure the front of the last search (or of --train-dir) as float and int8 ONNX files, and stop",
     )
     add("--max-flops", type=float, metavar="N", help="budget: multiply-adds of the whole detector, e.g. 300e6")
     add("--max-params", type=float, metavar="N", help="budget: parameters of the whole detector")
@@ -427,9 +434,26 @@ def report_end(search: Search, folder: Path, top: int) -> None:
     print(f"next: {cli.command('final_train.py', genotype=folder / 'best.json')}")
 
 
+def measure(task: Task, dry_run: bool) -> None:
+    """--front-table: measure the members of the front as ONNX files. Nothing is written before the end."""
+    folder = task.run.folder
+    front = [Genotype.from_dict(member) for member in read_genotype_files(folder / "pareto.json")]
+    train, judge = (task.annotations.subset(rows) for rows in task.split)
+    print(f"front table: {len(front)} members of {folder / 'pareto.json'}, each as a float and an int8 ONNX file")
+    if not dry_run:
+        measured = measure_front(front, task.supernet, task.run.config, train, judge)
+        print(write_front_table(folder, front, {"supernet": checkpoint.sha256(task.path), **measured}))
+        print(f"wrote {folder / 'front_table.json'}, {folder / 'report.html'}")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     cli.refuse_torchrun("async_search.py")
+    if args.front_table:
+        args.resume, args.train_dir = True, args.train_dir or last_run("search")
+        if args.train_dir is None:
+            raise UserError("--front-table: no search found: run one, or name its folder with --train-dir")
+        args.load = supernet_path(Config(), read_genotype_files(args.train_dir / "pareto.json")[0], args.load)
     source = args.load or last_run("supernet")
     if source is None:
         raise UserError("no supernet run found: train one with supernet_train.py, or name its folder with --load")
@@ -452,7 +476,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     task = prepare(args, search_run, supernet, path)
     print_plan(task)
     with cli.claim(folder / "evals.jsonl", args):
-        if args.dry_run:
+        if args.front_table:
+            measure(task, args.dry_run)
+        elif args.dry_run:
             print_estimate(task)
         else:
             run_search(task, args)

@@ -14,6 +14,7 @@ because the export of torchvision's NMS depends on the versions of both librarie
 
 from __future__ import annotations
 
+import bisect
 import copy
 import json
 import logging
@@ -183,10 +184,8 @@ def describe(report: dict) -> str:
         return f"{worst} on {report['images']} pictures; without objects, no AP"
     text = f"AP {report['AP']:.4f} on {report['images']} test images"
     if "AP_loss" in report:
-        text += f", a loss of {report['AP_loss']:.4f}"
-        if kept := report.get("float_layers"):
-            text += f"; {report['int8_layers']} convolutions in int8, {len(kept)} in float: {', '.join(kept)}"
-        return text
+        kept = report.get("float_layers", [])
+        return f"{text}, a loss of {report['AP_loss']:.4f}{'; in float: ' * bool(kept)}{', '.join(kept)}"
     return f"{text}, the torch detector's {report['AP_torch']:.4f}; {worst}"
 
 
@@ -273,21 +272,15 @@ def write_int8(
 
     def attempt(kept: Sequence[str]) -> dict:
         report = write(quantize(model, batches, kept), path, detector, test, exact_ap, save)
-        names = [name.removeprefix("model.").removesuffix(".weight") for name in kept]
-        return {**report, "int8_layers": len(convolutions(model)) - len(kept), "float_layers": names}
+        return {**report, "float_layers": [name.removeprefix("model.").removesuffix(".weight") for name in kept]}
 
     report = attempt([])
     if bound is None or not report["AP_loss"] > bound:
         return report
     change = sensitivities(model, batches[0][:SENSITIVITY_PICTURES], detector.config.postprocess)
     ordered = sorted(change, key=change.get, reverse=True)
-    too_few, enough = 0, len(ordered)
-    while enough - too_few > 1:
-        middle = (too_few + enough) // 2
-        if attempt(ordered[:middle])["AP_loss"] > bound:
-            too_few = middle
-        else:
-            enough = middle
+    every = range(len(ordered))
+    enough = bisect.bisect_left(every, True, lo=1, key=lambda count: attempt(ordered[:count])["AP_loss"] <= bound)
     return attempt(ordered[:enough])
 
 
@@ -310,19 +303,17 @@ def sensitivities(model: ModelProto, images: Tensor, config: PostprocessConfig) 
 
 
 def float_nodes(graph: GraphProto, kept: Collection[str]) -> list[str]:
-    """The nodes that stay in float: the convolutions `kept`, what is beside none of the others, and what follows all.
+    """The nodes that stay in float: convolutions `kept`, sums that follow none in int8, and what comes after them all.
 
-    Between two convolutions in int8, what has an int8 kernel needs no way back to float and forth.
+    A Clip or Relu is in int8 where its convolution is, and then needs no way back to float and forth.
     """
     last = max(i for i, node in enumerate(graph.node) if node.op_type == "Conv")
+    in_int8 = {node.output[0] for node in graph.node if node.op_type == "Conv" and node.input[1] not in kept}
     left = [node.name for node in graph.node[last + 1 :]]
-    beside: set[str] = set()  # tensors that come from an int8 convolution, without a sum in between
     for node in graph.node[: last + 1]:
-        chosen = node.input[1] not in kept if node.op_type == "Conv" else beside.intersection(node.input)
-        if not chosen:
+        beside_none = node.op_type == "Add" and in_int8.isdisjoint(node.input)
+        if beside_none or (node.op_type == "Conv" and node.output[0] not in in_int8):
             left.append(node.name)
-        elif node.op_type != "Add":
-            beside.update(node.output)
     return left
 
 

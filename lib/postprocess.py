@@ -1,7 +1,4 @@
-"""From a detector's raw output to detections: scores, box decoding and non-maximum suppression of a whole batch.
-
-NMS is here once more as an ONNX graph, by the same rules, for the files that lib.export writes.
-"""
+"""From a detector's raw output to detections: scores, decoding and NMS of a whole batch; and NMS as an ONNX graph."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Short trainings of several genotypes by one recipe, in a folder of their own.
+"""Several genotypes side by side: short trainings by one recipe, and what the members of a front are worth as files.
 
-Each trial that is done has a result.json, so an interrupted run continues with the next one. Two uses: the finalists of
+Each training that is done has a result.json, so an interrupted run continues with the next one. Two uses: finalists of
 a search, of which the best becomes best.json, and --compare, a table of the found network and others.
 """
 
@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import json
 import random
+import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,13 +21,14 @@ from lib import UserError, checkpoint, naming
 from lib.annotations import Annotations
 from lib.config import Config
 from lib.config_io import to_dict
-from lib.detector import ElasticSSD, Supernet, recalibrate
+from lib.detector import Detector, ElasticSSD, Supernet, recalibrate
+from lib.export import export_graph, quantize, write
 from lib.final_training import FinalTraining, cut_student, evaluate, final_loader, some_images
 from lib.genotype import Genotype
-from lib.latency import fused_detectors, time_detectors
-from lib.log import finite, say
+from lib.latency import ROUNDS, fused_detectors, time_detectors, visit_file
+from lib.log import finite, progress, say
 from lib.plain import check, read_json
-from lib.runtime import device_name, seed_everything
+from lib.runtime import device_name, seed_everything, time_interleaved
 from lib.search import Search
 from lib.training_run import read_previous
 
@@ -174,6 +177,38 @@ def train_finalists(
     objective = search.settings.objective
     for record, result in zip(records.values(), trials.results, strict=True):
         search.trained[record["key"]] = check(result["fine_tuned"].get(objective), float, f"{folder}: {objective}")
+
+
+def measure_front(
+    front: Sequence[Genotype], supernet: Supernet, config: Config, train: Annotations, judge: Annotations
+) -> dict:
+    """Costs, AP, milliseconds and size of each member of a front as a float and an int8 ONNX file: "rows", and "about".
+
+    It is made as for a candidate's score: inherited weights, BatchNorm re-estimated on pictures of `train`. Each file,
+    without NMS, is verified against the torch detector on `judge`; onnxruntime then runs all of them in turns.
+    """
+    table, visits = {}, []
+    with tempfile.TemporaryDirectory() as folder:
+        for number, genotype in enumerate(progress(front, "members of the front")):
+            images = list(some_images(train, genotype.image_size, config))
+            model = supernet.detector.extract(genotype).eval()
+            recalibrate(model, images, torch.device("cpu"))
+            detector = Detector(model, config, genotype, judge.classes, judge.category_ids, supernet.epoch)
+            graph = export_graph(detector, nms=False)
+            files = [Path(folder) / f"{number}{suffix}.onnx" for suffix in ("", "_int8")]
+            exact = write(graph, files[0], detector, judge)
+            small = write(quantize(graph, images), files[1], detector, judge, exact["AP"])
+            visits += [partial(visit_file, file, genotype.image_size) for file in files]
+            cost = supernet.detector.cost(genotype)
+            row = {"pixels": genotype.image_size, "M madds": cost.flops / 1e6, "M params": cost.params / 1e6}
+            row |= {"AP torch": exact["AP_torch"], "AP float": exact["AP"], "AP int8": small["AP"]}
+            table[str(genotype)] = row | {"MB float": exact["bytes"] / 1e6, "MB int8": small["bytes"] / 1e6}
+        times = time_interleaved(visits, config.search.latency_threads, ROUNDS)
+    for row, ms, ms_int8 in zip(table.values(), times[::2], times[1::2], strict=True):
+        row |= {"ms float": ms, "ms int8": ms_int8}
+    device, threads = device_name(torch.device("cpu")), config.search.latency_threads
+    about = f"inherited weights; AP on {len(judge)} images of the search split; ms a picture before NMS, onnxruntime on"
+    return {"about": f"{about} {device}, CPU threads: {threads}", "rows": table}
 
 
 def contestants(

@@ -19,7 +19,7 @@ from lib import report
 from lib.controllers import pareto_front
 from lib.genotype import Genotype, read_genotype_file
 from lib.images import read_picture
-from lib.report import search_page, worker_use, write_results
+from lib.report import search_page, worker_use, write_front_table, write_results
 
 FOLDER = Path("runs/a/search")
 VOID = {"meta"}  # elements that HTML never closes
@@ -206,6 +206,32 @@ def test_a_page_that_cannot_be_drawn_ends_no_search(tmp_path, monkeypatch, capsy
     write_results(make_search(make_records(5)), tmp_path)
     assert "report.html: not drawn: AttributeError: " in capsys.readouterr().out
     assert (tmp_path / "report.html").read_text() == "the last one"
+
+
+def test_the_table_of_the_front_stays_on_the_page(tmp_path, undrawn, told):
+    search = make_search(told)
+    front = [Genotype.from_dict(record["genotype"]) for record in search.front()]
+    rows = {str(genotype): {"pixels": genotype.image_size, "AP int8": 0.25 + k} for k, genotype in enumerate(front)}
+    write_results(search, tmp_path)
+    first = (tmp_path / "report.html").read_text()
+    assert "none: see --front-table" in read(first)
+    measured = {"about": "<AP> and ms", "supernet": "abc"}
+    write_front_table(tmp_path, front, {**measured, "rows": {"a member that has gone": {"pixels": 9, "AP int8": 9}}})
+    text = write_front_table(tmp_path, front, {**measured, "rows": rows})
+    assert text.splitlines()[0] == "<AP> and ms" and text.splitlines()[1].split() == ["index", "pixels", "AP", "int8"]
+    assert [line.split()[::2] for line in text.splitlines()[2:]] == [[f"{k}", f"{0.25 + k}"] for k in range(len(front))]
+    page = (tmp_path / "report.html").read_text()
+    assert text in read(page)
+    # The search that goes on has it in the same place, one by another supernet has not; an older page gets the place.
+    write_results(search, tmp_path)
+    assert (tmp_path / "report.html").read_text() == page
+    content = json.loads((tmp_path / "front_table.json").read_text())
+    (tmp_path / "front_table.json").write_text(json.dumps({**content, "supernet": "other"}))
+    assert search_page(search, tmp_path) == first
+    older = re.sub("<section><h2>The front as files.*?</section>\n", "", first, flags=re.DOTALL)
+    (tmp_path / "report.html").write_text(older)
+    write_front_table(tmp_path, front, {**measured, "rows": rows})
+    assert (tmp_path / "report.html").read_text() == page
 
 
 def job(worker: str, start: float, end: float, status: str = "ok") -> dict:

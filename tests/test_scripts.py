@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -21,9 +22,9 @@ from tiny_data import read_voc, write_voc
 from tiny_runs import FINAL, REPOSITORY, SEARCH, SUPERNET, environment, finish, read_lines, run, start
 
 import async_search
-from lib import checkpoint, latency, runtime
+from lib import checkpoint, export, latency, runtime, trials
 from lib.checkpoint import code_revision
-from lib.detector import load_supernet
+from lib.detector import ScoresAndBoxes, fuse, load_supernet
 from lib.genotype import Genotype
 from lib.images import read_picture
 
@@ -304,6 +305,50 @@ def test_a_search_knows_latency_by_its_table(flow, tmp_path, monkeypatch, capsys
     front = json.loads((tmp_path / "search/pareto.json").read_text())
     times = [member["metrics"]["latency_ms"] for member in front["front"]]
     assert front["costs"] == ["latency_ms"] and times == sorted(times) and times[-1] <= limit + 1e-3
+
+
+def trace(detector, nms):
+    """The graph without NMS by torch's old exporter, which takes a moment."""
+    onnx, file = pytest.importorskip("onnx"), io.BytesIO()
+    images = torch.zeros(2, 3, detector.model.image_size, detector.model.image_size, dtype=torch.uint8)
+    axes = {name: {0: "batch"} for name in ("images", *export.PRIORS)}
+    names = {"input_names": ["images"], "output_names": list(export.PRIORS), "opset_version": export.OPSET}
+    model = ScoresAndBoxes(fuse(detector.model), detector.config)
+    torch.onnx.export(model, (images,), file, **names, dynamic_axes=axes, dynamo=False)
+    return onnx.load_from_string(file.getvalue())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_each_member_of_the_front_is_measured_as_a_file(flow, tmp_path, monkeypatch, capsys):
+    """AP is the one that the search gave it; the report has the table; nothing else changes."""
+    pytest.importorskip("onnxruntime")
+    folder = tmp_path / "search"
+    shutil.copytree(flow[0] / "runs/tiny/search", folder)
+    front = json.loads((folder / "pareto.json").read_text())
+    (folder / "pareto.json").write_text(json.dumps({**front, "front": front["front"][-1:]}))  # one member is faster
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.chdir(flow[0])
+    monkeypatch.setattr(trials, "export_graph", trace)
+    monkeypatch.setattr(trials, "ROUNDS", 1)
+    monkeypatch.setattr(runtime, "REPETITIONS", 1)
+    options = ["--front-table", "--train-dir", str(folder), "--set", "data.workers=0"]
+    async_search.main([*options, "--dry-run"])
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    async_search.main(options)
+    printed = capsys.readouterr().out
+    members = json.loads(before["pareto.json"])["front"]
+    rows = json.loads((folder / "front_table.json").read_text())["rows"]
+    assert list(rows) == [str(Genotype.from_dict(member)) for member in members] and len(rows) == 1
+    for k, (member, row) in enumerate(zip(members, rows.values(), strict=True)):
+        assert row["AP torch"] == pytest.approx(member["metrics"]["AP"], abs=1e-6) and row["AP torch"] > 0
+        assert abs(row["AP float"] - row["AP torch"]) <= export.AP_TOLERANCE and row["AP int8"] >= 0
+        assert row["M madds"] == member["metrics"]["flops"] / 1e6 and row["MB int8"] > 0 < row["MB float"]
+        assert 0 < row["ms float"] < 1000 and 0 < row["ms int8"] < 1000
+        line = "".join(f"{value:>9.4g}" for value in (k, *row.values()))
+        assert line in printed and line in (folder / "report.html").read_text()
+    after = {path.name: path.read_bytes() for path in folder.iterdir()}
+    same = before.keys() - {"report.html", ".lock"}
+    assert after.keys() - before.keys() == {"front_table.json"} and all(after[name] == before[name] for name in same)
 
 
 def test_importing_the_scripts_runs_nothing(tmp_path):
