@@ -281,6 +281,7 @@ class FinalConfig(TrainConfig):
     clip_grad_norm: Annotated[float, Bounds(0, 1e9)] = 5.0
     freeze_base_net: bool = False  # train the backbone at `base_net_lr` instead of `learning_rate`, BatchNorm frozen
     base_net_lr: LearningRateOrZero = 5e-4
+    compile: bool = False  # the training's forward and backward pass by torch.compile, which takes minutes to begin
     genotypes: str = ""  # a genotype file or an aw_nas genotype string; "" = best.json of the last search
     supernet_state_dict: str = ""  # a supernet's run or checkpoint; "" = the one that the genotype file names
 

@@ -25,6 +25,7 @@ from lib.latency import time_parts
 from lib.log import finite, plot_training, progress, say
 from lib.losses import DetectionLoss, Targets
 from lib.metrics import Evaluation, to_pixels
+from lib.plain import shown
 from lib.postprocess import Detections
 from lib.pretrained import as_table, load_pretrained
 from lib.scoring import calibration_rows, whole_batches
@@ -142,6 +143,17 @@ def freeze_norms(module: nn.Module) -> None:
             child.eval()
 
 
+def compiled(model: SSD, device: torch.device) -> nn.Module:
+    """`model`, whose forward pass torch compiles at the first call. Raises UserError where it cannot."""
+    try:
+        # A missing compiler shows now, before anything is written, and not within a step.
+        torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
+    except Exception as error:
+        reason = shown(next((line for line in str(error).splitlines() if line), type(error).__name__))
+        raise UserError(f"final.compile: needs a C++ compiler, and Triton for a GPU: {reason}") from None
+    return torch.compile(model)
+
+
 class FinalTraining(Training):
     """Trains one detector, evaluates it on the test set and keeps the best epoch's weights as best.pt.
 
@@ -176,6 +188,7 @@ class FinalTraining(Training):
         backbone_lr = settings.base_net_lr if settings.freeze_base_net else None
         steps = loader.batch_sampler.batches_per_epoch
         trainer = Trainer(student.model, settings, device, steps, backbone_lr=backbone_lr)
+        self.network = compiled(trainer.model, device) if settings.compile else trainer.model
         due = {*range(settings.eval_every, settings.epochs + 1, settings.eval_every), settings.epochs}
         super().__init__(trainer, loader, folder, due, previous, tensorboard)
 
@@ -188,7 +201,7 @@ class FinalTraining(Training):
         return self.trainer.model.priors
 
     def losses(self, batch: Batch, targets: Targets | None) -> Iterator[Losses]:
-        return detection_losses(self.trainer.model, self.loss, batch, targets)
+        return detection_losses(self.network, self.loss, batch, targets)
 
     def score(self, epoch: int) -> None:
         """Evaluate on the test set; a new best is written to best.pt and metrics.json."""

@@ -124,6 +124,34 @@ def test_the_best_evaluation_is_kept(train):
     assert train.evaluated == [1, 2, 3]  # nothing is left to do
 
 
+def test_a_compiled_network_trains_as_it_is_and_leaves_no_trace(train, monkeypatch):
+    """It may be switched on when a run is resumed. The backend only traces: the compiled code is torch's affair."""
+    changes = {"final__precision": "bf16", "final__ema_decay": 0.9}
+    train.run(**changes)
+    expected = checkpoint.read(train.folder / "last.pt")
+    losses = [record["losses"] for record in read_log(train.folder / "log.jsonl") if record["kind"] == "train"]
+    shutil.copy(train.folder / "epoch_0001.pt", train.folder / "last.pt")
+    calls, real = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: calls.append(f) or real(f, backend="eager", fullgraph=True))
+    train.run(resume=True, final__compile=True, **changes)
+    found = checkpoint.read(train.folder / "last.pt")
+    assert len(calls) == 2
+    for part in ("model", "ema"):
+        assert found[part].keys() == expected[part].keys()
+    again = [record["losses"] for record in read_log(train.folder / "log.jsonl") if record["kind"] == "train"]
+    assert again == [pytest.approx(each, rel=1e-4) for each in losses]
+
+
+def test_without_a_compiler_nothing_is_written(train, monkeypatch):
+    def cannot(function):
+        raise RuntimeError("\nNo working C++ compiler found\nSet TORCHDYNAMO_VERBOSE=1")
+
+    monkeypatch.setattr(torch, "compile", cannot)
+    with pytest.raises(UserError, match=r"final.compile: needs a C.. compiler.*: 'No working C.. compiler found'$"):
+        train.make(final__compile=True)
+    assert not train.folder.exists()
+
+
 @pytest.mark.parametrize(("objective", "epoch"), [("AP", 2), ("AP50", 3), ("mAP", 1)])
 def test_the_best_epoch_is_that_of_the_objective(train, capsys, objective, epoch):
     """The mAP is NaN here, since no object counts: the first epoch stays."""
