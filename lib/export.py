@@ -62,7 +62,6 @@ OPSET = 18  # the least that torch's exporter writes
 IR_VERSION = 8  # that of opset 18; onnxruntime reads the exporter's own from 1.18 on only
 TOLERANCE = 1e-4  # of logits, offsets, scores and normalised boxes
 AP_TOLERANCE = 5e-4
-SENSITIVITY_PICTURES = 8
 DIFFERENCES = ("supernet_difference", "score_difference", "box_difference")
 Save = Callable[..., None]  # one of the functions save_* of lib.converters
 
@@ -277,7 +276,7 @@ def write_int8(
     report = attempt([])
     if bound is None or not report["AP_loss"] > bound:
         return report
-    change = sensitivities(model, batches[0][:SENSITIVITY_PICTURES], detector.config.postprocess)
+    change = sensitivities(model, batches[0][:8], detector.config.postprocess)
     ordered = sorted(change, key=change.get, reverse=True)
     every = range(len(ordered))
     enough = bisect.bisect_left(every, True, lo=1, key=lambda count: attempt(ordered[:count])["AP_loss"] <= bound)
