@@ -20,11 +20,9 @@ from lib.config_io import to_dict
 from lib.controllers import pareto_front
 from lib.genotype import Genotype
 from lib.log import duration, finite, say
-from lib.plain import read_json
 from lib.scoring import CONFIDENCE
-from lib.search import COSTS, Search, cost_text
+from lib.search import COSTS, FRONT_TABLE, Search, cost_text, front_table
 
-FRONT_TABLE = "front-table/1"
 MEASURED = "The front as files"
 REFRESH_SECONDS = 60  # an open page reloads itself this often while the search runs
 PAUSE_SECONDS = 60.0  # no worker is without a job for this long: a longer gap lies between two runs of the script
@@ -78,14 +76,14 @@ def search_page(search: Search, folder: Path) -> str:
     errors = [record.get("error", "no reason recorded") for record in search.told if record["status"] == "failed"]
     reasons = Counter(error.strip().splitlines()[-1] for error in errors)
     failures = [f"{count} × {reason}" for reason, count in reasons.most_common()]
-    genotypes = [Genotype.from_dict(record["genotype"]) for record in search.front()]
+    front = [Genotype.from_dict(record["genotype"]) for record in search.front()]
     sections = {
         "Summary": [element("p", _summary(search, reused=len(search.told) - len(own)))],
         "Fronts": [svg(lambda axis, cost=cost: _draw_front(axis, search, cost), f"front by {cost}") for cost in costs],
         "Best so far, beside random search": _history(search, folder),
         "Finalists": [element("pre", "\n".join(search.describe_finalists()) or "none: see --finalists")],
         "The front, cheapest first": _members(search, folder, costs),
-        MEASURED: [element("pre", front_table(folder, genotypes, search.identity.supernet_sha256))],
+        MEASURED: [element("pre", front_table(folder, front, search.identity.supernet_sha256))],
         "Workers": _workers(own),
         "Failed evaluations": [element("pre", "\n".join(failures) or "none")],
     }
@@ -231,19 +229,6 @@ def _members(search: Search, folder: Path, costs: Sequence[str]) -> Iterator[Htm
             element("code", Genotype.from_dict(record["genotype"])),
             element("pre", cli.command("final_train.py", genotype=folder / "pareto.json", index=k)),
         )
-
-
-def front_table(folder: Path, front: Sequence[Genotype], sha256: str) -> str:
-    """What --front-table measured of the members of this supernet's front, as text."""
-    path = folder / "front_table.json"
-    content = read_json(path, FRONT_TABLE) if path.is_file() else {}
-    if content.get("supernet") != sha256:
-        return "none: see --front-table"
-    lines = [content["about"], "".join(f"{name:>9}" for name in ("index", *next(iter(content["rows"].values()))))]
-    for k, genotype in enumerate(front):
-        if row := content["rows"].get(str(genotype)):
-            lines.append("".join(f"{value:>9.4g}" for value in (k, *row.values())))
-    return "\n".join(lines)
 
 
 def write_front_table(folder: Path, front: Sequence[Genotype], measured: dict) -> str:

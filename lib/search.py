@@ -24,6 +24,7 @@ from lib.genotype import Genotype
 from lib.latency import Coster
 from lib.ledger import Ledger, checked, evaluation_basis, evaluation_key
 from lib.log import say
+from lib.plain import check, read_json
 from lib.scoring import Interval, interval, rests_on, unpack
 
 TAIL = 0.1  # on either side of the range of what random search would have found
@@ -32,6 +33,7 @@ COSTS = {  # how a cost is shown: its name, what it is divided by, its unit
     "params": ("parameters", 1e6, "M"),
     "latency_ms": ("latency", 1.0, "ms"),
 }
+FRONT_TABLE = "front-table/1"
 Job = tuple[str, dict]  # the key of an evaluation, and what the scoring worker needs
 
 
@@ -296,6 +298,24 @@ class Search:
         """What random search would have found with as many evaluations, as far as the ledger can tell."""
         scores = [r["metrics"][self.settings.objective] for r in self.random_evaluations()]
         return best_of_random(scores, most=len(self.scored))
+
+
+class _FrontTable(NamedTuple):
+    supernet: str
+    about: str
+    rows: dict[str, dict[str, float]]
+
+
+def front_table(folder: Path, front: Sequence[Genotype], supernet_sha256: str) -> str:
+    """What --front-table measured of the members of this supernet's front, as text."""
+    path = folder / "front_table.json"
+    content = check(read_json(path, FRONT_TABLE), _FrontTable, str(path)) if path.is_file() else None
+    if content is None or content.supernet != supernet_sha256:
+        return "none: see --front-table"
+    rows = {k: content.rows[str(genotype)] for k, genotype in enumerate(front) if str(genotype) in content.rows}
+    heads = ("index", *next(iter(rows.values()), ()))
+    lines = ["".join(f"{value:>9.4g}" for value in (k, *row.values())) for k, row in rows.items()]
+    return "\n".join([content.about, "".join(f"{head:>9}" for head in heads), *lines])
 
 
 class BestOf(NamedTuple):
