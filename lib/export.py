@@ -321,7 +321,7 @@ def quantize(model: ModelProto, batches: Iterable[Tensor], kept: Collection[str]
 
     Weights are quantised per channel, activations to the range seen on `batches` of unaugmented training images,
     (B, 3, S, S) uint8. The convolutions `kept`, and what follows the last one (scores, decoding, NMS), stay in float.
-    So does the first one, which works on few channels and alone cost 0.03 to 0.04 AP in int8 (docs/performance.md).
+    So does the first one, which works on few channels and by itself cost 0.03 to 0.04 AP in int8 (docs/performance.md).
     """
     kept = {*kept, convolutions(model)[0]}
     onnx, quantization, shapes = require("onnx", "onnxruntime.quantization", "onnxruntime.quantization.shape_inference")
