@@ -49,7 +49,7 @@ from lib.report import write_front_table, write_results
 from lib.runtime import Stopped, StopRequest, pick_device, run
 from lib.scoring import prepare_scoring_data, save_scoring_data, scoring_worker
 from lib.search import Identity, Job, Search, cost_text
-from lib.trials import measure_front, train_finalists
+from lib.trials import measure_front, recall_finalists, shortened, train_finalists
 
 IMAGES = "images.pt"  # the pictures that the workers share while they run
 
@@ -219,7 +219,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=int,
         default=0,
         metavar="K",
-        help="train the K most promising shortly (final.epochs / 4); the best of them becomes best.json",
+        help="train the K most promising for final.epochs / 4; the best of them becomes best.json",
     )
     add(
         "--front-table",
@@ -370,11 +370,14 @@ def scoring_workers(task: Task, config: Config, sha256: str) -> Iterator[WorkerP
 def run_search(task: Task, args: argparse.Namespace) -> None:
     """Search, score the front again on all images if a part was used, write the results."""
     folder = task.run.folder
+    # A Ray cluster's devices need not be this machine's.
+    device = pick_device("auto" if args.dispatcher == "ray" else task.devices[0]) if args.finalists else None
     with Ledger(folder / "evals.jsonl") as ledger, StopRequest() as stop:
         checkpoint.remove_leftovers(folder)
         task.run.save_config()
         remember("search", folder)
         search = open_search(task, ledger, args.resume)
+        recall_finalists(search, folder / "finalists")
         with contextlib.suppress(OSError):
             (folder / IMAGES).unlink()  # a run that was killed leaves it
         try:
@@ -387,6 +390,7 @@ def run_search(task: Task, args: argparse.Namespace) -> None:
             raise
         if search.scored:
             write_results(search, folder, args.top)
+        if search.scored and not (finished and args.finalists):
             report_end(search, folder, args.top)
         if not finished:
             how = "" if search.scored else "before an evaluation succeeded; "
@@ -394,10 +398,10 @@ def run_search(task: Task, args: argparse.Namespace) -> None:
         if not search.scored:
             raise UserError(f"no evaluation succeeded; see {folder / 'evals.jsonl'}")
     if args.finalists:
-        path, pictures, device = task.path, task.annotations, pick_device(task.devices[0])
-        train_finalists(search, task.supernet, path, pictures, task.split, device, folder / "finalists", args.finalists)
+        options = task.split, device, folder / "finalists", args.finalists
+        train_finalists(search, task.supernet, task.path, task.annotations, *options)
         write_results(search, folder, args.top)
-        print("\n".join(search.describe_finalists()))
+        report_end(search, folder, args.top)
 
 
 def evaluate(
@@ -429,6 +433,8 @@ def report_end(search: Search, folder: Path, top: int) -> None:
             f"{len(ties)} of the front's {len(front)} cannot be told from the best on {front[0]['images']} images; "
             f"the cheapest of them, {cheapest}: {train_it}"
         )
+    for line in search.describe_finalists():
+        print(line)
     files = ["best.json", "pareto.json", *(["top.json"] if top else []), "report.html"]
     print(f"wrote {', '.join(str(folder / name) for name in files)}")
     print(f"next: {cli.command('final_train.py', genotype=folder / 'best.json')}")
@@ -450,6 +456,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     cli.refuse_torchrun("async_search.py")
     if args.front_table:
+        if args.finalists or args.top or args.start_from or args.measure_latency:
+            raise UserError("--front-table: measures a finished search; --finalists, --top, ... go with a search")
         args.resume, args.train_dir = True, args.train_dir or last_run("search")
         if args.train_dir is None:
             raise UserError("--front-table: no search found: run one, or name its folder with --train-dir")
@@ -475,6 +483,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"{folder}: holds a training (last.pt); a search needs a folder of its own (--train-dir)")
     task = prepare(args, search_run, supernet, path)
     print_plan(task)
+    if args.finalists:
+        epochs = shortened(search_run.config, None).final.epochs
+        print(f"finalists: {args.finalists} are trained for {epochs} epochs each after the search")
     with cli.claim(folder / "evals.jsonl", args):
         if args.front_table:
             measure(task, args.dry_run)

@@ -450,7 +450,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("--tiles: goes with --predict")
     if args.int8_loss is not None and not (args.int8 and not args.calibrate and 0 <= args.int8_loss <= 1):
         found = f"--int8-loss {args.int8_loss}"
-        raise UserError(f"{found}: expected a difference of AP, from 0 to 1, --int8, and the data set (no --calibrate)")
+        raise UserError(f"{found}: expected a loss of AP from 0 to 1; it needs --int8 and does not go with --calibrate")
     if (args.no_nms or args.int8 or args.half or args.calibrate) and not args.export:
         raise UserError("--no-nms, --int8, --half and --calibrate go with --export")
     if args.half and args.export != "openvino":

@@ -12,6 +12,7 @@ import importlib.util
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +25,7 @@ from lib import UserError, naming
 from lib.config import PostprocessConfig
 from lib.detector import Detector, ScoresAndBoxes, check_ids, fuse
 from lib.genotype import Genotype
-from lib.plain import Bounds, check, parse_json
+from lib.plain import MOST_BYTES, Bounds, check, parse_json
 from lib.postprocess import DETECTIONS, PRIORS, Detections, suppress
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ def _open_openvino(path: Path) -> tuple[Metadata, Runner]:
         found = {name for output in network.outputs for name in output.get_names()}
         network.add_outputs([name for name in PRIORS if name not in found])
         compiled = core.compile_model(network, "CPU", settings)
-    except RuntimeError as error:
+    except (RuntimeError, AttributeError) as error:  # the latter of metadata that are no texts
         raise UserError(f"{path}: OpenVINO cannot read it: {' '.join(str(error).split())[:200]}") from None
     names = [name for name in (*DETECTIONS, *PRIORS) if name in found.union(PRIORS)]
 
@@ -175,9 +176,11 @@ def save_litert(detector: Detector, path: Path, metadata: Mapping[str, str]) -> 
 def _open_litert(path: Path) -> tuple[Metadata, Runner]:
     (runtime,) = require("ai_edge_litert.interpreter")
     try:
-        metadata = check_metadata(json.loads(zipfile.ZipFile(path).read(INSIDE)), path)
+        with zipfile.ZipFile(path).open(INSIDE) as file:
+            texts = parse_json(file.read(MOST_BYTES), str(path))
+        metadata = check_metadata(check(texts, dict[str, str], f"{path}: {INSIDE}"), path)
         signature = runtime.Interpreter(str(path), num_threads=torch.get_num_threads()).get_signature_runner()
-    except (zipfile.BadZipFile, KeyError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, RuntimeError, OSError) as error:
         raise UserError(f"{path}: LiteRT cannot read it, or it is not from --export litert: {error}") from None
 
     def run(images: Tensor) -> dict[str, Tensor]:

@@ -269,18 +269,19 @@ def write_int8(
     to suffice: with all of them in float nothing is lost.
     """
 
-    def attempt(kept: Sequence[str]) -> dict:
-        report = write(quantize(model, batches, kept), path, detector, test, exact_ap, save)
+    def attempt(kept: Sequence[str], target: Path) -> dict:
+        report = write(quantize(model, batches, kept), target, detector, test, exact_ap, save)
         return {**report, "float_layers": [name.removeprefix("model.").removesuffix(".weight") for name in kept]}
 
-    report = attempt([])
-    if bound is None or not report["AP_loss"] > bound:
-        return report
-    change = sensitivities(model, batches[0][:8], detector.config.postprocess)
-    ordered = sorted(change, key=change.get, reverse=True)
-    every = range(len(ordered))
-    enough = bisect.bisect_left(every, True, lo=1, key=lambda count: attempt(ordered[:count])["AP_loss"] <= bound)
-    return attempt(ordered[:enough])
+    kept: Sequence[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        draft = Path(folder) / path.name  # an interruption leaves no attempt in the place of the file
+        if bound is not None and attempt(kept, draft)["AP_loss"] > bound:
+            change = sensitivities(model, batches[0][:8], detector.config.postprocess)
+            order = sorted(change, key=change.get, reverse=True)
+            enough = lambda count: attempt(order[:count], draft)["AP_loss"] <= bound  # noqa: E731
+            kept = order[: bisect.bisect_left(range(len(order)), True, lo=1, key=enough)]
+    return attempt(kept, path)
 
 
 def convolutions(model: ModelProto) -> list[str]:

@@ -307,7 +307,7 @@ def read_yolo_txt(
 ) -> list[tuple[str, tuple[float, ...], bool]]:
     """As `VocFile.objects`, of a picture of `size` (width, height). Polygons become their boxes.
 
-    Behind a box may stand the numbers of its `keypoints`, which are so many.
+    A box may be followed by `keypoints` numbers, those of its keypoints, which are ignored.
     """
     objects = []
     for number, line in enumerate(read_text(path).splitlines(), 1):

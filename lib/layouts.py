@@ -46,7 +46,7 @@ class Found(NamedTuple):
     split_of: dict[str, str]  # of each item (list, file or folder): "train", "trainval", "val", "test", or ""
     parts: Callable[[list[str]], list[Any]]  # of some items: Pairs, or for COCO the JSON files
     names: dict[int, str] | None = None  # YOLO's classes by number
-    keypoints: int = 0  # the numbers that YOLO's lines have behind a box
+    keypoints: int = 0  # the numbers that YOLO's lines have after a box
 
 
 class Tree:

@@ -41,7 +41,8 @@ def write_results(search: Search, folder: Path, top: int = 0) -> None:
     def genotype_file(record: dict) -> dict:
         noise = search.noise(record)
         extra = {"noise": finite(noise._asdict())} if noise else {}
-        extra |= {"trained": search.trained[record["key"]]} if record["key"] in search.trained else {}
+        trained = search.trained_score(record)
+        extra |= {} if trained is None else {"trained": trained}
         return {**record["genotype"], "metrics": record["metrics"], **extra, **provenance}
 
     lists = {"pareto.json": search.front(), **({"top.json": search.top(top)} if top else {})}

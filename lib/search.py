@@ -112,7 +112,7 @@ class Search:
         self.told: list[dict] = []
         self.scored: list[dict] = []
         self.rescored: list[dict] = []
-        self.trained: dict[str, float] = {}  # by key: the objective of finalists after a short training
+        self.trained: dict[str, float] = {}  # by genotype as text: the objective of finalists after a short training
         self._best: dict = {}  # of `scored`
         self._running: dict[str, dict] = {}  # by key: what the record will hold of the proposal
 
@@ -244,7 +244,7 @@ class Search:
         """
         taken: Counter[int] = Counter()
         places = []
-        for rank, record in enumerate(sorted(self.rescored or self.scored, key=self._rank)):
+        for rank, record in enumerate(sorted(self.scored, key=self._rank)):
             size = record["genotype"]["image_size"]
             places.append((taken[size], rank, record))
             taken[size] += 1
@@ -252,18 +252,26 @@ class Search:
 
     def winner(self) -> dict:
         """What best.json is: the finalist that a short training made the best, else the best with inherited weights."""
-        known = [record for record in self.rescored or self.scored if record["key"] in self.trained]
-        return max(known, key=lambda record: self.trained[record["key"]], default=self.best())
+        return max(self._finalists(), key=self.trained_score, default=self.best())
+
+    def trained_score(self, record: dict) -> float | None:
+        """The objective of a finalist after its short training; None of any other record."""
+        return self.trained.get(str(Genotype.from_dict(record["genotype"]))) if self.trained else None
+
+    def _finalists(self) -> list[dict]:
+        """Best first with inherited weights; scored on all images where the front was."""
+        again = {str(record["genotype"]): record for record in self.rescored}
+        ranked = sorted(self.scored, key=self._rank) if self.trained else []
+        return [again.get(str(r["genotype"]), r) for r in ranked if self.trained_score(r) is not None]
 
     def describe_finalists(self) -> list[str]:
         """A line for each: what it costs, its score with inherited weights and after its short training."""
         objective, cost = self.settings.objective, self.settings.costs[0]
         return [
             f"finalist, {record['genotype']['image_size']} px, {cost_text(record['metrics'], cost)}: {objective} "
-            f"{record['metrics'][objective]:.4f} inherited, {self.trained[record['key']]:.4f} after a short training"
-            + ", best.json"
-            * (record is self.winner())
-            for record in self.promising(len(self.trained))
+            f"{record['metrics'][objective]:.4f} inherited, {self.trained_score(record):.4f} after a short training"
+            + (", best.json" if record is self.winner() else "")
+            for record in self._finalists()
         ]
 
     def top(self, count: int) -> list[dict]:
@@ -309,7 +317,10 @@ class _FrontTable(NamedTuple):
 def front_table(folder: Path, front: Sequence[Genotype], supernet_sha256: str) -> str:
     """What --front-table measured of the members of this supernet's front, as text."""
     path = folder / "front_table.json"
-    content = check(read_json(path, FRONT_TABLE), _FrontTable, str(path)) if path.is_file() else None
+    try:
+        content = check(read_json(path, FRONT_TABLE), _FrontTable, str(path)) if path.is_file() else None
+    except UserError as error:  # no reason to end a search
+        return str(error)
     if content is None or content.supernet != supernet_sha256:
         return "none: see --front-table"
     rows = {k: content.rows[str(genotype)] for k, genotype in enumerate(front) if str(genotype) in content.rows}

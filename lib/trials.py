@@ -7,6 +7,7 @@ a search, of which the best becomes best.json, and --compare, a table of the fou
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import random
 import tempfile
@@ -17,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from lib import UserError, checkpoint, naming
+from lib import UserError, checkpoint, config_io, naming
 from lib.annotations import Annotations
 from lib.config import Config
 from lib.config_io import to_dict
@@ -34,6 +35,10 @@ from lib.training_run import read_previous
 
 SIMILAR = 0.1  # random sub-networks have multiply-adds within this share of the found one's
 TRIES = 4000
+# Keys that no trial depends on, beside those that its folder and its data decide, and exceptions.
+UNUSED = ("name", "data.", "supernet.", "search.", "search_space.schedule_cfg.", "final.compile", "final.genotypes")
+UNUSED += ("final.supernet_state_dict", "final.save_")
+DECIDING = ("search.objective", "search.bn_images", "search.batch_size")
 ELSEWHERE = "remove it, or start elsewhere with --train-dir"
 STARTS = {"inherited": "inherited, no training", "fine_tuned": "fine-tuned", "scratch": "from scratch"}
 
@@ -81,6 +86,8 @@ def read_result(path: Path, starts: Sequence[str] = tuple(STARTS)) -> dict:
     columns = [("name", str), ("genotype", dict), ("flops", float), ("params", float)]
     content = read_json(path)
     check(content, NamedTuple("Result", [*columns, *((start, Scores) for start in starts)]), str(path))
+    with naming(path):
+        Genotype.from_dict(content["genotype"])
     return content
 
 
@@ -107,17 +114,29 @@ class Trials:
         }
         self.plan = json.loads(json.dumps(plan))  # tuples become lists, as in the file
         path = folder / "plan.json"
-        known = check(read_json(path), dict, str(path)) if path.exists() else self.plan
-        if other := [key for key in ("supernet", "data", "config") if known.get(key) != self.plan[key]]:
-            raise UserError(f"{folder}: holds a comparison with another '{other[0]}'; {ELSEWHERE}")
+        if path.exists():
+            known = check(read_json(path), dict, str(path))
+            other = [key for key in ("supernet", "data") if known.get(key) != self.plan[key]]
+            saved = config_io.from_dict(check(known.get("config"), dict, f"{path}: config"), f"{path}: config")
+            changed = (key for key, *_ in config_io.differences(recipe.config, saved))
+            other += [key for key in changed if key in DECIDING or not key.startswith(UNUSED)]
+            if other:
+                raise UserError(f"{folder}: holds trials with another {other[0]}; {ELSEWHERE}")
+        for name, genotype in networks.items():
+            result = self._result(name)
+            if result.exists() and Genotype.from_dict(read_result(result, starts)["genotype"]) != genotype:
+                raise UserError(f"{result}: is of another genotype than {name} is now; {ELSEWHERE}")
         checkpoint.write_text(path, json.dumps(self.plan, indent=1) + "\n")
+
+    def _result(self, name: str) -> Path:
+        return self.folder / name.replace(" ", "_") / "result.json"
 
     def run(self) -> None:
         """Do what is missing; then `results` are complete. Raises Stopped after a signal."""
         self.results.clear()
         for number, (name, genotype) in enumerate(self.networks.items(), start=1):
-            folder = self.folder / name.replace(" ", "_")
-            result = folder / "result.json"
+            result = self._result(name)
+            folder = result.parent
             if not result.exists():
                 say(f"{name}, {number} of {len(self.networks)}")
                 content = {"name": name, "genotype": genotype.to_dict()}
@@ -129,9 +148,6 @@ class Trials:
                 for last in folder.glob("*/last*.pt"):
                     last.unlink()
             self.results.append(read_result(result, self.starts))
-            with naming(result):
-                if Genotype.from_dict(self.results[-1]["genotype"]) != genotype:
-                    raise UserError(f"is of another genotype than {name} is now; {ELSEWHERE}")
 
     def _try(self, start: str, genotype: Genotype, folder: Path) -> dict:
         """The metrics of one network from one start."""
@@ -163,20 +179,30 @@ def train_finalists(
     folder: Path,
     count: int,
 ) -> None:
-    """Train the most promising candidates of a search shortly; the best of them then is `search.winner()`.
+    """Train the most promising candidates of a search briefly; the best of them then is `search.winner()`.
 
     They learn from the first part of the `split` and are judged by the second, which scored the candidates: the test
     set is for the detector that comes out.
     """
-    records = {f"{r['genotype']['image_size']}px_{r['key'][:8]}": r for r in search.promising(count)}
-    genotypes = {name: Genotype.from_dict(record["genotype"]) for name, record in records.items()}
+    chosen = [Genotype.from_dict(record["genotype"]) for record in search.promising(count)]
+    genotypes = {f"{g.image_size}px_{hashlib.sha256(str(g).encode()).hexdigest()[:8]}": g for g in chosen}
     train, judge = (annotations.subset(rows) for rows in split)
     recipe = Recipe(shortened(search.config, None), supernet, supernet_path, train, judge, device)
     trials = Trials(recipe, folder, genotypes, ["fine_tuned"])
     trials.run()
     objective = search.settings.objective
-    for record, result in zip(records.values(), trials.results, strict=True):
-        search.trained[record["key"]] = check(result["fine_tuned"].get(objective), float, f"{folder}: {objective}")
+    for genotype, result in zip(chosen, trials.results, strict=True):
+        search.trained[str(genotype)] = check(result["fine_tuned"].get(objective), float, f"{folder}: {objective}")
+
+
+def recall_finalists(search: Search, folder: Path) -> None:
+    """Let a search that goes on know the finalists in `folder` that were trained from its supernet's weights."""
+    plan = folder / "plan.json"
+    if plan.is_file() and check(read_json(plan), dict, str(plan)).get("supernet") == search.identity.supernet_sha256:
+        for path in folder.glob("*/result.json"):
+            result = read_result(path, ["fine_tuned"])
+            score = check(result["fine_tuned"].get(search.settings.objective), float, str(path))
+            search.trained[str(Genotype.from_dict(result["genotype"]))] = score
 
 
 def measure_front(

@@ -117,7 +117,7 @@ def formats(detector, tiny_config, tmp_path_factory):
     numbers |= {"network": shared_parts(detector), "runtime": "torch", "tau": 0.9}
     table = LatencyTable("cpu", "a", torch="2", image_sizes=[64], ms=ms, **numbers)
     trial = {"AP": 0.5, "AP50": 0.7}
-    result = {"name": "found", "genotype": {}, "flops": 5, "params": 5}
+    result = {"name": "found", "genotype": detector.space.smallest().to_dict(), "flops": 5, "params": 5}
     result |= dict.fromkeys(("inherited", "fine_tuned", "scratch"), trial)
     images = Images()
     arguments = cli.make_parser("", "").parse_args([])

@@ -206,7 +206,7 @@ def test_a_comparison_trains_each_contestant_from_both_starts_and_resumes(flow, 
         row["latency_ms"] = None
     assert repeated == rows
     done = finish(start(tmp_path, FINAL, *options, "--resume", "--compare-epochs", "2"))
-    assert done.returncode == 2 and "compare: holds a comparison with another 'config'" in done.stderr
+    assert done.returncode == 2 and "compare: holds trials with another final.epochs" in done.stderr
 
 
 def test_a_pretrained_network_goes_through_all_stages(flow, arguments, tmp_path):
@@ -250,6 +250,8 @@ def test_short_trainings_choose_among_the_finalists(flow, tmp_path):
     times = {path: path.stat().st_mtime for path in search.glob("finalists/*/fine_tuned/*")}
     assert "finalist, " in run(folder, SEARCH, *again)
     assert times == {path: path.stat().st_mtime for path in search.glob("finalists/*/fine_tuned/*")}
+    run(folder, SEARCH, "--gpus", "cpu", "--train-dir", search, "--resume", "--top", 2)  # still knows them
+    assert json.loads((search / "best.json").read_text())["trained"] == best["trained"]
     assert "trained" not in json.loads((folder / "runs/tiny/search/best.json").read_text())
 
 

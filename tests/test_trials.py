@@ -62,9 +62,34 @@ def test_trials_by_another_plan_are_named_and_left_alone(recipe, networks, tmp_p
     Trials(recipe, tmp_path, networks)
     before = (tmp_path / "plan.json").read_text()
     (tmp_path / "supernet.pt").write_text("other weights")
-    with pytest.raises(UserError, match=r"holds a comparison with another 'supernet'; .*--train-dir"):
+    with pytest.raises(UserError, match=r"holds trials with another supernet; .*--train-dir"):
         Trials(recipe, tmp_path, networks)
     assert (tmp_path / "plan.json").read_text() == before and set(json.loads(before)) >= {"contestants", "data"}
+
+
+def test_what_no_trial_depends_on_may_change(recipe, networks, tmp_path):
+    """Also keys that the version lacked which wrote the plan."""
+    Trials(recipe, tmp_path, networks)
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    del plan["config"]["final"]["compile"]
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    recipe.config.search.num_epochs, recipe.config.name = 77, "other"
+    Trials(recipe, tmp_path, networks)
+    recipe.config.search.bn_images += 1
+    with pytest.raises(UserError, match=r"another search\.bn_images"):
+        Trials(recipe, tmp_path, networks)
+
+
+def test_a_network_in_the_place_of_another_is_refused_before_anything_is_written(recipe, networks, tmp_path):
+    Trials(recipe, tmp_path, networks)
+    content = {"name": "found", "genotype": networks["random 1"].to_dict(), "flops": 1, "params": 1}
+    content |= {start: {"AP": 0.5, "AP50": 0.5} for start in trials.STARTS}
+    (tmp_path / "found").mkdir()
+    (tmp_path / "found" / "result.json").write_text(json.dumps(content))
+    before = (tmp_path / "plan.json").read_text()
+    with pytest.raises(UserError, match=r"result\.json: is of another genotype than found is now"):
+        Trials(recipe, tmp_path, {"found": networks["found"]})
+    assert (tmp_path / "plan.json").read_text() == before
 
 
 # Whom --compare compares
