@@ -298,31 +298,33 @@ def export_detector(args: argparse.Namespace) -> None:
     else:
         test = load_annotations(config.data, "test")
     name = "detector_raw" if args.no_nms or args.export == "litert" else "detector"
+
+    def keep(file: Path, report: dict) -> dict:
+        """Report a file as soon as it is written: a later one may fail."""
+        export.update_report({file.name: report}, file.parent)
+        print(f"wrote {file}, {report['bytes'] / 1e6:.2f} MB: {export.describe(report)}")
+        return report
+
     if args.export == "litert":
         config.data.workers = 0  # the converter has started threads, and a process with threads must not fork
         save = partial(converters.save_litert, metadata=export.metadata_of(detector))
         file = path.with_name(f"{name}.tflite")
-        reports = {file.name: export.write(detector, file, detector, test, save=save)}
-    else:
-        graph = export.export_graph(detector, nms=not args.no_nms)
-        save, suffix = converters.save_onnx, "onnx"
-        if args.export == "openvino":
-            save, suffix = converters.save_openvino, "xml"
-        exact = path.with_name(f"{name}.{suffix}")
-        reports = {exact.name: export.write(graph, exact, detector, test, save=save)}
-        exact_ap = reports[exact.name]["AP"]
-        if args.half:
-            file, save_half = path.with_name(f"{name}_half.{suffix}"), partial(save, half=True)
-            reports[file.name] = export.write(graph, file, detector, test, exact_ap, save_half)
-        if args.int8:
-            file = path.with_name(f"{name}_int8.{suffix}")
-            seen = test if args.calibrate else load_annotations(config.data, "train")
-            images = list(some_images(seen, detector.model.image_size, config))
-            options = {"bound": args.int8_loss, "save": save}
-            reports[file.name] = export.write_int8(graph, file, detector, test, exact_ap, images, **options)
-    export.update_report(reports, path.parent)
-    for written, report in reports.items():
-        print(f"wrote {path.with_name(written)}, {report['bytes'] / 1e6:.2f} MB: {export.describe(report)}")
+        keep(file, export.write(detector, file, detector, test, save=save))
+        return
+    graph = export.export_graph(detector, nms=not args.no_nms)
+    save, suffix = converters.save_onnx, "onnx"
+    if args.export == "openvino":
+        save, suffix = converters.save_openvino, "xml"
+    file = path.with_name(f"{name}.{suffix}")
+    exact_ap = keep(file, export.write(graph, file, detector, test, save=save))["AP"]
+    if args.half:
+        file, save_half = path.with_name(f"{name}_half.{suffix}"), partial(save, half=True)
+        keep(file, export.write(graph, file, detector, test, exact_ap, save_half))
+    if args.int8:
+        file = path.with_name(f"{name}_int8.{suffix}")
+        seen = test if args.calibrate else load_annotations(config.data, "train")
+        images = list(some_images(seen, detector.model.image_size, config))
+        keep(file, export.write_int8(graph, file, detector, test, exact_ap, images, args.int8_loss, save))
 
 
 def predict(args: argparse.Namespace) -> None:
