@@ -457,7 +457,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cli.refuse_torchrun("async_search.py")
     if args.front_table:
         if args.finalists or args.top or args.start_from or args.measure_latency:
-            raise UserError("--front-table: measures a finished search; --finalists, --top, ... go with a search")
+            raise UserError("--front-table: does not go with --finalists, --top, --start-from or --measure-latency")
         args.resume, args.train_dir = True, args.train_dir or last_run("search")
         if args.train_dir is None:
             raise UserError("--front-table: no search found: run one, or name its folder with --train-dir")
@@ -470,7 +470,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     search_run = resolve_run(args, supernet, path)
     for flag, count in (("--top", args.top), ("--finalists", args.finalists)):
         if count < 0:
-            raise UserError(f"{flag} {count}: expected how many of the best, 0 or more")
+            raise UserError(f"{flag} {count}: expected a number of sub-networks, 0 or more")
     if args.save_every is not None and args.save_every < 1:
         raise UserError(f"--save-every {args.save_every}: expected a number of search epochs, at least 1")
     if (args.latency_runtime or args.measure_with) and not args.measure_latency:
