@@ -191,7 +191,8 @@ def _coco_pictures(path: Path, tree: Tree, images: dict, pictures: list[Picture]
         picture = f"{folder}/{files[own_id] or name}"
         try:
             if files[own_id] is None or picture in used:
-                raise UserError(f"{picture}: no such image (or listed twice), but {path} lists it")
+                problem = "listed twice in" if files[own_id] else "no such image, which is listed in"
+                raise UserError(f"{picture}: {problem} {path}")
             size = size or read_size(picture)
         except UserError as error:
             faults.add("picture", "missing or unreadable", str(error))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import functools
 import itertools
 import json
 import logging
@@ -15,11 +16,13 @@ import math
 import posixpath
 import re
 import struct
+import unicodedata
 import xml.etree.ElementTree as ElementTree
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 import numpy as np
 import yaml
@@ -118,6 +121,11 @@ def class_name(value: object) -> str:
 def slashes(path: str) -> str:
     """A path with the separators of Windows and its leading ./ replaced."""
     return re.sub(r"^(\./+)+", "", path.replace("\\", "/"))
+
+
+def loose(name: str) -> str:
+    """A name as other systems may spell it: macOS decomposes accents, Windows ignores case, URLs quote."""
+    return unicodedata.normalize("NFC", unquote(name)).casefold()
 
 
 def suffix_of(name: str) -> str:
@@ -257,7 +265,8 @@ def read_coco_json(path: Path, faults: Faults) -> CocoFile:
     usable = (np.abs(objects["box_xyxy"]) <= FARTHEST).all(1) & ~(np.abs(objects["area"]) > FARTHEST**2)
     malformed += [shown(box) for box in objects["box_xyxy"][~usable].tolist()]
     for found in malformed:
-        faults.add("object", "malformed annotation", f"{path}: malformed annotation {found}")
+        expected = "expected image_id, category_id and bbox (four numbers), found"
+        faults.add("object", "malformed annotation", f"{path}: malformed annotation: {expected} {found}")
     images: dict[int | str, tuple[str, tuple[int, int] | None]] = {}
     for entry in document["images"]:
         image = entry if isinstance(entry, dict) else {}
@@ -367,4 +376,20 @@ def yolo_label(picture: str) -> Path | None:
     beside = f"{stem(picture)}.txt"
     before, images, after = beside.rpartition("/images/")
     paths = ([f"{before}/labels/{after}"] if images else []) + [beside]
-    return next((Path(path) for path in paths if posixpath.exists(path)), None)
+    exact = (Path(path) for path in paths if posixpath.exists(path))
+    loosely = (found for path in paths if (found := _loosely(Path(path))))
+    return next(exact, None) or next(loosely, None)
+
+
+def _loosely(path: Path) -> Path | None:
+    """The file that has the `loose` name of `path` in its folder."""
+    with contextlib.suppress(OSError):
+        name = _names_in(path.parent, path.parent.stat().st_mtime_ns).get(loose(path.name))
+        return path.with_name(name) if name else None
+    return None
+
+
+@functools.lru_cache(maxsize=100)
+def _names_in(folder: Path, _changed: int) -> dict[str, str]:
+    """The names in a folder, which was last changed at a time, by how they are `loose`ly spelt."""
+    return {loose(path.name): path.name for path in folder.iterdir()}

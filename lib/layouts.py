@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from lib import UserError, did_you_mean, labels
 from lib.config import DataConfig
 from lib.images import SUFFIXES
-from lib.labels import SPLIT_OF, Faults, slashes, split_of, stem, suffix_of
+from lib.labels import SPLIT_OF, Faults, loose, slashes, split_of, stem, suffix_of
 
 # Pictures in these folders are the masks of others.
 MASKS = {"segmentationclass", "segmentationobject", "mask", "masks", "trimaps"}
@@ -73,11 +73,11 @@ class Tree:
 
     @functools.cached_property
     def by_stem(self) -> dict[tuple[str, str], list[str]]:
-        """Pictures and XML files by their kind and their name without folder and suffix."""
+        """Pictures and XML files by their kind and `loose` name without folder and suffix."""
         found = defaultdict(list)
         for kind in ("pictures", ".xml"):
             for path in self.files[kind]:
-                found[kind, basename(bare(path))].append(path)
+                found[kind, loose(basename(bare(path)))].append(path)
         return found
 
     def find(self, name: str, beside: str = "", kind: str = "pictures") -> str | None:
@@ -85,16 +85,21 @@ class Tree:
 
         Leading folders of `name` that are not here are ignored, but only an absolute path, which comes from another
         machine, may lose them all. Of several files the one that fits the label file `beside` best; None if that does
-        not tell.
+        not tell. A file that is spelt exactly so comes before those that are `loose`ly the same.
         """
-        candidates = self.by_stem.get((kind, basename(stem(name))), [])
+        return self._find(name, beside, kind, str) or self._find(name, beside, kind, loose)
+
+    def _find(self, name: str, beside: str, kind: str, spelling: Callable[[str], str]) -> str | None:
+        wanted = spelling(stem(name))
+        candidates = self.by_stem.get((kind, loose(basename(wanted))), [])
+        candidates = [path for path in candidates if spelling(basename(bare(path))) == basename(wanted)]
         if len(candidates) == 1 and "/" not in name:
             return candidates[0]
-        parts = stem(name).split("/")
+        parts = wanted.split("/")
         least = 1 if len(parts) == 1 or re.match(r"/|[A-Za-z]:", name) else 2
         for start in range(len(parts) - least + 1):
             end = "/" + "/".join(parts[start:])
-            if fitting := [path for path in candidates if f"{self.root}/{bare(path)}".endswith(end)]:
+            if fitting := [path for path in candidates if spelling(f"{self.root}/{bare(path)}").endswith(end)]:
                 break
         else:
             return None

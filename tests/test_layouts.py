@@ -205,6 +205,39 @@ def test_of_pictures_of_one_name_a_coco_file_means_those_of_its_split_and_no_mas
         load(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["COCO", "VOC", "YOLO"])
+@pytest.mark.parametrize(
+    ("written", "stored"),
+    [
+        ("\u00c4pfel", "A\u0308pfel"),  # as macOS decomposes it
+        ("IMG_a", "img_A"),  # Windows ignores case
+        ("p%20a", "p a"),  # an address
+        ("50%25", "50%25"),  # a name that only looks like one
+    ],
+)
+def test_names_that_other_systems_spell_otherwise(tmp_path, kind, written, stored):
+    """The label file says `written`, the picture is `stored`; exactly the same name comes first."""
+    objects = {f"{stored} {i}": [("cat", 5, 5, 30, 25)] for i in range(6)}
+    if kind == "YOLO":
+        yolo(tmp_path, lambda n: (f"images/{n}.jpg", f"labels/{n.replace(stored, written)}.txt"), objects)
+        (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    else:
+        for name in objects:
+            write_picture(tmp_path / "pictures" / f"{name}.jpg")
+        labels = {name.replace(stored, written): boxes for name, boxes in objects.items()}
+        if kind == "COCO":
+            write_coco(tmp_path / "train.json", labels, IDS)
+        else:
+            write_voc(tmp_path / "voc", labels)
+            (tmp_path / "voc" / "Annotations").rename(tmp_path / "labels")
+            shutil.rmtree(tmp_path / "voc")
+    found = load(tmp_path, test_portion=0)
+    assert len(found) == 6 and found.objects.boxes.tolist() == [[5, 5, 30, 25]] * 6
+    if kind == "COCO" and written != stored:
+        write_picture(tmp_path / "pictures" / f"{written} 0.jpg")
+        assert Path(load(tmp_path, test_portion=0).paths[0]).name == f"{written} 0.jpg"
+
+
 def test_yolo_pictures_that_validate_and_test_do_not_train(tmp_path):
     for split, objects in (("train", TRAIN), ("val", TEST)):
         yolo(tmp_path, lambda n, split=split: (f"images/{split}/{n}.jpg", f"labels/{split}/{n}.txt"), objects)
