@@ -16,8 +16,6 @@ Writes best.json (the genotype to train), pareto.json (the front), evals.jsonl (
 report.html (what was found and how, beside random search) to runs/NAME/search. The next command is final_train.py.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import gc

@@ -15,8 +15,6 @@ Writes best.pt (the detector), last.pt, metrics.json, log.jsonl and curves.png t
 a detector to runs/NAME/finetuned.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Sequence

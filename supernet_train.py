@@ -10,8 +10,6 @@ Writes last.pt (the supernet), split.json (which images train, which score candi
 runs/NAME/supernet. The next command is async_search.py.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import random

@@ -3,8 +3,6 @@
 Here: the one exception whose message is meant for the user, and the words that help in it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 from collections.abc import Iterable, Iterator

@@ -9,8 +9,6 @@ is right. Any other has one kind of error, the first that applies, as in TIDE (B
 An object is missed if nothing finds it, not even with an error of class or localisation.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import json

@@ -1,7 +1,5 @@
 """Elastic MobileNetV2 and MobileNetV3-Large: feature maps of any sub-network, one per level of the SSD head."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -3,8 +3,6 @@
 Also what identifies and protects them: random states, hashes, the code's revision and file locks.
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import hashlib

@@ -10,8 +10,6 @@ The configuration is put together once, in `CommandLine.resolve`. A higher layer
     the defaults of lib/config.py
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import functools

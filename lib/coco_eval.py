@@ -9,8 +9,6 @@ all detections can propose at once, in rounds (Gale and Shapley, "College Admiss
 Shapes: N objects, K detections, P pairs, M matches, T = 10 IoU thresholds, C classes, R resamples of the images.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple, TypeVar
 
 import numpy as np

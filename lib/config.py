@@ -4,8 +4,6 @@ The field names are the keys of the YAML files in configs/, which all three scri
 aw_nas detection recipes where one exists. lib/config_io.py reads, checks and writes configurations.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal

@@ -3,8 +3,6 @@
 Every error names the key by its dotted path, what was expected and what was found.
 """
 
-from __future__ import annotations
-
 import copy
 import itertools
 import re

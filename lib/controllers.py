@@ -5,8 +5,6 @@ Then the budget of a search: limits on what a sub-network costs.
 Pure: no processes, no files, no torch. Many asks may come before their tells, and tells come in any order.
 """
 
-from __future__ import annotations
-
 import math
 import operator
 import random

@@ -4,8 +4,6 @@
 holds the rules; its subclasses know what a worker is: a local process or a Ray actor (`lib.ray_dispatcher`).
 """
 
-from __future__ import annotations
-
 import bisect
 import contextlib
 import ctypes

@@ -9,8 +9,6 @@ each with a backward pass over its own parameters, while DDP's reducer follows a
 parameter that the last one left out. One reduction after the last pass is exact and sends each gradient once a step.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import itertools

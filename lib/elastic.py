@@ -5,8 +5,6 @@ argument, so no module stores an "active" sub-network. `layer.extract(slice)` is
 slice's weights, such that `layer.extract(slice)(x)` equals `layer(x, slice)`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import functools

@@ -1,7 +1,5 @@
 """Stage 3's training of one detector: what it starts from, who teaches it, its losses, and its evaluation."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace

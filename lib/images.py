@@ -4,8 +4,6 @@ A picture is (3, H, W) uint8 RGB as a viewer shows it: turned as EXIF says, 16 b
 transparent, the first frame of an animation. A JPEG larger than needed is decoded at a fraction of its size.
 """
 
-from __future__ import annotations
-
 import contextlib
 import glob
 import logging

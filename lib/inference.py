@@ -9,8 +9,6 @@
 it reads, nor over a file that it did not write.
 """
 
-from __future__ import annotations
-
 import colorsys
 import contextlib
 import functools

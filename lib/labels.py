@@ -4,8 +4,6 @@ Whatever a file holds, its reader returns values of the stated types and ranges,
 names the file. What is wrong with a single object goes to `faults`, and the object is left out.
 """
 
-from __future__ import annotations
-
 import codecs
 import contextlib
 import functools

@@ -5,8 +5,6 @@ ICLR 2019, section 3.3) and Once-for-All. Blocks are not timed one by one: the t
 detectors. A time is in milliseconds, from one picture to scores and boxes, without non-maximum suppression.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

@@ -3,8 +3,6 @@
 Nothing is opened but lists of pictures, YAML files, the ends of JSON files, and XML files where names do not decide.
 """
 
-from __future__ import annotations
-
 import functools
 import os
 import re

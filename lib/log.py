@@ -1,7 +1,5 @@
 """What a job's main process writes as it goes: lines on stdout, a progress bar, a JSONL log, curves, TensorBoard."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import json

@@ -5,8 +5,6 @@ column 0 is the background. The label of a prior is its class 1..C, 0 for backgr
 computed in float32 whatever its input, and is finite and has a gradient on a batch without any object.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import math

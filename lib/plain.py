@@ -4,8 +4,6 @@ A type is int, float, str, bool, any other class, list[...], dict[str, ...], Lit
 a dataclass or NamedTuple, which stands for an object that has at least these keys.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json

@@ -4,8 +4,6 @@ For --dry-run and the head of each run. Times are extrapolated from a few second
 device with the user's pictures.
 """
 
-from __future__ import annotations
-
 import hashlib
 import statistics
 import time

@@ -6,8 +6,6 @@ genotype, and every sub-network that contains it, computes the source's feature 
 2016).
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence

@@ -4,8 +4,6 @@ Boxes are normalised to [0, 1], x times the width, y times the height; a name sa
 not depend on the unit.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import random

@@ -4,8 +4,6 @@ The search gives its workers paths, and no file is copied: every machine must ha
 search's folder under the same paths, as in a shared folder.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import os

@@ -5,8 +5,6 @@ candidate is scored on the same resamples of the same images (paired bootstrap: 
 candidates' scores does not contain what makes a picture hard for both.
 """
 
-from __future__ import annotations
-
 import base64
 import functools
 import hashlib

@@ -1,7 +1,5 @@
 """The built-in data set: drawn pictures of shapes on textured backgrounds, written as a VOC folder."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import shutil

@@ -3,8 +3,6 @@
 A phase opens smaller pictures or kernels, narrower blocks or shallower stages; the panel shows what that costs in AP.
 """
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence

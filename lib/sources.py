@@ -4,8 +4,6 @@ A file is recognised by its keys, and becomes a `Source`: a stem, stages of inve
 1x1 convolution, whose tensors have the names of lib/elastic.py (`expand.weight`, `project_norm.bias`).
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Mapping, Sequence

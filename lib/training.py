@@ -1,7 +1,5 @@
 """What both trainings share: optimizer, learning-rate schedule, moving average and training step."""
 
-from __future__ import annotations
-
 import bisect
 import math
 import warnings

@@ -4,8 +4,6 @@ What is there is read and compared before anything is written. A change of the k
 changes nothing about the training; any other change is refused, with the key and both values.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import json

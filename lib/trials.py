@@ -4,8 +4,6 @@ Each training that is done has a result.json, so an interrupted run continues wi
 a search, of which the best becomes best.json, and --compare, a table of the found network and others.
 """
 
-from __future__ import annotations
-
 import copy
 import hashlib
 import json
