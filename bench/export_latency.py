@@ -1,11 +1,11 @@
-"""Latency of an exported detector on this CPU, beside torchvision's ssdlite320_mobilenet_v3_large, exported alike.
+"""Latency of a detector's files on this CPU, beside torchvision's ssdlite320_mobilenet_v3_large, exported to ONNX.
 
     python bench/export_latency.py --load runs/bccd/final
 
-All run in onnxruntime from a picture to detections after NMS, at the same input size, number of classes and thresholds,
-batch 1, on noise. torchvision's weights are random, and each of its prior boxes is sure of the background, so that
-nothing enters its NMS, which can only flatter it. torch's newer exporter cannot export its NMS, so the tracing one is
-used. The files take turns.
+From a resized picture to detections after NMS, at the same input size, number of classes and thresholds, batch 1, on
+noise: best.pt in PyTorch, and what final_train.py --export wrote beside it, each in its runtime. torchvision's weights
+are random, and each of its prior boxes is sure of the background, so that nothing enters its NMS, which can only
+flatter it. torch's newer exporter cannot export its NMS, so the tracing one is used. The files take turns.
 """
 
 import tempfile
@@ -19,55 +19,58 @@ import torch
 from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 
 from lib import UserError
-from lib.converters import Metadata, open_exported, open_session, require
+from lib.converters import open_session, require
+from lib.detector import Detector, load_detector
+from lib.inference import load
 from lib.runtime import run
 
+FILES = ("best.pt", "detector.onnx", "detector_int8.onnx", "detector.xml", "detector.tflite")
 PEER = "torchvision's ssdlite"
 
 
 def main() -> None:
     parser = common.bench_parser(__doc__, "export_latency.json", rounds=300, threads=1)
-    parser.add_argument("--load", type=Path, required=True, help="run folder with detector.onnx, detector_int8.onnx")
+    parser.add_argument("--load", type=Path, required=True, help="run folder with best.pt and exported files")
     args = parser.parse_args()
     require("onnx", "onnxscript", "onnxruntime")
     clock = common.begin(args)
-    files = {name: args.load / name for name in ("detector.onnx", "detector_int8.onnx")}
-    files = {name: path for name, path in files.items() if path.is_file()}
-    if not files:
-        raise UserError(f"{args.load}: no detector.onnx here; python final_train.py --export onnx --load {args.load}")
-    first = next(iter(files.values()))
-    metadata = open_exported(first)[0]
-    size, classes = metadata.image_size, len(metadata.classes)
+    files = {name: args.load / name for name in FILES if (args.load / name).is_file()}
+    if "best.pt" not in files:
+        raise UserError(f"{args.load}: no best.pt here, which final_train.py writes")
+    detector = load_detector(files["best.pt"])
+    size = detector.genotype.image_size
     pixels = np.random.default_rng(0).integers(0, 256, (1, 3, size, size), dtype=np.uint8)
     with tempfile.TemporaryDirectory() as folder:
+        detects = {name: load(path, "cpu").detect for name, path in files.items()}
+        runs = {
+            name: common.timed(partial(detect, torch.from_numpy(pixels)), clock) for name, detect in detects.items()
+        }
         files[PEER] = Path(folder) / "ssdlite.onnx"
-        export_torchvision(metadata, files[PEER])
-        runs = {}
-        for name, path in files.items():
-            images = (pixels[0] / 255).astype(np.float32) if name == PEER else pixels
-            runs[name] = common.timed(partial(open_session(path).run, None, {"images": images}), clock)
+        export_torchvision(detector, files[PEER])
+        image = (pixels[0] / 255).astype(np.float32)
+        runs[PEER] = common.timed(partial(open_session(files[PEER]).run, None, {"images": image}), clock)
         seconds = common.take_turns(runs, args.rounds, warm_up=30)
         rows = [
             {
                 "file": name,
-                "MB": files[name].stat().st_size / 1e6,
-                "ms": common.spread(1e3 * took),
-                "of torchvision's time": common.ratio(took, seconds[PEER]),
+                "MB": sum(part.stat().st_size for part in (path, path.with_suffix(".bin")) if part.exists()) / 1e6,
+                "ms": common.spread(1e3 * seconds[name]),
+                "of torchvision's time": common.ratio(seconds[name], seconds[PEER]),
             }
-            for name, took in seconds.items()
+            for name, path in files.items()
         ]
-    print(f"{size} px, {classes} classes, batch 1")
+    print(f"{size} px, {len(detector.classes)} classes, batch 1")
     common.report(args, rows)
 
 
-def export_torchvision(metadata: Metadata, path: Path) -> None:
+def export_torchvision(detector: Detector, path: Path) -> None:
     """Write SSDLite with MobileNetV3-Large, random weights, to `path`, with the exported detector's settings."""
-    size, rules = metadata.image_size, metadata.postprocess
+    size, rules = detector.genotype.image_size, detector.config.postprocess
     torch.manual_seed(0)
     model = ssdlite320_mobilenet_v3_large(
         weights=None,
         weights_backbone=None,
-        num_classes=len(metadata.classes) + 1,
+        num_classes=len(detector.classes) + 1,
         score_thresh=rules.confidence_threshold,
         nms_thresh=rules.nms_threshold,
         topk_candidates=rules.pre_nms_top_k,
@@ -76,7 +79,7 @@ def export_torchvision(metadata: Metadata, path: Path) -> None:
     model.transform.min_size = (size,)
     model.transform.max_size = size
     model.transform.fixed_size = (size, size)
-    common.silence_torchvision(model, len(metadata.classes))
+    common.silence_torchvision(model, len(detector.classes))
     picture = [torch.rand(3, size, size)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
