@@ -41,10 +41,8 @@ def main() -> None:
     size = detector.genotype.image_size
     pixels = np.random.default_rng(0).integers(0, 256, (1, 3, size, size), dtype=np.uint8)
     with tempfile.TemporaryDirectory() as folder:
-        detects = {name: load(path, "cpu").detect for name, path in files.items()}
-        runs = {
-            name: common.timed(partial(detect, torch.from_numpy(pixels)), clock) for name, detect in detects.items()
-        }
+        detect = {name: load(path, "cpu").detect for name, path in files.items()}
+        runs = {name: common.timed(partial(detect[name], torch.from_numpy(pixels)), clock) for name in files}
         files[PEER] = Path(folder) / "ssdlite.onnx"
         export_torchvision(detector, files[PEER])
         image = (pixels[0] / 255).astype(np.float32)
