@@ -307,10 +307,11 @@ def prepare(args: argparse.Namespace, search_run: cli.Run, supernet: Supernet, p
 
 def print_plan(task: Task) -> None:
     supernet, settings = task.supernet, task.run.config.search
+    train, search = task.split
     for line in (
         *task.run.describe(),
         f"supernet: {task.path}, trained to epoch {supernet.epoch} of {supernet.config.supernet.epochs}",
-        plan.describe_split(len(task.annotations), *task.split),
+        f"split: {len(train)} images train the supernet, {len(search)} score candidates",
         *plan.describe_space(supernet.detector, supernet.space),
         *([task.costs.table.describe()] if task.costs.table else []),
         f"budget: {task.budget}",
@@ -326,11 +327,10 @@ def print_estimate(task: Task) -> None:
     space, config = task.supernet.space, task.run.config
     genotypes = [space.smallest(), space.sample(random.Random(config.seed)), space.largest()]
     device = pick_device(task.devices[0])
-    watch = plan.Stopwatch()
-    score = scoring_seconds(task.supernet.detector, genotypes, task.annotations, *task.split, config, device, watch)
+    score = scoring_seconds(task.supernet.detector, genotypes, task.annotations, *task.split, config, device)
     evaluations = config.search.num_epochs * config.search.steps
     print(
-        f"time, {watch}: about {duration(evaluations * score / len(task.devices))} for {evaluations} candidates of "
+        f"estimated time: about {duration(evaluations * score / len(task.devices))} for {evaluations} candidates of "
         f"{score:.2f} s each, workers: {len(task.devices)}; results already in the ledger take no time"
     )
 

@@ -160,10 +160,9 @@ def train_from(
         print(line)
     with cli.claim(folder / "last.pt", args):
         if args.dry_run:
-            watch = plan.Stopwatch()
-            training, scoring = estimate_seconds(config, student.model, loader, test, device, watch)
+            training, scoring = estimate_seconds(config, student.model, loader, test, device)
             total, scoring = duration(training + scoring), duration(scoring)
-            print(f"time on {device}, {watch}: about {total}, of which {scoring} to evaluate")
+            print(f"estimated time on {device}: about {total}, of which {scoring} to evaluate")
             return
         # The training.
         options = {"previous": previous, "tensorboard": args.tensorboard}
@@ -181,13 +180,13 @@ def train_from(
 
 
 def estimate_seconds(
-    config: Config, model: SSD, loader: DataLoader, test: Annotations, device: torch.device, watch: plan.Stopwatch
+    config: Config, model: SSD, loader: DataLoader, test: Annotations, device: torch.device
 ) -> tuple[float, float]:
     """Seconds of a training on this device, and of its evaluations, measured on a few seconds of each."""
     settings = config.final
-    training = plan.final_seconds(model, config, device, loader, watch)
+    training = plan.final_seconds(model, config, device, loader)
     evaluations = -(-settings.epochs // settings.eval_every)
-    return training, evaluations * plan.detecting_seconds(model, test, config, device, watch)
+    return training, evaluations * plan.detecting_seconds(model, test, config, device)
 
 
 def compare(args: argparse.Namespace, device: torch.device) -> None:
@@ -214,11 +213,10 @@ def compare(args: argparse.Namespace, device: torch.device) -> None:
     cli.refuse_to_overwrite(folder / "plan.json", args)
     if args.dry_run:
         loader = final_loader(annotations, found.image_size, config, device)
-        watch = plan.Stopwatch()
-        seconds = sum(estimate_seconds(config, supernet.detector.extract(found), loader, test, device, watch))
+        seconds = sum(estimate_seconds(config, supernet.detector.extract(found), loader, test, device))
         trainings = 2 * len(networks)
         print(
-            f"time on {device}, {watch}: about {duration(trainings * seconds)}, {trainings} trainings of about "
+            f"estimated time on {device}: about {duration(trainings * seconds)}, {trainings} trainings of about "
             f"{duration(seconds)} (the found network's)"
         )
         return

@@ -262,7 +262,7 @@ def print_estimate(
     device: torch.device,
 ) -> None:
     """How long this stage and the next will take on this device: some seconds of each kind of work, added up."""
-    settings, seed, watch = config.supernet, config.seed, plan.Stopwatch()
+    settings, seed = config.supernet, config.seed
     loss = detection_loss(config)
     starts = boundaries(config.search_space.schedule_cfg, settings.epochs)
     phases = []
@@ -274,15 +274,15 @@ def print_estimate(
             return supernet_losses(detector, loss, batch, genotypes, settings.distill, weight)
 
         phases.append((end - first, forward))
-    training = plan.training_seconds(detector, settings, device, loader, phases, watch)
+    training = plan.training_seconds(detector, settings, device, loader, phases)
     panel = make_panel(detector.space, settings.panel, seed)
     middling = detector.extract(detector.space.sample(random.Random(seed)))
-    final = plan.final_seconds(middling, config, device, loader, watch)
-    score = plan.scoring_seconds(detector, list(panel.values()), annotations, train, search, config, device, watch)
+    final = plan.final_seconds(middling, config, device, loader)
+    score = plan.scoring_seconds(detector, list(panel.values()), annotations, train, search, config, device)
     evaluations = config.search.num_epochs * config.search.steps
     panels = len(due_epochs(config)) * len(panel) * score
     for line in (
-        f"time on {device}, {watch}:",
+        f"estimated time on {device}:",
         f"  supernet: about {duration(training + panels)}, of which {duration(panels)} to score the panel",
         f"  search: about {duration(evaluations * score)} of one worker ({score:.2f} s a candidate)",
         f"  final: about {duration(final)} for a random sub-network, evaluations apart",

@@ -4,7 +4,6 @@ For --dry-run and the head of each run. Times are extrapolated from a few second
 device with the user's pictures.
 """
 
-import hashlib
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lib import distributed
+from lib import checkpoint, distributed
 from lib.annotations import Annotations
 from lib.config import Config, DataConfig, HeadConfig, TrainConfig
 from lib.datasets import Batch, collate, eval_loader
@@ -36,7 +35,7 @@ from lib.training import Losses, Trainer, detection_loss
 COVERAGE_SAMPLE = 10_000  # objects that coverage is measured on, evenly spread
 WELL_COVERED = 0.8  # share of a class's objects below which other priors are proposed
 THREADS = 16  # that open pictures
-SECONDS = 20.0  # that all measurements take together
+SECONDS = 4.0  # that one measurement takes
 CALLS = 10  # of each kind of work, at most
 SCORED_SAMPLE = 64  # pictures that a score or an evaluation is measured on
 Forward = Callable[[Batch], Iterator[Losses]]
@@ -47,10 +46,6 @@ class Split(NamedTuple):
 
     annotations: Annotations
     rows: Sequence[int]
-
-
-def describe_split(total: int, train: Sequence[int], search: Sequence[int]) -> str:
-    return f"split: {total} images, {len(train)} train the supernet, {len(search)} score candidates"
 
 
 def describe_space(detector: ElasticSSD, space: SearchSpace) -> list[str]:
@@ -74,19 +69,15 @@ def describe_priors(detector: ElasticSSD, config: Config) -> list[str]:
 
 
 def describe_training(name: str, config: TrainConfig, images: int, batches_per_epoch: int) -> str:
-    processes = distributed.world().size
-    several = f"{config.accumulate} " if config.accumulate > 1 else ""
-    shared = f" over {processes} processes" if processes > 1 else ""
     steps = -(-batches_per_epoch // config.accumulate)
     warmup = config.lr_schedule.warmup_steps
     line = (
-        f"{name}: {config.epochs} epochs of {steps} steps, {several}batches of {config.batch_size}{shared}, "
-        f"{images} images, {config.optimizer}, learning rate {config.learning_rate:g} ({config.lr_schedule.type})"
+        f"{name}: {config.epochs} epochs of {steps} steps, {config.accumulate * config.batch_size} images a step of "
+        f"{images}, {config.optimizer}, learning rate {config.learning_rate:g} ({config.lr_schedule.type})"
     )
     if warmup < config.epochs * steps:
         return line
-    never = "the training ends before its learning rate is reached"
-    return f"{line}\nnote: {name}.lr_schedule.warmup_steps is {warmup}: {never}"
+    return f"{line}\nnote: {name}.lr_schedule.warmup_steps is {warmup}: the training ends before its rate is reached"
 
 
 def describe_data(splits: Mapping[str, Split], priors_cxcywh: Tensor, matched_threshold: float) -> list[str]:
@@ -98,49 +89,41 @@ def describe_data(splits: Mapping[str, Split], priors_cxcywh: Tensor, matched_th
     covers = f"objects, and the share that a prior box covers with an IoU of at least {matched_threshold:g}:"
     heads = ["data", "  images", "  without objects", "  boxes dropped", "  ignored objects"]
     heads += [f"  {name}" for name in classes]
-    columns, left_out, empty = [], [], []
+    columns, left_out = [], []
     for name, split in splits.items():
         data, rows = split
         counts = data.objects.offsets.diff()[rows]
-        paths = {data.paths[row]: count for row, count in zip(rows, counts.tolist(), strict=True)}
-        without = [path for path, count in paths.items() if not count]
+        paths = {data.paths[row] for row in rows}
         dropped = [line for line in data.dropped if line.partition(": box ")[0] in paths]
         _, labels = objects_of(split)
-        ignored = int(counts.sum()) - len(labels)
-        cells = [f"{cell:>18}" for cell in (name, len(rows), len(without), len(dropped), ignored)]
+        empty, ignored = int((counts == 0).sum()), int(counts.sum()) - len(labels)
+        cells = [f"{cell:>18}" for cell in (name, len(rows), empty, len(dropped), ignored)]
         numbers = torch.bincount(labels, minlength=len(classes) + 1)[1:].tolist()
         shares = coverage_of(split, priors_cxcywh, matched_threshold)
         for number, share in zip(numbers, shares, strict=True):
             cells.append(f"{number:>10} {f'{share:.1%}' if number else '-':>7}")
         columns.append(cells)
         left_out += dropped
-        empty += without
     width = max(map(len, heads))
     lines = [f"{head:{width}}{''.join(cells)}" for head, *cells in zip(heads, *columns, strict=True)]
     lines.insert(5, f"{covers:{width}}")
-    for what, names in (("box dropped", left_out), ("image without objects", empty)):
-        lines += [f"{what}: {names[0]}{_and_more(names)}"] if names else []
+    if left_out:
+        lines.append(f"box dropped: {left_out[0]} (the first of {len(left_out)})")
     return [*lines, *dict.fromkeys(note for split in splits.values() for note in split.annotations.notes)]
-
-
-def _and_more(names: Sequence) -> str:
-    return f", and {len(names) - 1} more" if len(names) > 1 else ""
 
 
 def objects_of(split: Split) -> tuple[Tensor, Tensor]:
     """Boxes (K, 4), xyxy as shares of the image, and labels (K,) of the objects that training sees."""
-    data = split.annotations
-    chosen = torch.zeros(len(data), dtype=torch.bool)
-    chosen[torch.as_tensor(split.rows, dtype=torch.int64)] = True
-    objects = (chosen.repeat_interleave(data.objects.offsets.diff()) & ~data.objects.ignore).nonzero().flatten()
-    owner = torch.searchsorted(data.objects.offsets, objects, right=True) - 1
-    return data.objects.boxes[objects] / data.sizes[owner].repeat(1, 2), data.objects.labels[objects]
+    objects, sizes = split.annotations.objects, split.annotations.sizes
+    image = torch.arange(len(sizes)).repeat_interleave(objects.offsets.diff())
+    seen = torch.isin(image, torch.as_tensor(split.rows)) & ~objects.ignore
+    return objects.boxes[seen] / sizes[image[seen]].repeat(1, 2), objects.labels[seen]
 
 
 def coverage_of(split: Split, priors_cxcywh: Tensor, threshold: float) -> list[float]:
     """The share of each class's objects that a prior covers; NaN without objects. Measured on COVERAGE_SAMPLE."""
     boxes, labels = objects_of(split)
-    step = max(1, -(-len(labels) // COVERAGE_SAMPLE))
+    step = len(labels) // COVERAGE_SAMPLE + 1
     return coverage(boxes[::step], labels[::step], priors_cxcywh, len(split.annotations.classes), threshold).tolist()
 
 
@@ -198,55 +181,44 @@ def check_pictures(splits: Mapping[str, Split], data: DataConfig) -> list[str]:
     notes = faults.close(Path(data.root), len(pictures) - faults.counts.total(), 0)
     paths = {name: [a.paths[row] for row in rows] for name, (a, rows) in splits.items()}
     for name, others in (("search", ["train"]), ("test", ["train", "search"])):
-        same = same_pictures(paths[name], [path for other in others for path in paths[other]])
-        if len({path for path, _ in same}) == len(paths[name]):
-            notes.append(f"warning: every picture of {name} is in {' or '.join(others)} as well, byte for byte")
-        elif same:
-            path, other = same[0]
-            where = f"in {' or '.join(others)} and, byte for byte, in {name}"
-            notes.append(f"warning: the same picture {where}: {other} = {path}{_and_more(same)}")
+        if same := same_pictures(paths[name], [path for other in others for path in paths[other]]):
+            share, where = f"{len(same)} of {len(paths[name])}", " or ".join(others)
+            first = " = ".join(same[0])
+            notes.append(f"warning: {share} pictures of {name} are in {where} as well, byte for byte: {first}")
     return notes
 
 
 def same_pictures(paths: Sequence[str], others: Sequence[str]) -> list[tuple[str, str]]:
     """Each of `paths` that has the same bytes as one of `others`, with the first of these."""
-    size = {path: Path(path).stat().st_size if exists(path) else 0 for path in (*paths, *others)}
-    # Only files of a size that both sides have are read.
-    common = {size[path] for path in {*paths}.difference(others)} & {size[path] for path in others} - {0}
-    alike = [path for path, number in size.items() if number in common]
-    identity = dict(zip(size, size, strict=True))
-    identity |= {path: hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in alike}
-    first = {identity[path]: path for path in reversed(others)}
-    return [(path, first[identity[path]]) for path in paths if identity[path] in first]
+    size = {path: Path(path).stat().st_size for path in (*paths, *others) if exists(path)}
+    # Only files of a size that both sides have are read, and none for being on both sides.
+    common = {size.get(path) for path in {*paths}.difference(others)} & {size.get(path) for path in others} - {None}
+
+    def identity(path: str) -> str:
+        return checkpoint.sha256(Path(path)) if size.get(path) in common else path
+
+    first = {identity(path): path for path in reversed(others)}
+    found = [(path, first.get(identity(path))) for path in paths]
+    return [(path, other) for path, other in found if other]
 
 
-class Stopwatch:
-    """Rough times of work, all of them measured within `SECONDS`; only a call that has begun is awaited."""
+def typical_seconds(works: Sequence[Callable[[], object]]) -> list[float]:
+    """Median seconds of a call of each of `works`, which are called in turn for SECONDS; a call that began is awaited.
 
-    def __init__(self):
-        self.end = time.perf_counter() + SECONDS
-
-    def typical(self, works: Sequence[Callable[[], object]], share: float = 1.0) -> list[float]:
-        """Median seconds of a call of each of `works`, which are called in turn, in a `share` of the time that is left.
-
-        One that the time does not suffice for takes as long as the others on average. The processes of a job all make
-        the same number of calls.
-        """
-        now = time.perf_counter()
-        stop = now + share * max(self.end - now, 0.0)
-        taken: list[list[float]] = [[] for _ in works]
-        for number in progress(range(CALLS * len(works)), "measure the time"):
-            if number and distributed.any_of(time.perf_counter() >= stop):
-                break
-            start = time.perf_counter()
-            works[number % len(works)]()
-            taken[number % len(works)].append(time.perf_counter() - start)
-        # The first call of each sets things up.
-        known = [statistics.median(seconds[1:] or seconds) for seconds in taken if seconds]
-        return known + [statistics.mean(known)] * (len(works) - len(known))
-
-    def __str__(self) -> str:
-        return "a rough estimate"
+    One that the time does not suffice for takes as long as the others on average.
+    """
+    stop = time.perf_counter() + SECONDS
+    taken: list[list[float]] = [[] for _ in works]
+    for number in progress(range(CALLS * len(works)), "measure the time"):
+        # The processes of a job all make the same number of calls.
+        if number and distributed.any_of(time.perf_counter() >= stop):
+            break
+        start = time.perf_counter()
+        works[number % len(works)]()
+        taken[number % len(works)].append(time.perf_counter() - start)
+    # The first call of each sets things up.
+    known = [statistics.median(seconds[1:] or seconds) for seconds in taken if seconds]
+    return known + [statistics.mean(known)] * (len(works) - len(known))
 
 
 def training_seconds(
@@ -255,33 +227,31 @@ def training_seconds(
     device: torch.device,
     loader: DataLoader,
     phases: Sequence[tuple[int, Forward]],
-    watch: Stopwatch,
 ) -> float:
     """Seconds of a training without its evaluations; `phases` are (epochs, a function from batch to losses).
 
-    Takes about half of the time that is left. The weights of `model` change.
+    The weights of `model` change.
     """
     steps = loader.batch_sampler.batches_per_epoch
     trainer = Trainer(model, config, device, steps)
     trainer.model.train()
     dataset, keys = loader.dataset, next(iter(loader.batch_sampler))
-    (loading,) = watch.typical([lambda: collate([dataset[key] for key in keys])], share=0.1)
+    (loading,) = typical_seconds([lambda: collate([dataset[key] for key in keys])])
     batch = collate([dataset[key] for key in keys]).to(device)
-    trainer.update(phases[0][1](batch))  # the very first step sets much up
     works = [lambda forward=forward: trainer.update(forward(batch)) for _, forward in phases]
     seconds = 0.0
-    for (epochs, _), step in zip(phases, watch.typical(works, share=0.5), strict=True):
+    for (epochs, _), step in zip(phases, typical_seconds(works), strict=True):
         # Loader workers read while the device computes, so the slower side decides; without them both add up.
         together = max(step, loading / loader.num_workers) if loader.num_workers else step + loading
         seconds += epochs * steps * together
     return seconds
 
 
-def final_seconds(model: SSD, config: Config, device: torch.device, loader: DataLoader, watch: Stopwatch) -> float:
+def final_seconds(model: SSD, config: Config, device: torch.device, loader: DataLoader) -> float:
     """Seconds of training one detector, without its evaluations."""
     loss = detection_loss(config)
     phases = [(config.final.epochs, lambda batch: detection_losses(model, loss, batch))]
-    return training_seconds(model, config.final, device, loader, phases, watch)
+    return training_seconds(model, config.final, device, loader, phases)
 
 
 def scoring_seconds(
@@ -292,21 +262,20 @@ def scoring_seconds(
     search: Sequence[int],
     config: Config,
     device: torch.device,
-    watch: Stopwatch,
 ) -> float:
     """Mean seconds of scoring one of `genotypes`, measured on a sample of the BatchNorm and the scored images."""
     settings = config.search
     images = min(settings.images or len(search), len(search))
     part = replace(settings, bn_images=min(settings.bn_images, SCORED_SAMPLE), images=min(images, SCORED_SAMPLE))
     scorer = Scorer(prepare_scoring_data(annotations, train, search, replace(config, search=part)), config, device)
-    measured = watch.typical([partial(scorer, detector, genotype) for genotype in genotypes])
+    measured = typical_seconds([partial(scorer, detector, genotype) for genotype in genotypes])
     all_images = min(settings.bn_images, len(train)) + images
     return statistics.mean(measured) * all_images / (part.bn_images + part.images)
 
 
-def detecting_seconds(model: SSD, test: Annotations, config: Config, device: torch.device, watch: Stopwatch) -> float:
+def detecting_seconds(model: SSD, test: Annotations, config: Config, device: torch.device) -> float:
     """Seconds of one evaluation on all of `test`, from at most `SCORED_SAMPLE` of its pictures."""
     sample = range(min(SCORED_SAMPLE, len(test)))
     loader = eval_loader(test, sample, model.image_size, config.final.batch_size, replace(config.data, workers=0))
-    (seconds,) = watch.typical([lambda: detect(model, (batch.images for batch in loader), config, device)])
+    (seconds,) = typical_seconds([lambda: detect(model, (batch.images for batch in loader), config, device)])
     return seconds * len(test) / len(sample)

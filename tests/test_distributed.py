@@ -255,7 +255,7 @@ def assert_told_once(stderr: str) -> None:
 
 def test_only_the_main_process_prints_and_writes(whole):
     folder, job = whole
-    for words in ("in batches", "batches of 4 over 2 processes", "writes to: whole", "epoch 3: AP on", "next: python"):
+    for words in ("in batches", "4 images a step", "writes to: whole", "epoch 3: AP on", "next: python"):
         assert job.stdout.count(words) == (words != "in batches"), job.stdout
     assert "Error" not in job.stderr and last(folder / "whole")["epoch"] == 4
     assert {p.name for p in (folder / "whole").iterdir()} == {

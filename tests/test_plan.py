@@ -20,12 +20,12 @@ from lib.datasets import collate, load_annotations, split_indices, train_loader
 from lib.detector import ElasticSSD, module_cost
 from lib.plan import (
     Split,
-    Stopwatch,
     describe_data,
     detecting_seconds,
     final_seconds,
     scoring_seconds,
     training_seconds,
+    typical_seconds,
 )
 from lib.scoring import Scorer
 
@@ -62,7 +62,7 @@ def test_one_table_counts_images_and_objects_of_every_split(annotations):
     ]
     assert cells[6:9] == [["cat", "2", "50.0%", "0", "-"], ["dog", "1", "0.0%", "0", "-"], ["eel", "0", "-", "0", "-"]]
     assert "b.jpg: box [3.0, 3.0, 4.0, 4.0] of 'eel'" in lines[9] and lines[9].startswith("box dropped: ")
-    assert lines[10].startswith("image without objects: ") and lines[10].endswith("0.jpg, and 6 more")
+    assert lines[9].endswith("(the first of 1)")
     assert len({len(line) for line in (*lines[:5], *lines[6:9])}) == 1
 
 
@@ -141,15 +141,16 @@ def test_a_picture_in_two_splits_is_named(tmp_path):
     one, other = splits["search"].annotations.paths[2], splits["test"].annotations.paths[0]
     shutil.copy(one, other)
     (note,) = plan.check_pictures(splits, DataConfig())
-    assert note == f"warning: the same picture in train or search and, byte for byte, in test: {one} = {other}"
+    where = "1 of 3 pictures of test are in train or search as well, byte for byte"
+    assert note == f"warning: {where}: {other} = {one}"
 
 
 def test_a_test_split_that_is_the_training_data_is_said(tmp_path):
     splits = write_set(tmp_path, names=["all"], per_split=5)
     everything = splits["all"].annotations
     parts = {"train": [0, 1, 2], "search": [3, 4], "test": range(5)}
-    notes = plan.check_pictures({name: Split(everything, rows) for name, rows in parts.items()}, DataConfig())
-    assert notes == ["warning: every picture of test is in train or search as well, byte for byte"]
+    (note,) = plan.check_pictures({name: Split(everything, rows) for name, rows in parts.items()}, DataConfig())
+    assert note.startswith("warning: 5 of 5 pictures of test are in train or search as well, byte for byte: ")
 
 
 # Prior boxes that fit
@@ -192,7 +193,6 @@ def test_fitted_priors_are_as_many_and_never_cover_less(tiny_detector, tiny_conf
 
 def test_the_plan_says_sizes_costs_and_priors(tiny_detector, tiny_config):
     detector = tiny_detector()
-    assert plan.describe_split(10, range(7), range(3)) == ("split: 10 images, 7 train the supernet, 3 score candidates")
     first, smallest, largest = plan.describe_space(detector, detector.space)
     # five stages of one or two blocks, each of 2 widths and 2 kernels
     assert first == f"search space: {float((4 + 16) ** 5):.4g} sub-networks of mbv3_backbone"
@@ -205,31 +205,32 @@ def test_the_plan_says_sizes_costs_and_priors(tiny_detector, tiny_config):
 
 def test_the_plan_says_how_long_training_is(tiny_config):
     line = plan.describe_training("final", tiny_config().final, 24, 6)
-    assert line == "final: 2 epochs of 6 steps, batches of 4, 24 images, sgd, learning rate 0.01 (cosine)"
+    assert line == "final: 2 epochs of 6 steps, 4 images a step of 24, sgd, learning rate 0.01 (cosine)"
     short = tiny_config(final__lr_schedule__warmup_steps=12).final
     assert plan.describe_training("final", short, 24, 6).startswith(
         f"{line}\nnote: final.lr_schedule.warmup_steps is 12: "
     )
 
 
-def test_the_first_call_does_not_count_and_the_median_does(clock):
+def test_the_first_call_does_not_count_and_the_median_does(clock, monkeypatch):
     durations = iter([0.3, 0.01, 0.01, 0.05, 0.01, 0.01, 0.01])
-    assert Stopwatch().typical([lambda: clock.work(next(durations))], share=0.019) == pytest.approx([0.01])
+    monkeypatch.setattr(plan, "SECONDS", 0.38)
+    assert typical_seconds([lambda: clock.work(next(durations))]) == pytest.approx([0.01])
     assert list(durations) == [0.01, 0.01]
     calls = []
-    assert Stopwatch().typical([lambda: calls.append(0), lambda: calls.append(1)]) == [0, 0] and calls == [0, 1] * 10
+    assert typical_seconds([lambda: calls.append(0), lambda: calls.append(1)]) == [0, 0] and calls == [0, 1] * 10
 
 
 def test_measuring_ends_at_its_deadline_however_slow_a_call_is(clock):
-    """A first call that used up the time counts; what comes later is called once, or stands for its like."""
-    watch, calls = Stopwatch(), []
+    """A first call that used up the time counts; what was never called stands for its like."""
+    calls = []
 
     def work(seconds):
         calls.append(seconds)
         clock.work(seconds)
 
-    assert watch.typical([lambda: work(15.0)], share=0.4) == [15.0] and calls == [15.0]
-    assert watch.typical([partial(work, seconds) for seconds in (7.0, 9.0, 11.0)]) == [7.0] * 3 and calls == [15.0, 7.0]
+    assert typical_seconds([partial(work, seconds) for seconds in (7.0, 9.0, 11.0)]) == [7.0] * 3 and calls == [7.0]
+    assert typical_seconds([partial(work, seconds) for seconds in (1.0, 3.0, 5.0)]) == [1.0, 3.0, 2.0]
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +262,7 @@ def test_a_training_is_its_phases_and_the_slower_of_step_and_pictures(data, cloc
     loader = type(loader)(loader.dataset, batch_sampler=loader.batch_sampler, num_workers=workers)
     model = SlowLoss(clock)
     phases = [(10, lambda b: model.losses(0.1)), (30, lambda b: model.losses(0.05))]
-    found = training_seconds(model, TrainConfig(), CPU, loader, phases, Stopwatch())
+    found = training_seconds(model, TrainConfig(), CPU, loader, phases)
     assert found == pytest.approx(loader.batch_sampler.batches_per_epoch * (10 * steps[0] + 30 * steps[1]))
 
 
@@ -271,7 +272,7 @@ def test_a_score_is_that_of_all_pictures(data, clock, monkeypatch):
     detector = ElasticSSD(config, len(annotations.classes))
     monkeypatch.setattr(Scorer, "__call__", lambda self, detector, g: clock.work(0.005 * (8 + self.num_images)))
     monkeypatch.setattr(plan, "SCORED_SAMPLE", 8)
-    found = scoring_seconds(detector, [detector.space.smallest()], annotations, train, search, config, CPU, Stopwatch())
+    found = scoring_seconds(detector, [detector.space.smallest()], annotations, train, search, config, CPU)
     assert len(search) == 12 and config.search.bn_images == 8
     assert found == pytest.approx(0.005 * (8 + 12))
 
@@ -289,7 +290,7 @@ def test_a_final_training_is_its_steps(data, clock, monkeypatch):
 
     monkeypatch.setattr(plan, "detection_losses", slow_losses)
     steps = loader.batch_sampler.batches_per_epoch * config.final.epochs
-    assert final_seconds(model, config, CPU, loader, Stopwatch()) == pytest.approx(0.05 * steps)
+    assert final_seconds(model, config, CPU, loader) == pytest.approx(0.05 * steps)
     assert calls[0][0] is model
 
 
@@ -298,5 +299,5 @@ def test_an_evaluation_is_that_of_the_whole_test_set(data, clock, monkeypatch):
     monkeypatch.setattr(plan, "SCORED_SAMPLE", 8)
     monkeypatch.setattr(plan, "detect", lambda model, images, *_: clock.work(0.02 * sum(map(len, images))))
     detector = ElasticSSD(config, len(annotations.classes))
-    found = detecting_seconds(detector.extract(detector.space.smallest()), annotations, config, CPU, Stopwatch())
+    found = detecting_seconds(detector.extract(detector.space.smallest()), annotations, config, CPU)
     assert found == pytest.approx(0.02 * len(annotations))
