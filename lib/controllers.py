@@ -10,12 +10,11 @@ import operator
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 from lib import UserError
 from lib.config import SearchConfig
-from lib.genotype import Block, Genotype, SearchSpace, all_blocks
+from lib.genotype import Genotype, SearchSpace
 
 CHILD_TRIES = 1_000  # children in a row that may be rejected before a proposal is sampled from the whole space
 SAMPLE_TRIES = 10_000  # samples in a row that may be rejected before the space counts as exhausted
@@ -114,7 +113,6 @@ class Controller:
         self._budget = budget
         self._seeds = deque(seeds)
         self._known: set[Genotype] = set()  # asked or told
-        self._told: set[Genotype] = set()
 
     def ask(self) -> Genotype:
         """The next genotype to evaluate. Raises SpaceExhausted when none is left, UserError when none ever fits."""
@@ -126,21 +124,17 @@ class Controller:
                     self._known.add(genotype)
                     return genotype
         if not self._known:
-            tried = f"in {SAMPLE_TRIES} tries: {self._budget}"
-            raise UserError(f"search: no sub-network within the budget was found {tried}")
+            raise UserError(f"search: none of {SAMPLE_TRIES} random sub-networks is within the budget: {self._budget}")
         raise SpaceExhausted(f"no further sub-network that fits was found; {len(self._known)} have been proposed")
 
     def tell(self, genotype: Genotype, metrics: Mapping[str, float] | None) -> None:
-        """Learn an evaluation, asked for or not. A second tell of a genotype changes nothing.
+        """Learn the evaluation of a genotype, asked for or not; each is told once.
 
         Without metrics, or with an objective or cost that is not finite, the evaluation failed: `genotype` is never
         proposed again, nor bred from.
         """
-        if genotype in self._told:
-            return
         self.space.check(genotype)
         self._known.add(genotype)
-        self._told.add(genotype)
         if metrics is not None:
             values = objective_values(metrics, self.settings.objective, self.settings.costs)
             if all(map(math.isfinite, values)):
@@ -250,52 +244,22 @@ def limits_of(settings: SearchConfig) -> Limits:
 class Budget:
     """`budget(genotype)` is whether a genotype is within all limits; `str(budget)` describes the limits.
 
-    A limit that no sub-network can meet is a UserError with the achievable range; whether all can be met together is
-    left to the search. `costs` gives the costs of a genotype by name.
+    `costs` gives the costs of a genotype by name. Whether the limits can be met is left to the search.
     """
 
     def __init__(self, costs: Callable[[Genotype], Mapping[str, float]], space: SearchSpace, limits: Limits):
         self._costs = costs
+        self._space = space
         self._limits = limits
-        self._descriptions = []
-        for cost, (low, high) in limits.items():
-            ends = [extreme(space, lambda g, cost=cost: costs(g)[cost], pick) for pick in (min, max)]
-            least, most = (costs(genotype)[cost] for genotype in ends)
-            within = f"sub-networks have {least:.4g} to {most:.4g}"
-            low_key, high_key = LIMIT_KEYS[cost]
-            if low > most:
-                raise UserError(f"search.{low_key}: {low:.4g} is out of reach, {within}")
-            if high < least:
-                raise UserError(f"search.{high_key}: {high:.4g} is out of reach, {within}")
-            self._descriptions.append(f"{cost} from {low:.4g} to {high:.4g} ({within})")
 
     def __call__(self, genotype: Genotype) -> bool:
         costs = self._costs(genotype) if self._limits else {}
         return all(low <= costs[cost] <= high for cost, (low, high) in self._limits.items())
 
     def __str__(self) -> str:
-        return ", ".join(self._descriptions) or "none"
-
-
-def extreme(space: SearchSpace, cost: Callable[[Genotype], float], pick: Callable) -> Genotype:
-    """The genotype of least (`pick` is min) or greatest (max) cost, if each block adds a cost of its own."""
-    found = []
-    for size in space.image_size:
-        genotype = replace(space.largest(), image_size=size)
-        # At full depth each block can be chosen by itself, since costs add up; the depths follow.
-        for i, stage in enumerate(space.stages):
-            for j in range(max(stage.depth)):
-                blocks = genotype.stages[i]
-                options = ((*blocks[:j], block, *blocks[j + 1 :]) for block in all_blocks(stage.block))
-                genotype = pick((_with_stage(genotype, i, blocks) for blocks in options), key=cost)
-        for i, choices in enumerate(space.head):
-            heads = [(*genotype.head[:i], block, *genotype.head[i + 1 :]) for block in all_blocks(choices)]
-            genotype = pick((replace(genotype, head=head) for head in heads), key=cost)
-        for i, stage in enumerate(space.stages):
-            genotype = pick([_with_stage(genotype, i, genotype.stages[i][:d]) for d in stage.depth], key=cost)
-        found.append(genotype)
-    return pick(found, key=cost)
-
-
-def _with_stage(genotype: Genotype, i: int, stage: tuple[Block, ...]) -> Genotype:
-    return replace(genotype, stages=(*genotype.stages[:i], stage, *genotype.stages[i + 1 :]))
+        smallest, largest = self._space.smallest(), self._space.largest()
+        parts = []
+        for cost, (low, high) in self._limits.items():
+            least, most = (self._costs(genotype)[cost] for genotype in (smallest, largest))
+            parts.append(f"{cost} from {low:.4g} to {high:.4g} (sub-networks have {least:.4g} to {most:.4g})")
+        return ", ".join(parts) or "none"

@@ -288,7 +288,7 @@ def test_costs_of_a_genotype(measured):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--max-latency", "0.001"], r"search\.max_latency_ms: 0\.001 is out of reach, sub-networks have .* to "),
+        (["--max-latency", "0.001"], r"is within the budget: latency_ms from 0 to 0\.001 \(sub-networks have .* to "),
         (
             ["--max-latency", "5", "--set", "search.latency_table=''"],
             "needs --latency-table FILE, which --measure-latency",

@@ -90,7 +90,10 @@ MISTAKES = {
     ),
     "a run that is there already": ([SUPERNET], r"last\.pt exists: --resume"),
     "no epoch of search": ([SEARCH, "--set", "search.num_epochs=0"], "search.num_epochs"),
-    "a budget out of reach": ([SEARCH, "--max-flops", "1000"], r"search\.max_flops: 1000.*sub-networks have .* to "),
+    "a budget out of reach": (
+        [SEARCH, "--max-flops", "1000"],
+        r"is within the budget: flops from 0 to 1000 \(sub-networks have .* to ",
+    ),
     "pycocotools without an evaluation": ([FINAL, "--pycocotools"], "--pycocotools: goes with --eval-only"),
     "a device that is not there": ([SEARCH, "--gpus", "7"], "--gpus 7: '7' is not among this machine's devices: cpu$"),
     "another network": ([SEARCH, "--set", "backbone.mult_ratio=0.25"], NETWORK),
