@@ -234,12 +234,9 @@ class DetectionDataset(Dataset):
         self.annotations = annotations
         self.indices = torch.as_tensor(indices, dtype=torch.int64).share_memory_()
         self.transform = transform
+        self.data = data
         self.seed = seed
-        self.skip = data.on_error == "skip"
-        self.max_skipped = data.max_skipped
-        self.max_pixels = data.max_pixels
         self.training = isinstance(transform, TrainTransform)
-        self.reduces = self.training and not data.cache
         self.cache = PictureCache(annotations.sizes, self.indices) if self.training and data.cache else None
         # Whether (N, 2) a note and a fault of each picture have been logged: by any process, in any dataset of these.
         nothing = torch.zeros(len(annotations), 2, dtype=torch.bool)
@@ -248,17 +245,35 @@ class DetectionDataset(Dataset):
     def __getitem__(self, key: tuple[int, ...]) -> Sample:
         epoch, row, *size = key
         transform = self.transform.at(*size) if size else self.transform
-        if self.reduces and is_large_jpeg(self.annotations.paths[row], self.annotations.sizes[row]):
-            # Decoded no larger than its view needs. What cannot be read so is read, and reported, in the usual way.
-            with contextlib.suppress(UnreadableImage), self._random(epoch, row):
-                width, height = self.annotations.sizes[row].tolist()
-                view, boxes, labels = transform.choose(width, height, *self._objects(row))
-                image = self._read(row, transform.reduction(view))
-                view, boxes = scale_view(view, boxes, image.shape[2] / width, image.shape[1] / height)
-                return *transform.render(image, view, boxes, labels), row
-        image, shown = self._image_or_stand_in(row)
-        with self._random(epoch, row):
-            return *transform(image, *self._objects(shown)), shown
+        shown = row
+        with torch.random.fork_rng(devices=[]):
+            while True:
+                # torch.manual_seed would also seed the GPU's generator, which is not restored here.
+                torch.default_generator.manual_seed(_seed_from(self.seed, epoch, row))
+                try:
+                    return *self._sample(transform, shown), shown
+                except UnreadableImage as error:
+                    self._skip(shown, error)
+                if not self.training:
+                    width, height = self.annotations.sizes[row].tolist()
+                    black = torch.zeros(3, height, width, dtype=torch.uint8)
+                    return *transform(black, *self._objects(row)), row
+                # The next row of the training set, after the last one the first.
+                position = int((self.indices == shown).nonzero()[0])
+                shown = int(self.indices[(position + 1) % len(self.indices)])
+
+    def _sample(self, transform: Transform, row: int) -> tuple[Tensor, ...]:
+        boxes, labels = self._objects(row)
+        if not self.training:
+            return transform(self.read_image(row), boxes, labels)
+        path, size = self.annotations.paths[row], self.annotations.sizes[row]
+        width, height = size.tolist()
+        view, boxes, labels = transform.choose(width, height, boxes, labels)
+        # The view is known before the pixels are, so a large JPEG is decoded no larger than its view needs.
+        reduces = self.cache is None and is_large_jpeg(path, size)
+        image = self._read(row, transform.reduction(view)) if reduces else self.read_image(row)
+        view, boxes = scale_view(view, boxes, image.shape[2] / width, image.shape[1] / height)
+        return transform.render(image, view, boxes, labels)
 
     def read_image(self, row: int) -> Tensor:
         """The picture (3, H, W) uint8 of a row, from the cache if it is there. Raises UnreadableImage."""
@@ -269,7 +284,7 @@ class DetectionDataset(Dataset):
             self.annotations.paths[row],
             tuple(self.annotations.sizes[row].tolist()),
             reduction=reduction,
-            max_pixels=self.max_pixels,
+            max_pixels=self.data.max_pixels,
             note=partial(self._log_once, row, 0),
         )
 
@@ -278,40 +293,19 @@ class DetectionDataset(Dataset):
             self.logged[row, kind] = True
             logger.warning("%s", message)
 
-    @contextlib.contextmanager
-    def _random(self, epoch: int, row: int) -> Iterator[None]:
-        """Seed PyTorch's generator for one sample, and restore it afterwards."""
-        with torch.random.fork_rng(devices=[]):
-            # torch.manual_seed would also seed the GPU's generator, which is not restored here.
-            torch.default_generator.manual_seed(_seed_from(self.seed, epoch, row))
-            yield
-
     def _objects(self, row: int) -> tuple[Tensor, Tensor]:
         target = self.annotations.objects.of(row)
         return target["boxes"][~target["ignore"]], target["labels"][~target["ignore"]]
 
-    def _image_or_stand_in(self, row: int) -> tuple[Tensor, int]:
-        """The picture of a row and the row itself; under `on_error: skip`, if need be, those of its replacement."""
-        shown = row
-        for _ in range(len(self.indices)):
-            if not self.logged[shown, 1]:  # else some process has found that it cannot be read
-                try:
-                    return self.read_image(shown), shown
-                except UnreadableImage as error:
-                    if not self.skip:
-                        raise
-                    self._log_once(row=shown, kind=1, message=f"{error}; skipped")
-                    lost, count = int(self.logged[self.indices, 1].sum()), len(self.indices)
-                    if lost > self.max_skipped * count:
-                        limit = f"more than data.max_skipped={self.max_skipped:g}"
-                        raise UnreadableImage(f"{error}; so far {lost} of {count} pictures, {limit}") from None
-            if not self.training:
-                width, height = self.annotations.sizes[row].tolist()
-                return torch.zeros(3, height, width, dtype=torch.uint8), row
-            # The next row of the training set, after the last one the first.
-            position = int((self.indices == shown).nonzero()[0])
-            shown = int(self.indices[(position + 1) % len(self.indices)])
-        raise UnreadableImage(f"{self.annotations.paths[row]}: no picture of the training set can be read")
+    def _skip(self, row: int, error: UnreadableImage) -> None:
+        """Note that a picture cannot be read. Raises if none may be left out, or not so many."""
+        if self.data.on_error == "raise":
+            raise error
+        self._log_once(row, 1, f"{error}; skipped")
+        lost, count = int(self.logged[self.indices, 1].sum()), len(self.indices)
+        if lost == count or lost > self.data.max_skipped * count:
+            limit = f"data.max_skipped={self.data.max_skipped:g}"
+            raise UnreadableImage(f"{error}; so far {lost} of {count} pictures ({limit})") from None
 
 
 class EpochSampler:

@@ -55,6 +55,8 @@ class Faults:
     def __init__(self, on_error: str = "raise", max_skipped: float = 1.0) -> None:
         self.skip = on_error == "skip"
         self.max_skipped = max_skipped
+        # Every process of a job reads the same files.
+        self.warn = logger.warning if distributed.world().main else logger.debug
         self.counts: Counter[tuple[str, str]] = Counter()  # by what was lost ("picture" or "object") and the kind
         self.named: list[str] = []
         self.notes: list[str] = []
@@ -64,17 +66,14 @@ class Faults:
         self.counts[lost, kind] += count
         if len(self.named) < MOST_SHOWN:
             self.named.append(message)
-            if self.skip and distributed.world().main:
-                logger.warning("%s; skipped", message)
+            if self.skip:
+                self.warn("%s; skipped", message)
 
     def close(self, source: Path, pictures: int, objects: int) -> list[str]:
         """The notes, with a line for each kind of loss beside the `pictures` and `objects` that are left."""
         if self.named and not self.skip:
-            lines, total = self.named, self.counts.total()
-            if len(lines) > 1:
-                more = [f"and {total - len(lines)} more"] if total > len(lines) else []
-                lines = [f"{source}: {total} faults (data.on_error=skip leaves them out):", *lines, *more]
-            raise UserError(*lines)
+            head = f"{source}: {self.counts.total()} faults (data.on_error=skip leaves them out), such as:"
+            raise UserError(*([head] if len(self.named) > 1 else []), *self.named)
         if self.swapped:
             self.notes.append(f"{source}: {self.swapped} boxes had their corners in the wrong order: put right")
         for lost, left in (("picture", pictures), ("object", objects)):
@@ -86,8 +85,7 @@ class Faults:
                 raise UserError(f"{line}, more than data.max_skipped={self.max_skipped:g}; the first: {self.named[0]}")
             if gone:
                 self.notes.append(line)
-                if distributed.world().main:
-                    logger.warning("%s", line)
+                self.warn("%s", line)
         return self.notes
 
 
@@ -373,21 +371,17 @@ def yolo_label(picture: str) -> Path | None:
     """The label file of a picture: in labels/ where the picture is in images/, or beside it."""
     beside = f"{stem(picture)}.txt"
     before, images, after = beside.rpartition("/images/")
-    paths = ([f"{before}/labels/{after}"] if images else []) + [beside]
-    exact = (Path(path) for path in paths if posixpath.exists(path))
-    loosely = (found for path in paths if (found := _loosely(Path(path))))
-    return next(exact, None) or next(loosely, None)
-
-
-def _loosely(path: Path) -> Path | None:
-    """The file that has the `loose` name of `path` in its folder."""
-    with contextlib.suppress(OSError):
-        name = _names_in(path.parent, path.parent.stat().st_mtime_ns).get(loose(path.name))
-        return path.with_name(name) if name else None
+    for path in ([f"{before}/labels/{after}"] if images else []) + [beside]:
+        folder, name = posixpath.split(path)
+        with contextlib.suppress(OSError):  # no such folder
+            names = _names_in(folder, Path(folder).stat().st_mtime_ns)
+            if found := names.get(name) or names.get(loose(name)):
+                return Path(folder, found)
     return None
 
 
 @functools.lru_cache(maxsize=100)
-def _names_in(folder: Path, _changed: int) -> dict[str, str]:
-    """The names in a folder, which was last changed at a time, by how they are `loose`ly spelt."""
-    return {loose(path.name): path.name for path in folder.iterdir()}
+def _names_in(folder: str, _changed: int) -> dict[str, str]:
+    """The names in a folder, which was last changed at a time, by themselves and by how they are `loose`ly spelt."""
+    names = [path.name for path in Path(folder).iterdir()]
+    return {loose(name): name for name in names} | {name: name for name in names}

@@ -83,31 +83,25 @@ class Tree:
 
         Leading folders of `name` that are not here are ignored, but only an absolute path, which comes from another
         machine, may lose them all. Of several files the one that fits the label file `beside` best; None if that does
-        not tell. A file that is spelt exactly so comes before those that are `loose`ly the same.
+        not tell.
         """
-        return self._find(name, beside, kind, str) or self._find(name, beside, kind, loose)
-
-    def _find(self, name: str, beside: str, kind: str, spelling: Callable[[str], str]) -> str | None:
-        wanted = spelling(stem(name))
-        candidates = self.by_stem.get((kind, loose(basename(wanted))), [])
-        candidates = [path for path in candidates if spelling(basename(bare(path))) == basename(wanted)]
-        if len(candidates) == 1 and "/" not in name:
-            return candidates[0]
-        parts = wanted.split("/")
+        bare_name = stem(name)
+        parts = loose(bare_name).split("/")
+        candidates = self.by_stem.get((kind, parts[-1]), [])
         least = 1 if len(parts) == 1 or re.match(r"/|[A-Za-z]:", name) else 2
-        for start in range(len(parts) - least + 1):
-            end = "/" + "/".join(parts[start:])
-            if fitting := [path for path in candidates if spelling(f"{self.root}/{bare(path)}").endswith(end)]:
-                break
-        else:
-            return None
-        if len(fitting) == 1:
-            return fitting[0]
+        fitting: list[str] = []
+        while not fitting and len(parts) >= least:
+            end = "/" + "/".join(parts)
+            fitting = [path for path in candidates if loose(f"{self.root}/{bare(path)}").endswith(end)]
+            parts = parts[1:]
+        if len(fitting) < 2:
+            return fitting[0] if fitting else None
         filename = labels.picture_name(self.root / beside) if suffix_of(beside) == ".xml" else ""
 
         def unlike(path: str) -> tuple:
             folders, suffix = dirname(path), suffix_of(path)
             return (
+                not f"/{bare(path)}".endswith(f"/{basename(bare_name)}"),  # but for case, accents, quotes
                 basename(path) != basename(name),
                 basename(path) != filename,
                 split_of(folders) != split_of(beside),

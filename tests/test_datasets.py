@@ -277,7 +277,7 @@ def test_a_neighbour_stands_in_for_a_broken_picture_in_training(annotations, cap
     assert ["003.jpg" in m or "005.jpg" in m for m in caplog.messages] == [True, True]
     spoil(annotations, 8)
     last = DetectionDataset(annotations, [3, 5, 8], TrainTransform(32), SKIP)
-    with pytest.raises(UserError, match="no picture of the training set"):
+    with pytest.raises(UserError, match="so far 3 of 3 pictures"):
         last[1, 5]
 
 

@@ -331,7 +331,7 @@ def test_more_unreadable_pictures_than_allowed_are_an_error(tmp_path):
         assert dataset[0, 1][3] == (2 if dataset.training else 1)
         content = Path(annotations.paths[2]).read_bytes()
         Path(annotations.paths[2]).write_bytes(b"")
-        with pytest.raises(UnreadableImage, match=r"c\.jpg: .*; so far 2 of 4 pictures, more than data\.max_skipped"):
+        with pytest.raises(UnreadableImage, match=r"c\.jpg: .*; so far 2 of 4 pictures \(data\.max_skipped=0\.25\)"):
             dataset[0, 2]
         Path(annotations.paths[2]).write_bytes(content)
         annotations = read_voc(tmp_path, ["trainval"])

@@ -270,7 +270,7 @@ def test_all_faults_come_in_one_list(tmp_path):
     with pytest.raises(UserError) as error:
         load_annotations(DataConfig(root=str(tmp_path)), "train")
     lines = str(error.value).splitlines()
-    assert "30 faults (data.on_error=skip" in lines[0] and len(lines) == 22 and lines[-1].strip() == "and 10 more"
+    assert "30 faults (data.on_error=skip" in lines[0] and len(lines) == 21
     assert all(
         f"{i:02d}.xml: malformed object: expected <name> and the numbers <xmin>" in lines[1 + i] for i in range(20)
     )
