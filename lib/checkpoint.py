@@ -11,7 +11,6 @@ import platform
 import random
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, BinaryIO
@@ -24,7 +23,6 @@ from lib.plain import check
 
 FORMAT = "checkpoint/1"
 LOCK = ".lock"  # in the folder of a run, while a process writes there
-LOCK_PATIENCE = 3.0  # seconds; the children of a process that was killed hold its lock for a moment
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -159,65 +157,48 @@ def code_revision(root: Path = ROOT) -> str | None:
     return None
 
 
-def lock(file: IO, wait: bool) -> bool:
-    """Lock `file` until it is closed or this process ends; whether the file system has locks.
+def lock(file: IO, wait: bool) -> None:
+    """Lock `file` until it is closed or this process ends. Without `wait`, BlockingIOError if another process has it.
 
-    Raises BlockingIOError if another process holds the lock and `wait` is false.
+    Where the file system has no locks, a line says so.
     """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        # Children do not inherit this kind of lock: some of them live on for a moment when this process is killed.
+        fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         raise
-    except OSError:  # a network file system without locks
-        return False
-    return True
+    except OSError:
+        print(f"note: {file.name}: this file system has no locks; start no second process on this folder")
 
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Make this job the only writer of `folder` until the block or the process ends, or raise UserError.
-
-    A folder that did not exist and stays empty is removed again.
-    """
+    """Make this job the only writer of `folder` until the block or the process ends, or raise UserError."""
     if not distributed.world().main:
         yield
         return
-    path, is_new = folder / LOCK, not folder.exists()
+    path = folder / LOCK
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = _open_locked(path)
+        file = path.open("a+")
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from None
     with file:
         try:
+            lock(file, wait=False)
+        except BlockingIOError:
+            file.seek(0)
+            remedy = "wait for it to end, or use another folder (--train-dir)"
+            raise UserError(f"{folder}: in use by {file.read() or 'another process'}; {remedy}") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        try:
             yield
         finally:
+            path.unlink(missing_ok=True)
             with contextlib.suppress(OSError):
-                path.unlink()
-                if is_new:
-                    folder.rmdir()
-
-
-def _open_locked(path: Path) -> IO:
-    """The lock file `path`, locked, with the name of this process in it."""
-    give_up = time.monotonic() + LOCK_PATIENCE
-    while True:
-        file = path.open("a+")
-        with contextlib.suppress(BlockingIOError, FileNotFoundError):
-            if not lock(file, wait=False):
-                print(f"note: {path.parent}: this file system has no locks; start no second process on this folder")
-            # The previous holder may have removed the file between this process's open and lock.
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {platform.node()}")
-                file.flush()
-                return file
-        with file:
-            if time.monotonic() > give_up:
-                file.seek(0)
-                remedy = "wait for it to end, or use another folder (--train-dir)"
-                raise UserError(f"{path.parent}: in use by {file.read() or 'another process'}; {remedy}")
-        time.sleep(0.1)
+                folder.rmdir()  # if it is empty, as after a refusal
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import random
 import shutil
 import signal
 import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -198,15 +201,31 @@ def test_sha256(tmp_path, size):
     assert checkpoint.sha256(tmp_path / "file") == expected
 
 
-def test_one_has_the_lock_until_it_closes_the_file(tmp_path):
-    """Open files count like those of two processes."""
+HOLDER = """
+import fcntl, sys
+file = open(sys.argv[1], "a+")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("process 7 on elsewhere", file=file, end="", flush=True)
+print("ready", flush=True)
+input()
+"""
+
+
+@contextlib.contextmanager
+def other_process_locks(path: Path) -> Iterator[None]:
+    command = [sys.executable, "-c", HOLDER, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        yield
+        process.stdin.close()
+
+
+def test_one_has_the_lock_until_it_ends(tmp_path):
     path = tmp_path / "file"
-    with path.open("w") as second:
-        with path.open("w") as first:
-            lock(first, wait=True)
-            with pytest.raises(BlockingIOError):
-                lock(second, wait=False)
-        lock(second, wait=True)
+    with path.open("w") as file:
+        with other_process_locks(path), pytest.raises(BlockingIOError):
+            lock(file, wait=False)
+        lock(file, wait=True)
 
 
 def git(folder, *arguments):
@@ -257,16 +276,16 @@ def test_one_process_at_a_time_writes_to_a_folder(tmp_path):
     """The others are told which one; afterwards nothing is left of the lock, nor of a folder that stayed empty."""
     folder = tmp_path / "runs" / "new"
     with lock_folder(folder):
-        assert folder.is_dir()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(checkpoint, "LOCK_PATIENCE", 0.0)
-            with (
-                pytest.raises(UserError, match=rf"new: in use by process {os.getpid()} on .+--train-dir"),
-                lock_folder(folder),
-            ):
-                pass
-        assert (folder / ".lock").exists()
+        assert (folder / ".lock").read_text().startswith(f"process {os.getpid()} on ")
     assert not folder.exists()
+    folder.mkdir()
+    with (
+        other_process_locks(folder / ".lock"),
+        pytest.raises(UserError, match="new: in use by process 7 on elsewhere; wait for it to end"),
+        lock_folder(folder),
+    ):
+        pass
+    assert (folder / ".lock").exists()
     with lock_folder(folder):
         (folder / "last.pt").write_text("")
     assert [path.name for path in folder.iterdir()] == ["last.pt"]
@@ -279,7 +298,7 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(checkpoint.fcntl, "flock", refuse)
+    monkeypatch.setattr(checkpoint.fcntl, "lockf", refuse)
     with lock_folder(tmp_path):
         assert "this file system has no locks; start no second process" in capsys.readouterr().out
 
