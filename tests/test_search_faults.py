@@ -113,8 +113,7 @@ def test_a_supernet_that_is_trained_anew_meanwhile_is_refused_and_nothing_is_los
     options = [*options, "--load", tmp_path / "supernet"]
     process = search(tmp_path, options, "gated")
     wait_for(lambda: lines_in(tmp_path) == 2)
-    second = start(tmp_path, SEARCH, *options, "--resume", prelude="script.checkpoint.LOCK_PATIENCE = 0.1")
-    done = finish(second)
+    done = finish(start(tmp_path, SEARCH, *options, "--resume"))
     assert done.returncode == 2
     assert_one_line(done.stderr, f"search: in use by process {process.pid} on ")
     before = path.read_bytes()
