@@ -46,7 +46,7 @@ from lib.shrinking import (
     space_at,
     value_at,
 )
-from lib.training import Losses, Trainer, detection_loss
+from lib.training import Losses, Trainer
 from lib.training_run import Training, read_previous
 
 
@@ -124,7 +124,7 @@ class SupernetTraining(Training):
         annotations = loader.dataset.annotations
         self.classes = annotations.classes
         self.data = {"training": annotations.fingerprint()}
-        self.loss = detection_loss(config)
+        self.loss = DetectionLoss(config.loss, config.head.variances)
         schedule = config.search_space.schedule_cfg
         self.phases = boundaries(schedule, self.settings.epochs)
         self.sort_epoch = first_narrower_epoch(schedule) if self.settings.sort_channels else None
@@ -263,7 +263,7 @@ def print_estimate(
 ) -> None:
     """How long this stage and the next will take on this device: some seconds of each kind of work, added up."""
     settings, seed = config.supernet, config.seed
-    loss = detection_loss(config)
+    loss = DetectionLoss(config.loss, config.head.variances)
     starts = boundaries(config.search_space.schedule_cfg, settings.epochs)
     phases = []
     for first, end in zip(starts, [*starts[1:], settings.epochs + 1], strict=True):

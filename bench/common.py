@@ -39,8 +39,9 @@ from lib.detector import SSD, ElasticSSD, Supernet
 from lib.final_training import detection_losses
 from lib.genotype import Genotype, SearchSpace
 from lib.log import progress
+from lib.losses import DetectionLoss
 from lib.runtime import device_name, pick_device
-from lib.training import Losses, Trainer, detection_loss
+from lib.training import Losses, Trainer
 from supernet_train import supernet_losses
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -259,7 +260,7 @@ class SupernetSteps:
         self.detector = detector.train()
         self.distillation = config.supernet.distill
         self.weight = weight
-        self.loss = detection_loss(config)
+        self.loss = DetectionLoss(config.loss, config.head.variances)
         self.trainer = Trainer(detector, config.supernet, device, batches_per_epoch=2**31)
 
     def __call__(self, batch: Batch, genotype: Genotype) -> dict[str, float]:
@@ -270,7 +271,7 @@ class SupernetSteps:
 def plain_step(model: SSD, config: Config, training: TrainConfig, device: torch.device) -> Step:
     """A step of final_train.py on a plain detector, with the optimizer of `training`."""
     trainer = Trainer(model.train(), training, device, batches_per_epoch=2**31)
-    loss = detection_loss(config)
+    loss = DetectionLoss(config.loss, config.head.variances)
     return lambda batch: _losses(trainer, detection_losses(trainer.model, loss, batch))
 
 

@@ -30,9 +30,9 @@ from lib.config_io import read_config
 from lib.datasets import Batch, load_annotations, train_loader
 from lib.detector import ElasticSSD, detect, fuse
 from lib.latency import fused_detectors, time_detectors
+from lib.losses import DetectionLoss
 from lib.runtime import pick_device, seed_everything
 from lib.scoring import Scorer
-from lib.training import detection_loss
 
 CLASSES, OBJECTS = 20, 3
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -94,7 +94,7 @@ class Bench:
             model = copy.deepcopy(detector).to(device).train()
             batch = common.random_batch(8, genotype.image_size, OBJECTS, CLASSES).to(device)
             logits, offsets = model(batch.images, genotype)
-            loss = detection_loss(config)
+            loss = DetectionLoss(config.loss, config.head.variances)
             losses = loss(logits, offsets, loss.match(batch.boxes, batch.labels, model.priors(genotype.image_size)))
             sum(losses.values()).backward()
             gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]

@@ -27,7 +27,7 @@ from lib.plain import shown
 from lib.postprocess import Detections
 from lib.pretrained import as_table, load_pretrained
 from lib.scoring import calibration_rows, whole_batches
-from lib.training import Losses, Trainer, detection_loss
+from lib.training import Losses, Trainer
 from lib.training_run import Training
 
 
@@ -179,7 +179,7 @@ class FinalTraining(Training):
         self.classes = test.classes
         images, settings = loader.dataset.annotations, config.final
         self.data = {"training": images.fingerprint(), "test": test.fingerprint()}
-        self.loss = detection_loss(config)
+        self.loss = DetectionLoss(config.loss, config.head.variances)
         self.best: dict = {}
         if student.inherits:
             recalibrate(student.model.to(device), some_images(images, student.model.image_size, config), device)

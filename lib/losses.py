@@ -6,9 +6,8 @@ computed in float32 whatever its input, and is finite and has a gradient on a ba
 """
 
 import functools
-import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,16 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import box_convert
 
+from lib import distributed
 from lib.config import DistillConfig, LossConfig
 from lib.priors import VARIANCES, encode, pairwise_iou
 
 SMOOTH_L1_BETA = 1 / 9
 ROUNDS = 8  # in which objects that want the same prior find others, on a GPU
-
-
-def at_least_one(counts: Tensor) -> Tensor:
-    """The divisor of a loss that is summed over so many priors; 1 where there are none."""
-    return counts.float().clamp(min=1)
 
 
 class Rows:
@@ -63,43 +58,33 @@ class Targets(NamedTuple):
 
 class DetectionLoss:
     """The detector's loss. Call `targets = loss.match(boxes, labels, priors)` once a batch, then for each network
-    `loss(logits, offsets, targets)`.
-
-    `normalizer` maps the number of positive priors to the divisor of the losses. Processes that share a batch take
-    theirs from the number of the whole batch.
+    `loss(logits, offsets, targets)`. Losses are divided by the number of positive priors of all processes of the job.
     """
 
-    def __init__(
-        self,
-        config: LossConfig,
-        variances: tuple[float, float] = VARIANCES,
-        normalizer: Callable[[Tensor], Tensor] = at_least_one,
-    ) -> None:
+    def __init__(self, config: LossConfig, variances: Sequence[float] = VARIANCES):
         self.config = config
         self.variances = variances
-        self.normalizer = normalizer
 
-    @torch.no_grad()
     def match(self, boxes: Tensor, labels: Tensor, priors_cxcywh: Tensor) -> Targets:
         """Targets of a batch: boxes (B, M, 4) normalised xyxy, labels (B, M) with 0 as padding, priors (P, 4)."""
-        prior_labels, object_index = match(
-            boxes, labels, priors_cxcywh, self.config.matched_threshold, self.config.unmatched_threshold
-        )
-        rows = Rows(prior_labels > 0)
-        if boxes.shape[1]:
-            boxes = boxes.gather(1, object_index[..., None].expand(-1, -1, 4))  # (B, P, 4)
-        else:
-            boxes = boxes.new_zeros(*prior_labels.shape, 4)
-        priors = rows.pick(priors_cxcywh.expand(len(boxes), -1, -1))
-        offsets = encode(rows.pick(boxes), priors, self.variances)
-        return Targets(prior_labels, rows, offsets, self.normalizer(rows.mask.sum()))
+        return self.match_together([(boxes, labels)], priors_cxcywh)[0]
 
+    @torch.no_grad()
     def match_together(self, objects: Sequence[tuple[Tensor, Tensor]], priors_cxcywh: Tensor) -> list[Targets]:
         """Targets of batches, each with its (boxes, labels), such that the mean of their losses is that of one batch
         with all of their images."""
-        targets = [self.match(boxes, labels, priors_cxcywh) for boxes, labels in objects]
-        normalizer = self.normalizer(sum(t.rows.mask.sum() for t in targets)) / len(targets)
-        return [t._replace(normalizer=normalizer) for t in targets]
+        matched = []
+        for boxes, labels in objects:
+            if not boxes.shape[1]:  # nothing cannot have a maximum, so a batch without objects gets one of padding
+                boxes, labels = boxes.new_zeros(len(boxes), 1, 4), labels.new_zeros(len(boxes), 1)
+            prior_labels, object_index = match(boxes, labels, priors_cxcywh, self.config)
+            rows = Rows(prior_labels > 0)
+            boxes = boxes.gather(1, object_index[..., None].expand(-1, -1, 4))  # (B, P, 4)
+            priors = rows.pick(priors_cxcywh.expand(len(boxes), -1, -1))
+            matched.append((prior_labels, rows, encode(rows.pick(boxes), priors, self.variances)))
+        positives = functools.reduce(torch.add, (rows.mask.sum() for _, rows, _ in matched))
+        normalizer = distributed.normalizer(positives) / len(matched)
+        return [Targets(*each, normalizer) for each in matched]
 
     def __call__(self, logits: Tensor, offsets: Tensor, targets: Targets) -> dict[str, Tensor]:
         """The scalars `cls` and `loc`, to be added; logits (B, P, C + 1), offsets (B, P, 4).
@@ -107,113 +92,90 @@ class DetectionLoss:
         `loc` is the smooth L1 distance of the positive priors' offsets, summed over all four, divided by the number of
         positive priors, times `loc_coef`.
         """
-        normalizer, rows = targets.normalizer, targets.rows
+        prior_labels, rows, target_offsets, normalizer = targets
         if self.config.type == "focal":
-            cls = focal_loss(logits, targets.prior_labels, self.config.alpha, self.config.gamma, normalizer, rows)
+            cls = focal_loss(logits, prior_labels, rows, self.config.alpha, self.config.gamma)
         else:
-            cls = multibox_loss(logits, targets.prior_labels, self.config.neg_pos_ratio, normalizer, rows)
+            cls = multibox_loss(logits, prior_labels, rows, self.config.neg_pos_ratio)
         predicted = rows.pick(offsets).float()
-        distance = F.smooth_l1_loss(predicted, targets.offsets.float(), reduction="none", beta=SMOOTH_L1_BETA)
-        return {"cls": cls, "loc": self.config.loc_coef * rows.sum(distance) / normalizer}
+        distance = F.smooth_l1_loss(predicted, target_offsets.float(), reduction="none", beta=SMOOTH_L1_BETA)
+        return {"cls": cls / normalizer, "loc": self.config.loc_coef * rows.sum(distance) / normalizer}
 
     def distillation(
         self, student_logits: Tensor, teacher_logits: Tensor, targets: Targets, config: DistillConfig
     ) -> Tensor:
         """`adaptive_distillation` on the positive priors. On all priors it is reported to hurt."""
-        kind, normalizer = self.config.type, targets.normalizer
-        return adaptive_distillation(student_logits, teacher_logits, targets.rows.mask, config, kind, normalizer)
+        loss = adaptive_distillation(student_logits, teacher_logits, targets.rows, config, self.config.type)
+        return loss / targets.normalizer
 
 
 @torch.no_grad()
-def match(
-    boxes: Tensor,
-    labels: Tensor,
-    priors_cxcywh: Tensor,
-    matched_threshold: float = 0.5,
-    unmatched_threshold: float = 0.4,
-) -> tuple[Tensor, Tensor]:
+def match(boxes: Tensor, labels: Tensor, priors_cxcywh: Tensor, config: LossConfig) -> tuple[Tensor, Tensor]:
     """Labels (B, P) of the priors, and the index (B, P) of the object that each positive prior stands for.
 
-    `boxes` (B, M, 4) are xyxy; `labels` (B, M) int64, 0 where there is no object; M may be 0. A prior takes the class
-    of the object that it overlaps most if their IoU is at least `matched_threshold`. It is background below
-    `unmatched_threshold`, and ignored in between. Whatever its IoU, each object also gets a best prior of its own.
+    `boxes` (B, M, 4) are xyxy; `labels` (B, M) int64, 0 where there is no object. A prior takes the class of the object
+    that it overlaps most if their IoU is at least `matched_threshold`. It is background below `unmatched_threshold`,
+    and ignored in between. Whatever its IoU, each object also gets a best prior of its own.
     """
-    if boxes.shape[1] == 0:
-        background = labels.new_zeros(len(boxes), len(priors_cxcywh))
-        return background, background.clone()
     iou = pairwise_iou(boxes, _corners(priors_cxcywh))  # (B, M, P)
     iou.masked_fill_((labels == 0)[..., None], -1)
+    best_prior, best_iou = _best_priors(iou.clone())
+    # An IoU of 2, so that no threshold and no other object takes an object's best prior away.
+    iou.scatter_(2, best_prior[..., None], best_iou.masked_fill_(best_iou >= 0, 2)[..., None])
     prior_iou, object_index = iou.max(1)  # (B, P)
     prior_labels = labels.gather(1, object_index)
-    prior_labels.masked_fill_(prior_iou < matched_threshold, -1)
-    prior_labels.masked_fill_(prior_iou < unmatched_threshold, 0)
-    # Last, so that no threshold and no other object takes an object's best prior away.
-    objects = torch.arange(boxes.shape[1], device=boxes.device)
-    best_prior, missing = _best_priors(iou, objects)
-    # What is not an object goes to a column that is cut off again.
-    place = best_prior.masked_fill(missing, len(priors_cxcywh))
-    prior_labels = F.pad(prior_labels, (0, 1)).scatter_(1, place, labels)[:, :-1]
-    object_index = F.pad(object_index, (0, 1)).scatter_(1, place, objects.expand_as(place))[:, :-1]
+    prior_labels.masked_fill_(prior_iou < config.matched_threshold, -1)
+    prior_labels.masked_fill_(prior_iou < config.unmatched_threshold, 0)
     return prior_labels, object_index
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=16)  # nine operators less in each step; a detector has one tensor for each image size
 def _corners(priors_cxcywh: Tensor) -> Tensor:
-    """Priors (P, 4) as xyxy. A detector has one tensor of them for each image size."""
     return box_convert(priors_cxcywh, "cxcywh", "xyxy")
 
 
-def _best_priors(iou: Tensor, objects: Tensor) -> tuple[Tensor, Tensor]:
-    """The best prior (B, M) of each object, no two the same in an image, and whether it has none (B, M).
+def _best_priors(iou: Tensor) -> tuple[Tensor, Tensor]:
+    """The best prior (B, M) of each object, no two the same in an image, and its IoU (B, M), -1 if it has none.
 
-    `objects` are 0 to M - 1, `iou` (B, M, P) is -1 where a pair is not allowed, and is overwritten. The result is that
-    of taking the pair with the highest IoU again and again. Proposals find it for all images at once (Gale and Shapley,
-    1962): of the objects that want the same prior, the one that overlaps it most keeps it, and the others turn to their
-    next best.
+    `iou` (B, M, P) is -1 where a pair is not allowed, and is overwritten. The result is that of taking the pair with
+    the highest IoU again and again. Proposals find it for all images at once (Gale and Shapley, 1962): of the objects
+    that want the same prior, the one that overlaps it most keeps it, and the others turn to their next best.
 
     To know whether all have found one, a GPU would make the host wait: there, an object that still has none after
     `ROUNDS` rounds stays without.
     """
     # Of equal IoUs the earlier object wins; [i, j] says that j comes before i.
+    objects = torch.arange(iou.shape[1], device=iou.device)
     earlier = objects[:, None] > objects
-    num_objects = len(objects)
     on_cpu = iou.device.type == "cpu"
     # n objects can lose n (n - 1) / 2 times.
-    for left in itertools.count() if on_cpu else reversed(range(min(num_objects * (num_objects - 1) // 2, ROUNDS) + 1)):
+    rounds = len(objects) * (len(objects) - 1) // 2
+    for left in range(rounds if on_cpu else min(rounds, ROUNDS), -1, -1):
         best_iou, best = iou.max(2)  # (B, M)
         this_iou, other_iou = best_iou[:, :, None], best_iou[:, None, :]
         outbid = torch.where(earlier, other_iou >= this_iou, other_iou > this_iou)  # (B, M, M)
         lost = (outbid & (best[:, :, None] == best[:, None, :])).any(2)
-        if not ((lost & (best_iou >= 0)).any() if on_cpu else left):
+        kept_iou = best_iou.masked_fill(lost, -1)
+        if left == 0 or (on_cpu and torch.equal(kept_iou, best_iou)):
             break
-        iou.scatter_(2, best[..., None], best_iou.masked_fill(lost, -1)[..., None])
-    return best, lost | (best_iou < 0)
+        iou.scatter_(2, best[..., None], kept_iou[..., None])
+    return best, kept_iou
 
 
-def focal_loss(
-    logits: Tensor,
-    prior_labels: Tensor,
-    alpha: float = 0.25,
-    gamma: float = 2.0,
-    normalizer: Tensor | None = None,
-    rows: Rows | None = None,
-) -> Tensor:
-    """Sigmoid focal loss over classes 1..C (Lin et al. 2017, equation 5), summed, then divided by `normalizer` or the
-    number of positive priors.
+def focal_loss(logits: Tensor, prior_labels: Tensor, positive: Rows, alpha: float, gamma: float) -> Tensor:
+    """The sum of the sigmoid focal loss over classes 1..C (Lin et al. 2017, equation 5).
 
     Column 0 is not used: in a background prior every class is absent.
     """
     x = logits[..., 1:]  # (B, P, C)
-    rows = rows or Rows(prior_labels > 0)
-    column = rows.pick(prior_labels).clamp(min=0)[..., None]
-    present = rows.pick(logits).gather(-1, column)[..., 0]  # (N,) the logit of each positive prior's class
+    column = positive.pick(prior_labels).clamp(min=0)[..., None]
+    present = positive.pick(logits).gather(-1, column)[..., 0]  # (N,) the logit of each positive prior's class
     every = torch.cat([each.float().flatten() for each in (x, -present, present)])
     losses = _AbsentFocal.apply(every, gamma).split([x.numel(), present.numel(), present.numel()])
     absent, of_present, of_absent = losses[0].view(x.shape), losses[1].view_as(present), losses[2].view_as(present)
     # Every class counts as absent first, then the few present ones are corrected: no one-hot target is ever built.
     total = ((1 - alpha) * absent.sum(-1) * (prior_labels >= 0)).sum()
-    total = total + rows.sum(alpha * of_present - (1 - alpha) * of_absent)
-    return total / (at_least_one(rows.mask.sum()) if normalizer is None else normalizer)
+    return total + positive.sum(alpha * of_present - (1 - alpha) * of_absent)
 
 
 class _AbsentFocal(torch.autograd.Function):
@@ -236,47 +198,32 @@ class _AbsentFocal(torch.autograd.Function):
         return derivative * gradient, None
 
 
-def multibox_loss(
-    logits: Tensor,
-    prior_labels: Tensor,
-    neg_pos_ratio: float = 3,
-    normalizer: Tensor | None = None,
-    rows: Rows | None = None,
-) -> Tensor:
-    """Softmax cross entropy of the positive priors and of each image's hardest negatives (SSD, Liu et al. 2016,
-    section 2.2), summed, then divided by `normalizer` or the number of positive priors.
+def multibox_loss(logits: Tensor, prior_labels: Tensor, positive: Rows, neg_pos_ratio: float) -> Tensor:
+    """The sum of the softmax cross entropy of the positive priors and of each image's hardest negatives (SSD, Liu et
+    al. 2016, section 2.2).
 
     There are `neg_pos_ratio` negatives per positive. An image without positives counts as one with a single positive,
     so that it still teaches what background looks like.
     """
     target = prior_labels.clamp(min=0)
     loss = F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="none").view_as(target)  # (B, P)
-    rows = rows or Rows(prior_labels > 0)
-    count = neg_pos_ratio * rows.mask.sum(1, keepdim=True).clamp(min=1)  # (B, 1)
+    count = neg_pos_ratio * positive.mask.sum(1, keepdim=True).clamp(min=1)  # (B, 1)
     # No loss is below 0, so the zeros that replace positive and ignored priors are sorted last and add nothing.
     hardest = loss.masked_fill(prior_labels != 0, 0).sort(1, descending=True).values
     mined = hardest * (torch.arange(hardest.shape[1], device=hardest.device) < count)
-    total = rows.sum(rows.pick(loss)) + mined.sum()
-    return total / (at_least_one(rows.mask.sum()) if normalizer is None else normalizer)
+    return positive.sum(positive.pick(loss)) + mined.sum()
 
 
 def adaptive_distillation(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    mask: Tensor,
-    config: DistillConfig,
-    loss_type: str = "focal",
-    normalizer: Tensor | None = None,
+    student_logits: Tensor, teacher_logits: Tensor, rows: Rows, config: DistillConfig, loss_type: str
 ) -> Tensor:
-    """Adaptive distillation over the priors in `mask` (B, P) (Tang et al. 2019, equations 3 to 5), summed, then
-    divided by `normalizer` or the number of priors in the mask.
+    """The sum of the adaptive distillation of these priors (Tang et al. 2019, equations 3 to 5).
 
     KL(teacher || student) is weighted by (1 - exp(-(KL + beta * entropy of the teacher)))^gamma: priors that the
     student gets wrong, or that the teacher finds hard, weigh more. With `loss_type` "focal" each class 1..C is a
     distribution of its own (sigmoid), with "multibox" all C + 1 are one (softmax). The temperature, and the factor
     temperature^2, are Hinton et al. 2015's. Neither the weight nor the teacher has a gradient.
     """
-    rows = Rows(mask)
     student = rows.pick(student_logits).float() / config.temperature  # (N, C + 1)
     teacher = rows.pick(teacher_logits.detach()).float() / config.temperature
     if loss_type == "focal":
@@ -290,8 +237,7 @@ def adaptive_distillation(
     entropy = -(q * log_q).sum(-1)
     # Rounding may leave a divergence just below 0, whose power would be NaN.
     weight = -torch.expm1(-(divergence.detach() + config.beta * entropy).clamp(min=0))
-    total = config.temperature**2 * rows.sum(weight.pow(config.gamma) * divergence)
-    return total / (at_least_one(mask.sum()) if normalizer is None else normalizer)
+    return config.temperature**2 * rows.sum(weight.pow(config.gamma) * divergence)
 
 
 def focal_prior_bias(probability: float = 0.01) -> float:

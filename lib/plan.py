@@ -28,9 +28,10 @@ from lib.genotype import Genotype, SearchSpace
 from lib.images import UnreadableImage, read_size
 from lib.labels import Faults
 from lib.log import progress
+from lib.losses import DetectionLoss
 from lib.priors import coverage, fit_priors, prior_boxes, priors_per_cell
 from lib.scoring import Scorer, prepare_scoring_data
-from lib.training import Losses, Trainer, detection_loss
+from lib.training import Losses, Trainer
 
 COVERAGE_SAMPLE = 10_000  # objects that coverage is measured on, evenly spread
 WELL_COVERED = 0.8  # share of a class's objects below which other priors are proposed
@@ -249,7 +250,7 @@ def training_seconds(
 
 def final_seconds(model: SSD, config: Config, device: torch.device, loader: DataLoader) -> float:
     """Seconds of training one detector, without its evaluations."""
-    loss = detection_loss(config)
+    loss = DetectionLoss(config.loss, config.head.variances)
     phases = [(config.final.epochs, lambda batch: detection_losses(model, loss, batch))]
     return training_seconds(model, config.final, device, loader, phases)
 

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from lib import UserError, checkpoint, distributed
-from lib.config import Config, TrainConfig
-from lib.losses import DetectionLoss, at_least_one
+from lib.config import TrainConfig
 
 Losses = dict[str, Tensor]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -87,12 +86,6 @@ class MovingAverage(AveragedModel):
         averages, values = ([t for t in each if t.is_floating_point()] for each in tensors)
         torch._foreach_lerp_(averages, values, 1 - keep)
         self.n_averaged += 1
-
-
-def detection_loss(config: Config) -> DetectionLoss:
-    """The configured loss; when several processes share a batch, normalised by the whole batch."""
-    normalizer = distributed.normalizer if distributed.world().size > 1 else at_least_one
-    return DetectionLoss(config.loss, variances=tuple(config.head.variances), normalizer=normalizer)
 
 
 class Diverged(UserError):

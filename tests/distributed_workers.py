@@ -141,7 +141,7 @@ def train(folder: Path, case: str) -> dict:
     training = getattr(c, stage)
     loader = train_loader(annotations, range(len(annotations)), 64, training.batch_size, c, CPU)
     trainer = Trainer(model, training, CPU, loader.batch_sampler.batches_per_epoch)
-    loss = DetectionLoss(c.loss, normalizer=distributed.normalizer)
+    loss = DetectionLoss(c.loss)
     start = flat(model)
     model.train()
     if fixed:
@@ -155,7 +155,7 @@ def train(folder: Path, case: str) -> dict:
             items = final_training.detection_losses(model, loss, batch)
         losses += trainer.update(items)
     states = {"model": model.state_dict(), "ema": trainer.ema.state_dict()}
-    return {**states, "losses": losses, "images": len(batch), "moved": (flat(model) - start).abs().max().item()}
+    return {**states, "losses": losses, "images": len(batch.images), "moved": (flat(model) - start).abs().max().item()}
 
 
 def flat(model: nn.Module) -> torch.Tensor:

@@ -30,7 +30,7 @@ from lib.detector import ElasticSSD, load_detector
 from lib.final_training import detection_losses
 from lib.losses import DetectionLoss
 from lib.scoring import Scorer, scoring_worker
-from lib.training import Trainer, build_optimizer, detection_loss
+from lib.training import Trainer, build_optimizer
 from lib.training_run import Training
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
@@ -86,7 +86,7 @@ def count_steps() -> dict[tuple[str, str], tuple[int, int, int]]:
     batch = batch.to(GPU)
     plain = detector.extract(genotype)
     networks = {"supernet": (detector, (batch.images, genotype)), "plain": (plain, (batch.images,))}
-    loss = detection_loss(config)
+    loss = DetectionLoss(config.loss, config.head.variances)
     found = {}
     for name, (model, inputs) in networks.items():
         optimizer = build_optimizer(model, config.supernet)
@@ -205,7 +205,7 @@ def test_a_final_step_trains_there():
     def work() -> bool:
         config, detector, batch = reference()
         model = detector.extract(detector.space.smallest()).to(GPU).train()
-        (losses,) = detection_losses(model, detection_loss(config), batch.to(GPU))
+        (losses,) = detection_losses(model, DetectionLoss(config.loss, config.head.variances), batch.to(GPU))
         sum(losses.values()).backward()
         return all(p.grad.device == GPU for p in model.parameters())
 

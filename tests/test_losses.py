@@ -16,11 +16,26 @@ from torchvision.models.detection.ssd import SSD
 from torchvision.ops import box_convert, box_iou, sigmoid_focal_loss
 
 from lib.config import DistillConfig, LossConfig
-from lib.losses import DetectionLoss, adaptive_distillation, focal_loss, focal_prior_bias, match, multibox_loss
+from lib.losses import DetectionLoss, Rows, adaptive_distillation, focal_loss, focal_prior_bias, match, multibox_loss
 from lib.priors import decode, prior_boxes
 
 PRIORS = prior_boxes([(3, 3), (1, 1)], [0.3, 0.7, 0.9], [[2], []])  # (38, 4)
 CLASSES = 3
+
+
+def focal(logits, prior_labels, alpha=0.25, gamma=2.0):
+    """Divided by the number of positive priors, as the papers' losses and `DetectionLoss` are."""
+    positive = prior_labels > 0
+    return focal_loss(logits, prior_labels, Rows(positive), alpha, gamma) / positive.sum().clamp(min=1)
+
+
+def multibox(logits, prior_labels, ratio=3):
+    positive = prior_labels > 0
+    return multibox_loss(logits, prior_labels, Rows(positive), ratio) / positive.sum().clamp(min=1)
+
+
+def distillation(student, teacher, mask, config, kind):
+    return adaptive_distillation(student, teacher, Rows(mask), config, kind) / mask.sum().clamp(min=1)
 
 
 def random_batch(seed, images=3, objects=4, crowded=False):
@@ -59,7 +74,7 @@ def slow_match(boxes, labels, priors, matched, unmatched):
 @settings(max_examples=30)
 @given(
     seed=st.integers(0, 2**31),
-    objects=st.integers(0, 6),
+    objects=st.integers(1, 6),
     num_priors=st.integers(1, len(PRIORS)),
     crowded=st.booleans(),
     matched=st.sampled_from([0.3, 0.5, 0.7]),
@@ -67,7 +82,9 @@ def slow_match(boxes, labels, priors, matched, unmatched):
 def test_match_equals_the_slow_loop(seed, objects, num_priors, crowded, matched):
     boxes, labels = random_batch(seed, objects=objects, crowded=crowded)
     priors = PRIORS[torch.randperm(len(PRIORS), generator=torch.Generator().manual_seed(seed))[:num_priors]]
-    prior_labels, object_index = match(boxes, labels, priors, matched, 0.25)
+    prior_labels, object_index = match(
+        boxes, labels, priors, LossConfig(matched_threshold=matched, unmatched_threshold=0.25)
+    )
     expected_labels, owners = slow_match(boxes, labels, priors, matched, 0.25)
     assert torch.equal(prior_labels, expected_labels)
     assert torch.equal(object_index[prior_labels > 0], owners[prior_labels > 0])
@@ -77,7 +94,7 @@ def test_match_equals_the_slow_loop(seed, objects, num_priors, crowded, matched)
 @given(seed=st.integers(0, 2**31), objects=st.integers(1, 12))
 def test_every_object_has_a_prior_and_padding_has_none(seed, objects):
     boxes, labels = random_batch(seed, objects=objects, crowded=True)
-    prior_labels, object_index = match(boxes, labels, PRIORS)
+    prior_labels, object_index = match(boxes, labels, PRIORS, LossConfig())
     for b in range(len(boxes)):
         owned = set(object_index[b, prior_labels[b] > 0].tolist())
         assert owned == set(labels[b].nonzero().flatten().tolist())
@@ -86,7 +103,9 @@ def test_every_object_has_a_prior_and_padding_has_none(seed, objects):
 def test_identical_objects_do_not_erase_one_another():
     box = box_convert(PRIORS[4], "cxcywh", "xyxy")
     labels = torch.tensor([[1, 2, 3, 0]])
-    prior_labels, object_index = match(box.expand(1, 4, 4), labels, PRIORS, 0.99, 0.98)
+    prior_labels, object_index = match(
+        box.expand(1, 4, 4), labels, PRIORS, LossConfig(matched_threshold=0.99, unmatched_threshold=0.98)
+    )
     assert prior_labels[0, 4] == 1  # the first of equals keeps the best prior
     assert sorted(prior_labels[prior_labels > 0].tolist()) == [1, 2, 3]
     assert sorted(object_index[prior_labels > 0].tolist()) == [0, 1, 2]
@@ -94,14 +113,16 @@ def test_identical_objects_do_not_erase_one_another():
 
 def test_an_object_without_any_overlap_still_gets_a_prior():
     boxes = torch.tensor([[[0.9, 0.9, 0.95, 0.95]]])
-    prior_labels, _ = match(boxes, torch.tensor([[2]]), torch.tensor([[0.2, 0.2, 0.1, 0.1], [0.4, 0.4, 0.1, 0.1]]))
+    priors = torch.tensor([[0.2, 0.2, 0.1, 0.1], [0.4, 0.4, 0.1, 0.1]])
+    prior_labels, _ = match(boxes, torch.tensor([[2]]), priors, LossConfig())
     assert sorted(prior_labels[0].tolist()) == [0, 2]
 
 
 @pytest.mark.parametrize("objects", [0, 2])
 def test_a_batch_of_padding_is_all_background(objects):
-    prior_labels, _ = match(torch.zeros(2, objects, 4), torch.zeros(2, objects, dtype=torch.int64), PRIORS)
-    assert torch.equal(prior_labels, torch.zeros(2, len(PRIORS), dtype=torch.int64))
+    loss = DetectionLoss(LossConfig())
+    targets = loss.match(torch.zeros(2, objects, 4), torch.zeros(2, objects, dtype=torch.int64), PRIORS)
+    assert torch.equal(targets.prior_labels, torch.zeros(2, len(PRIORS), dtype=torch.int64))
 
 
 def random_predictions(seed=0, images=3):
@@ -120,7 +141,7 @@ def test_focal_loss_and_gradient_are_torchvisions(alpha, gamma):
     one_hot = F.one_hot(prior_labels.clamp(min=0), CLASSES + 1)[..., 1:].float()
     elementwise = sigmoid_focal_loss(logits[..., 1:], one_hot, alpha, gamma)
     expected = elementwise[prior_labels >= 0].sum() / (prior_labels > 0).sum()
-    loss = focal_loss(logits, prior_labels, alpha, gamma)
+    loss = focal(logits, prior_labels, alpha, gamma)
     torch.testing.assert_close(loss, expected)
     (expected_gradient,) = torch.autograd.grad(expected, logits)
     (gradient,) = torch.autograd.grad(loss, logits)
@@ -134,9 +155,9 @@ def test_focal_loss_of_certain_logits(size):
     """Right and certain costs nothing; wrong and certain costs the logit itself, and has a gradient."""
     prior_labels = torch.tensor([[1, 0]])
     right = torch.tensor([[[0, size, -size], [0, -size, -size]]])
-    assert focal_loss(right, prior_labels) == 0
+    assert focal(right, prior_labels) == 0
     wrong = (-right).requires_grad_()
-    loss = focal_loss(wrong, prior_labels)
+    loss = focal(wrong, prior_labels)
     torch.testing.assert_close(loss.item(), size * (0.25 + 3 * 0.75), rtol=1e-6, atol=0)
     (gradient,) = torch.autograd.grad(loss, wrong)
     torch.testing.assert_close(gradient[0, :, 1:], torch.tensor([[-0.25, 0.75], [0.75, 0.75]]))
@@ -160,7 +181,7 @@ def slow_multibox(logits, prior_labels, ratio):
 def test_multibox_loss_equals_the_slow_loop(ratio):
     logits, _, prior_labels = random_predictions()
     prior_labels[1] = prior_labels[1].clamp(max=0)  # an image without objects
-    loss, expected = multibox_loss(logits, prior_labels, ratio), slow_multibox(logits, prior_labels, ratio)
+    loss, expected = multibox(logits, prior_labels, ratio), slow_multibox(logits, prior_labels, ratio)
     torch.testing.assert_close(loss, expected)
     gradients = [torch.autograd.grad(x, logits)[0] for x in (loss, expected)]
     torch.testing.assert_close(*gradients)
@@ -176,7 +197,7 @@ def test_multibox_loss_is_torchvisions():
     corners = [box_convert(PRIORS, "cxcywh", "xyxy")] * 3
     outputs = {"cls_logits": logits, "bbox_regression": offsets}
     expected = SSD.compute_loss(stub, targets, outputs, corners, list(prior_labels - 1))
-    torch.testing.assert_close(multibox_loss(logits, prior_labels), expected["classification"])
+    torch.testing.assert_close(multibox(logits, prior_labels), expected["classification"])
 
 
 @pytest.mark.parametrize("kind", ["focal", "multibox"])
@@ -194,7 +215,7 @@ def test_detection_loss_end_to_end(kind):
     difference = (offsets[targets.rows.mask] - targets.offsets).abs()
     smooth = torch.where(difference < 1 / 9, difference**2 / (2 / 9), difference - 1 / 18)
     torch.testing.assert_close(losses["loc"], 2 * smooth.sum() / len(prior))
-    classify = focal_loss if kind == "focal" else multibox_loss
+    classify = focal if kind == "focal" else multibox
     torch.testing.assert_close(losses["cls"], classify(logits, prior_labels))
 
 
@@ -219,7 +240,7 @@ def test_a_batch_without_objects_is_finite_and_has_a_gradient(kind, objects):
     loss = DetectionLoss(LossConfig(type=kind))
     targets = loss.match(torch.zeros(3, objects, 4), torch.zeros(3, objects, dtype=torch.int64), PRIORS)
     losses = loss(logits, offsets, targets)
-    distilled = adaptive_distillation(logits, logits.detach() + 1, targets.rows.mask, DistillConfig(), kind)
+    distilled = distillation(logits, logits.detach() + 1, targets.rows.mask, DistillConfig(), kind)
     assert losses["cls"] > 0
     assert losses["loc"] == 0
     assert distilled == 0
@@ -238,7 +259,7 @@ def test_half_precision_predictions_are_scored_in_float32(kind):
     with torch.autocast("cpu", torch.bfloat16):
         targets = loss.match(boxes, labels, PRIORS)
         losses = loss(low, low_offsets, targets)
-        losses["kd"] = adaptive_distillation(low, low.detach() * 0.5, targets.rows.mask, DistillConfig(), kind)
+        losses["kd"] = distillation(low, low.detach() * 0.5, targets.rows.mask, DistillConfig(), kind)
     expected = loss(low.detach().float(), low_offsets.detach().float(), targets)
     assert all(x.dtype == torch.float32 for x in losses.values())
     torch.testing.assert_close([losses["cls"], losses["loc"]], list(expected.values()))
@@ -274,7 +295,7 @@ def test_distillation_equals_the_formula(kind, beta, gamma, temperature):
     teacher, _, _ = random_predictions(1)
     mask = prior_labels > 0
     config = DistillConfig(beta=beta, gamma=gamma, temperature=temperature)
-    loss = adaptive_distillation(student, teacher, mask, config, kind)
+    loss = distillation(student, teacher, mask, config, kind)
     expected = slow_distillation(student, teacher, mask, kind, beta, gamma, temperature)
     assert loss.item() == pytest.approx(expected, rel=1e-4)
 
@@ -284,7 +305,7 @@ def test_distillation_gradient_is_that_of_the_divergence_times_a_constant(kind):
     """With one prior, the gradient is weight * T * (p - q) (Hinton et al. 2015): neither weight nor teacher move."""
     student = torch.tensor([[[0.0, 1.0]]], requires_grad=True)
     teacher = torch.tensor([[[0.0, -2.0]]], requires_grad=True)
-    loss = adaptive_distillation(student, teacher, torch.ones(1, 1, dtype=torch.bool), DistillConfig(), kind)
+    loss = distillation(student, teacher, torch.ones(1, 1, dtype=torch.bool), DistillConfig(), kind)
     loss.backward()
     # Two classes of softmax with logits (0, x) are the sigmoid of x.
     p, q = (torch.sigmoid(x[0, 0, 1].detach() / 2) for x in (student, teacher))
@@ -302,7 +323,7 @@ def test_distillation_of_extreme_logits_is_finite(kind, gamma):
     mask = torch.ones(1, 3, dtype=torch.bool)
     for teacher in (extreme, -extreme):
         student = extreme.clone().requires_grad_()
-        loss = adaptive_distillation(student, teacher, mask, DistillConfig(gamma=gamma), kind)
+        loss = distillation(student, teacher, mask, DistillConfig(gamma=gamma), kind)
         loss.backward()
         assert loss.isfinite()
         assert student.grad.isfinite().all()
@@ -313,10 +334,10 @@ def test_the_prior_bias_keeps_the_first_loss_small():
     bias = focal_prior_bias(0.01)
     assert torch.sigmoid(torch.tensor(bias)).item() == pytest.approx(0.01)
     boxes, labels = random_batch(1)
-    prior_labels, _ = match(boxes, labels, PRIORS)
+    prior_labels, _ = match(boxes, labels, PRIORS, LossConfig())
     logits = torch.zeros(3, len(PRIORS), CLASSES + 1)
-    assert focal_loss(logits + bias, prior_labels) < 1.5
-    assert focal_loss(logits, prior_labels) > 1.5
+    assert focal(logits + bias, prior_labels) < 1.5
+    assert focal(logits, prior_labels) > 1.5
 
 
 def test_targets_serve_any_number_of_networks():
