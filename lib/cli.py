@@ -20,7 +20,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from posixpath import isdir, isfile
-from typing import NamedTuple
 
 from lib import UserError, checkpoint, config_io, distributed, shapes
 from lib.config import Config
@@ -74,14 +73,6 @@ class Run:
         checkpoint.write_text(self.folder / "config.yaml", config_io.dump(self.config))
 
 
-class Layer(NamedTuple):
-    """The configuration that flags and --set override; it `is_foreign` where it may come from a stranger's file."""
-
-    settings: dict
-    source: str
-    is_foreign: bool = False
-
-
 class CommandLine:
     """What the user gave: `--cfg`, `--set`, and `flags`, values by key (None: the flag was not given)."""
 
@@ -115,51 +106,51 @@ class CommandLine:
         `folder_name` is the name of the run's folder where it is not the stage's. Raises UserError, naming the key.
         """
         args = self.args
-        layer = self._chosen_layer(inherited, inherited_from)
+        settings, source = self._lowest_layer(inherited, inherited_from)
         # The folder comes before the rest: with --resume it may hold the configuration.
-        folder = args.train_dir or RUNS / self._plain_name(layer) / (folder_name or self.stage)
+        folder = args.train_dir or RUNS / self._plain_name(settings) / (folder_name or self.stage)
         saved = _saved_config(folder) if args.resume else None
-        if goes_on := saved is not None and self._file is None:
-            layer = Layer(saved, f"{folder / 'config.yaml'}, with which this run began")
+        goes_on = saved is not None and self._file is None
+        if goes_on:
+            settings, source = saved, f"{folder / 'config.yaml'}, with which this run began"
         if args.data and "data.dataset_type" not in self._typed:
-            layer = layer._replace(settings=_with_own_pictures(layer.settings, Path(args.data)))
+            settings = _with_own_pictures(settings, Path(args.data))
         # Flags and --set override whichever layer was chosen.
-        changed = config_io.with_changes(layer.settings, self._changes)
-        config = config_io.from_dict(changed, layer.source, self._typed)
+        config = config_io.from_dict(config_io.with_changes(settings, self._changes), source, self._typed)
         config_io.validate(config)
         notes = []
         if self.stage != "search":
             config_io.validate_shares(config, self.stage, distributed.world().size)
             # The schedules of a run that goes on were fitted when it began.
-            notes = [] if goes_on else self._fit_schedules(config, layer, saved, folder)
-        if layer.is_foreign:
-            notes += self._check_foreign_paths(config, layer.source, reads_data)
-        return Run(folder, config, layer.source, notes)
+            notes = [] if goes_on else self._fit_schedules(config, settings, saved, folder)
+        # What is inherited may come from a stranger's file.
+        if inherited is not None and self._file is None and not goes_on:
+            notes += self._check_foreign_paths(config, source, reads_data)
+        return Run(folder, config, source, notes)
 
-    def _chosen_layer(self, inherited: dict | None, inherited_from: str) -> Layer:
-        """--cfg, else what the command inherits, else the configuration for the built-in pictures or the user's."""
+    def _lowest_layer(self, inherited: dict | None, inherited_from: str) -> tuple[dict, str]:
+        """What flags and --set override, and its source: --cfg, else what is inherited, else a file of configs/."""
         if self._file is not None:
-            return Layer(self._file, str(self.args.cfg))
+            return self._file, str(self.args.cfg)
         if inherited is not None:
-            return Layer(inherited, inherited_from, is_foreign=True)
+            return inherited, inherited_from
         path = CONFIGS / ("mine.yaml" if self.args.data else "shapes.yaml")
         settings = config_io.read_yaml(path)
         if self.args.data and (name := Path(self.args.data).resolve().name):
             settings["name"] = name  # every data set has a folder of its own below runs/
-        return Layer(settings, f"configs/{path.name}")
+        return settings, f"configs/{path.name}"
 
-    def _plain_name(self, layer: Layer) -> str:
-        """The name of the experiment. It becomes a folder below runs/, and the layer may be a stranger's file."""
-        name = self.given("name") or layer.settings.get("name")
+    def _plain_name(self, settings: dict) -> str:
+        """The name of the experiment. It becomes a folder below runs/, and `settings` may be a stranger's."""
+        name = self.given("name") or settings.get("name")
         plain = isinstance(name, str) and re.fullmatch(r"[^/\\\x00-\x1f]{1,100}", name)
         if not plain or name in (".", "..", POINTER.name):
-            where = "" if self.given("name") else f"{layer.source}: "
-            raise UserError(f"{where}name: expected a plain name, which becomes a folder, found {shown(name)}")
+            raise UserError(f"name: expected a plain name, which becomes a folder, found {shown(name)}")
         return name
 
-    def _fit_schedules(self, config: Config, layer: Layer, saved: dict | None, folder: Path) -> list[str]:
+    def _fit_schedules(self, config: Config, settings: dict, saved: dict | None, folder: Path) -> list[str]:
         """Fit the schedules to the number of epochs, and say so; what was derived when a run began stays as it is."""
-        planned = config_io.get_key(layer.settings, f"{self.stage}.epochs") or getattr(Config(), self.stage).epochs
+        planned = config_io.get_key(settings, f"{self.stage}.epochs") or getattr(Config(), self.stage).epochs
         notes = config_io.fit_schedules(config, self.stage, planned, self._typed)
         if saved is None:
             return notes
@@ -178,16 +169,19 @@ class CommandLine:
 
         Raises UserError if it has pictures drawn elsewhere, or read where none are.
         """
-        root, is_drawn = Path(config.data.root), config.data.dataset_type == "shapes"
-        wrong = "" if is_drawn or root.is_dir() else "here"
-        if is_drawn and not (root / shapes.MARKER).exists() and not root.resolve().is_relative_to(Path.cwd()):
-            wrong = "below this folder"
-        if wrong and reads_data and self.given("data.root") is None:
-            raise UserError(f"data.root: {source} has {root}, which is not {wrong}; --data DIR names the data's folder")
-        settings = config_io.to_dict(config)
-        paths = {key: Path(str(config_io.get_key(settings, key))) for key in READ_PATHS}
-        elsewhere = {key: path for key, path in paths.items() if path.is_absolute() or ".." in path.parts}
-        return [f"note: {key} is {path}, from {source}" for key, path in elsewhere.items()]
+        root, where = Path(config.data.root), "here"
+        found = root.is_dir()
+        if config.data.dataset_type == "shapes":
+            where = "below this folder"
+            found = (root / shapes.MARKER).exists() or root.resolve().is_relative_to(Path.cwd())
+        if not found and reads_data and self.given("data.root") is None:
+            raise UserError(f"data.root: {source} has {root}, which is not {where}; --data DIR names the data's folder")
+        settings, notes = config_io.to_dict(config), []
+        for key in READ_PATHS:
+            path = Path(config_io.get_key(settings, key))
+            if path.is_absolute() or ".." in path.parts:
+                notes.append(f"note: {key} is {path}, from {source}")
+        return notes
 
 
 def _with_own_pictures(layer: dict, folder: Path) -> dict:
@@ -241,10 +235,8 @@ def refuse_to_overwrite(product: Path, args: argparse.Namespace) -> None:
 @contextlib.contextmanager
 def claim(product: Path, args: argparse.Namespace) -> Iterator[None]:
     """Be the only process that writes to a run's folder, which holds no other run's `product` unless it is resumed."""
-    refuse_to_overwrite(product, args)  # before the lock, which would change the folder
     with contextlib.nullcontext() if args.dry_run else checkpoint.lock_folder(product.parent):
-        if not args.dry_run:
-            refuse_to_overwrite(product, args)  # another process may have written it in between
+        refuse_to_overwrite(product, args)
         yield
 
 
