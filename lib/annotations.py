@@ -223,8 +223,7 @@ def assemble(
     for number in np.unique(objects["label"][labels == 0]):
         rows = np.flatnonzero(objects["label"] == number)
         source, name = pictures[objects["image"][rows[0]]].source, names[number]
-        more = f" ({len(rows)} objects)" if len(rows) > 1 else ""
-        text = f"{source}: unknown class '{name}'{did_you_mean(name, classes)}{more}"
+        text = f"{source}: unknown class '{name}'{did_you_mean(name, classes)} of {len(rows)} objects"
         faults.add("object", "of an unknown class", text, len(rows))
     notes = faults.close(root, len(pictures), int((labels > 0).sum()))
     if not pictures:
@@ -254,27 +253,28 @@ def assemble(
     owner = place_of[objects["image"]]
     rows = np.argsort(owner, kind="stable")
     rows = rows[(owner[rows] >= 0) & (labels[rows] > 0)]
-    owner, objects, labels = owner[rows], objects[rows], labels[rows]
-    truth = _objects(objects["box_xyxy"], objects, labels, owner, len(pictures))
+    objects = objects[rows]
+    objects["image"] = owner[rows]
+    objects["label"] = labels[rows]
+    truth = _objects(objects, len(pictures))
 
     # Annotators draw beyond the edge of an image, and click twice. Training has no use for that; scoring counts it.
-    boxes = np.clip(objects["box_xyxy"], 0, np.tile(sizes[owner], 2))
-    keep = _has_area(boxes)
+    boxes = np.clip(objects["box_xyxy"], 0, np.tile(sizes[objects["image"]], 2))
+    keep = (boxes[:, 2:] - boxes[:, :2] > 1).all(1)  # a box of one pixel is how VOC writes "no area"
     dropped = []
-    for i in np.flatnonzero(~keep):
-        box_xyxy, name = objects["box_xyxy"][i], classes[labels[i] - 1]
-        outside = f"lies outside of the image ({sizes[owner[i]].tolist()})"
-        reason = outside if _has_area(box_xyxy) else "has no area"
-        dropped.append(f"{pictures[owner[i]].path}: box {box_xyxy.tolist()} of '{name}' {reason}")
+    for image, label, box_xyxy, *_ in objects[~keep]:
+        path, size, name = pictures[image].path, sizes[image].tolist(), classes[label - 1]
+        dropped.append(f"{path}: box {box_xyxy.tolist()} of '{name}' has no area inside the image ({size})")
     beyond = np.abs(boxes - objects["box_xyxy"]).max(1, initial=0)[keep]
     if overhanging := int((beyond > ROUNDING).sum()):
         notes.append(f"{root}: {overhanging} boxes reach beyond the edge of their image: cut off for training only")
     same = keep.all() and not beyond.any()
+    objects["box_xyxy"] = boxes
     known = content.category_ids
     return Annotations(
         classes=classes,
         category_ids=tuple(label_of.values() if known is None else map(known.get, classes)),
-        objects=truth if same else _objects(boxes[keep], objects[keep], labels[keep], owner[keep], len(pictures)),
+        objects=truth if same else _objects(objects[keep], len(pictures)),
         truth=truth,
         sizes=_shared(sizes, np.int32),
         ids=PackedStrings(ids),
@@ -299,20 +299,16 @@ def ranked(ids: Sequence[str], salt: object) -> list[int]:
     return sorted(range(len(ids)), key=hashes.__getitem__)
 
 
-def _objects(boxes: np.ndarray, objects: np.ndarray, labels: np.ndarray, owner: np.ndarray, num_images: int) -> Objects:
-    width_times_height = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+def _objects(found: np.ndarray, num_images: int) -> Objects:
+    """From (M,) of OBJECT in the order of the images, with labels from 1."""
+    sides = found["box_xyxy"][:, 2:] - found["box_xyxy"][:, :2]
     return Objects(
-        boxes=_shared(boxes, np.float32),
-        labels=_shared(labels, np.int64),
-        ignore=_shared(objects["ignore"], np.bool_),
-        area=_shared(np.where(np.isnan(objects["area"]), width_times_height, objects["area"]), np.float32),
-        offsets=_offsets(np.bincount(owner, minlength=num_images)),
+        boxes=_shared(found["box_xyxy"], np.float32),
+        labels=_shared(found["label"], np.int64),
+        ignore=_shared(found["ignore"], np.bool_),
+        area=_shared(np.where(np.isnan(found["area"]), sides.prod(1), found["area"]), np.float32),
+        offsets=_offsets(np.bincount(found["image"], minlength=num_images)),
     )
-
-
-def _has_area(boxes_xyxy: np.ndarray) -> np.ndarray:
-    """Whether boxes (..., 4) are wider and higher than one pixel, which is how VOC writes "no area"."""
-    return (boxes_xyxy[..., 2:] - boxes_xyxy[..., :2] > 1).all(-1)
 
 
 def _offsets(counts: Sequence[int] | np.ndarray) -> Tensor:

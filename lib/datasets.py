@@ -9,7 +9,7 @@ import logging
 import mmap
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -138,8 +138,7 @@ def refuse_seen(path: Path, annotations: Annotations) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """B samples; objects are padded with zeros to the largest number M in the batch."""
 
     images: Tensor  # (B, 3, S, S) uint8
@@ -148,21 +147,11 @@ class Batch:
     index: Tensor  # (B,) rows of the annotations
     distortion: Tensor | None = None  # (B, 12) settings of `distort`, which `to` applies; None: that is done
 
-    def __len__(self) -> int:
-        return len(self.images)
-
     def to(self, device: Device) -> Batch:
-        moved = self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        moved = Batch(*(tensor if tensor is None else tensor.to(device, non_blocking=True) for tensor in self))
         if moved.distortion is None:
             return moved
-        return replace(moved, images=distort(moved.images, moved.distortion), distortion=None)
-
-    def pin_memory(self) -> Batch:
-        """Called by a DataLoader with `pin_memory`."""
-        return self._each(lambda tensor: tensor.pin_memory())
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        return Batch(**{name: change(tensor) for name, tensor in vars(self).items() if tensor is not None})
+        return moved._replace(images=distort(moved.images, moved.distortion), distortion=None)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -177,7 +166,8 @@ def collate(samples: Sequence[Sample]) -> Batch:
     )
     if get_worker_info() is not None:
         # It would be done anyway, but later, where nobody hears of a failure.
-        return batch._each(lambda tensor: tensor.share_memory_())
+        for tensor in filter(torch.is_tensor, batch):
+            tensor.share_memory_()
     return batch
 
 
@@ -189,14 +179,11 @@ class PictureCache:
 
     def __init__(self, sizes: Tensor, rows: Tensor) -> None:
         self.sizes, self.rows = sizes, rows
-        self.places: dict[int, tuple[int, int]] = {}
-        end = 0
-        for row, (width, height) in zip(rows.tolist(), sizes[rows].tolist(), strict=True):
-            if end + 3 * width * height > CACHE_BYTES:
-                break
-            self.places[row] = end, end + 3 * width * height
-            end = self.places[row][1]
-        self.pixels = torch.frombuffer(mmap.mmap(-1, max(end, 1)), dtype=torch.uint8)  # not occupied until written
+        ends = (3 * sizes[rows].prod(1)).cumsum(0)
+        kept = int((ends <= CACHE_BYTES).sum())
+        self.end_of = dict(zip(rows[:kept].tolist(), ends[:kept].tolist(), strict=True))
+        memory = mmap.mmap(-1, max(self.end_of.values(), default=1))  # not occupied until written
+        self.pixels = torch.frombuffer(memory, dtype=torch.uint8)
         self.known = torch.zeros(len(sizes), dtype=torch.bool).share_memory_()
 
     def __reduce__(self) -> tuple:
@@ -204,11 +191,11 @@ class PictureCache:
 
     def get(self, row: int, read: Callable[[int], Tensor]) -> Tensor:
         """The picture (3, H, W) of a row; `read` decodes it where no process has done so."""
-        if row not in self.places:
+        if row not in self.end_of:
             return read(row)
-        start, end = self.places[row]
+        end = self.end_of[row]
         width, height = self.sizes[row].tolist()
-        picture = self.pixels[start:end].view(3, height, width)
+        picture = self.pixels[end - 3 * width * height : end].view(3, height, width)
         if not self.known[row]:
             picture.copy_(read(row))
             self.known[row] = True  # last, since other processes look

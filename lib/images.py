@@ -178,8 +178,7 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
         return Image.fromarray(np.where(transparent, 255, grey).astype(np.uint8)).convert("RGB")
     signed = set(tags.get(SAMPLE_FORMAT, ())) - {1, 4}
     if picture.mode in ("I", "F", "LAB", "HSV") or signed:
-        kind = {"I": "32-bit or signed", "F": "floating-point", "L": "signed"}.get(picture.mode, picture.mode)
-        raise ValueError(f"has {kind} pixels, whose range is unknown; convert it to RGB or grey of 8 or 16 bits")
+        raise ValueError(f"has {picture.mode} pixels of unknown range; convert it to RGB or grey of 8 or 16 bits")
     if picture.has_transparency_data:
         rgba = picture.convert("RGBA")
         return Image.composite(rgba, Image.new("RGB", rgba.size, "white"), rgba)

@@ -106,8 +106,8 @@ def whole_batches(batches: Iterable[Tensor]) -> Iterator[Tensor]:
     """Without a smaller last one, which would count as much as the others in a cumulative average."""
     size = 0
     for batch in batches:
-        size = size or len(batch)
-        if len(batch) == size:
+        size = size or len(batch.images)
+        if len(batch.images) == size:
             yield batch
 
 

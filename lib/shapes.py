@@ -1,6 +1,5 @@
 """The built-in data set: drawn pictures of shapes on textured backgrounds, written as a VOC folder."""
 
-import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -150,22 +149,18 @@ def write_shapes(root: Path, train: int, test: int, seed: int = 0) -> None:
     The folder is a VOC year (JPEGImages, Annotations, ImageSets/Main). If several processes start at once, one draws
     and the others wait. Raises UserError for a folder that holds other files, and for one that cannot be written to.
     """
+    marker = root / MARKER
     complete = {"format": "shapes/1", "train": train, "test": test, "seed": seed, "complete": True}
 
-    def is_complete() -> bool:  # an interrupted process may have left the marker unreadable
-        with contextlib.suppress(OSError, ValueError):
-            return json.loads((root / MARKER).read_text()) == complete
-        return False
+    def is_complete() -> bool:
+        return marker.is_file() and marker.read_bytes() == json.dumps(complete).encode()
 
     if is_complete():
         return
     # Never write into a folder that the user filled.
     found = [path for path in root.iterdir() if not path.name.startswith(".")] if root.is_dir() else []
-    if found and not (root / MARKER).exists():
-        raise UserError(
-            f"{root}: expected the built-in shapes or an empty folder, found other files (data.root; your own pictures "
-            "need a configuration that describes their layout, e.g. --cfg configs/bccd.yaml)"
-        )
+    if found and not marker.exists():
+        raise UserError(f"{root}: expected the built-in shapes or an empty folder, found other files (data.root)")
     try:
         root.mkdir(parents=True, exist_ok=True)
         with (root / ".lock").open("w") as file:
@@ -173,13 +168,13 @@ def write_shapes(root: Path, train: int, test: int, seed: int = 0) -> None:
             if is_complete():  # drawn by another process while this one waited
                 return
             # If the drawing is interrupted, the marker shows that the folder is ours and has to be drawn again.
-            (root / MARKER).write_text(json.dumps(complete | {"complete": False}))
+            marker.write_text(json.dumps(complete | {"complete": False}))
             for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
                 shutil.rmtree(root / folder, ignore_errors=True)
                 (root / folder).mkdir(parents=True)
             _write_set(root, "trainval", train, seed=(seed, 0))
             _write_set(root, "test", test, seed=(seed, 1))
-            (root / MARKER).write_text(json.dumps(complete))
+            marker.write_text(json.dumps(complete))
     except OSError as error:
         raise UserError(f"{root}: the built-in pictures cannot be written here: {error.strerror} (data.root)") from None
 

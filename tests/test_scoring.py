@@ -160,7 +160,7 @@ def test_no_batch_of_one_reaches_batch_norm(tiny_config, config, split, monkeypa
     settings = tiny_config(data__root=config.data.root, **keys)
     detector = ElasticSSD(settings, 5)
     Scorer(prepare_scoring_data(*split, settings), settings, CPU)(detector, detector.space.smallest())
-    final = [len(batch) for batch in some_images(split[0], 64, settings)]
+    final = [len(batch.images) for batch in some_images(split[0], 64, settings)]
     count = min(bn_images, len(split[1]))
     batch = min(max(batch_size, 2), count)
     assert sizes == [batch] * (count // batch) and set(final) == {min(max(batch_size, 2), bn_images)}
