@@ -15,7 +15,7 @@ import contextlib
 import functools
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,31 +38,22 @@ def to_pixels(detections: Detections, width: int, height: int) -> dict[str, Tens
 
 
 def detection_metrics(
-    detections: Sequence[Detections],
-    truth: Sequence[PerImage],
-    sizes: Sequence[tuple[int, int]],
-    classes: Sequence[str],
-    reference: bool = False,
+    detections: Sequence[Detections], truth: Sequence[PerImage], sizes: Sequence[Sequence[int]], classes: Sequence[str]
 ) -> dict:
-    """COCO's twelve numbers, VOC's mAP over all points and over VOC 2007's 11, and both APs of each class.
-
-    `truth` and `sizes` (width, height) are per picture. With `reference` pycocotools finds COCO's numbers.
-    """
+    """The `Evaluation.summary` of detections; `truth` and `sizes` (width, height) are per picture."""
     in_pixels = [to_pixels(found, *size) for found, size in zip(detections, sizes, strict=True)]
-    return Evaluation(len(classes), truth, in_pixels).summary(classes, reference)
+    return Evaluation(len(classes), truth, in_pixels).summary(classes)
 
 
 class Evaluation:
     """Detections of some images compared with their ground truth."""
 
     def __init__(self, num_classes: int, ground_truth: Sequence[PerImage], detections: Sequence[PerImage]) -> None:
-        if len(ground_truth) != len(detections):
-            raise ValueError(f"{len(ground_truth)} images of ground truth, but {len(detections)} of detections")
         self.num_classes = num_classes
         self.num_images = len(ground_truth)
         image, label, boxes = _places(ground_truth)
         has_area = all("area" in record for record in ground_truth)
-        area = _join(ground_truth, "area", float) if has_area else boxes[:, 2] * boxes[:, 3]
+        area = _join(ground_truth, "area", float) if has_area else boxes[:, 2:].prod(1)
         objects = GroundTruth(image, label, boxes, area, crowd=_join(ground_truth, "ignore", bool))
         found = ScoredBoxes(*_places(detections), score=_join(detections, "scores", float))
         self.objects, self.found = (
@@ -72,7 +63,10 @@ class Evaluation:
         self.ranked = coco_eval.rank_detections(self.objects, self.found, self.pairs)
 
     def summary(self, classes: Sequence[str], reference: bool = False) -> dict:
-        """The result of `detection_metrics`."""
+        """COCO's twelve numbers, VOC's mAP over all points and over VOC 2007's 11, and both APs of each class.
+
+        With `reference` pycocotools finds COCO's numbers.
+        """
         coco, voc = self.coco(reference), self.voc()
         pairs = zip(classes, coco.pop("per_class"), voc["per_class"], strict=True)
         per_class = {name: {"AP": coco_ap, "mAP": voc_ap} for name, coco_ap, voc_ap in pairs}
@@ -97,7 +91,7 @@ class Evaluation:
         curves = self._voc_curves(np.ones((1, self.num_images), int))
         metrics: dict[str, Any] = {}
         for suffix, average_precision in (("", _all_point), ("_11point", _eleven_point)):
-            per_class = np.array([average_precision(curve)[0] for curve in curves])
+            per_class = np.array([average_precision(*curve)[0] for curve in curves])
             scored = per_class[~np.isnan(per_class)]
             metrics[f"mAP{suffix}"] = float(scored.mean()) if len(scored) else float("nan")
             metrics[f"per_class{suffix}"] = per_class.tolist()
@@ -108,12 +102,10 @@ class Evaluation:
 
         `weight` (R, num_images) int says how often each image occurs in a resample.
         """
-        if weight.shape[1] != self.num_images:
-            raise ValueError(f"weights of {weight.shape[1]} images, but {self.num_images} are here")
         if objective != "mAP":
             thresholds = slice(1) if objective == "AP50" else slice(None)
             return coco_eval.resampled_ap(self.ranked, self.num_classes, weight, thresholds)
-        per_class = np.stack([_all_point(curve) for curve in self._voc_curves(weight)])  # (C, R)
+        per_class = np.stack([_all_point(*curve) for curve in self._voc_curves(weight)])  # (C, R)
         counted = ~np.isnan(per_class)
         total = np.where(counted, per_class, 0).sum(0)
         return np.divide(total, counted.sum(0), out=np.full(len(total), np.nan), where=counted.any(0))
@@ -122,11 +114,10 @@ class Evaluation:
     def outcomes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The owner (K,) of each detection, -1 without; whether it is right (K,); those that count, by falling score.
 
-        As VOCevaldet.m of the VOC devkit finds them.
-
-        A detection belongs to the object of its class with the highest IoU, from 0.5 on. The first by score is right,
-        a second one of the same object is wrong, and one of an ignored object does not count. The devkit counts
-        pixels, x2 - x1 + 1; read as continuous [xmin - 1, ymin - 1, xmax, ymax] a box has that very size.
+        As in VOCevaldet.m of the VOC devkit a detection belongs to the object of its class with the highest IoU, from
+        0.5 on. The first by score is right, a second one of the same object is wrong, and one of an ignored object does
+        not count. The devkit counts pixels, x2 - x1 + 1; read as continuous [xmin - 1, ymin - 1, xmax, ymax] a box has
+        that very size.
         """
         objects, found, pairs = self.objects, self.found, self.pairs
         # VOC's IoU knows no crowds. COCO's of a crowd is at least as high, so `pairs` holds all that matter.
@@ -142,15 +133,18 @@ class Evaluation:
         right[order[np.unique(owner[order], return_index=True)[1]]] = True
         return owner, right & (owner >= 0) & ~ignored, order[~ignored[order]]
 
-    def _voc_curves(self, weight: np.ndarray) -> list[VocCurve]:
-        """The curve of each class."""
+    def _voc_curves(self, weight: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Of each class, in R resamples: precision (R, K) and number of right ones (R, K) among its first 1, 2, ..., K
+        detections by falling score, and number of objects (R,).
+        """
         objects, found, (_, right, order) = self.objects, self.found, self.outcomes
         curves = []
         for label in range(self.num_classes):
             chosen = order[found.label[order] == label]
             times = weight[:, found.image[chosen]]
+            num_right = np.cumsum(times * right[chosen], 1)
             num_objects = weight[:, objects.image[(objects.label == label) & ~objects.crowd]].sum(1)
-            curves.append(VocCurve(np.cumsum(times * right[chosen], 1), np.cumsum(times, 1), num_objects))
+            curves.append((num_right / np.maximum(np.cumsum(times, 1), 1), num_right, num_objects))
         return curves
 
 
@@ -169,7 +163,7 @@ def _join(records: Sequence[PerImage], key: str, dtype: type, *row: int) -> np.n
 
 def _pycocotools(objects: GroundTruth, found: ScoredBoxes, num_classes: int) -> tuple[dict[str, float], np.ndarray]:
     """The result of `coco_eval.coco_numbers`, from pycocotools."""
-    area = found.box_xywh[:, 2] * found.box_xywh[:, 3]
+    area = found.box_xywh[:, 2:].prod(1)
     with contextlib.redirect_stdout(io.StringIO()):
         truth = _coco(objects, num_classes, iscrowd=objects.crowd, area=objects.area)
         # COCO.loadRes would refuse an empty list, and copies what is already in memory.
@@ -197,26 +191,16 @@ def _coco(rows: GroundTruth | ScoredBoxes, num_classes: int, **columns: np.ndarr
     return coco
 
 
-class VocCurve(NamedTuple):
-    """The precision-recall curve of one class, in each of R resamples, along its K detections by falling score."""
-
-    right: np.ndarray  # (R, K) how many of the first 1, 2, ... detections are right
-    seen: np.ndarray  # (R, K) how many there are
-    num_objects: np.ndarray  # (R,)
-
-
-def _all_point(curve: VocCurve) -> np.ndarray:
-    """AP (R,), the area under precision made monotone; nan where there are no objects."""
-    precision = curve.right / np.maximum(curve.seen, 1)
+def _all_point(precision: np.ndarray, num_right: np.ndarray, num_objects: np.ndarray) -> np.ndarray:
+    """AP (R,) of a curve, the area under precision made monotone; nan where there are no objects."""
     highest_from_here = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-    area = (highest_from_here * np.diff(curve.right, prepend=0, axis=1)).sum(1)
-    return np.divide(area, curve.num_objects, out=np.full(len(area), np.nan), where=curve.num_objects > 0)
+    area = (highest_from_here * np.diff(num_right, prepend=0, axis=1)).sum(1)
+    return np.divide(area, num_objects, out=np.full(len(area), np.nan), where=num_objects > 0)
 
 
-def _eleven_point(curve: VocCurve) -> np.ndarray:
+def _eleven_point(precision: np.ndarray, num_right: np.ndarray, num_objects: np.ndarray) -> np.ndarray:
     """AP (R,), the mean of the highest precision at recall >= 0, 0.1, ..., 1; nan where there are no objects."""
-    precision = curve.right / np.maximum(curve.seen, 1)
     # Recall is compared in whole numbers, so that 3 of 10 reaches 0.3.
-    reached = 10 * curve.right >= np.arange(11)[:, None, None] * curve.num_objects[:, None]  # (11, R, K)
+    reached = 10 * num_right >= np.arange(11)[:, None, None] * num_objects[:, None]  # (11, R, K)
     mean = np.where(reached, precision, 0).max(2, initial=0).mean(0)
-    return np.where(curve.num_objects > 0, mean, np.nan)
+    return np.where(num_objects > 0, mean, np.nan)

@@ -189,13 +189,6 @@ def test_tensors_are_accepted():
     np.testing.assert_equal(both(*as_tensors), both(ground_truth, detections))
 
 
-def test_lists_of_different_length_are_refused():
-    with pytest.raises(ValueError, match="2 images of ground truth, but 1"):
-        Evaluation(1, [truth(), truth()], [found()])
-    with pytest.raises(ValueError, match="weights of 3 images, but 0 are here"):
-        Evaluation(1, [], []).resampled("AP", np.ones((2, 3), int))
-
-
 def box_iou(a, b):
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
