@@ -17,7 +17,6 @@ import json
 import math
 import os
 import re
-import time
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -92,22 +91,20 @@ class PictureDetector:
 
     def detect_picture(self, image: Tensor) -> Detections:
         """Detections, with normalised boxes, of one picture (3, H, W) uint8 RGB of any size."""
-        places = tile_places(self.tiles, image.shape[2], image.shape[1])
-        if len(places) > 1:
-            return self._detect_tiles(image, places)
-        resized, *_ = EvalTransform(self.image_size)(image, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
-        return self.detect(resized[None])[0]
-
-    def _detect_tiles(self, image: Tensor, places: Sequence[tuple[int, int, int, int]]) -> Detections:
-        """What is found in the tiles at `places`; NMS removes the second boxes where they overlap."""
+        height, width = image.shape[1:]
+        resize = EvalTransform(self.image_size)
         found = []
-        for left, top, right, bottom in places:  # one by one, which bounds the memory
-            detections = replace(self, tiles="1x1").detect_picture(image[:, top:bottom, left:right])
+        for left, top, right, bottom in tile_places(self.tiles, width, height):  # one by one, which bounds the memory
+            resized, *_ = resize(image[:, top:bottom, left:right], torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+            (detections,) = self.detect(resized[None])
+            if (right - left, bottom - top) == (width, height):
+                return detections
             boxes = to_pixels(detections, right - left, bottom - top)["boxes"]
             found.append(detections._replace(boxes=boxes + torch.tensor([left, top, left, top])))
         boxes, scores, labels = map(torch.cat, zip(*found, strict=True))
+        # An object where tiles overlap is found in each of them.
         keep = batched_nms(boxes.double(), scores.double(), labels, self.nms_threshold)  # best first
-        return Detections(boxes[keep] / torch.tensor(image.shape[:0:-1] * 2), scores[keep], labels[keep])
+        return Detections(boxes[keep] / torch.tensor([width, height] * 2), scores[keep], labels[keep])
 
     def __call__(self, picture: Tensor | str | Path) -> PictureDetections:
         """The detections in a picture, which is a file or (3, H, W) uint8 RGB. Raises UnreadableImage, a UserError.
@@ -210,8 +207,6 @@ def find_own_ids(paths: Sequence[Path], data: DataConfig) -> dict[Path, int | st
         for i, path in enumerate(map(Path, annotations.paths)):
             if path.name in names and path.resolve() in real:
                 own_ids.setdefault(real[path.resolve()], annotations.image_id(i))
-        if len(own_ids) == len(real):
-            break
     return own_ids
 
 
@@ -247,7 +242,6 @@ def draw_pictures(detector: PictureDetector, jobs: Sequence[Job], out: Path, thr
     checkpoint.write_text(out / "pictures.json", LIST_START + json.dumps(pictures, indent=1) + "\n}")
     checkpoint.write_text(out / "detections.json", EMPTY_LIST)
     read, boxes, best = 0, 0, 0.0
-    start = time.perf_counter()
     for job in progress(jobs, "predict"):
         try:
             image = read_picture(str(job.path), max_pixels=detector.max_pixels, note=lambda text: say(f"note: {text}"))
@@ -265,12 +259,11 @@ def draw_pictures(detector: PictureDetector, jobs: Sequence[Job], out: Path, thr
         best = max([best, *detections.scores[:1].tolist()])
     if not read:
         raise UserError(f"none of the {len(jobs)} pictures could be read")
-    rate = f"{read / (time.perf_counter() - start):.1f} images/s"
     skipped = f", skipped {len(jobs) - read} that cannot be read" if read < len(jobs) else ""
-    print(f"wrote {read} pictures and detections.json to {out}{skipped} ({rate})")
+    print(f"wrote {read} pictures and detections.json to {out}{skipped}")
     print(f"drew {boxes} boxes; the highest score is {best:.3f}")
     if not boxes:
-        print(f"note: no detection reached --threshold {threshold:g}" + (f"; try {best * 0.8:.2g}" if best else ""))
+        print(f"note: no detection reached --threshold {threshold:g}")
 
 
 def append(path: Path, records: Sequence[dict]) -> None:
@@ -286,8 +279,10 @@ def coco_results(image_id: int | str, found: dict[str, Tensor], category_ids: Se
     boxes_xywh = found["boxes"].double()
     boxes_xywh[:, 2:] -= boxes_xywh[:, :2]
     rows = zip(found["labels"].tolist(), boxes_xywh.tolist(), found["scores"].tolist(), strict=True)
-    keys = ("image_id", "category_id", "bbox", "score")
-    return [dict(zip(keys, (image_id, category_ids[k - 1], bbox, score), strict=True)) for k, bbox, score in rows]
+    return [
+        {"image_id": image_id, "category_id": category_ids[label - 1], "bbox": bbox, "score": score}
+        for label, bbox, score in rows
+    ]
 
 
 def visible(detections: Detections, threshold: float) -> Tensor:

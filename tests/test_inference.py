@@ -139,7 +139,7 @@ def test_pictures_are_drawn_and_their_detections_written(tiny_checkpoint, pictur
         assert len(mine) == len(detector(path).scores) and mine[0]["score"] == detector(path).scores[0].item()
     # Once more: what it wrote itself it may write again. Nothing is above this threshold.
     draw_pictures(detector, plan_jobs([bad, picture, turned], {}), out, 1.0)
-    assert f"no detection reached --threshold 1; try {best * 0.8:.2g}" in capsys.readouterr().out
+    assert "no detection reached --threshold 1" in capsys.readouterr().out
     with pytest.raises(UserError, match="none of the 1 pictures could be read"):
         draw_pictures(detector, plan_jobs([bad], {}), tmp_path / "nothing", 0.1)
 
