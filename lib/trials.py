@@ -22,7 +22,7 @@ from lib.config import Config
 from lib.config_io import to_dict
 from lib.detector import Detector, ElasticSSD, Supernet, recalibrate
 from lib.export import export_graph, quantize, write
-from lib.final_training import FinalTraining, cut_student, evaluate, final_loader, some_images
+from lib.final_training import FinalTraining, evaluate, final_loader, some_images
 from lib.genotype import Genotype
 from lib.latency import ROUNDS, fused_detectors, time_detectors, visit_file
 from lib.log import finite, progress, say
@@ -104,13 +104,12 @@ class Trials:
         self.networks = networks
         self.starts = starts
         self.results: list[dict] = []
-        plan = {
+        self.plan = {
             "contestants": {name: genotype.to_dict() for name, genotype in networks.items()},
             "supernet": checkpoint.sha256(recipe.supernet_path),
             "data": {"train": recipe.annotations.fingerprint(), "test": recipe.test.fingerprint()},
             "config": to_dict(recipe.config) | {"data": {}},  # a data folder may move: the fingerprints count
         }
-        self.plan = json.loads(json.dumps(plan))  # tuples become lists, as in the file
         path = folder / "plan.json"
         if path.exists():
             known = check(read_json(path), dict, str(path))
@@ -159,10 +158,18 @@ class Trials:
         # Made for either start, so that all trainings begin with the same random state.
         untrained = ElasticSSD(recipe.config, len(recipe.annotations.classes))
         network = untrained if start == "scratch" else network
-        student = cut_student(network, genotype, inherits=start != "scratch")
         loader = final_loader(recipe.annotations, genotype.image_size, recipe.config, recipe.device)
-        previous = read_previous(folder, recipe.config, "final")
-        training = FinalTraining(recipe.config, folder, student, loader, recipe.test, recipe.device, previous=previous)
+        training = FinalTraining(
+            recipe.config,
+            folder,
+            network,
+            genotype,
+            loader,
+            recipe.test,
+            recipe.device,
+            inherits=start != "scratch",
+            previous=read_previous(folder, recipe.config, "final"),
+        )
         training.run()
         return training.best
 
@@ -190,7 +197,7 @@ def train_finalists(
     trials.run()
     objective = search.settings.objective
     for genotype, result in zip(chosen, trials.results, strict=True):
-        search.trained[str(genotype)] = check(result["fine_tuned"].get(objective), float, f"{folder}: {objective}")
+        search.trained[genotype] = check(result["fine_tuned"].get(objective), float, f"{folder}: {objective}")
 
 
 def recall_finalists(search: Search, folder: Path) -> None:
@@ -200,7 +207,7 @@ def recall_finalists(search: Search, folder: Path) -> None:
         for path in folder.glob("*/result.json"):
             result = read_result(path, ["fine_tuned"])
             score = check(result["fine_tuned"].get(search.settings.objective), float, str(path))
-            search.trained[str(Genotype.from_dict(result["genotype"]))] = score
+            search.trained[Genotype.from_dict(result["genotype"])] = score
 
 
 def measure_front(
