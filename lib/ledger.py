@@ -22,7 +22,6 @@ from lib import UserError
 from lib.genotype import Genotype
 from lib.plain import shown
 
-MOST_BYTES = 4 * 1024**2  # of a line; a real one has some thousand
 ROUNDING = 1e-6  # a mean of ones may be a little more than 1
 LARGEST = 1e18  # of a number that is no share
 KINDS = {
@@ -86,8 +85,6 @@ class Ledger:
         return self._by_key.get(key)
 
     def _write(self, line: bytes) -> None:
-        if self._file.closed:
-            raise UserError(f"{self.path}: the ledger is closed")
         try:
             while line:  # a disk that fills up accepts a part of a line first
                 line = line[self._file.write(line) :]
@@ -115,8 +112,6 @@ class Ledger:
 
     def _take(self, line: bytes, number: int) -> None:
         try:
-            if len(line) > MOST_BYTES:
-                raise ValueError(f"a line of {len(line) / 1024**2:.0f} MiB")
             record = checked(json.loads(line))
         except (ValueError, RecursionError, UserError) as error:
             wrong = f"not a record of an evaluation ({error}), found {line[:60].decode(errors='replace')!r}"

@@ -190,7 +190,7 @@ def test_a_full_disk_is_a_clear_end_and_heals(path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_bytes()[-1:] != b"\n"  # the test did tear a line
     assert ledger.records() == records
-    with pytest.raises(UserError, match="closed"):
+    with pytest.raises(ValueError, match="closed"):
         ledger.append(record(2))
     with Ledger(path) as ledger:
         assert ledger.records() == records
