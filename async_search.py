@@ -8,29 +8,27 @@
     python async_search.py --front-table                      # what each member of the front is worth as an ONNX file
     python async_search.py --dispatcher ray --ray-address auto    # on the machines of a Ray cluster
     python async_search.py --measure-latency cpu              # writes latency_cpu.json, by which a search knows latency
-    python async_search.py --measure-latency cpu --latency-runtime onnxruntime
-    python async_search.py --measure-latency phone --measure-with './phone.sh {file}'
     python async_search.py --latency-table runs/bccd/search/latency_cpu.json --max-latency 12
 
-Writes best.json (the genotype to train), pareto.json (the front), evals.jsonl (every evaluation), front.png and
-report.html (what was found and how, beside random search) to runs/NAME/search. The next command is final_train.py.
+Writes best.json (the genotype to train), pareto.json (the front), evals.jsonl (every evaluation) and report.html
+(what was found and how, beside random search) to runs/NAME/search. The next command is final_train.py.
 """
 
 import argparse
 import contextlib
+import functools
 import gc
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from lib import UserError, checkpoint, cli, plan
-from lib.annotations import Annotations
 from lib.cli import last_run, remember, supernet_checkpoint
-from lib.config import Config
+from lib.config import Config, SearchConfig
 from lib.config_io import to_dict, validate_network
 from lib.controllers import Budget, RandomSearch, limits_of, make_controller
 from lib.datasets import load_annotations, load_split
@@ -52,29 +50,24 @@ from lib.trials import measure_front, recall_finalists, shortened, train_finalis
 IMAGES = "images.pt"  # the pictures that the workers share while they run
 
 
-def evaluate_jobs(
-    pool: WorkerPool,
-    stop: StopRequest,
-    source: Callable[[], Job | None],
-    sink: Callable[[Result], None],
-    limit: TimeLimit,
-) -> None:
-    """Keep every worker supplied from `source` until that gives None or a stop is requested; results go to `sink`.
+def evaluate_jobs(pool: WorkerPool, stop: StopRequest, jobs: Iterator[Job], settings: SearchConfig) -> Iterator[Result]:
+    """The results of `jobs` as they end. Every worker is kept supplied with jobs until a stop is requested.
 
     Nothing waits for a generation to end: each result makes room for the next job. After a request to stop, the jobs
     that have been submitted are finished.
     """
+    limit = TimeLimit(settings.time_limit, first=settings.first_time_limit)
     while True:
-        while not stop.requested and pool.free_slots() > 0 and (job := source()) is not None:
+        while not stop.requested and pool.free_slots() > 0 and (job := next(jobs, None)) is not None:
             pool.submit(*job)
         if not pool.pending:
             return
         for result in pool.results(timeout=1.0):
-            sink(result)
             if result.error:
                 say(f"a candidate failed on {result.worker}: {result.error.splitlines()[-1]}")
             else:
                 limit.add(result.seconds)
+            yield result
         pool.time_limit = limit.seconds
 
 
@@ -84,10 +77,10 @@ def search_loop(
     """Evaluate what the search proposes to its end; `write` the results so far every `save_every` epochs."""
     epoch = search.epoch
     with progress(None, "search", total=search.total, initial=len(search.told)) as bar:
-
-        def show_progress() -> None:
-            nonlocal epoch
+        for result in evaluate_jobs(pool, stop, iter(search.propose, None), search.settings):
+            search.learn(result)
             bar.total = search.total
+            # More than one if the ledger had results of other proposals.
             bar.update(len(search.told) - bar.n)
             if search.epoch > epoch and search.scored:
                 epoch = search.epoch
@@ -95,38 +88,21 @@ def search_loop(
                 if (epoch - search.first_epoch) % save_every == 0:
                     write()
 
-        def propose() -> Job | None:
-            job = search.propose()  # evaluations that the ledger has count as progress too
-            show_progress()
-            return job
-
-        def learn(result: Result) -> None:
-            search.learn(result)
-            show_progress()
-
-        settings = search.config.search
-        evaluate_jobs(pool, stop, propose, learn, TimeLimit(settings.time_limit, first=settings.first_time_limit))
-
 
 def rescore_front(search: Search, pool: WorkerPool, stop: StopRequest, jobs: Sequence[Job]) -> bool:
     """Score the front again on all images of the search split. False, and the front as it was, after a stop."""
-    waiting = list(reversed(jobs))
-    with progress(None, "front on all images", total=len(jobs)) as bar:
-
-        def learn(result: Result) -> None:
-            search.learn(result)
-            bar.update()
-
-        settings = search.config.search
-        limit = TimeLimit(settings.time_limit, least=3, first=settings.first_time_limit)
-        evaluate_jobs(pool, stop, lambda: waiting.pop() if waiting else None, learn, limit)
-    if waiting:
+    waiting = iter(jobs)
+    results = evaluate_jobs(pool, stop, waiting, search.settings)
+    for result in progress(results, "front on all images", total=len(jobs)):
+        search.learn(result)
+    finished = next(waiting, None) is None
+    if not finished:
         search.rescored.clear()
-    return not waiting
+    return finished
 
 
 def progress_line(search: Search, epoch: int) -> str:
-    objective = search.config.search.objective
+    objective = search.settings.objective
     best = search.best()["metrics"]
     latency = f", {best['latency_ms']:.2f} ms" if "latency_ms" in best else ""
     return (
@@ -183,13 +159,12 @@ def start_genotypes(
             genotype = Genotype.from_dict(data)
             try:
                 supernet.space.check(genotype)
+                if not feasible(genotype):
+                    raise UserError("over the budget")
             except UserError as error:
                 say(f"{path}: left out: {error}")
-                continue
-            if feasible(genotype):
-                starts.append(genotype)
             else:
-                say(f"{path}: left out: over the budget")
+                starts.append(genotype)
     return starts
 
 
@@ -199,50 +174,22 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--gpus", metavar="LIST", help="workers: 0,1,2,3 or cpu,cpu or cuda:0,cuda:0 (default: each GPU)")
-    add(
-        "--dispatcher", choices=["local", "ray"], default="local", help="workers: processes, or actors of a Ray cluster"
-    )
+    add("--dispatcher", choices=["local", "ray"], default="local", help="workers: processes, or Ray actors")
     add("--ray-address", metavar="ADDRESS", help="the cluster: auto or HOST:PORT (default: one of this machine alone)")
     add("--start-from", metavar="FILE", nargs="+", type=Path, help="genotypes or fronts to evaluate first")
     add("--controller", choices=["random", "evo", "pareto-evo"], help="how candidates are proposed")
-    add(
-        "--top",
-        type=int,
-        default=0,
-        metavar="N",
-        help="also write top.json, the N best (--genotype top.json --index K)",
-    )
-    add(
-        "--finalists",
-        type=int,
-        default=0,
-        metavar="K",
-        help="train the K most promising for final.epochs / 4; the best of them becomes best.json",
-    )
-    add(
-        "--front-table",
-        action="store_true",
-        help="measure the front of the last search (or of --train-dir) as float and int8 ONNX files, and stop",
-    )
+    add("--top", type=int, default=0, metavar="N", help="also write top.json, the N best (see --index)")
+    add("--finalists", type=int, default=0, metavar="K", help="short trainings of the K most promising decide")
+    add("--front-table", action="store_true", help="measure the last search's front as ONNX files, and stop")
     add("--max-flops", type=float, metavar="N", help="budget: multiply-adds of the whole detector, e.g. 300e6")
     add("--max-params", type=float, metavar="N", help="budget: parameters of the whole detector")
     add("--max-latency", type=float, metavar="MS", help="budget: predicted milliseconds, before NMS (--latency-table)")
     add("--latency-table", metavar="FILE", help="latency of blocks, as --measure-latency wrote it")
-    add(
-        "--measure-latency",
-        metavar="DEVICE",
-        nargs="?",
-        const="auto",
-        help="write such a table for this machine's cpu or cuda:0 to the run's folder, and stop",
-    )
+    add("--measure-latency", metavar="DEVICE", nargs="?", const="auto", help="write such a table, and stop")
     measuring = parser.add_mutually_exclusive_group()
     measuring.add_argument("--latency-runtime", choices=RUNTIMES, help="what --measure-latency times (default: torch)")
-    measuring.add_argument(
-        "--measure-with",
-        metavar="COMMAND",
-        help="--measure-latency NAME by a command on another device: it gets an ONNX file as {file} and prints "
-        "milliseconds as its last number",
-    )
+    command_help = "command that runs {file}, an ONNX file, on --measure-latency NAME and prints milliseconds"
+    measuring.add_argument("--measure-with", metavar="COMMAND", help=command_help)
     return parser
 
 
@@ -261,52 +208,37 @@ def resolve_run(args: argparse.Namespace, supernet: Supernet, path: Path) -> cli
     return run
 
 
-@dataclass(frozen=True)
 class Task:
     """All that a search works on, read and checked before anything is written."""
 
-    run: cli.Run
-    path: Path  # of the supernet
-    supernet: Supernet
-    annotations: Annotations
-    split: tuple[Sequence[int], Sequence[int]]  # images that train the supernet, and those that score candidates
-    costs: Coster
-    budget: Budget
-    starts: list[Genotype]
-    devices: list[str]
-    make_pool: Callable[..., WorkerPool]
-
-
-def prepare(args: argparse.Namespace, search_run: cli.Run, supernet: Supernet, path: Path) -> Task:
-    config = search_run.config
-    flag, gpus = ("--device", args.device) if args.gpus is None else ("--gpus", args.gpus)
-    devices, make_pool = pick_dispatcher(args.dispatcher, args.ray_address, gpus, config, flag)
-    limits = limits_of(config.search)
-    table = load_table(Path(config.search.latency_table), supernet.detector) if config.search.latency_table else None
-    if table is None and "latency_ms" in (*config.search.costs, *limits):
-        raise UserError("search: a cost or limit of latency needs --latency-table FILE, which --measure-latency writes")
-    costs = Coster(supernet.detector, table)
-    budget = Budget(costs, supernet.space, limits)
-    # One random proposal shows at once whether anything fits all limits together.
-    RandomSearch(config.search, supernet.space, config.seed, budget).ask()
-    config.data.classes = list(supernet.classes)
-    annotations = load_annotations(config.data, "train")
-    return Task(
-        run=search_run,
-        path=path,
-        supernet=supernet,
-        annotations=annotations,
-        split=load_split(path.parent / "split.json", annotations),
-        costs=costs,
-        budget=budget,
-        starts=start_genotypes(args.start_from, path.parent, supernet, budget),
-        devices=devices,
-        make_pool=make_pool,
-    )
+    def __init__(self, args: argparse.Namespace, search_run: cli.Run, supernet: Supernet, path: Path):
+        config = search_run.config
+        self.run = search_run
+        self.config = config
+        self.path = path  # of the supernet
+        self.supernet = supernet
+        flag, gpus = ("--device", args.device) if args.gpus is None else ("--gpus", args.gpus)
+        self.devices, self.make_pool = pick_dispatcher(args.dispatcher, args.ray_address, gpus, config, flag)
+        limits = limits_of(config.search)
+        file = config.search.latency_table
+        table = load_table(Path(file), supernet.detector) if file else None
+        if table is None and "latency_ms" in (*config.search.costs, *limits):
+            raise UserError(
+                "search: a latency limit or cost needs --latency-table FILE, which --measure-latency writes"
+            )
+        self.costs = Coster(supernet.detector, table)
+        self.budget = Budget(self.costs, supernet.space, limits)
+        # One random proposal shows at once whether anything fits all limits together.
+        RandomSearch(config.search, supernet.space, config.seed, self.budget).ask()
+        config.data.classes = list(supernet.classes)
+        self.annotations = load_annotations(config.data, "train")
+        # The images that train the supernet, and those that score candidates.
+        self.split = load_split(path.parent / "split.json", self.annotations)
+        self.starts = start_genotypes(args.start_from, path.parent, supernet, self.budget)
 
 
 def print_plan(task: Task) -> None:
-    supernet, settings = task.supernet, task.run.config.search
+    supernet, settings = task.supernet, task.config.search
     train, search = task.split
     for line in (
         *task.run.describe(),
@@ -324,7 +256,7 @@ def print_plan(task: Task) -> None:
 def print_estimate(task: Task) -> None:
     """How long the search will take: a few candidates are scored for some seconds, as one of the workers would."""
     torch.set_num_threads(task.make_pool.keywords["threads_per_worker"])
-    space, config = task.supernet.space, task.run.config
+    space, config = task.supernet.space, task.config
     genotypes = [space.smallest(), space.sample(random.Random(config.seed)), space.largest()]
     device = pick_device(task.devices[0])
     score = scoring_seconds(task.supernet.detector, genotypes, task.annotations, *task.split, config, device)
@@ -337,7 +269,7 @@ def print_estimate(task: Task) -> None:
 
 def open_search(task: Task, ledger: Ledger, resume: bool) -> Search:
     """The search at its start, or where an interrupted run of it ended."""
-    config = task.run.config
+    config = task.config
     controller = make_controller(config.search, task.supernet.space, config.seed, task.budget, task.starts)
     identity = Identity.of(task.path, config, task.annotations, *task.split)
     search = Search(controller, ledger, config, task.costs, identity, task.supernet.epoch + 1)
@@ -357,6 +289,7 @@ def scoring_workers(task: Task, config: Config, sha256: str) -> Iterator[WorkerP
     images = task.run.folder / IMAGES
     try:
         save_scoring_data(prepare_scoring_data(task.annotations, *task.split, config), images)
+        # Absolute paths, since an actor of Ray has another working folder.
         setup = (str(task.path.resolve()), sha256, str(images.resolve()), to_dict(config))
         with task.make_pool(scoring_worker, setup) as pool:
             yield pool
@@ -368,48 +301,40 @@ def scoring_workers(task: Task, config: Config, sha256: str) -> Iterator[WorkerP
 def run_search(task: Task, args: argparse.Namespace) -> None:
     """Search, score the front again on all images if a part was used, write the results."""
     folder = task.run.folder
-    # A Ray cluster's devices need not be this machine's.
-    device = pick_device("auto" if args.dispatcher == "ray" else task.devices[0]) if args.finalists else None
     with Ledger(folder / "evals.jsonl") as ledger, StopRequest() as stop:
         checkpoint.remove_leftovers(folder)
         task.run.save_config()
         remember("search", folder)
         search = open_search(task, ledger, args.resume)
         recall_finalists(search, folder / "finalists")
-        with contextlib.suppress(OSError):
-            (folder / IMAGES).unlink()  # a run that was killed leaves it
+        save = functools.partial(write_results, search, folder, args.top)
         try:
-            finished = evaluate(task, search, stop, Throttle(lambda: write_results(search, folder, args.top)), args)
+            finished = evaluate(task, search, stop, Throttle(save), args.save_every or 1)
         except UserError:
             # What has been found so far is still of use, whatever ended the search.
             with contextlib.suppress(UserError):
-                if search.scored:
-                    write_results(search, folder, args.top)
+                save()
             raise
-        if search.scored:
-            write_results(search, folder, args.top)
-        if search.scored and not (finished and args.finalists):
-            report_end(search, folder, args.top)
+        save()
         if not finished:
-            how = "" if search.scored else "before an evaluation succeeded; "
-            raise Stopped(f"{how}the same command with --resume goes on", stop.number)
+            raise Stopped("the same command with --resume goes on", stop.number)
         if not search.scored:
             raise UserError(f"no evaluation succeeded; see {folder / 'evals.jsonl'}")
     if args.finalists:
+        # A Ray cluster's devices need not be this machine's.
+        device = pick_device("auto" if args.dispatcher == "ray" else task.devices[0])
         options = task.split, device, folder / "finalists", args.finalists
         train_finalists(search, task.supernet, task.path, task.annotations, *options)
-        write_results(search, folder, args.top)
-        report_end(search, folder, args.top)
+        save()
+    report_end(search, folder, args.top)
 
 
-def evaluate(
-    task: Task, search: Search, stop: StopRequest, write: Callable[[], None], args: argparse.Namespace
-) -> bool:
+def evaluate(task: Task, search: Search, stop: StopRequest, write: Callable[[], None], save_every: int) -> bool:
     """Evaluate what the search proposes, then its front on all images. False if a stop was requested before the end."""
-    config, sha256 = task.run.config, search.identity.supernet_sha256
+    config, sha256 = task.config, search.identity.supernet_sha256
     if len(search.told) < search.total:
         with scoring_workers(task, config, sha256) as pool:
-            search_loop(search, pool, stop, write, args.save_every or 1)
+            search_loop(search, pool, stop, write, save_every)
         if len(search.told) < search.total:
             return False
     if jobs := search.rescoring_jobs():
@@ -425,7 +350,7 @@ def report_end(search: Search, folder: Path, top: int) -> None:
     print(progress_line(search, search.epoch - 1))
     ties = [k for k, record in enumerate(front) if (noise := search.noise(record)) and noise.tie]
     if len(ties) > 1:
-        cheapest = cost_text(front[ties[0]]["metrics"], search.config.search.costs[0])
+        cheapest = cost_text(front[ties[0]]["metrics"], search.settings.costs[0])
         train_it = cli.command("final_train.py", genotype=folder / "pareto.json", index=ties[0])
         print(
             f"{len(ties)} of the front's {len(front)} cannot be told from the best on {front[0]['images']} images; "
@@ -445,7 +370,7 @@ def measure(task: Task, dry_run: bool) -> None:
     train, judge = (task.annotations.subset(rows) for rows in task.split)
     print(f"front table: {len(front)} members of {folder / 'pareto.json'}, each as a float and an int8 ONNX file")
     if not dry_run:
-        measured = measure_front(front, task.supernet, task.run.config, train, judge)
+        measured = measure_front(front, task.supernet, task.config, train, judge)
         print(write_front_table(folder, front, {"supernet": checkpoint.sha256(task.path), **measured}))
         print(f"wrote {folder / 'front_table.json'}, {folder / 'report.html'}")
 
@@ -456,7 +381,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.front_table:
         if args.finalists or args.top or args.start_from or args.measure_latency:
             raise UserError("--front-table: does not go with --finalists, --top, --start-from or --measure-latency")
-        args.resume, args.train_dir = True, args.train_dir or last_run("search")
+        # Its configuration is that of the search which found the front.
+        args.resume = True
+        args.train_dir = args.train_dir or last_run("search")
         if args.train_dir is None:
             raise UserError("--front-table: no search found: run one, or name its folder with --train-dir")
         args.load = supernet_path(Config(), read_genotype_files(args.train_dir / "pareto.json")[0], args.load)
@@ -466,11 +393,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = supernet_checkpoint(source)
     supernet = load_supernet(path)
     search_run = resolve_run(args, supernet, path)
-    for flag, count in (("--top", args.top), ("--finalists", args.finalists)):
-        if count < 0:
-            raise UserError(f"{flag} {count}: expected a number of sub-networks, 0 or more")
-    if args.save_every is not None and args.save_every < 1:
-        raise UserError(f"--save-every {args.save_every}: expected a number of search epochs, at least 1")
+    counts = (("--top", args.top, 0), ("--finalists", args.finalists, 0), ("--save-every", args.save_every, 1))
+    for flag, count, least in counts:
+        if count is not None and count < least:
+            raise UserError(f"{flag} {count}: expected a number, at least {least}")
     if (args.latency_runtime or args.measure_with) and not args.measure_latency:
         raise UserError("--latency-runtime and --measure-with say how to measure: add --measure-latency")
     if args.measure_latency:
@@ -479,7 +405,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = search_run.folder
     if (folder / "last.pt").exists():
         raise UserError(f"{folder}: holds a training (last.pt); a search needs a folder of its own (--train-dir)")
-    task = prepare(args, search_run, supernet, path)
+    task = Task(args, search_run, supernet, path)
     print_plan(task)
     if args.finalists:
         epochs = shortened(search_run.config, None).final.epochs

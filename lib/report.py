@@ -1,4 +1,4 @@
-"""What a search leaves in its folder: best.json, pareto.json, front.png, report.html and, on demand, top.json.
+"""What a search leaves in its folder: best.json, pareto.json, report.html and, on demand, top.json.
 
 report.html is one self-contained page. matplotlib is imported where it draws, so that --help starts quickly.
 """
@@ -19,47 +19,44 @@ from lib import checkpoint, cli
 from lib.config_io import to_dict
 from lib.controllers import pareto_front
 from lib.genotype import Genotype
-from lib.log import duration, finite, say
+from lib.log import duration, finite
 from lib.scoring import CONFIDENCE
 from lib.search import COSTS, FRONT_TABLE, Search, cost_text, front_table
 
 MEASURED = "The front as files"
-REFRESH_SECONDS = 60  # an open page reloads itself this often while the search runs
 PAUSE_SECONDS = 60.0  # no worker is without a job for this long: a longer gap lies between two runs of the script
 MANY_POINTS = 2000  # more points than this are embedded in a figure as pixels, which keeps the page small
 
 
 def write_results(search: Search, folder: Path, top: int = 0) -> None:
-    """Write every file anew, each atomically; at least one evaluation must have succeeded.
+    """Write every file anew, each atomically; nothing before an evaluation has succeeded.
 
     With `top`, top.json lists that many of the best, whether on the front or not.
     """
-    settings = search.config.search
+    if not search.scored:
+        return
+    settings = search.settings
     supernet = {"path": str(search.identity.supernet), "sha256": search.identity.supernet_sha256}
     provenance = {"supernet": supernet, "config": to_dict(search.config)}
 
     def genotype_file(record: dict) -> dict:
-        noise = search.noise(record)
+        noise, trained = search.noise(record), search.trained_score(record)
         extra = {"noise": finite(noise._asdict())} if noise else {}
-        trained = search.trained_score(record)
         extra |= {} if trained is None else {"trained": trained}
         return {**record["genotype"], "metrics": record["metrics"], **extra, **provenance}
 
-    lists = {"pareto.json": search.front(), **({"top.json": search.top(top)} if top else {})}
     head = {"format": "pareto/1", "objective": settings.objective, "costs": settings.costs}
-    contents = {name: {**head, "front": [*map(genotype_file, records)]} for name, records in lists.items()}
-    for name, content in {"best.json": genotype_file(search.winner()), **contents}.items():
+    files = {"best.json": genotype_file(search.winner())}
+    for name, records in (("pareto.json", search.front()), ("top.json", search.top(top))):
+        if records:
+            files[name] = {**head, "front": [genotype_file(record) for record in records]}
+    for name, content in files.items():
         checkpoint.write_text(folder / name, json.dumps(content, indent=1) + "\n")
-    with checkpoint.replacing(folder / "front.png") as file:
-        file.write(_figure(lambda axis: _draw_front(axis, search, settings.costs[0]), "png"))
-    try:
-        checkpoint.write_text(folder / "report.html", search_page(search, folder))
-    except Exception as error:  # a page that cannot be drawn must not end a search
-        say(f"{folder / 'report.html'}: not drawn: {type(error).__name__}: {error}")
+    checkpoint.write_text(folder / "report.html", search_page(search, folder))
 
 
 PAGE = Template("""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">$refresh<title>$title</title><style>
+<html lang="en"><head><meta charset="utf-8"><title>$title</title><style>
 body { max-width: 70em; margin: 2em auto; padding: 0 1em; font: 15px/1.5 system-ui, sans-serif; color: #222; }
 section, article { border-top: 1px solid #ddd; } thead { font-weight: bold; }
 td { padding: 2px 14px 2px 0; text-align: right; }
@@ -88,14 +85,13 @@ def search_page(search: Search, folder: Path) -> str:
         "Workers": _workers(own),
         "Failed evaluations": [element("pre", "\n".join(failures) or "none")],
     }
-    refresh = f'<meta http-equiv="refresh" content="{REFRESH_SECONDS}">' if len(search.told) < search.total else ""
-    return page(f"{search.config.name}: search", sections, refresh)
+    return page(f"{search.config.name}: search", sections)
 
 
-def page(title: str, sections: Mapping[str, Iterable[Html]], refresh: str = "") -> str:
-    """A self-contained page with a heading over each section; `refresh` is markup of its head."""
+def page(title: str, sections: Mapping[str, Iterable[Html]]) -> str:
+    """A self-contained page with a heading over each section."""
     body = "".join(element("section", element("h2", name), *parts) for name, parts in sections.items())
-    return PAGE.substitute(title=escape(title), refresh=refresh, body=body)
+    return PAGE.substitute(title=escape(title), body=body)
 
 
 class Html(str):
@@ -109,7 +105,7 @@ def element(tag: str, *children: object) -> Html:
 
 
 def _summary(search: Search, reused: int) -> str:
-    settings, best = search.config.search, search.best()["metrics"]
+    settings, best = search.settings, search.best()["metrics"]
     budget = ", ".join(f"{key} {value:g}" for key, value in search.identity.budget.items()) or "none"
     return (
         f"Supernet {search.identity.supernet}, {search.controller.space.size():.3g} sub-networks. Controller "
@@ -119,22 +115,17 @@ def _summary(search: Search, reused: int) -> str:
     )
 
 
-def _figure(draw: Callable, format: str) -> bytes:
-    """The file of a figure that `draw(axis)` fills."""
+def svg(draw: Callable, label: str) -> Html:
+    """The figure that `draw(axis)` fills, as an element of a page; `label` says in words what it shows."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure  # not pyplot, which looks for a display and keeps every figure
 
-    figure, file = Figure(figsize=(8, 5)), io.BytesIO()
+    figure, file = Figure(figsize=(8, 5)), io.StringIO()
     draw(figure.subplots())
-    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type")) if format == "svg" else {}
     with rc_context({"svg.fonttype": "none"}):  # text stays text
-        figure.savefig(file, format=format, dpi=110, metadata=metadata)
-    return file.getvalue()
-
-
-def svg(draw: Callable, label: str) -> Html:
-    """The figure that `draw(axis)` fills, as an element of a page; `label` says in words what it shows."""
-    text = _figure(draw, "svg").decode()
+        # No date, so that the same search gives the same page.
+        figure.savefig(file, format="svg", dpi=110, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    text = file.getvalue()
     return Html(f'<svg role="img" aria-label="{escape(label)}"{text[text.index("<svg") + 4 :]}')  # no XML header
 
 
@@ -146,7 +137,7 @@ def table(rows: Iterable[Sequence]) -> Html:
 
 def _draw_front(axis, search: Search, cost: str) -> None:
     """Every evaluation against `cost`, the best for each cost as steps, and the members of pareto.json."""
-    settings = search.config.search
+    settings = search.settings
     name, scale, unit = COSTS[cost]
 
     def plot(records: Iterable[dict], marker: str, draw: Callable = axis.plot, **style: object) -> None:
@@ -170,7 +161,7 @@ def _draw_front(axis, search: Search, cost: str) -> None:
 
 
 def _draw_history(axis, search: Search) -> None:
-    objective, numbers = search.config.search.objective, range(1, len(search.scored) + 1)
+    objective, numbers = search.settings.objective, range(1, len(search.scored) + 1)
     scores = [record["metrics"][objective] for record in search.scored]
     axis.plot(numbers, scores, "C7.", alpha=0.5, label="each evaluation", rasterized=len(scores) > MANY_POINTS)
     if control := search.control():
@@ -190,11 +181,11 @@ def _history(search: Search, folder: Path) -> Iterator[Html]:
         last, best = control[-1], search.history()[control[-1].draws - 1]
         yield element(
             "p",
-            f"After {last.draws} evaluations: best {search.config.search.objective} {best:.4f} here, {last.mean:.4f} "
+            f"After {last.draws} evaluations: best {search.settings.objective} {best:.4f} here, {last.mean:.4f} "
             f"expected of random search (8 in 10 between {last.low:.4f} and {last.high:.4f}): the best of as many "
             f"drawn from the {len(known)} random ones that the ledger holds for this supernet, split and budget.",
         )
-    name = search.config.search.controller
+    name = search.settings.controller
     # A control of the search's own first proposals says nothing about later ones.
     if not control or (name != "random" and all(r["search"] == search.identity.search for r in known)):
         run = cli.command("async_search.py", load=search.identity.supernet, train_dir=folder)
@@ -207,14 +198,14 @@ def _history(search: Search, folder: Path) -> Iterator[Html]:
 
 
 def _members(search: Search, folder: Path, costs: Sequence[str]) -> Iterator[Html]:
-    front = search.front()
+    front, winner = search.front(), search.winner()
     noises = [search.noise(record) for record in front]
     if any(noises):
         ties = ", ".join(str(k) for k, noise in enumerate(noises) if noise and noise.tie)
         yield element(
             "p",
             f"Ties with the best: {ties}. The paired difference of a tie to the best has a {CONFIDENCE:.0%} interval "
-            f"that holds 0, over {search.config.search.resamples} resamples of the same {front[0]['images']} images. "
+            f"that holds 0, over {search.settings.resamples} resamples of the same {front[0]['images']} images. "
             "The best was chosen on these images, so its own score is likely a little too high.",
         )
     for k, (record, noise) in enumerate(zip(front, noises, strict=True)):
@@ -222,10 +213,11 @@ def _members(search: Search, folder: Path, costs: Sequence[str]) -> Iterator[Htm
         facts = [f"{name} {metrics[name]:.4f}" for name in ("AP", "AP50", "mAP") if metrics.get(name) is not None]
         facts += [cost_text(metrics, cost) for cost in costs]
         if noise:
-            facts.append(f"{search.config.search.objective} from {noise.interval.low:.4f} to {noise.interval.high:.4f}")
+            low, high = noise.interval
+            facts.append(f"{search.settings.objective} from {low:.4f} to {high:.4f}")
         yield element(
             "article",
-            element("h3", f"{k} (best)" if record["key"] == search.winner()["key"] else k),
+            element("h3", f"{k} (best)" if record["key"] == winner["key"] else k),
             element("p", ", ".join(facts)),
             element("code", Genotype.from_dict(record["genotype"])),
             element("pre", cli.command("final_train.py", genotype=folder / "pareto.json", index=k)),
@@ -238,8 +230,8 @@ def write_front_table(folder: Path, front: Sequence[Genotype], measured: dict) -
     text, report = front_table(folder, front, measured["supernet"]), folder / "report.html"
     if report.is_file():
         section = element("section", element("h2", MEASURED), element("pre", text))
-        others = re.sub(f"<section><h2>{MEASURED}.*?</section>\n", "", report.read_text(), flags=re.DOTALL)
-        checkpoint.write_text(report, others.replace("<section><h2>Workers", f"{section}<section><h2>Workers", 1))
+        old_section = f"<section><h2>{MEASURED}.*?</section>\n"
+        checkpoint.write_text(report, re.sub(old_section, lambda _: section, report.read_text(), flags=re.DOTALL))
     return text
 
 
@@ -248,6 +240,7 @@ def worker_use(records: Sequence[Mapping]) -> tuple[dict[str, list[Mapping]], fl
     by_worker, seconds, end = defaultdict(list), 0.0, -math.inf
     for record in sorted(records, key=lambda r: r["time"] - r["seconds"]):
         start = record["time"] - record["seconds"]
+        # A short gap was spent waiting for a job, so it counts.
         seconds += max(record["time"] - (start if start - end > PAUSE_SECONDS else end), 0.0)
         end = max(record["time"], end)
         by_worker[record["worker"]].append(record)

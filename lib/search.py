@@ -25,7 +25,7 @@ from lib.latency import Coster
 from lib.ledger import Ledger, checked, evaluation_basis, evaluation_key
 from lib.log import say
 from lib.plain import check, read_json
-from lib.scoring import Interval, interval, rests_on, unpack
+from lib.scoring import interval, rests_on, unpack
 
 TAIL = 0.1  # on either side of the range of what random search would have found
 COSTS = {  # how a cost is shown: its name, what it is divided by, its unit
@@ -65,27 +65,27 @@ class Identity:
         counts_latency = "latency_ms" in (*settings.costs, *limits)
         latency = checkpoint.sha256(Path(settings.latency_table)) if counts_latency else "no latency"
         shared = (config.seed, settings.controller, settings.objective, settings.costs, limits)
-        keys = itertools.chain(*LIMIT_KEYS.values())
+        by_key = {key: getattr(settings, key) for keys in LIMIT_KEYS.values() for key in keys}
         weights = checkpoint.sha256(supernet)
         on_all = replace(config, search=replace(settings, images=0))
-        parts, parts_all = (rests_on(weights, annotations, train, search, each) for each in (config, on_all))
+        parts = rests_on(weights, annotations, train, search, config)
         return cls(
             search=f"{shared}-{latency}-{settings.resamples}",
             supernet=supernet,
             supernet_sha256=weights,
-            budget={key: getattr(settings, key) for key in keys if getattr(settings, key)},
+            budget={key: limit for key, limit in by_key.items() if limit},
             basis=evaluation_basis(parts),
-            basis_all=evaluation_basis(parts_all),
+            basis_all=evaluation_basis(rests_on(weights, annotations, train, search, on_all)),
             parts={name: digest[:12] for name, digest in parts.items()},
             latency_table=latency if "latency_ms" in limits else "",
         )
 
 
 class Noise(NamedTuple):
-    """How uncertain a score is on so few images."""
+    """How uncertain a score is on so few images; each interval is its low and its high end."""
 
-    interval: Interval  # of the score
-    behind: Interval  # of the best score minus this one, on the same resamples
+    interval: tuple[float, float]  # of the score
+    behind: tuple[float, float]  # of the best score minus this one, on the same resamples
     tie: bool  # not clearly behind the best
 
 
@@ -112,8 +112,7 @@ class Search:
         self.told: list[dict] = []
         self.scored: list[dict] = []
         self.rescored: list[dict] = []
-        self.trained: dict[str, float] = {}  # by genotype as text: the objective of finalists after a short training
-        self._best: dict = {}  # of `scored`
+        self.trained: dict[Genotype, float] = {}  # the objective of finalists after a short training
         self._running: dict[str, dict] = {}  # by key: what the record will hold of the proposal
 
     @property
@@ -190,11 +189,13 @@ class Search:
         record |= {"seconds": round(result.seconds, 3), "worker": result.worker, "epoch": self.epoch}
         record |= {"time": round(time.time(), 3), "status": "ok", "metrics": {}}
         try:
+            # A worker's result is believed no more than a line of a stranger's ledger.
             scored = record if result.error else checked(record | result.value)
             error = result.error or self._missing(scored)
         except (ValueError, UserError) as fault:
             error = f"the result cannot be believed: {fault}"
         record = record | {"status": "failed", "error": error} if error else scored
+        # On disk first: a crash from here on loses nothing.
         self.ledger.append(record)
         if record["origin"] != "front":
             self._tell(record)
@@ -211,20 +212,14 @@ class Search:
         if record["status"] == "ok" and not self._missing(record):
             record = self._with_latency(record)
             self.controller.tell(genotype, record["metrics"])
-            self.add(record)
+            self.scored.append(record)
         else:
             self.controller.tell(genotype, None)
-            self.told.append(record)
-
-    def add(self, record: dict) -> None:
-        """Take in a record with a score, of which the controller has been told."""
         self.told.append(record)
-        self.scored.append(record)
-        self._best = min(self._best or record, record, key=self._rank)
 
     def _with_latency(self, record: dict) -> dict:
         latency = self.costs.latency(Genotype.from_dict(record["genotype"]))
-        return {**record, "metrics": {**record["metrics"], **latency}}
+        return {**record, "metrics": record["metrics"] | latency}
 
     def front(self) -> list[dict]:
         """The members of pareto.json, cheapest first."""
@@ -235,7 +230,7 @@ class Search:
         return -record["metrics"][self.settings.objective], record["metrics"][self.settings.costs[0]]
 
     def best(self) -> dict:
-        return min(self.rescored, key=self._rank) if self.rescored else self._best
+        return min(self.rescored or self.scored, key=self._rank)
 
     def promising(self, count: int) -> list[dict]:
         """The records that a short training may choose among: the best of each image size, then the second of each.
@@ -252,27 +247,28 @@ class Search:
 
     def winner(self) -> dict:
         """What best.json is: the finalist that a short training made the best, else the best with inherited weights."""
-        return max(self._finalists(), key=self.trained_score, default=self.best())
+        return max(self.finalists(), key=self.trained_score, default=self.best())
 
     def trained_score(self, record: dict) -> float | None:
         """The objective of a finalist after its short training; None of any other record."""
-        return self.trained.get(str(Genotype.from_dict(record["genotype"]))) if self.trained else None
+        return self.trained.get(Genotype.from_dict(record["genotype"]))
 
-    def _finalists(self) -> list[dict]:
-        """Best first with inherited weights; scored on all images where the front was."""
-        again = {str(record["genotype"]): record for record in self.rescored}
-        ranked = sorted(self.scored, key=self._rank) if self.trained else []
-        return [again.get(str(r["genotype"]), r) for r in ranked if self.trained_score(r) is not None]
+    def finalists(self) -> list[dict]:
+        """The trained ones, best first with inherited weights; scored on all images where the front was."""
+        records = (*self.scored, *self.rescored) if self.trained else ()
+        last = {Genotype.from_dict(record["genotype"]): record for record in records}
+        return sorted((last[genotype] for genotype in self.trained if genotype in last), key=self._rank)
 
     def describe_finalists(self) -> list[str]:
         """A line for each: what it costs, its score with inherited weights and after its short training."""
-        objective, cost = self.settings.objective, self.settings.costs[0]
-        return [
-            f"finalist, {record['genotype']['image_size']} px, {cost_text(record['metrics'], cost)}: {objective} "
-            f"{record['metrics'][objective]:.4f} inherited, {self.trained_score(record):.4f} after a short training"
-            + (", best.json" if record is self.winner() else "")
-            for record in self._finalists()
-        ]
+        objective = self.settings.objective
+        lines = []
+        for record in self.finalists():
+            costs = f"{record['genotype']['image_size']} px, {cost_text(record['metrics'], self.settings.costs[0])}"
+            scores = f"{record['metrics'][objective]:.4f} inherited, {self.trained_score(record):.4f} after"
+            chosen = ", best.json" if record is self.winner() else ""
+            lines.append(f"finalist, {costs}: {objective} {scores} a short training{chosen}")
+        return lines
 
     def top(self, count: int) -> list[dict]:
         """The `count` best, best first."""
@@ -288,7 +284,7 @@ class Search:
         if scores.shape != best.shape:
             return None
         behind = interval(best - scores)
-        return Noise(interval(scores), behind, tie=behind.low <= 0)
+        return Noise(interval(scores), behind, tie=behind[0] <= 0)
 
     def history(self) -> list[float]:
         """The best objective so far, after each evaluation that did not fail."""
@@ -299,8 +295,7 @@ class Search:
         same = {"budget": self.identity.budget, "basis": self.identity.basis}
         found = self.ledger.records(origin="random", status="ok", **same)
         # A limit of milliseconds is another one by another table, whose hash is part of a search's name.
-        found = [r for r in found if self.identity.latency_table in r["search"]]
-        return [r for r in found if r["metrics"][self.settings.objective] is not None]
+        return [r for r in found if self.identity.latency_table in r["search"] and not self._missing(r)]
 
     def control(self) -> list[BestOf]:
         """What random search would have found with as many evaluations, as far as the ledger can tell."""

@@ -82,6 +82,7 @@ def make_search(told: list[dict], others: list[dict] = (), total: int = 100, bud
     controller = make_controller(config.search, SPACE, 0, everything_fits)
     search = Search(controller, SimpleNamespace(records=records), config, None, make_identity(budget=budget), 1)
     for record in told:
-        search.add(record) if record["status"] == "ok" else search.told.append(record)
+        search.told.append(record)
+    search.scored = [record for record in told if record["status"] == "ok"]
     search.total = total
     return search

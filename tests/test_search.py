@@ -71,8 +71,8 @@ def test_finalists_are_the_best_of_each_image_size_and_their_training_decides():
     assert finalists[:2] == [by_size[first][0], by_size[second][0]] and search.best() == finalists[0]
     assert finalists[2] in (by_size[first][1], by_size[second][1])
     assert search.winner() is search.best() and search.describe_finalists() == []
-    names = [str(Genotype.from_dict(r["genotype"])) for r in finalists]
-    search.trained = dict(zip(names, (0.5, 0.7, 0.6), strict=True))
+    genotypes = [Genotype.from_dict(r["genotype"]) for r in finalists]
+    search.trained = dict(zip(genotypes, (0.5, 0.7, 0.6), strict=True))
     assert search.winner() is finalists[1] and search.best() is finalists[0]
     lines = search.describe_finalists()
     assert len(lines) == 3 and sum(line.endswith("best.json") for line in lines) == 1
@@ -119,8 +119,8 @@ def test_ties_with_the_best_are_those_whose_paired_interval_holds_zero(tmp_path)
     best = search.best()["metrics"]["AP"]
     assert [n.tie for n in noise] == [record["metrics"]["AP"] == best for record in front]  # the noise is common to all
     for record, (interval, behind, _) in zip(front, noise, strict=True):
-        assert interval.low < record["metrics"]["AP"] < interval.high
-        assert behind.low == pytest.approx(best - record["metrics"]["AP"], abs=1e-4)
+        assert interval[0] < record["metrics"]["AP"] < interval[1]
+        assert behind[0] == pytest.approx(best - record["metrics"]["AP"], abs=1e-4)
     assert search.noise({**front[0], "objective": "mAP"}) is None
 
 
@@ -187,7 +187,7 @@ def test_ctrl_c_while_the_front_is_scored_on_all_images_leaves_it_as_it_was(tmp_
         search.rescored.clear()
         assert search.rescoring_jobs() == jobs  # one that failed is tried again
         stop.requested, pool = False, OneAtATime(stop)
-        assert rescore_front(search, pool, stop, jobs) and pool.time_limit == 60
+        assert rescore_front(search, pool, stop, jobs) and pool.time_limit == 600
         assert {r["basis"] for r in search.front()} == {"all"}
 
 
@@ -285,16 +285,6 @@ def test_a_result_that_cannot_be_believed_is_recorded_as_failed(tmp_path, metric
         search = make(ledger)
         search.replay()
         assert len(search.told) == 1 and search.scored == []
-
-
-@settings(max_examples=30)
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=30))
-def test_the_best_is_that_of_all_records_at_every_moment(points):
-    records = [{"status": "ok", "n": i, "metrics": {"AP": a / 5, "flops": f}} for i, (a, f) in enumerate(points)]
-    search = make_search([])
-    for count, record in enumerate(records, 1):
-        search.add(record)
-        assert search.best() == min(records[:count], key=lambda r: (-r["metrics"]["AP"], r["metrics"]["flops"], r["n"]))
 
 
 values = st.lists(st.floats(-1, 1, allow_subnormal=False) | st.sampled_from([0.1, 0.2]), min_size=1, max_size=7)

@@ -201,7 +201,7 @@ def test_a_full_disk_is_a_clear_end(options, tmp_path):
     reason = "evals.jsonl: cannot write the ledger: No space left on device"
     assert_one_line((tmp_path / "out" / "ledger").read_text(), reason)
     # The pictures made room for the results.
-    left = {"config.yaml", "evals.jsonl", "filler", "best.json", "pareto.json", "front.png", "report.html"}
+    left = {"config.yaml", "evals.jsonl", "filler", "best.json", "pareto.json", "report.html"}
     assert set((tmp_path / "out" / "left").read_text().split()) == left
     (tmp_path / "search").rmdir()  # the mount point, empty now
     (tmp_path / "full").rename(tmp_path / "search")
@@ -249,7 +249,7 @@ def test_a_folder_that_becomes_read_only_is_a_clear_end(options, tmp_path):
     assert_resume_finishes(tmp_path, options, 12)
 
 
-@pytest.mark.parametrize("name", ["images.pt", "front.png"])
+@pytest.mark.parametrize("name", ["images.pt", "pareto.json"])
 def test_a_file_that_cannot_be_replaced_is_named(options, tmp_path, name):
     """A folder stands in its place."""
     (tmp_path / "search" / name).mkdir(parents=True)
