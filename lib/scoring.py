@@ -12,7 +12,7 @@ import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -50,28 +50,21 @@ UNSCORED = """
 _SCALE = 65534  # scores in [0, 1] are stored in steps of 1.5e-5; the number above stands for nan
 
 
-class Interval(NamedTuple):
-    """The range that holds `CONFIDENCE` of the resamples, with equal shares outside on both sides."""
-
-    low: float
-    high: float
-
-
 @functools.lru_cache(maxsize=1)
 def image_weights(num_images: int, resamples: int) -> np.ndarray:
-    """(R, N) how often each image occurs in each resample. Read only; always the same for the same two numbers."""
+    """(R, N) how often each image occurs in each resample, always the same for the same two numbers."""
     rng = np.random.default_rng([num_images, resamples])
-    weights = rng.multinomial(num_images, np.full(num_images, 1 / num_images), size=resamples)
-    weights.flags.writeable = False
-    return weights
+    return rng.multinomial(num_images, np.full(num_images, 1 / num_images), size=resamples)
 
 
-def interval(scores: np.ndarray) -> Interval:
-    """Of the scores, or of the differences of two candidates' scores, on all resamples (R,); nan is left out."""
+def interval(scores: np.ndarray) -> tuple[float, float]:
+    """The range that holds `CONFIDENCE` of the scores on all resamples (R,), or of differences of two candidates'.
+
+    Equal shares are outside on both sides; nan is left out.
+    """
     outside = (1 - CONFIDENCE) / 2
-    if np.isnan(scores).all():
-        return Interval(float("nan"), float("nan"))
-    return Interval(*(float(q) for q in np.nanquantile(scores, [outside, 1 - outside])))
+    low, high = np.nanquantile(scores, [outside, 1 - outside]).tolist()
+    return low, high
 
 
 def pack(scores: np.ndarray) -> str:
@@ -106,8 +99,8 @@ def whole_batches(batches: Iterable[Tensor]) -> Iterator[Tensor]:
     """Without a smaller last one, which would count as much as the others in a cumulative average."""
     size = 0
     for batch in batches:
-        size = size or len(batch.images)
-        if len(batch.images) == size:
+        size = size or len(batch)
+        if len(batch) == size:
             yield batch
 
 
