@@ -4,14 +4,13 @@ The field names are the keys of the YAML files in configs/, which all three scri
 aw_nas detection recipes where one exists. lib/config_io.py reads, checks and writes configurations.
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from lib.plain import Bounds
 
 TINY = 1e-12  # stands for "above 0"
-BELOW_ONE = math.nextafter(1.0, 0.0)
+BELOW_ONE = 0.9999999
 
 Count = Annotated[int, Bounds(1)]
 Epochs = Annotated[int, Bounds(1, 1_000_000)]
@@ -261,7 +260,7 @@ class SearchConfig:
     latency_threads: Annotated[int, Bounds(1, 1024)] = 1  # CPU threads of a detector that --measure-latency times
     bn_images: Count = 256  # training images that re-estimate BatchNorm
     images: CountOrZero = 0  # of the search split that score a candidate; 0 = all of them
-    resamples: EpochsOrZero = 200  # bootstrap resamples of the images, which tell ties; 0 = no intervals
+    resamples: Annotated[int, Bounds(40, 1_000_000)] | Literal[0] = 200  # of the bootstrap, which tells ties; 0 = none
     batch_size: Annotated[int, Bounds(1, 65536)] = 32
     # Workers, if --gpus names none; more than there are GPUs share them. 0 = one a GPU, or else one a core, at most 8.
     parallelism: Annotated[int, Bounds(0, 4096)] = 0

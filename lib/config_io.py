@@ -10,13 +10,13 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import yaml
 
 from lib import UserError, did_you_mean
-from lib.config import Config
-from lib.plain import MOST_SHOWN, WrongKey, check, fail, hints_of, read_bytes, refuse_bomb
+from lib.config import ChoiceSchedule, Config, ValueSchedule
+from lib.plain import Bounds, WrongKey, check, fail, hints_of, read_bytes, refuse_bomb
 
 # Keys of earlier versions that changed nothing about a network. Checkpoints and genotype files still hold them.
 RETIRED_KEYS = ("search.racing", "final.distill", "supernet.distill.teacher", "supernet.distill.priors")
@@ -99,8 +99,7 @@ def _parse_yaml(content: str | bytes, source: str) -> object:
 def read_yaml(path: Path) -> dict:
     """The plain data of a YAML file, whose `name` defaults to the file's. Raises UserError that names the file."""
     if not path.exists():
-        found = sorted(str(p) for p in Path(path.parent).glob("*.yaml"))
-        raise UserError(f"{path}: no such configuration file{did_you_mean(path, found)}")
+        raise UserError(f"{path}: no such configuration file{did_you_mean(path, sorted(path.parent.glob('*.yaml')))}")
     # As bytes: YAML says itself how to tell UTF-8 from UTF-16.
     data = _parse_yaml(read_bytes(path, MOST_YAML), str(path))
     if not isinstance(data, dict | None):  # None: without any key, or with comments only
@@ -117,7 +116,7 @@ def parse_override(override: str) -> tuple[str, object]:
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
     if KEYS.get(key) is str and not quoted:
         return key, text
-    return key, _parse_yaml(text, f"--set {override[:MOST_SHOWN]}") if text.strip() else ""
+    return key, _parse_yaml(text, f"--set {key}") if text.strip() else ""
 
 
 def with_changes(data: dict, changes: Iterable[tuple[str, object]]) -> dict:
@@ -204,17 +203,11 @@ def validate(config: Config) -> None:
     for cost in ("flops", "params", "latency_ms"):
         low, high = getattr(search, f"min_{cost}"), getattr(search, f"max_{cost}")
         require(not 0 < high < low, f"search.min_{cost}", f"at most search.max_{cost}, which is {high:g}")
-    most = search.population_size
-    fits = search.controller != "evo" or search.tournament_size <= most
-    require(fits, "search.tournament_size", f"at most search.population_size, which is {most}")
-    require(not 0 < search.resamples < 40, "search.resamples", "0 or at least 40, since intervals leave out 1 in 40")
     require(not 0 < search.time_limit < 2, "search.time_limit", "0 or at least 2")
-    for key, training in (("supernet.lr_schedule", config.supernet), ("final.lr_schedule", config.final)):
+    for stage, training in (("supernet", config.supernet), ("final", config.final)):
         rate, highest = training.lr_schedule, training.learning_rate
-        ascends = rate.type != "multistep" or rate.milestones == sorted(set(rate.milestones))
-        require(ascends, f"{key}.milestones", "ascending epochs")
         falls = not rate.type.startswith("cosine") or rate.eta_min <= highest
-        require(falls, f"{key}.eta_min", f"at most the learning rate, {highest:g}")
+        require(falls, f"{stage}.lr_schedule.eta_min", f"at most {stage}.learning_rate, {highest:g}")
     portion = data.data_portion
     shares = len(portion) == 2 and min(portion) > 0 and sum(portion) <= 1 + 1e-9
     require(shares, "data.data_portion", "two shares above 0 that sum to at most 1, for training and for scoring")
@@ -257,32 +250,30 @@ def validate_structure(config: Config) -> None:
 def _check_schedules(config: Config) -> None:
     """Epochs in order, and choices that the backbone can serve."""
     require, space = partial(_require, config), config.search_space
-    widest, deepest, sizes = max(space.expansions), max(space.num_cell_groups), space.image_size_choice
-    kernels = [kernel for kernel in (3, 5, 7) if kernel <= max(config.backbone.kernels, default=7)]
-    depths = range(1, deepest + 1)
-    servable = {
-        "kernel_choice": (lambda k: k in kernels, f"kernels out of {kernels}, which the backbone can serve"),
-        "width_choice": (lambda w: 0.125 <= w <= widest, f"0.125 to {widest:g} (expansion of the widest stage)"),
-        "depth_choice": (lambda d: d in depths, f"integers from 1 to {deepest} (blocks of the deepest stage)"),
-        "image_size_choice": (lambda s: s in sizes, f"sizes out of search_space.image_size_choice, {sizes}"),
+    largest_kernel = max(config.backbone.kernels, default=7)
+    kinds = {
+        "kernel_choice": Literal[tuple(kernel for kernel in (3, 5, 7) if kernel <= largest_kernel)],
+        "width_choice": Annotated[float, Bounds(0.125, max(space.expansions))],
+        "depth_choice": Annotated[int, Bounds(1, max(space.num_cell_groups))],
+        "image_size_choice": Literal[tuple(space.image_size_choice)],
     }
-    schedules = {f"search_space.schedule_cfg.{name}": schedule for name, schedule in vars(space.schedule_cfg).items()}
-    for key, schedule in {**schedules, "supernet.distill.weight": config.supernet.distill.weight}.items():
+    for key, schedule in _schedules(config).items():
         begins, values, name = schedule.boundary, schedule.value, key.rpartition(".")[2]
         if name == "image_size_choice" and not begins:
             continue  # all sizes are open from the first epoch on
         require(len(begins) == len(values), f"{key}.value", f"as many values as boundaries, {len(begins)}")
         ascends = begins[:1] == [1] and all(a < b for a, b in itertools.pairwise(begins))
         require(ascends, f"{key}.boundary", "ascending epochs that begin with 1")
-        if name not in servable:
-            continue
-        require(all(values), f"{key}.value", "at least one choice at every boundary")
-        fits, expected = servable[name]
-        for choice in itertools.chain(*values):
-            # Whole numbers only: 7.0 equals 7, but a genotype with it would be written and keyed differently.
-            whole = name == "width_choice" or isinstance(choice, int)
-            if not (fits(choice) and whole):
-                fail(f"{key}.value", expected, choice)
+        if name in kinds:
+            require(all(values), f"{key}.value", "at least one choice at every boundary")
+            check(values, list[list[kinds[name]]], f"{key}.value")
+
+
+def _schedules(config: Config) -> dict[str, ChoiceSchedule | ValueSchedule]:
+    """What changes in the course of the supernet's training, by key."""
+    choices = vars(config.search_space.schedule_cfg).items()
+    schedules = {f"search_space.schedule_cfg.{name}": schedule for name, schedule in choices}
+    return {**schedules, "supernet.distill.weight": config.supernet.distill.weight}
 
 
 def validate_network(config: Config, trained: Config, sections: Sequence[str], path: Path) -> None:
@@ -308,13 +299,11 @@ def fit_schedules(config: Config, stage: str, planned: int, typed: Collection[st
     UserError if it does not fit these either, or is among the keys that the user gave, `typed`.
     """
     settings = getattr(config, stage)
-    choices = vars(config.search_space.schedule_cfg) if stage == "supernet" else {}
-    schedules = {f"search_space.schedule_cfg.{name}": choice for name, choice in choices.items()}
-    if stage == "supernet":
-        schedules["supernet.distill.weight"] = settings.distill.weight
-    rate, rate_key = settings.lr_schedule, f"{stage}.lr_schedule.milestones"
+    rate = settings.lr_schedule
+    schedules = _schedules(config) if stage == "supernet" else {}
     begins = {f"{key}.boundary": schedule.boundary for key, schedule in schedules.items()}
-    begins |= {rate_key: rate.milestones} if rate.type == "multistep" else {}
+    if rate.type == "multistep":
+        begins[f"{stage}.lr_schedule.milestones"] = rate.milestones
     late = next((key for key, epochs in begins.items() if max(epochs, default=0) > settings.epochs), None)
     if late is None:
         return []
