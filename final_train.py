@@ -148,7 +148,7 @@ def train_from(
     for line in (
         *this_run.describe(),
         *plan.describe_data(
-            {"train": plan.Split(annotations, range(len(annotations))), "test": plan.Split(test, range(len(test)))},
+            {"train": (annotations, range(len(annotations))), "test": (test, range(len(test)))},
             network.priors(genotype.image_size),
             config.loss.matched_threshold,
         ),

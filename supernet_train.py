@@ -192,12 +192,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     pretrained = start_from_pretrained(detector, config, annotations.classes, folder, previous is not None)
     size = max(config.search_space.image_size_choice)
     loader = train_loader(annotations, train, size, config.supernet.batch_size, config, device)
-    splits = {"train": plan.Split(annotations, train), "search": plan.Split(annotations, search)}
+    splits = {"train": (annotations, train), "search": (annotations, search)}
     notes = []
     if args.dry_run:
         classes = list(annotations.classes)
         test = load_annotations(replace(config.data, classes=classes), "test")
-        splits["test"] = plan.Split(test, range(len(test)))
+        splits["test"] = (test, range(len(test)))
         notes = plan.check_pictures(splits, config.data)
     for line in (
         *run.describe(),

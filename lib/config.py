@@ -190,7 +190,7 @@ class LRScheduleConfig:
     """Learning rate by epoch. `T_0` (or `T_max`): length of a restarting cosine; "auto": from one phase to the next."""
 
     type: Literal["constant", "cosine", "cosine_restarts", "multistep"] = "cosine"
-    T_0: Count | Literal["auto"] = field(default="auto", metadata={"alias": "T_max"})
+    T_0: Count | Literal["auto"] = "auto"
     eta_min: LearningRateOrZero = 0.0
     milestones: list[Epochs] = field(default_factory=list)
     gamma: Annotated[float, Bounds(TINY, 1)] = 0.1

@@ -7,7 +7,7 @@ import copy
 import itertools
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass, replace
+from dataclasses import asdict, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,6 +20,7 @@ from lib.plain import Bounds, WrongKey, check, fail, hints_of, read_bytes, refus
 
 # Keys of earlier versions that changed nothing about a network. Checkpoints and genotype files still hold them.
 RETIRED_KEYS = ("search.racing", "final.distill", "supernet.distill.teacher", "supernet.distill.priors")
+ALIASES = {"T_max": "T_0"}  # names of keys in other recipes
 MOST_YAML = 1024**2  # bytes of a YAML file
 
 
@@ -149,14 +150,10 @@ def differences(config: Config, other: Config) -> Iterator[tuple[str, object, ob
 
 
 def leaf_types(kind: type, prefix: str = "") -> dict[str, Any]:
-    """The annotated type of every key of a dataclass of dataclasses, by dotted path, aliases among them."""
-    hints = hints_of(kind)
+    """The annotated type of every key of a dataclass of dataclasses, by dotted path."""
     types_by_path = {}
-    for f in fields(kind):
-        if is_dataclass(hints[f.name]):
-            types_by_path |= leaf_types(hints[f.name], f"{prefix}{f.name}.")
-        else:
-            types_by_path |= {prefix + name: hints[f.name] for name in (f.name, *f.metadata.values())}
+    for name, hint in hints_of(kind).items():
+        types_by_path |= leaf_types(hint, f"{prefix}{name}.") if is_dataclass(hint) else {prefix + name: hint}
     return types_by_path
 
 
@@ -168,19 +165,18 @@ def _section(value: Any, default: Any, path: str) -> Any:
     if not isinstance(value, Mapping):
         fail(path, "a section with keys", value)
     hints = hints_of(type(default))
-    names = {name: f.name for f in fields(default) for name in (f.name, *f.metadata.values())}
     prefix = f"{path}." if path else ""
     values = {}
     for key, item in value.items():
         where = prefix + check(key, str, f"{path}: a key" if path else "a key")
         if where in RETIRED_KEYS:
             continue
-        if key not in names:
+        name = ALIASES.get(key, key)
+        if name not in hints:
             # The same key in another section is a better hint than a similar one in this section.
-            elsewhere = [f" (did you mean '{known}'?)" for known in KEYS if known.rpartition(".")[2] == key]
-            hint = elsewhere[0] if elsewhere else did_you_mean(where, [prefix + name for name in names])
+            elsewhere = [f" (did you mean '{known}'?)" for known in KEYS if known.rpartition(".")[2] == name]
+            hint = elsewhere[0] if elsewhere else did_you_mean(where, [prefix + known for known in hints])
             raise WrongKey(where, f"unknown key{hint}")
-        name = names[key]
         nested = is_dataclass(hints[name])
         values[name] = _section(item, getattr(default, name), where) if nested else check(item, hints[name], where)
     return replace(default, **values)

@@ -12,7 +12,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from posixpath import exists
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,13 +39,7 @@ SECONDS = 4.0  # that one measurement takes
 CALLS = 10  # of each kind of work, at most
 SCORED_SAMPLE = 64  # pictures that a score or an evaluation is measured on
 Forward = Callable[[Batch], Iterator[Losses]]
-
-
-class Split(NamedTuple):
-    """Some of the images of `annotations`."""
-
-    annotations: Annotations
-    rows: Sequence[int]
+Split = tuple[Annotations, Sequence[int]]  # some of the images
 
 
 def describe_space(detector: ElasticSSD, space: SearchSpace) -> list[str]:
@@ -86,38 +79,35 @@ def describe_data(splits: Mapping[str, Split], priors_cxcywh: Tensor, matched_th
 
     `priors_cxcywh` (P, 4) are normalised. Ignored objects (difficult, crowd) are left out, as training does.
     """
-    classes = next(iter(splits.values())).annotations.classes
+    classes = next(iter(splits.values()))[0].classes
     covers = f"objects, and the share that a prior box covers with an IoU of at least {matched_threshold:g}:"
     heads = ["data", "  images", "  without objects", "  boxes dropped", "  ignored objects"]
     heads += [f"  {name}" for name in classes]
-    columns, left_out = [], []
+    columns = []
     for name, split in splits.items():
         data, rows = split
         counts = data.objects.offsets.diff()[rows]
-        paths = {data.paths[row] for row in rows}
-        dropped = [line for line in data.dropped if line.partition(": box ")[0] in paths]
+        dropped = int((data.truth.offsets.diff()[rows] - counts).sum())
         _, labels = objects_of(split)
         empty, ignored = int((counts == 0).sum()), int(counts.sum()) - len(labels)
-        cells = [f"{cell:>18}" for cell in (name, len(rows), empty, len(dropped), ignored)]
+        cells = [f"{cell:>18}" for cell in (name, len(rows), empty, dropped, ignored)]
         numbers = torch.bincount(labels, minlength=len(classes) + 1)[1:].tolist()
         shares = coverage_of(split, priors_cxcywh, matched_threshold)
         for number, share in zip(numbers, shares, strict=True):
             cells.append(f"{number:>10} {f'{share:.1%}' if number else '-':>7}")
         columns.append(cells)
-        left_out += dropped
     width = max(map(len, heads))
     lines = [f"{head:{width}}{''.join(cells)}" for head, *cells in zip(heads, *columns, strict=True)]
     lines.insert(5, f"{covers:{width}}")
-    if left_out:
-        lines.append(f"box dropped: {left_out[0]} (the first of {len(left_out)})")
-    return [*lines, *dict.fromkeys(note for split in splits.values() for note in split.annotations.notes)]
+    return [*lines, *dict.fromkeys(note for data, _ in splits.values() for note in data.notes)]
 
 
 def objects_of(split: Split) -> tuple[Tensor, Tensor]:
     """Boxes (K, 4), xyxy as shares of the image, and labels (K,) of the objects that training sees."""
-    objects, sizes = split.annotations.objects, split.annotations.sizes
+    data, rows = split
+    objects, sizes = data.objects, data.sizes
     image = torch.arange(len(sizes)).repeat_interleave(objects.offsets.diff())
-    seen = torch.isin(image, torch.as_tensor(split.rows)) & ~objects.ignore
+    seen = torch.isin(image, torch.as_tensor(rows)) & ~objects.ignore
     return objects.boxes[seen] / sizes[image[seen]].repeat(1, 2), objects.labels[seen]
 
 
@@ -125,7 +115,7 @@ def coverage_of(split: Split, priors_cxcywh: Tensor, threshold: float) -> list[f
     """The share of each class's objects that a prior covers; NaN without objects. Measured on COVERAGE_SAMPLE."""
     boxes, labels = objects_of(split)
     step = len(labels) // COVERAGE_SAMPLE + 1
-    return coverage(boxes[::step], labels[::step], priors_cxcywh, len(split.annotations.classes), threshold).tolist()
+    return coverage(boxes[::step], labels[::step], priors_cxcywh, len(split[0].classes), threshold).tolist()
 
 
 def propose_priors(
@@ -136,7 +126,7 @@ def propose_priors(
     It is the configured head without `fit`, unless a class is covered badly and `if_poor`; and where the fitted one
     would cover less, of the classes on average or of the worst one.
     """
-    split = Split(annotations, range(len(annotations)))
+    split = annotations, range(len(annotations))
     head, size, threshold = config.head, detector.space.image_size[-1], config.loss.matched_threshold
     before = coverage_of(split, detector.priors(size), threshold)
     poor = [name for name, share in zip(annotations.classes, before, strict=True) if share < WELL_COVERED]

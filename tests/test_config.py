@@ -83,7 +83,7 @@ def test_the_name_is_the_files_unless_given(tmp_path, text, name):
     [
         ("batch_size=4", "batch_size", "supernet.batch_size"),
         ("head.num_head=4", "head.num_head", "search_space.num_head"),
-        ("T_max=4", "T_max", "supernet.lr_schedule.T_max"),
+        ("T_max=4", "T_max", "supernet.lr_schedule.T_0"),
         ("supernet.epoch=4", "supernet.epoch", "supernet.epochs"),
         ("supernet.distill.wieght.boundary=[1]", "supernet.distill.wieght", "supernet.distill.weight"),
         ("surch.steps=4", "surch", "search"),
