@@ -56,22 +56,18 @@ class Individual(NamedTuple):
 
 def insert_into_fronts(fronts: list[list[Individual]], newcomer: Individual) -> None:
     """Insert into non-dominated fronts, best first, in place (ENLU: Li et al., IEEE Trans. Cybernetics 2017)."""
-    # Its front is the first one with no member that dominates it.
-    rank = 0
-    while rank < len(fronts) and any(dominates(member.values, newcomer.values) for member in fronts[rank]):
-        rank += 1
-    # Whoever it dominates there moves on, which may displace members of the next front, and so on.
     arrivals = [newcomer]
-    while arrivals and rank < len(fronts):
-        stay, leave = [], []
-        for member in fronts[rank]:
-            dominated = any(dominates(arrival.values, member.values) for arrival in arrivals)
-            (leave if dominated else stay).append(member)
-        fronts[rank] = stay + arrivals
-        arrivals = leave
-        rank += 1
-    if arrivals:
-        fronts.append(arrivals)
+    for front in fronts:
+        # Its front is the first with no member that dominates it. Nobody dominates those who leave the front before.
+        if any(dominates(member.values, arrivals[0].values) for member in front):
+            continue
+        # Whoever it dominates there moves on, which may displace members of the next front, and so on.
+        leaving = [m for m in front if any(dominates(arrival.values, m.values) for arrival in arrivals)]
+        front[:] = [m for m in front if m not in leaving] + arrivals
+        arrivals = leaving
+        if not arrivals:
+            return
+    fronts.append(arrivals)
 
 
 def crowding_distances(front: Sequence[tuple[float, ...]]) -> list[float]:
@@ -104,8 +100,6 @@ class Controller:
     def __init__(
         self, settings: SearchConfig, space: SearchSpace, seed: int, budget: Fits, seeds: Sequence[Genotype] = ()
     ):
-        for genotype in seeds:
-            space.check(genotype)
         self.settings = settings
         self.space = space
         self.origin = "random"

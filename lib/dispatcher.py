@@ -29,7 +29,6 @@ LONGEST_WAIT = 3600.0  # seconds in one call of the system
 KILL_SECONDS = 10.0  # how long a killed process may take to go, which a hung driver can prevent
 OUT_OF_MEMORY = ", probably for want of memory: try fewer workers (--gpus) or a smaller search.batch_size"
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)  # by a terminal or a batch system
-MOST_BYTES = 32 * 1024  # of a job: `MAX_AHEAD` of them fit into a pipe, so that sending one never waits for its worker
 CONTEXT = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
 
 
@@ -113,10 +112,7 @@ class WorkerPool(contextlib.AbstractContextManager):
         """Queue a job. Beyond `free_slots` it waits here until a worker has room."""
         if job_id in self._messages:
             raise ValueError(f"job {job_id!r} is pending already")
-        message = pickle.dumps((job_id, payload))
-        if len(message) > MOST_BYTES:
-            raise ValueError(f"job {job_id!r} has {len(message)} bytes: expected at most {MOST_BYTES}")
-        self._messages[job_id] = message
+        self._messages[job_id] = pickle.dumps((job_id, payload))
         self._waiting.append(job_id)
         self._hand_out()
 
@@ -133,9 +129,11 @@ class WorkerPool(contextlib.AbstractContextManager):
                 if not self._drain(worker):
                     self._replace(worker)
             for worker in list(self._workers):
-                if time.monotonic() - worker.since > (limit := self._limit(worker)):
-                    late, early = "no result within {:g} s", "not ready within {:g} s (search.first_time_limit)"
-                    self._replace(worker, (late if worker.ready else early).format(limit))
+                limit = self._limit(worker)
+                if time.monotonic() - worker.since > limit:
+                    late = f"no result within {limit:g} s"
+                    early = f"not ready within {limit:g} s (search.first_time_limit)"
+                    self._replace(worker, late if worker.ready else early)
             self._hand_out()
             if time.monotonic() >= deadline:
                 break
@@ -172,27 +170,24 @@ class WorkerPool(contextlib.AbstractContextManager):
 
     def _limit(self, worker: Worker) -> float:
         """Seconds that a worker may take for what it does."""
-        limit = self._setup_limit if not worker.ready else self.time_limit if worker.jobs else None
-        return limit or math.inf
+        if not worker.ready:
+            return self._setup_limit or math.inf
+        return (self.time_limit if worker.jobs else None) or math.inf
 
     def _hand_out(self) -> None:
         """Send waiting jobs to the ready workers that hold the fewest."""
         while self._waiting:
-            job_id = self._waiting[0]
-            retried = self._failures[job_id] > 0
-            # A worker that retries a failed job gets no other one: if it dies, that job is to blame.
-            ready = [w for w in self._workers if w.ready and not any(self._failures[job] for job in w.jobs)]
-            worker = min(ready, key=lambda w: len(w.jobs), default=None)
+            worker = min((w for w in self._workers if w.ready), key=lambda w: len(w.jobs), default=None)
             if worker is None or len(worker.jobs) >= self.MAX_AHEAD:
                 return
-            # A busy worker leaves one job for each worker that is about to be ready.
-            starting = sum(not w.ready for w in self._workers)
-            if worker.jobs and (retried or len(self._waiting) <= starting):
+            # A worker that is about to be ready takes a job sooner than a busy one.
+            if worker.jobs and len(self._waiting) <= sum(not w.ready for w in self._workers):
                 return
-            self._send(worker, self._messages[job_id])
             if not worker.jobs:
                 worker.since = time.monotonic()
-            worker.jobs.append(self._waiting.popleft())
+            job_id = self._waiting.popleft()
+            worker.jobs.append(job_id)
+            self._send(worker, self._messages[job_id])
 
     def _drain(self, worker: Worker) -> bool:
         """Act on the messages of `set_up` and `run_job` that have arrived. False if the worker is of no more use."""
@@ -229,16 +224,14 @@ class WorkerPool(contextlib.AbstractContextManager):
         self._done.append(Result(job_id, value, error, self._name(worker), seconds))
 
     def _replace(self, worker: Worker, reason: str = "") -> None:
-        """Queue the jobs of a dead worker, or of an overdue one, again and start its successor."""
-        # The job that was running counts as failed; `reason` says why a living worker has to go.
-        # Noted before the kill: an overdue job may end at the last moment, and then no other job is to blame.
-        overdue = worker.jobs[0] if reason and worker.jobs else None
+        """Queue the jobs of a dead worker, or of one that is overdue by `reason`, again and start its successor."""
         how = self._kill(worker)
         # Results that the worker sent before it died count.
         self._drain(worker)
-        culprit = overdue if reason else next(iter(worker.jobs), None)
-        self._waiting.extendleft(job_id for job_id in reversed(worker.jobs) if job_id != culprit)
-        if culprit in worker.jobs:
+        if worker.jobs:
+            # Jobs run in order, so the first one left was running: only that attempt failed.
+            culprit, *others = worker.jobs
+            self._waiting.extendleft(reversed(others))
             error = reason or f"the worker died ({how})"
             self._end_attempt(worker, culprit, time.monotonic() - worker.since, value=None, error=error)
         # A setup that always fails would restart for ever.
@@ -257,7 +250,6 @@ def die_with_parent() -> None:
 
     A forked child inherits its parent's sockets. While it lives, the parent's peers cannot see that the parent is gone.
     """
-
     parent = multiprocessing.parent_process()
     # The thread below cannot run in a process that hangs in a driver, so Linux is asked to kill it. Under forkserver,
     # the server is the parent to Linux.
@@ -307,7 +299,8 @@ class Dispatcher(WorkerPool):
     """A WorkerPool of spawned processes.
 
     A worker exits by itself when this process is gone, and ignores `STOPS`, which this process handles. Workers are
-    daemons: they may not start `multiprocessing` children of their own. Results may be large, jobs up to `MOST_BYTES`.
+    daemons: they may not start `multiprocessing` children of their own. Results may be large; `MAX_AHEAD` jobs must fit
+    into a pipe, 64 KB, because the parent must not wait for a worker to read them.
     """
 
     def _start(self, slot: int) -> _Process:

@@ -72,8 +72,8 @@ def pick_ray_workers(
     gpus_of = [int(machine.get("GPU", 0)) for machine in machines]
     gpu_count, parallelism = sum(gpus_of), config.search.parallelism
     if gpus == "auto":
-        workers = max(parallelism, gpu_count) if gpu_count else parallelism or sum(cpus)
-        devices = [f"cuda:{i % gpu_count}" if gpu_count else "cpu" for i in range(max(1, workers))]
+        workers = max(parallelism, gpu_count) or max(1, sum(cpus))
+        devices = [f"cuda:{i % gpu_count}" if gpu_count else "cpu" for i in range(workers)]
     else:
         devices = read_devices(gpus, flag, gpu_count, "the Ray cluster")
     cpu_workers = devices.count("cpu")
