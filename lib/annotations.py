@@ -67,8 +67,7 @@ class Annotations:
     ids: PackedStrings  # the files' names under the image folder, without suffix
     own_ids: PackedStrings  # see `image_id`; as JSON
     paths: PackedStrings  # of the pictures
-    dropped: list[str]  # one line for each box that training does not see: where and why
-    notes: list[str]  # what else was done to the data, a line each
+    notes: list[str]  # what was done to the data, a line each
     held_out: tuple[str, ...] = ()  # the ids that were kept for the test, where the data has no test split of its own
 
     def __len__(self) -> int:
@@ -235,11 +234,10 @@ def assemble(
     held_out: set[str] = set()
     if test_portion is not None:
         kept = round(test_portion * len(ids))
+        share = f"{kept} of {len(ids)} images are kept for the test (data.test_portion={test_portion:g})"
         if kept == (len(ids) if split == "train" else 0):
-            share = f"data.test_portion={test_portion:g} of {len(ids)} images is {kept}"
             raise UserError(f"{root}: no test data here, and {share}")
-        share = f"{kept} of {len(ids)} images"
-        notes.append(f"{root}: {share} are kept for the test (data.test_portion), whatever the seed")
+        notes.append(f"{root}: {share}, whatever the seed")
         # By the ids alone: with another seed, in another stage or for another network, it is the same test set, so no
         # score rests on pictures that something has been trained on.
         held_out = {ids[i] for i in ranked(ids, "test")[:kept]}
@@ -261,10 +259,8 @@ def assemble(
     # Annotators draw beyond the edge of an image, and click twice. Training has no use for that; scoring counts it.
     boxes = np.clip(objects["box_xyxy"], 0, np.tile(sizes[objects["image"]], 2))
     keep = (boxes[:, 2:] - boxes[:, :2] > 1).all(1)  # a box of one pixel is how VOC writes "no area"
-    dropped = []
-    for image, label, box_xyxy, *_ in objects[~keep]:
-        path, size, name = pictures[image].path, sizes[image].tolist(), classes[label - 1]
-        dropped.append(f"{path}: box {box_xyxy.tolist()} of '{name}' has no area inside the image ({size})")
+    if lost := objects["image"][~keep].tolist():
+        notes.append(f"{root}: {len(lost)} boxes without area do not train; the first: {pictures[lost[0]].path}")
     beyond = np.abs(boxes - objects["box_xyxy"]).max(1, initial=0)[keep]
     if overhanging := int((beyond > ROUNDING).sum()):
         notes.append(f"{root}: {overhanging} boxes reach beyond the edge of their image: cut off for training only")
@@ -280,7 +276,6 @@ def assemble(
         ids=PackedStrings(ids),
         own_ids=PackedStrings([json.dumps(ids[i] if own is None else own) for i, (_, own, *_) in enumerate(pictures)]),
         paths=PackedStrings([picture.path for picture in pictures]),
-        dropped=dropped,
         notes=notes,
         held_out=tuple(sorted(held_out)),
     )

@@ -23,7 +23,7 @@ from lib import UserError, did_you_mean, distributed
 from lib.annotations import Annotations, assemble, ranked, read_coco, read_pairs
 from lib.checkpoint import write_text
 from lib.config import Config, DataConfig
-from lib.images import UnreadableImage, is_large_jpeg, read_picture
+from lib.images import UnreadableImage, read_picture
 from lib.labels import Faults
 from lib.layouts import find_layout
 from lib.plain import check, read_json
@@ -36,6 +36,7 @@ Device = torch.device | str
 logger = logging.getLogger(__name__)
 SPLIT_FORMAT = "split/1"
 CACHE_BYTES = 2 * 1024**3  # of decoded pictures
+LARGE_PICTURE = 1_000_000  # pixels; a smaller JPEG gains nothing from reduced decoding
 MOST_WORKERS = 16  # of an `auto` number
 
 
@@ -52,17 +53,18 @@ def load_annotations(data: DataConfig, split: Literal["train", "test"]) -> Annot
         return load_annotations(replace(data, dataset_type="voc", classes=data.classes or list(CLASSES)), split)
     faults = Faults(data.on_error, data.max_skipped)
     found, parts, cut = find_layout(data, split, faults)
+    tests = split == "test" and not cut  # read from files of its own
     classes: Sequence[str] = data.classes
-    if split == "test" and not classes and not cut:
+    if tests and not classes:
         classes = load_annotations(data, "train").classes
     if found.kind == "coco":
-        folder = data.test_images if split == "test" and not cut else data.train_images
+        folder = data.test_images if tests else data.train_images
         content = read_coco(root / folder, parts, faults)
     else:
         content = read_pairs(parts, faults, found.names, found.keypoints)
     known = content.category_ids
     unknown = [name for name in classes if name not in known] if known is not None else []
-    if unknown and (split == "train" or cut):
+    if unknown and not tests:
         raise UserError(f"{root}: unknown class '{unknown[0]}'{did_you_mean(unknown[0], known)}")
     if unknown:
         # The ids of classes that a COCO file does not list: those of the training data, where they are free.
@@ -253,11 +255,10 @@ class DetectionDataset(Dataset):
         boxes, labels = self._objects(row)
         if not self.training:
             return transform(self.read_image(row), boxes, labels)
-        path, size = self.annotations.paths[row], self.annotations.sizes[row]
-        width, height = size.tolist()
+        width, height = self.annotations.sizes[row].tolist()
         view, boxes, labels = transform.choose(width, height, boxes, labels)
         # The view is known before the pixels are, so a large JPEG is decoded no larger than its view needs.
-        reduces = self.cache is None and is_large_jpeg(path, size)
+        reduces = self.cache is None and width * height >= LARGE_PICTURE
         image = self._read(row, transform.reduction(view)) if reduces else self.read_image(row)
         view, boxes = scale_view(view, boxes, image.shape[2] / width, image.shape[1] / height)
         return transform.render(image, view, boxes, labels)

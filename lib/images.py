@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")  # in any case
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # told by a file's content, not by its suffix
 MAX_PIXELS = 100_000_000
-LARGE_PICTURE = 1_000_000  # pixels; a smaller JPEG gains nothing from reduced decoding
 WRITTEN_BY = "SSD architecture search --predict"  # in the EXIF data of a picture that `write_picture` signs
 Size = tuple[int, int]  # width, height
 
@@ -183,11 +182,6 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
         rgba = picture.convert("RGBA")
         return Image.composite(rgba, Image.new("RGB", rgba.size, "white"), rgba)
     return picture if picture.mode == "RGB" else picture.convert("RGB")
-
-
-def is_large_jpeg(path: str, size: Tensor) -> bool:
-    """Whether a picture of `size` (width, height) is worth decoding at a reduced size."""
-    return int(size.prod()) >= LARGE_PICTURE and path.lower().endswith((".jpg", ".jpeg"))
 
 
 def write_picture(image: Tensor, path: Path | BinaryIO, signed: bool = False) -> None:

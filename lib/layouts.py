@@ -3,7 +3,6 @@
 Nothing is opened but lists of pictures, YAML files, the ends of JSON files, and XML files where names do not decide.
 """
 
-import functools
 import os
 import re
 from collections import Counter, defaultdict
@@ -53,6 +52,8 @@ class Tree:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.files: dict[str, list[str]] = defaultdict(list)
+        # Pictures and XML files by their kind and `loose` name without folder and suffix.
+        self.by_stem: dict[tuple[str, str], list[str]] = defaultdict(list)
         seen = set()
         for folder, folders, names in os.walk(root, followlinks=True):
             real = os.path.realpath(folder)
@@ -63,20 +64,14 @@ class Tree:
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             below = Path(folder).relative_to(root).as_posix()
             for name in sorted(names):
-                if not name.startswith("."):
-                    suffix = suffix_of(name)
-                    kind = "pictures" if suffix in SUFFIXES else suffix
-                    self.files[kind].append(name if below == "." else f"{below}/{name}")
+                if name.startswith("."):
+                    continue
+                kind = "pictures" if suffix_of(name) in SUFFIXES else suffix_of(name)
+                path = name if below == "." else f"{below}/{name}"
+                self.files[kind].append(path)
+                if kind in ("pictures", ".xml"):
+                    self.by_stem[kind, loose(bare(name))].append(path)
         self.pictures = self.files["pictures"]
-
-    @functools.cached_property
-    def by_stem(self) -> dict[tuple[str, str], list[str]]:
-        """Pictures and XML files by their kind and `loose` name without folder and suffix."""
-        found = defaultdict(list)
-        for kind in ("pictures", ".xml"):
-            for path in self.files[kind]:
-                found[kind, loose(basename(bare(path)))].append(path)
-        return found
 
     def find(self, name: str, beside: str = "", kind: str = "pictures") -> str | None:
         """The picture (or the XML file) that a label file means by `name`: a path, perhaps without folders or suffix.
@@ -130,7 +125,19 @@ def find_layout(data: DataConfig, split: str, faults: Faults) -> tuple[Found, li
     Raises UserError that says what lies there if it is nothing that is known, or not `data.dataset_type`.
     """
     root = Path(data.root)
-    found = _recognise(root, data, faults)
+    if not (exists(root) and root.is_dir()):
+        raise UserError(f"{root}: no such folder (data.root)")
+    tree = Tree(root)
+    ways = (("voc", _voc_lists), ("yolo", _yolo_yaml), ("coco", _coco), ("voc", _voc_files), ("yolo", _yolo_files))
+    found = None
+    for kind, way in ways:
+        if found is None and data.dataset_type in ("auto", kind):
+            found = way(tree, data, faults)
+    if found is None:
+        kinds = Counter({kind or "without suffix": len(names) for kind, names in tree.files.items() if names})
+        there = ", ".join(f"{kind}: {count}" for kind, count in kinds.most_common(6)) or "nothing"
+        raise UserError(f"{root}: expected {EXPECTED}; found {there} (data.root, data.dataset_type)")
+
     train, test, left_out = _divide(found, data)
     if not train and (split == "train" or not test):
         items = _few(sorted(found.split_of))
@@ -144,19 +151,6 @@ def find_layout(data: DataConfig, split: str, faults: Faults) -> tuple[Found, li
 
 def _few(names: Sequence[str]) -> str:
     return (", ".join(names) or "none") if len(names) <= 4 else f"{len(names)} files from {names[0]} to {names[-1]}"
-
-
-def _recognise(root: Path, data: DataConfig, faults: Faults) -> Found:
-    if not (exists(root) and root.is_dir()):
-        raise UserError(f"{root}: no such folder (data.root)")
-    tree = Tree(root)
-    ways = (("voc", _voc_lists), ("yolo", _yolo_yaml), ("coco", _coco), ("voc", _voc_files), ("yolo", _yolo_files))
-    for kind, way in ways:
-        if data.dataset_type in ("auto", kind) and (found := way(tree, data, faults)):
-            return found
-    kinds = Counter({kind or "without suffix": len(names) for kind, names in tree.files.items() if names})
-    there = ", ".join(f"{kind}: {count}" for kind, count in kinds.most_common(6)) or "nothing"
-    raise UserError(f"{root}: expected {EXPECTED}; found {there} (data.root; data.dataset_type={data.dataset_type})")
 
 
 def _divide(found: Found, data: DataConfig) -> tuple[list[str], list[str], list[str]]:
@@ -221,11 +215,10 @@ def voc_pairs(file: Path, faults: Faults) -> list[Pair]:
         faults.add("picture", "empty image set", f"{file}: the image set is empty")
     pairs: dict[str, Pair] = {}  # a picture that is listed twice counts once
     for line in map(slashes, lines):
-        name, picture = line, tree.find(line, "JPEGImages/")
-        if picture is None:
-            name = LABEL_COLUMN.sub("", line)
-            picture = tree.find(name, "JPEGImages/")
-        if picture is None:
+        for name in (line, LABEL_COLUMN.sub("", line)):
+            if picture := tree.find(name, "JPEGImages/"):
+                break
+        else:
             text = f"{folder / 'JPEGImages' / stem(name)}.jpg: no such image, but {file.name} lists it"
             faults.add("picture", "missing", text)
             continue
@@ -265,7 +258,8 @@ def _voc_files(tree: Tree, data: DataConfig, faults: Faults) -> Found | None:
                 faults.add("picture", "missing", f"{tree.root / xml}: the picture that it belongs to is not there")
         return found
 
-    if rest := sum((".xml", name) not in tree.by_stem for kind, name in tree.by_stem if kind == "pictures"):
+    annotated = {loose(basename(bare(xml))) for xml in tree.files[".xml"]}
+    if rest := sum(name not in annotated for kind, name in tree.by_stem if kind == "pictures"):
         faults.notes.append(f"{tree.root}: {rest} pictures have no XML file, so they were not annotated: left out")
     return Found("voc", "VOC, an XML file for each picture", splits, pairs)
 
@@ -305,10 +299,8 @@ def _coco(tree: Tree, data: DataConfig, faults: Faults) -> Found | None:
         if len(files) > 1 and not named[which] and (split or "train" not in splits.values()):
             raise UserError(f"{tree.root}: several COCO files, {_few(files)}: data.{which}_annotations names the one")
 
-    def parts(chosen: list[str]) -> list[Path]:
-        return [tree.root / path for path in chosen]
-
-    return Found("coco", "COCO", splits, parts) if splits or any(named.values()) else None
+    known = splits or any(named.values())
+    return Found("coco", "COCO", splits, lambda chosen: [tree.root / path for path in chosen]) if known else None
 
 
 # YOLO.

@@ -106,7 +106,7 @@ def test_data_without_a_test_set_gives_a_part_of_it(tmp_path):
             for i, row in enumerate(rows)
             for k in ("boxes", "labels")
         )
-        assert any("3 of 10 images are kept for the test (data.test_portion)" in note for note in part.notes)
+        assert any("3 of 10 images are kept for the test (data.test_portion=0.3)" in note for note in part.notes)
     # Neither trained nor searched on, and another portion is noticed.
     split = split_indices(train, [0.7, 0.3], 5)
     save_split(tmp_path / "split.json", train, *split)
@@ -117,7 +117,7 @@ def test_data_without_a_test_set_gives_a_part_of_it(tmp_path):
             refuse(tmp_path / "split.json", other)
     refuse_seen(tmp_path / "split.json", train)
     for portion, split in ((0.0, "test"), (0.96, "train")):
-        with pytest.raises(UserError, match=r"no test data here, and data\.test_portion=.* of 10 images is"):
+        with pytest.raises(UserError, match=r"no test data here, and .* of 10 images are kept for the test"):
             load_annotations(voc_config(tmp_path / "a", test_portion=portion), split)
     for portion, split in ((0, "train"), (1, "test")):
         assert len(load_annotations(voc_config(tmp_path / "a", test_portion=portion), split)) == 10

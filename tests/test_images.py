@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny_data import read_voc, write_voc
 
-from lib import UserError
-from lib import images as images_file
+from lib import UserError, datasets
 from lib.config import AugmentConfig, DataConfig
 from lib.datasets import DetectionDataset
 from lib.images import (
@@ -343,7 +342,7 @@ def test_a_large_jpeg_is_decoded_as_small_as_training_shows_it(photos, monkeypat
     reduced = DetectionDataset(photos, [0], transform, DataConfig())
     sizes, off, read = [], [], reduced._read
     monkeypatch.setattr(reduced, "_read", lambda row, by=0: sizes.append(by) or read(row, by or 1))
-    monkeypatch.setattr(images_file, "LARGE_PICTURE", 400 * 300)
+    monkeypatch.setattr(datasets, "LARGE_PICTURE", 400 * 300)
     for epoch in range(40):
         (image, boxes, labels, row), expected = reduced[epoch, 0], whole[epoch, 0]
         assert torch.equal(labels, expected[2]) and row == 0 and image.dtype == torch.uint8
@@ -351,7 +350,7 @@ def test_a_large_jpeg_is_decoded_as_small_as_training_shows_it(photos, monkeypat
         off.append((image.float() - expected[0].float()).abs().mean().item())
     assert max(off) < 10 and sum(off) / len(off) < 2  # one pixel of 32 is some 20 levels here
     assert len(sizes) == 40 and {4, 8} <= set(sizes) <= {1, 2, 4, 8}
-    monkeypatch.setattr(images_file, "LARGE_PICTURE", 400 * 300 + 1)
+    monkeypatch.setattr(datasets, "LARGE_PICTURE", 400 * 300 + 1)
     assert torch.equal(reduced[0, 0][0], whole[0, 0][0]) and sizes[40:] == [0]
 
 
@@ -388,7 +387,7 @@ def test_a_note_about_a_picture_is_logged_once_by_all_loader_processes_and_epoch
 
 
 def test_a_broken_large_jpeg_is_named_as_any_other(photos, monkeypatch):
-    monkeypatch.setattr(images_file, "LARGE_PICTURE", 0)
+    monkeypatch.setattr(datasets, "LARGE_PICTURE", 0)
     Path(photos.paths[0]).write_bytes(Path(photos.paths[0]).read_bytes()[:100])
     dataset = DetectionDataset(photos, [0], TrainTransform(32), DataConfig())
     for epoch in range(10):

@@ -42,7 +42,7 @@ def test_its_annotations_are_read_without_a_fault(tmp_path):
     """Its two folders must not be one where the file system ignores case."""
     write_shapes(tmp_path, 8, 1, seed=0)
     voc = read_voc(tmp_path, ["trainval"], CLASSES)
-    assert voc.classes == CLASSES and not voc.dropped and len(voc) == 8 and len(voc.objects.boxes) > 8
+    assert voc.classes == CLASSES and not voc.notes and len(voc) == 8 and len(voc.objects.boxes) > 8
     names = [path.name.lower() for path in tmp_path.iterdir()]
     assert len(names) == len(set(names))
 
