@@ -210,19 +210,14 @@ def compare(args: argparse.Namespace, device: torch.device) -> None:
     print(f"compare: {len(networks)} networks, each trained twice for {config.final.epochs} epochs")
     for name, genotype in networks.items():
         print(f"  {name}: {supernet.detector.cost(genotype).flops / 1e6:.1f} M multiply-adds")
-    cli.refuse_to_overwrite(folder / "plan.json", args)
-    if args.dry_run:
-        loader = final_loader(annotations, found.image_size, config, device)
-        seconds = sum(estimate_seconds(config, supernet.detector.extract(found), loader, test, device))
-        trainings = 2 * len(networks)
-        print(
-            f"estimated time on {device}: about {duration(trainings * seconds)}, {trainings} trainings of about "
-            f"{duration(seconds)} (the found network's)"
-        )
-        return
-    recipe = Recipe(config, supernet, path, annotations, test, device)
     with cli.claim(folder / "plan.json", args):
-        trials = Trials(recipe, folder, networks)
+        if args.dry_run:
+            loader = final_loader(annotations, found.image_size, config, device)
+            seconds = sum(estimate_seconds(config, supernet.detector.extract(found), loader, test, device))
+            total, each = duration(2 * len(networks) * seconds), duration(seconds)
+            print(f"estimated time on {device}: about {total}, {each} for each training as long as the found network's")
+            return
+        trials = Trials(Recipe(config, supernet, path, annotations, test, device), folder, networks)
         this_run.save_config()
         trials.run()
         print(write_comparison(trials))

@@ -12,7 +12,6 @@ The configuration is put together once, in `CommandLine.resolve`. A higher layer
 
 import argparse
 import contextlib
-import functools
 import json
 import re
 import shlex
@@ -39,8 +38,7 @@ def make_parser(
     description: str, load_help: str, save_help: str = "keep a checkpoint every N epochs, beside the last one"
 ) -> argparse.ArgumentParser:
     """A parser with the flags that every stage has; `description` is the script's docstring."""
-    layout = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=32, width=110)
-    parser = argparse.ArgumentParser(description=description, formatter_class=layout)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--cfg", metavar="FILE", help="YAML file of the experiment, read by all three stages (see configs/)")
     add("--set", metavar="KEY=VALUE", action="append", default=[], help="override one key, e.g. supernet.epochs=10")
@@ -222,21 +220,18 @@ def refuse_torchrun(command: str) -> None:
         raise UserError(f"{command} runs in one process: start it without torchrun")
 
 
-def refuse_to_overwrite(product: Path, args: argparse.Namespace) -> None:
-    """Raise UserError if an earlier run's `product` would be overwritten; with --dry-run only say so."""
-    if not product.exists() or args.resume:
-        return
-    text = f"{product} exists: --resume continues that run, --train-dir DIR starts one elsewhere, or remove the folder"
-    if not args.dry_run:
-        raise UserError(text)
-    print(f"note: {text}")
-
-
 @contextlib.contextmanager
 def claim(product: Path, args: argparse.Namespace) -> Iterator[None]:
-    """Be the only process that writes to a run's folder, which holds no other run's `product` unless it is resumed."""
+    """Be the only process that writes to a run's folder.
+
+    Raises UserError if it holds an earlier run's `product` that is not resumed; with --dry-run it only says so.
+    """
     with contextlib.nullcontext() if args.dry_run else checkpoint.lock_folder(product.parent):
-        refuse_to_overwrite(product, args)
+        if product.exists() and not args.resume:
+            text = f"{product} exists: --resume continues that run, --train-dir DIR starts one elsewhere"
+            if not args.dry_run:
+                raise UserError(text)
+            print(f"note: {text}")
         yield
 
 

@@ -141,8 +141,7 @@ def propose_priors(
     after = coverage_of(split, priors, threshold)
     shares = [row for row in zip(before, after, annotations.classes, strict=True) if row[0] == row[0]]  # not NaN
     if sum(row[1] - row[0] for row in shares) <= 0 or min(row[1] for row in shares) < min(shares)[0]:
-        small = "where objects are small for the cells, a larger search_space.image_size_choice or a lower level in "
-        return head, [*report, f"prior boxes fitted to the data cover no more: {small}backbone.feature_levels may help"]
+        return head, [*report, "prior boxes fitted to the data cover no more"]
     changes = ", ".join(f"{name} {old:.1%} -> {new:.1%}" for old, new, name in shares)
     report += [
         f"prior boxes fitted to the data at {size} px, {len(priors)} as before: {changes}",

@@ -141,14 +141,19 @@ def test_a_mistake_names_the_layer_that_it_stands_in():
 
 def test_what_an_earlier_run_left_is_not_written_over(tmp_path, capsys):
     product = tmp_path / "last.pt"
-    cli.refuse_to_overwrite(product, parse())
-    checkpoint.write_text(product, "precious")
-    cli.refuse_to_overwrite(product, parse("--resume"))
-    with pytest.raises(UserError, match=r"last\.pt exists: --resume continues that run, --train-dir DIR starts one"):
-        cli.refuse_to_overwrite(product, parse())
+    with cli.claim(product, parse()):
+        checkpoint.write_text(product, "precious")
+    with cli.claim(product, parse("--resume")):
+        pass
+    with (
+        pytest.raises(UserError, match=r"last\.pt exists: --resume continues that run, --train-dir DIR starts one"),
+        cli.claim(product, parse()),
+    ):
+        pass
     assert not capsys.readouterr().out
-    cli.refuse_to_overwrite(product, parse("--dry-run"))
-    assert f"note: {product} exists" in capsys.readouterr().out
+    with cli.claim(product, parse("--dry-run")):
+        assert f"note: {product} exists" in capsys.readouterr().out
+    assert product.read_text() == "precious"
 
 
 def test_the_last_run_of_each_stage_is_remembered():
