@@ -7,29 +7,29 @@ genotype, and every sub-network that contains it, computes the source's feature 
 """
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from lib import UserError, naming
 from lib.checkpoint import holds_numbers
 from lib.config import Config
 from lib.detector import ElasticSSD
-from lib.elastic import ElasticInvertedResidual
+from lib.elastic import NORM_TENSORS, ElasticInvertedResidual
 from lib.genotype import Block, BlockChoices, Genotype
 from lib.head import Predictors
 from lib.sources import Source, Tensors, read_source
 
-SETTINGS = ("pixel_mean", "pixel_std", "padding", "norm_eps")  # of the backbone, that a training depends on
-HEAD_SETTINGS = ("scales", "aspect_ratios", "squares", "clip", "variances", "extra_activation")
+SETTINGS = ("backbone.pixel_mean", "backbone.pixel_std", "backbone.padding", "backbone.norm_eps")
+HEAD_KEYS = ("scales", "aspect_ratios", "squares", "clip", "variances", "extra_activation")
+PREDICTOR_SETTINGS = ("backbone.feature_taps", *(f"head.{key}" for key in HEAD_KEYS))
 SYNONYMS = {"aeroplane": "airplane", "motorbike": "motorcycle", "sofa": "couch", "tvmonitor": "tv"}  # VOC's, COCO's
 FRESH = "starts fresh"
-MATRICES = {5: "depthwise.7to5_matrix", 3: "depthwise.5to3_matrix"}  # by the side of the kernel that they make
 Row = tuple[str, str]  # a part of the supernet, and where its weights come from
 
 
@@ -50,14 +50,13 @@ def load_pretrained(detector: ElasticSSD, config: Config, classes: Sequence[str]
         embedding = embed(detector, source, config.backbone.pretrained_head, classes)
     rows = [("recognised as", source.name), *embedding.rows]
     # The weights can start the training even if a setting differs.
-    pairs = [("backbone", key, source.settings, "it was") for key in SETTINGS]
-    if source.head and config.backbone.pretrained_head:
-        pairs.append(("backbone", "feature_taps", source.settings, "its predictors were"))
-        pairs += [("head", key, source.head, "its predictors were") for key in HEAD_SETTINGS]
-    for section, key, settings, what in pairs:
-        value, original = getattr(getattr(config, section), key), getattr(settings, key)
+    noted = dict.fromkeys(SETTINGS, "it was")
+    if source.predictors and config.backbone.pretrained_head:
+        noted |= dict.fromkeys(PREDICTOR_SETTINGS, "its predictors were")
+    for key, what in noted.items():
+        value, original = attrgetter(key)(config), attrgetter(key)(source.config)
         if value != original:
-            rows.append(("note", f"{section}.{key} is {value}, {what} trained with {original}"))
+            rows.append(("note", f"{key} is {value}, {what} trained with {original}"))
     return Embedding(embedding.genotype, rows)
 
 
@@ -78,7 +77,7 @@ def embed(
     if not with_head:
         source = replace(source, extras=(), predictors={})
     rows: list[Row] = []
-    backbone, eps = detector.backbone, source.settings.norm_eps
+    backbone, eps = detector.backbone, source.config.backbone.norm_eps
     if len(source.stages) != len(backbone.stages):
         raise UserError(f"it has {len(source.stages)} stages, the search space has {len(backbone.stages)}")
     _embed_conv(backbone.stem, source.stem, eps, "stem", rows)
@@ -107,8 +106,8 @@ def embed(
         rows.append(("class logits", "; ".join(texts)))
     rows.append(("predictors", _load_predictors(detector.predictors, ours.state_dict(), theirs, source.head_eps)))
     if source.left_out:
-        modules = Counter(key.rpartition(".")[0] or key for key in source.left_out)
-        rows.append(("left out", ", ".join(f"{module} ({count} tensors)" for module, count in modules.items())))
+        modules = dict.fromkeys(key.rpartition(".")[0] or key for key in source.left_out)
+        rows.append(("left out", ", ".join(modules)))
     return Embedding(genotype, rows)
 
 
@@ -125,20 +124,19 @@ def _embed_stage(detector: ElasticSSD, source: Source, i: int, rows: list[Row]) 
     blocks = detector.backbone.stages[i]
     choices = detector.space.stages[i]
     theirs = source.stages[i]
-    if len(theirs) > len(blocks) and not source.elastic:
+    if len(theirs) > len(blocks):
         raise UserError(f"stage {i} has {len(theirs)} blocks, the search space at most {len(blocks)}")
-    loaded = [
-        _embed_block(ours, tensors, choices.block, source.elastic, source.settings.norm_eps, f"stage {i}, block {j}")
-        for j, (ours, tensors) in enumerate(zip(blocks, theirs, strict=False))
-    ]
+    eps = source.config.backbone.norm_eps
+    loaded = []
+    for j, tensors in enumerate(theirs):
+        loaded.append(_embed_block(blocks[j], tensors, choices.block, eps, f"stage {i}, block {j}"))
     for surplus in blocks[len(loaded) :]:
         nn.init.zeros_(surplus.project_norm.weight)  # the residual branch is zero: the block is the identity
         nn.init.zeros_(surplus.project_norm.bias)
     # If the space has no such depth, the next one is filled up with the cheapest block, as the identity.
     depth = min(d for d in choices.depth if d >= len(loaded))
     cheapest = Block(choices.block.expand[0], choices.block.kernel[0])
-    spelled = " ".join(f"({block.expand:g}, {block.kernel})" for block in loaded)
-    what = f"{len(loaded)} of {len(theirs)} blocks loaded as {spelled}"
+    what = "loaded as " + " ".join(f"({block.expand:g}, {block.kernel})" for block in loaded)
     if len(blocks) > len(loaded):
         what += f", {len(blocks) - len(loaded)} more as the identity"
     rows.append((f"stage {i}", what))
@@ -146,35 +144,39 @@ def _embed_stage(detector: ElasticSSD, source: Source, i: int, rows: list[Row]) 
 
 
 def _embed_block(
-    ours: ElasticInvertedResidual, theirs: Tensors, choices: BlockChoices, elastic: bool, eps: float, where: str
+    ours: ElasticInvertedResidual, theirs: Tensors, choices: BlockChoices, eps: float, where: str
 ) -> Block:
     """Copy one inverted residual block. Returns the smallest choice that holds it."""
-    hidden = _check_block(ours, theirs, where)
-    room = ours.project.in_channels
-    if hidden > room and not elastic:
-        raise UserError(f"{where}: {hidden} hidden channels, the largest expand ratio has {room}")
     # Nothing is written before all is known to fit: a block that is refused must stay as it is.
-    largest = ours.depthwise.weight.shape[-1]
-    weight = _fitting_kernel(theirs, largest, where)
-    _load(ours, {**theirs, "depthwise.weight": F.pad(weight, [(largest - weight.shape[-1]) // 2] * 4)}, eps)
-    expand = min(e for e in choices.expand if ours.hidden_channels(e) >= min(hidden, room))
-    return Block(expand, min(k for k in choices.kernel if k >= weight.shape[-1]))
+    hidden, kernel = _check_block(ours, theirs, where)
+    border = (ours.depthwise.weight.shape[-1] - kernel) // 2
+    _load(ours, {**theirs, "depthwise.weight": F.pad(theirs["depthwise.weight"], [border] * 4)}, eps)
+    expand = min(e for e in choices.expand if ours.hidden_channels(e) >= hidden)
+    return Block(expand, min(k for k in choices.kernel if k >= kernel))
 
 
-def _check_block(ours: ElasticInvertedResidual, theirs: Tensors, where: str) -> int:
-    """Hidden channels of a block. Raises UserError if anything but these and its kernel differs from `ours`."""
-    # Only hidden channels can be added without changing the function; all else must agree.
-    hidden = _sizes(theirs, "project.weight", where)[1] if ours.expand is not None else ours.in_channels
-    kernel = _sizes(theirs, "depthwise.weight", where)[-1]
-    if kernel not in (3, 5, 7):
-        raise UserError(f"{where}: depthwise.weight: a kernel of {kernel}, expected 3, 5 or 7")
+def _check_block(ours: ElasticInvertedResidual, theirs: Tensors, where: str) -> tuple[int, int]:
+    """Hidden channels and kernel of a block. Raises UserError if they are too large, or anything else differs."""
+    filters = theirs.get("depthwise.weight")
+    if filters is None or filters.ndim != 4:
+        raise UserError(f"{where}: depthwise.weight: expected the weights of a convolution")
+    # Hidden channels and a border of the kernel can be added without changing the function; all else must agree.
+    hidden = len(filters) if ours.expand is not None else ours.in_channels
+    kernel = filters.shape[-1]
+    room, largest = ours.project.in_channels, ours.depthwise.weight.shape[-1]
+    if hidden > room:
+        raise UserError(f"{where}: {hidden} hidden channels, the largest expand ratio has {room}")
+    if kernel not in range(3, largest + 1, 2):
+        raise UserError(f"{where}: a kernel of {kernel}, the search space has at most {largest} and odd ones only")
     shapes = {"project.weight": (ours.out_channels, hidden, 1, 1), "depthwise.weight": (hidden, 1, kernel, kernel)}
     shapes |= _norm_shapes("depthwise_norm", hidden) | _norm_shapes("project_norm", ours.out_channels)
-    shapes |= {name: (k * k, k * k) for k, name in MATRICES.items() if name in theirs}
+    for size in (3, 5):
+        if (name := f"depthwise.{size + 2}to{size}_matrix") in theirs:
+            shapes[name] = (size * size, size * size)
     if ours.expand is not None:
         shapes |= {"expand.weight": (hidden, ours.in_channels, 1, 1), **_norm_shapes("expand_norm", hidden)}
     if ours.squeeze_excitation is not None:
-        squeezed = _sizes(theirs, "squeeze_excitation.fc1.weight", where)[0]
+        squeezed = ours.squeeze_excitation.squeeze_channels(hidden)
         for name, rows, columns in (("fc1", squeezed, hidden), ("fc2", hidden, squeezed)):
             shapes[f"squeeze_excitation.{name}.weight"] = (rows, columns, 1, 1)
             shapes[f"squeeze_excitation.{name}.bias"] = (rows,)
@@ -182,17 +184,11 @@ def _check_block(ours: ElasticInvertedResidual, theirs: Tensors, where: str) -> 
     if surplus := [name for name in theirs if name.partition(".")[0] not in layers]:
         raise UserError(f"{where}: {surplus[0]}: the search space has no such layer")
     _check_tensors(theirs, shapes, where)
-    return hidden
-
-
-def _sizes(theirs: Tensors, name: str, where: str) -> tuple[int, ...]:
-    if name not in theirs or theirs[name].ndim != 4:
-        raise UserError(f"{where}: {name}: expected the weights of a convolution")
-    return tuple(theirs[name].shape)
+    return hidden, kernel
 
 
 def _norm_shapes(name: str, channels: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.{part}": (channels,) for part in ("weight", "bias", "running_mean", "running_var")}
+    return {f"{name}.{part}": (channels,) for part in NORM_TENSORS}
 
 
 def _check_tensors(theirs: Tensors, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
@@ -205,19 +201,6 @@ def _check_tensors(theirs: Tensors, shapes: Mapping[str, tuple[int, ...]], where
         real = holds_numbers(tensor) and bool(tensor.isfinite().all())
         if not real or (name.endswith("running_var") and bool((tensor < 0).any())):
             raise UserError(f"{where}: {name}: expected finite real numbers, of variances none below 0")
-
-
-def _fitting_kernel(theirs: Tensors, largest: int, where: str) -> Tensor:
-    """The depthwise kernels (C, 1, k, k), transformed to a side of `largest` where they are larger."""
-    weight = theirs["depthwise.weight"]
-    # A smaller kernel of Once-for-All is the centre of the next larger one, transformed (Cai et al. 2020).
-    while weight.shape[-1] > largest:
-        smaller = weight.shape[-1] - 2
-        matrix = theirs.get(f"depthwise.{smaller + 2}to{smaller}_matrix")
-        if matrix is None:
-            raise UserError(f"{where}: a kernel of {weight.shape[-1]}, the search space has at most {largest}")
-        weight = F.linear(weight[:, :, 1:-1, 1:-1].flatten(1), matrix).view(-1, 1, smaller, smaller)
-    return weight
 
 
 def _load(ours: nn.Module, theirs: Tensors, eps: float) -> None:
@@ -245,7 +228,7 @@ def _embed_extras(detector: ElasticSSD, source: Source, rows: list[Row]) -> tupl
             # An extra block that does not fit is no reason to refuse the backbone.
             try:
                 ours, theirs = detector.extras.blocks[i], source.extras[i]
-                block = _embed_block(ours, theirs, choices, source.elastic, source.head_eps, f"extra block {i}")
+                block = _embed_block(ours, theirs, choices, source.head_eps, f"extra block {i}")
                 what = f"loaded as ({block.expand:g}, {block.kernel})"
             except UserError as misfit:
                 what = f"{FRESH} ({misfit})"

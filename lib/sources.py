@@ -9,14 +9,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
 from torch import Tensor
 from torchvision.models import get_model_weights
 
 from lib import UserError, checkpoint, config_io, did_you_mean, naming
 from lib.cli import supernet_checkpoint
-from lib.config import BackboneConfig, HeadConfig
+from lib.config import BackboneConfig, Config, HeadConfig
 from lib.genotype import Genotype
 from lib.plain import check
 
@@ -24,11 +23,12 @@ Tensors = dict[str, Tensor]
 SSDLITE = "ssdlite320_mobilenet_v3_large"
 TORCHVISION = ("torchvision:mobilenet_v2", "torchvision:mobilenet_v3_large", f"torchvision:{SSDLITE}")
 LITE0 = "efficientnet_lite0"
-
-
-# What a network was trained with; of a BackboneConfig, the fields that `lib.pretrained.SETTINGS` names count.
+# What the networks were trained with.
 IMAGENET = BackboneConfig(pixel_mean=[123.675, 116.28, 103.53], pixel_std=[58.395, 57.12, 57.375])
 LITE = BackboneConfig(pixel_mean=[127.0] * 3, pixel_std=[128.0] * 3, padding="tf_same", norm_eps=1e-3)
+COCO = BackboneConfig(pixel_mean=[127.5] * 3, pixel_std=[127.5] * 3, norm_eps=1e-3, feature_taps="expansion")
+COCO_SCALES = [0.2, 0.35, 0.5, 0.65, 0.8, 0.95, 1]
+COCO_HEAD = HeadConfig(aspect_ratios=[[2, 3]] * 6, scales=COCO_SCALES, clip="sizes", extra_activation=True)
 # torchvision's SSDlite cuts its MobileNetV3 in two within block 13. Where the parts are in the network itself:
 CUT = {r"0\.13": "13.block.0", r"1\.0": "13.block", r"1\.1": "14", r"1\.2": "15", r"1\.3": "16", r"0\.(\d+)": r"\1"}
 
@@ -38,31 +38,24 @@ class Source:
     """A network read from a file."""
 
     name: str
-    stem: Tensors
-    stages: Sequence[Sequence[Tensors]]  # the blocks of each
-    last_conv: Tensors  # {} if there is none
-    settings: BackboneConfig
-    elastic: bool = False  # any slice of it is a network too, so that a smaller space may hold it
+    config: Config  # what it was trained with; only the keys that lib/pretrained.py compares are known
     image_size: int = 0  # that it was trained for; 0 = any
     head_eps: float = 1e-5  # of BatchNorm in extra blocks and predictors; in all detectors of this project 1e-5
+    classes: Sequence[str] = ()  # of its class logits, if the file names them
+    stem: Tensors = field(default_factory=dict)
+    stages: Sequence[Sequence[Tensors]] = ()  # the blocks of each
+    last_conv: Tensors = field(default_factory=dict)  # {} if there is none
     extras: Sequence[Tensors] = ()
     predictors: Tensors = field(default_factory=dict)
-    classes: Sequence[str] = ()  # of its class logits, if the file names them
-    head: HeadConfig | None = None  # which says what prior boxes its predictors are for
     left_out: Sequence[str] = ()  # keys that no detector needs
 
 
-class Format(NamedTuple):
-    """How one family of files is recognised and renamed."""
+@dataclass(frozen=True)
+class Format(Source):
+    """A family of files: a source whose tensors are still to be read."""
 
-    name: str
-    signature: Sequence[str]  # keys that only this family has
-    modules: Mapping[str, str]  # from their paths to our names, N is a block's number; the first match counts
-    settings: BackboneConfig = IMAGENET
-    elastic: bool = False
-    image_size: int = 0
-    head: HeadConfig | None = None
-    classes: Sequence[str] = ()
+    signature: Sequence[str] = ()  # keys that only this family has
+    modules: Mapping[str, str] = field(default_factory=dict)  # our names by path, N is a block; the first match counts
 
 
 def _block(path: str, layers: Mapping[str, tuple[str, str]], ours: str = "block.N") -> dict[str, str]:
@@ -87,27 +80,24 @@ MOBILENET_V3 = {
 FORMATS = (
     Format(
         name=f"torchvision {SSDLITE}",
+        config=Config(backbone=COCO, head=COCO_HEAD),
+        image_size=320,
+        head_eps=1e-3,
+        classes=get_model_weights(SSDLITE).DEFAULT.meta["categories"][1:],  # not the background
         signature=("features.15.block.3.0.weight", "backbone.extra.3.2.0.weight"),
         modules={
             **MOBILENET_V3,
             **_block("backbone.extra.N", {"expand": ("0.0", "0.1"), "depthwise": ("1.0", "1.1")}, "extras.N"),
             **_block("backbone.extra.N", {"project": ("2.0", "2.1")}, "extras.N"),
-            "head.classification_head.module_list.N.0.0": "predictors.classes.N.0",
-            "head.classification_head.module_list.N.0.1": "predictors.classes.N.1",
+            "head.classification_head.module_list.N.0": "predictors.classes.N",
             "head.classification_head.module_list.N.1": "predictors.classes.N.3",
-            "head.regression_head.module_list.N.0.0": "predictors.boxes.N.0",
-            "head.regression_head.module_list.N.0.1": "predictors.boxes.N.1",
+            "head.regression_head.module_list.N.0": "predictors.boxes.N",
             "head.regression_head.module_list.N.1": "predictors.boxes.N.3",
         },
-        settings=BackboneConfig(pixel_mean=[127.5] * 3, pixel_std=[127.5] * 3, norm_eps=1e-3, feature_taps="expansion"),
-        image_size=320,
-        head=HeadConfig(
-            aspect_ratios=[[2, 3]] * 6, scales=[0.2, 0.35, 0.5, 0.65, 0.8, 0.95, 1], clip="sizes", extra_activation=True
-        ),
-        classes=get_model_weights(SSDLITE).DEFAULT.meta["categories"][1:],  # not the background
     ),
     Format(
         name="torchvision mobilenet_v2",
+        config=Config(backbone=IMAGENET),
         signature=("features.18.0.weight", "features.17.conv.2.weight"),
         modules={
             "features.0": "stem",
@@ -117,12 +107,13 @@ FORMATS = (
     ),
     Format(
         name="torchvision mobilenet_v3_large",
+        config=Config(backbone=replace(IMAGENET, norm_eps=1e-3)),
         signature=("features.16.0.weight", "features.15.block.3.0.weight"),
         modules=MOBILENET_V3,
-        settings=replace(IMAGENET, norm_eps=1e-3),
     ),
     Format(
         name="Once-for-All MobileNetV3 supernet",
+        config=Config(backbone=IMAGENET),
         signature=("first_conv.conv.weight", "blocks.1.conv.depth_conv.conv.5to3_matrix"),
         modules={
             "first_conv.conv": "stem.0",
@@ -135,10 +126,10 @@ FORMATS = (
             "blocks.N.conv.depth_conv.se.fc.expand": "block.N.squeeze_excitation.fc2",
             **_block("blocks.N.conv.point_linear", {"project": ("conv", "bn")}),
         },
-        elastic=True,
     ),
     Format(
         name="EfficientNet-Lite0",
+        config=Config(backbone=LITE),
         signature=("_conv_stem.weight", "_blocks.15._project_conv.weight"),
         modules={
             "_conv_stem": "stem.0",
@@ -146,7 +137,6 @@ FORMATS = (
             **_block("_blocks.N", {"expand": ("_expand_conv", "_bn0"), "depthwise": ("_depthwise_conv", "_bn1")}),
             **_block("_blocks.N", {"project": ("_project_conv", "_bn2")}),
         },
-        settings=LITE,
     ),
 )
 
@@ -221,19 +211,15 @@ def _renamed(state: Tensors, kind: Format) -> Source:
     )
     priors = len(tensors.get("predictors.boxes.0.3.bias", ())) // 4  # in a cell
     logits = len(tensors.get("predictors.classes.0.3.bias", ()))
-    return Source(
-        name=kind.name,
+    classes = kind.classes
+    return replace(
+        kind,
+        classes=classes if logits == priors * (len(classes) + 1) else (),  # else trained on others
         stem=_below(tensors, "stem."),
         stages=[list(stage) for _, stage in stages],
         last_conv=_below(tensors, "last_conv."),
-        settings=kind.settings,
-        elastic=kind.elastic,
-        image_size=kind.image_size,
-        head_eps=kind.settings.norm_eps,
         extras=_numbered(_below(tensors, "extras.")),
         predictors=_below(tensors, "predictors."),
-        classes=kind.classes if logits == priors * (len(kind.classes) + 1) else (),  # else trained on others
-        head=kind.head,
         left_out=left_out,
     )
 
@@ -242,39 +228,37 @@ def _own(payload: dict, origin: str) -> Source:
     """A supernet or a final detector of this project; its moving average if it has one."""
     config = config_io.from_dict(check(payload.get("config"), dict, f"{origin}: config"), origin)
     tensors = checkpoint.weights(payload, origin)
-    final = "genotype" in payload
-    if final:
-        with naming(origin):
-            genotype = Genotype.from_dict(payload["genotype"])
-        # The modules of a detector are numbered as they run, in one list for each feature map. A feature map comes from
-        # several stages, so blocks are counted off by the genotype's depths.
-        found: list[Tensors] = []
-        for feature_map in _numbered(_below(tensors, "backbone.")):
-            for module in _numbered(feature_map):
-                if found and "expand.weight" in found[-1] and "project.weight" not in found[-1]:
-                    module |= found.pop()  # a feature map ends within this block
-                found.append(module)
-        modules = iter(found)
-        stem = next(modules, {})
-        stages = [list(itertools.islice(modules, depth)) for depth in genotype.depths]
-        last_conv = next(modules, {})
-        extras = [_below(extra, "0.") for extra in _numbered(_below(tensors, "extras."))]
-    else:
-        stem = _below(tensors, "backbone.stem.")
-        stages = [_numbered(stage) for stage in _numbered(_below(tensors, "backbone.stages."))]
-        last_conv = _below(tensors, "backbone.last_conv.")
-        extras = _numbered(_below(tensors, "extras.blocks."))
-    return Source(
-        name="detector of this project" if final else "supernet of this project",
-        stem=stem,
-        stages=stages,
-        last_conv=last_conv,
-        settings=config.backbone,
-        elastic=not final,
-        extras=extras,
-        predictors=_below(tensors, "predictors."),
+    source = Source(
+        name="supernet of this project",
+        config=config,
         classes=tuple(check(payload.get("classes", []), list[str], f"{origin}: classes")),
-        head=config.head,
+        stem=_below(tensors, "backbone.stem."),
+        stages=[_numbered(stage) for stage in _numbered(_below(tensors, "backbone.stages."))],
+        last_conv=_below(tensors, "backbone.last_conv."),
+        extras=_numbered(_below(tensors, "extras.blocks.")),
+        predictors=_below(tensors, "predictors."),
+    )
+    if "genotype" not in payload:
+        return source
+    with naming(origin):
+        genotype = Genotype.from_dict(payload["genotype"])
+    # The modules of a detector are numbered as they run, in one list for each feature map. A feature map comes from
+    # several stages, so blocks are counted off by the genotype's depths.
+    found: list[Tensors] = []
+    for feature_map in _numbered(_below(tensors, "backbone.")):
+        for module in _numbered(feature_map):
+            if found and "expand.weight" in found[-1] and "project.weight" not in found[-1]:
+                module |= found.pop()  # a feature map ends within this block
+            found.append(module)
+    stem, *modules = found or [{}]
+    ends = list(itertools.accumulate(genotype.depths, initial=0))
+    return replace(
+        source,
+        name="detector of this project",
+        stem=stem,
+        stages=[modules[begin:end] for begin, end in itertools.pairwise(ends)],
+        last_conv=next(iter(modules[ends[-1] :]), {}),
+        extras=[_below(extra, "0.") for extra in _numbered(_below(tensors, "extras."))],
     )
 
 

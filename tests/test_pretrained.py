@@ -313,23 +313,6 @@ def test_the_old_spelling_of_once_for_all_is_read(ofa_net):
     assert old.keys() != state.keys() and recognise({"state_dict": old}, "file") == recognise(state, "file")
 
 
-def test_a_smaller_space_holds_the_slices_of_once_for_all(ofa_net):
-    """Kernels of at most 5 come out of the 7x7 by its own transform."""
-    changes = {
-        "backbone__kernels": [3, 5, 5, 5, 5, 5],
-        "search_space__num_cell_groups": [1, 3, 3, 3, 3, 3],
-        "search_space__schedule_cfg__width_choice": "{boundary: [1], value: [[4, 3]]}",
-        "search_space__schedule_cfg__depth_choice": "{boundary: [1], value: [[3, 2]]}",
-        "search_space__schedule_cfg__kernel_choice": "{boundary: [1], value: [[5, 3]]}",
-    }
-    detector = make_detector(changed(MBV3, **changes))
-    embed(detector, recognise(ofa_net.state_dict(), "file"))
-    rng, x = random.Random(0), torch.randn(1, 3, 64, 64)
-    for g in (detector.space.sample(rng) for _ in range(3)):
-        for ours, theirs in zip(features(detector, x, g), ofa_features(ofa_net, g, x), strict=True):
-            assert_close(ours, theirs)
-
-
 @pytest.fixture
 def own(tiny_detector, tiny_config, tmp_path):
     """A tiny supernet, its checkpoint and that of one of its sub-networks; `fresh` ones have another eps, torch's."""
