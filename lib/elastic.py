@@ -81,7 +81,7 @@ _halves: dict[nn.Parameter, Tensor] = {}  # the cast weights of the supernet tha
 @contextlib.contextmanager
 def cast_weights(module: nn.Module) -> Iterator[None]:
     """Under autocast, cast the weights of all elastic layers in one go; autocast casts each slice, and its gradient."""
-    kinds = ElasticConv1x1, ElasticDepthwiseConv, ElasticSqueezeExcitation
+    kinds = ElasticConv1x1, ElasticDepthwiseConv
     device = next(module.parameters()).device.type
     try:
         if torch.is_autocast_enabled(device):
@@ -151,14 +151,18 @@ def _add_gradients(gradients: list[tuple[nn.Parameter, tuple[slice, ...], Tensor
 
 
 class ElasticConv1x1(nn.Conv2d):
-    """1x1 convolution from the first input channels to the first `out_channels` output channels, all with a bias."""
+    """1x1 convolution from the first input channels to the first `out_channels` output channels."""
 
     def forward(self, x: Tensor, out_channels: int) -> Tensor:
-        (weight,) = first_channels((self.weight, (out_channels, x.shape[1])))
-        return F.conv2d(x, weight, self.bias)
+        slices = [(self.weight, (out_channels, x.shape[1]))]
+        if self.bias is not None:
+            slices.append((self.bias, (out_channels,)))
+        return F.conv2d(x, *first_channels(*slices))
 
     def extract(self, in_channels: int, out_channels: int) -> nn.Conv2d:
-        return _plain_conv1x1(self.weight[:out_channels, :in_channels], self.bias)
+        conv = _blank(nn.Conv2d, in_channels, out_channels, 1, bias=self.bias is not None)
+        bias = self.bias[:out_channels] if self.bias is not None else None
+        return copy_module(conv, weight=self.weight[:out_channels, :in_channels], bias=bias)
 
 
 class ElasticBatchNorm(nn.BatchNorm2d):
@@ -222,29 +226,24 @@ class ElasticSqueezeExcitation(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.fc1 = nn.Conv2d(channels, self.squeeze_channels(channels), 1)
-        self.fc2 = nn.Conv2d(self.squeeze_channels(channels), channels, 1)
+        self.fc1 = ElasticConv1x1(channels, self.squeeze_channels(channels), 1)
+        self.fc2 = ElasticConv1x1(self.squeeze_channels(channels), channels, 1)
 
     @staticmethod
     def squeeze_channels(channels: int) -> int:
         return make_divisible(channels // 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        c = x.shape[1]
-        s = self.squeeze_channels(c)
-        weight1, bias1, weight2, bias2 = first_channels(
-            (self.fc1.weight, (s, c)), (self.fc1.bias, (s,)), (self.fc2.weight, (c, s)), (self.fc2.bias, (c,))
-        )
-        scale = x.mean((2, 3), keepdim=True)  # (B, c, 1, 1)
-        scale = F.relu(F.conv2d(scale, weight1, bias1))  # (B, s, 1, 1)
-        scale = F.hardsigmoid(F.conv2d(scale, weight2, bias2))  # (B, c, 1, 1)
-        return x * scale
+        channels = x.shape[1]
+        scale = x.mean((2, 3), keepdim=True)  # (B, C, 1, 1)
+        scale = F.relu(self.fc1(scale, self.squeeze_channels(channels)))
+        return x * F.hardsigmoid(self.fc2(scale, channels))
 
     def extract(self, channels: int) -> SqueezeExcitation:
-        s = self.squeeze_channels(channels)
+        squeezed = self.squeeze_channels(channels)
         plain = copy_module(_blank(SqueezeExcitation, 1, 1, scale_activation=nn.Hardsigmoid))
-        plain.fc1 = _plain_conv1x1(self.fc1.weight[:s, :channels], self.fc1.bias[:s])
-        plain.fc2 = _plain_conv1x1(self.fc2.weight[:channels, :s], self.fc2.bias[:channels])
+        plain.fc1 = self.fc1.extract(channels, squeezed)
+        plain.fc2 = self.fc2.extract(squeezed, channels)
         return plain
 
 
@@ -370,11 +369,6 @@ def _blank(make: Callable[..., nn.Module], *args: object, **options: object) -> 
     """A layer to pass to `copy_module`, which is faster than making a new one and draws no random numbers."""
     with torch.device("meta"):
         return make(*args, **options)
-
-
-def _plain_conv1x1(weight: Tensor, bias: Tensor | None = None) -> nn.Conv2d:
-    """A plain 1x1 convolution with a copy of `weight` (out, in, 1, 1) and `bias` (out)."""
-    return copy_module(_blank(nn.Conv2d, *weight.shape[1::-1], 1, bias=bias is not None), weight=weight, bias=bias)
 
 
 # oneDNN has a depthwise kernel for the gradient of filters up to 3 columns wide. For wider ones it takes the kernel for
