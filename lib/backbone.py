@@ -8,14 +8,7 @@ from torch import Tensor, nn
 
 from lib import UserError
 from lib.config import BackboneConfig
-from lib.elastic import (
-    ACTIVATIONS,
-    BatchNorm2d,
-    ElasticInvertedResidual,
-    SamePadConv2d,
-    Segment,
-    make_divisible,
-)
+from lib.elastic import ACTIVATIONS, BatchNorm2d, ElasticInvertedResidual, SamePadConv2d, Segment, make_divisible
 from lib.genotype import Block, Genotype, StageChoices
 
 

@@ -162,14 +162,13 @@ class ElasticSSD(nn.Module):
         """Multiply-adds and parameters of the whole detector. Each block is counted once, then looked up."""
         costs = []
         shape = torch.Size([1, 3, genotype.image_size, genotype.image_size])
-        for segment, *predictors in zip(
-            self.segments(genotype), self.predictors.classes, self.predictors.boxes, strict=True
-        ):
+        predictors = zip(self.predictors.classes, self.predictors.boxes, strict=True)
+        for segment, pair in zip(self.segments(genotype), predictors, strict=True):
             for module, block in segment:
                 cost, shape = self._cost(module, block, shape)
                 costs.append(cost)
             # Both predictors see the feature map with which the segment ends.
-            for net in predictors:
+            for net in pair:
                 costs.append(self._cost(net, shape[1] if isinstance(net, ElasticPredictor) else None, shape)[0])
         return Cost(flops=sum(cost.flops for cost in costs), params=sum(cost.params for cost in costs))
 
@@ -195,18 +194,14 @@ def _refuse_giant(config: Config, space: SearchSpace, parts: Sequence[nn.Module]
     """Raise UserError if the weights of these parts, or the prior boxes of an image, are too many."""
     weights = sum(parameter.numel() for part in parts for parameter in part.parameters())
     if weights > MOST_WEIGHTS:
-        raise UserError(
-            f"search_space: its largest sub-network has {weights:.1e} weights, at most {MOST_WEIGHTS:.0e} are "
-            "supported; backbone.mult_ratio, layer_channels, num_cell_groups, expansions and head.channels decide"
-        )
-    cells = (max(space.image_size) / 2 ** config.backbone.feature_levels[0]) ** 2
-    per_cell = priors_per_cell(config.head.aspect_ratios, config.head.squares)
-    if cells * per_cell[0] > MOST_PRIORS:
-        raise UserError(
-            f"search_space.image_size_choice: {max(space.image_size)} px with backbone.feature_levels "
-            f"{config.backbone.feature_levels} gives {cells * per_cell[0]:.1e} prior boxes, at most {MOST_PRIORS:.0e} "
-            "are supported"
-        )
+        limit = f"at most {MOST_WEIGHTS:.0e} are supported"
+        raise UserError(f"search_space: its largest sub-network has {weights:.1e} weights, {limit}")
+    size = max(space.image_size)
+    cells = (size / 2 ** config.backbone.feature_levels[0]) ** 2
+    priors = cells * priors_per_cell(config.head.aspect_ratios, config.head.squares)[0]
+    if priors > MOST_PRIORS:
+        limit = f"at most {MOST_PRIORS:.0e} are supported"
+        raise UserError(f"search_space.image_size_choice: {size} px gives {priors:.1e} prior boxes, {limit}")
 
 
 def _initialise(model: ElasticSSD) -> None:
@@ -317,13 +312,12 @@ def detect(model: SSD, images: Iterable[Tensor], config: Config, device: torch.d
     found: list[Detections] = []
     for batch in images:
         logits, offsets = model(batch.to(device, non_blocking=True))
-        rules, loss_type, variances = config.postprocess, config.loss.type, config.head.variances
-        found += postprocess(logits, offsets, model.priors, rules, loss_type, variances)
+        found += postprocess(logits, offsets, model.priors, config.postprocess, config.loss.type, config.head.variances)
     return found
 
 
-class SupernetFile(NamedTuple):
-    """What a checkpoint of supernet_train.py needs besides its weights; its types are checked."""
+class TrainingFile(NamedTuple):
+    """What last.pt of supernet_train.py and of final_train.py needs besides tensors; its types are checked."""
 
     config: dict
     classes: list[str]
@@ -369,7 +363,7 @@ def load_supernet(path: Path, mmap: bool = False) -> Supernet:
     payload = checkpoint.read(path, mmap)
     if "genotype" in payload or "config" not in payload:
         raise UserError(f"{path}: not a supernet's checkpoint; expected last.pt of supernet_train.py")
-    found = check(payload, SupernetFile, str(path))
+    found = check(payload, TrainingFile, str(path))
     with naming(path):
         config = config_io.from_dict(found.config)
         detector = network(config, found.classes)
