@@ -33,7 +33,6 @@ from lib.datasets import load_annotations, refuse_seen
 from lib.detector import EXPORTED, SSD, detector_checkpoint, load_detector
 from lib.final_training import (
     FinalTraining,
-    cut_student,
     detect_all,
     final_loader,
     find_start,
@@ -142,7 +141,7 @@ def train_from(
     source = choice.content if choice else {}
     network, pretrained = find_start(origin, config, source, annotations.classes, args.load)
     genotype = choice.genotype(network.space) if choice else pretrained
-    student = cut_student(network, genotype, inherits=origin != "scratch")
+    cost = network.cost(genotype)
     loader = final_loader(annotations, genotype.image_size, config, device)
     # The plan: everything that can be wrong has been checked by now.
     for line in (
@@ -153,20 +152,20 @@ def train_from(
             config.loss.matched_threshold,
         ),
         f"genotype: {genotype}",
-        f"  {student.cost.flops / 1e6:.1f} M multiply-adds, {student.cost.params / 1e6:.3f} M parameters",
+        f"  {cost.flops / 1e6:.1f} M multiply-adds, {cost.params / 1e6:.3f} M parameters",
         *plan.describe_priors(network, config),
         plan.describe_training("final", config.final, len(annotations), loader.batch_sampler.batches_per_epoch),
     ):
         print(line)
     with cli.claim(folder / "last.pt", args):
         if args.dry_run:
-            training, scoring = estimate_seconds(config, student.model, loader, test, device)
+            training, scoring = estimate_seconds(config, network.extract(genotype), loader, test, device)
             total, scoring = duration(training + scoring), duration(scoring)
             print(f"estimated time on {device}: about {total}, of which {scoring} to evaluate")
             return
         # The training.
-        options = {"previous": previous, "tensorboard": args.tensorboard}
-        training = FinalTraining(config, folder, student, loader, test, device, **options)
+        options = {"inherits": origin != "scratch", "previous": previous, "tensorboard": args.tensorboard}
+        training = FinalTraining(config, network, genotype, loader, test, folder=folder, device=device, **options)
         # Only now, since a folder with another training has been refused and is to stay as it was.
         this_run.save_config()
         cli.remember("final", folder)

@@ -17,37 +17,27 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lib import UserError, checkpoint, cli, distributed, plan
-from lib.annotations import Annotations
+from lib import UserError, checkpoint, cli, config_io, distributed, plan, shrinking
 from lib.cli import remember, supernet_checkpoint
 from lib.config import Config, DistillConfig, SupernetConfig
-from lib.config_io import to_dict
 from lib.datasets import Batch, load_annotations, load_split, save_split, split_indices, train_loader
-from lib.detector import ElasticSSD, load_weights
+from lib.detector import ElasticSSD, TrainingFile, load_weights
 from lib.genotype import Genotype, SearchSpace, read_genotype_file
 from lib.log import duration, plot_training, say
 from lib.losses import DetectionLoss, Targets
+from lib.plain import check
 from lib.pretrained import as_table, load_pretrained
 from lib.runtime import pick_device, run, seed_everything
 from lib.scoring import Scorer, prepare_scoring_data
-from lib.shrinking import (
-    Panel,
-    boundaries,
-    describe_openings,
-    due_epochs,
-    first_narrower_epoch,
-    make_panel,
-    sort_hidden_channels,
-    space_at,
-    value_at,
-)
-from lib.training import Losses, Trainer
-from lib.training_run import Training, read_previous
+from lib.shrinking import Panel, boundaries, make_panel, space_at, value_at
+from lib.training import Losses
+from lib.training_run import Training, due_epochs, read_previous
 
 
 def step_genotypes(space: SearchSpace, config: SupernetConfig, seed: int, step: int) -> list[Genotype]:
@@ -62,11 +52,7 @@ def step_genotypes(space: SearchSpace, config: SupernetConfig, seed: int, step: 
     ends = [space.largest(), space.smallest()] if config.sampling == "sandwich" else []
     sample = space.sample_spread if config.sampling == "spread" else space.sample
     drawn = [*ends, *(sample(rng) for _ in range(config.samples))]
-    return list(dict.fromkeys(_at_size(genotype, size) for genotype in drawn))
-
-
-def _at_size(genotype: Genotype, image_size: int) -> Genotype:
-    return Genotype(image_size, genotype.backbone_type, genotype.stages, genotype.head)
+    return list(dict.fromkeys(replace(genotype, image_size=size) for genotype in drawn))
 
 
 def supernet_losses(
@@ -83,9 +69,9 @@ def supernet_losses(
     With a distillation `weight` the largest sub-network teaches the others. It is run for that only if it is not the
     first of `genotypes` already.
     """
-    if targets is None:
-        targets = loss.match(batch.boxes, batch.labels, detector.priors(genotypes[0].image_size))
-    largest = _at_size(detector.space.largest(), genotypes[0].image_size)
+    size = genotypes[0].image_size
+    targets = targets or loss.match(batch.boxes, batch.labels, detector.priors(size))
+    largest = replace(detector.space.largest(), image_size=size)
     teacher_logits = None
     for genotype in genotypes:
         taught = weight and genotype != largest
@@ -102,63 +88,49 @@ def supernet_losses(
 
 
 class SupernetTraining(Training):
-    """The epochs of stage 1: train sub-networks of what is open at the time, and follow the panel's scores."""
+    """The epochs of stage 1: train sub-networks of what is open at the time, and follow the panel's scores.
+
+    `options` are those of `Training`.
+    """
 
     stage = "supernet"
 
-    def __init__(
-        self,
-        config: Config,
-        folder: Path,
-        detector: ElasticSSD,
-        loader: DataLoader,
-        panel: Panel,
-        device: torch.device,
-        *,
-        previous: dict | None = None,
-        tensorboard: bool = False,
-    ):
-        self.config = config
-        self.settings = config.supernet
+    def __init__(self, config: Config, detector: ElasticSSD, loader: DataLoader, panel: Panel, **options: Any):
         self.panel = panel
-        annotations = loader.dataset.annotations
-        self.classes = annotations.classes
-        self.data = {"training": annotations.fingerprint()}
-        self.loss = DetectionLoss(config.loss, config.head.variances)
         schedule = config.search_space.schedule_cfg
-        self.phases = boundaries(schedule, self.settings.epochs)
-        self.sort_epoch = first_narrower_epoch(schedule) if self.settings.sort_channels else None
-        steps = loader.batch_sampler.batches_per_epoch
-        trainer = Trainer(detector, self.settings, device, steps, restarts=self.phases)
-        super().__init__(trainer, loader, folder, due_epochs(config), previous, tensorboard)
+        self.phases = boundaries(schedule, config.supernet.epochs)
+        self.sort_epoch = shrinking.first_narrower_epoch(schedule) if config.supernet.sort_channels else None
+        data = {"training": loader.dataset.annotations}
+        super().__init__(config, detector, loader, data, phases=self.phases, **options)
 
     def begin_epoch(self, epoch: int) -> None:
         super().begin_epoch(epoch)
+        trainer = self.trainer
         self.space = space_at(self.config, epoch)
         self.weight = value_at(self.settings.distill.weight, epoch)
-        if len(self.space.image_size) > 1:
-            self.loader.batch_sampler.image_size = partial(self._image_size, self.trainer.step, self.trainer.batch)
+        self.loader.batch_sampler.image_size = partial(self._image_size, trainer.step, trainer.batch)
         # Narrower blocks keep the first channels, which should be the most important ones. Sorting is done once: not
         # again when the epoch is resumed in its middle, nor before any training, when no channel is important yet.
-        trainer = self.trainer
         if epoch == self.sort_epoch and trainer.step and trainer.batch == 0:
-            blocks = sort_hidden_channels(trainer.model, trainer.optimizer, trainer.ema and trainer.ema.module)
+            blocks = shrinking.sort_hidden_channels(
+                trainer.model, trainer.optimizer, trainer.ema and trainer.ema.module
+            )
             say(f"epoch {epoch}: hidden channels of {blocks} blocks sorted by importance")
 
     def _image_size(self, step: int, first: int, batch: int) -> int:
         """The image size of a batch of this epoch, whose batch `first` begins the given step."""
         step += (batch - first) // self.settings.accumulate
-        return step_genotypes(self.space, self.settings, self.config.seed, step)[0].image_size
+        return self._genotypes(step)[0].image_size
 
-    def genotypes(self) -> list[Genotype]:
-        return step_genotypes(self.space, self.settings, self.config.seed, self.trainer.step)
+    def _genotypes(self, step: int) -> list[Genotype]:
+        return step_genotypes(self.space, self.settings, self.config.seed, step)
 
     def priors(self) -> Tensor:
-        return self.trainer.model.priors(self.genotypes()[0].image_size)
+        return self.trainer.model.priors(self._genotypes(self.trainer.step)[0].image_size)
 
-    def losses(self, batch: Batch, targets: Targets | None) -> Iterator[Losses]:
-        distill = self.settings.distill
-        return supernet_losses(self.trainer.model, self.loss, batch, self.genotypes(), distill, self.weight, targets)
+    def losses(self, batch: Batch, targets: Targets) -> Iterator[Losses]:
+        genotypes, distill = self._genotypes(self.trainer.step), self.settings.distill
+        return supernet_losses(self.trainer.model, self.loss, batch, genotypes, distill, self.weight, targets)
 
     def score(self, epoch: int) -> None:
         self.panel.score(self.trainer.averaged, epoch, self.log)
@@ -207,27 +179,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         *plan.describe_space(detector, detector.space),
         *plan.describe_priors(detector, config),
         plan.describe_training("supernet", config.supernet, len(train), loader.batch_sampler.batches_per_epoch),
-        *describe_openings(config, config.supernet.epochs),
+        *shrinking.describe_openings(config, config.supernet.epochs),
     ):
         print(line)
     with cli.claim(folder / "last.pt", args):
         if args.load:
             start_from_supernet(detector, supernet_checkpoint(args.load), annotations.classes, config)
         if args.dry_run:
-            print_estimate(config, detector, loader, annotations, train, search, device)
+            print_estimate(config, detector, loader, splits, device)
             return
         # The panel's scores need no intervals, so the images are not resampled.
         panel_config = replace(config, search=replace(config.search, resamples=0))
         scorer = Scorer(prepare_scoring_data(annotations, train, search, config), panel_config, device)
         panel = Panel(make_panel(detector.space, config.supernet.panel, config.seed, pretrained), scorer, config)
-        training = SupernetTraining(
-            config, folder, detector, loader, panel, device, previous=previous, tensorboard=args.tensorboard
-        )
+        options = {"folder": folder, "device": device, "previous": previous, "tensorboard": args.tensorboard}
+        training = SupernetTraining(config, detector, loader, panel, **options)
         # Only now, since a folder with another training has been refused and is to stay as it was.
         run.save_config()
         save_split(split, annotations, train, search)
         if pretrained:
-            content = {**pretrained.to_dict(), "supernet": {"path": str(folder / "last.pt")}, "config": to_dict(config)}
+            content = {**pretrained.to_dict(), "supernet": {"path": str(folder / "last.pt")}}
+            content["config"] = config_io.to_dict(config)
             checkpoint.write_text(folder / "pretrained_genotype.json", json.dumps(content, indent=1) + "\n")
             print(f"wrote {folder / 'pretrained_genotype.json'}, the sub-network that holds the pretrained one")
         remember("supernet", folder)
@@ -239,48 +211,45 @@ def main(argv: Sequence[str] | None = None) -> None:
 def start_from_supernet(detector: ElasticSSD, path: Path, classes: Sequence[str], config: Config) -> None:
     """Load the weights of another supernet. Raises UserError unless it was trained on these classes, in this order."""
     payload = checkpoint.read(path)
-    if "classes" not in payload or list(payload["classes"]) != list(classes):
-        known, found = (", ".join(names) for names in (payload.get("classes", ["none"]), classes))
+    saved = check(payload, TrainingFile, str(path))
+    if saved.classes != list(classes):
         raise UserError(
-            f"data.classes: expected {known}, in this order, as in {path}, found {found}; "
-            f"--set backbone.pretrained_path={path} starts from it with the classes of the same names"
+            f"data.classes: expected {', '.join(saved.classes)}, in this order, as in {path}, found "
+            f"{', '.join(classes)}; --set backbone.pretrained_path={path} starts from it with the classes of the same "
+            "names"
         )
     load_weights(detector, payload, path)
-    trained = payload.get("config", {}).get("head", {})
+    trained = config_io.from_dict(saved.config, str(path)).head
     for key in ("scales", "aspect_ratios", "squares"):
-        if trained.get(key, True) != (value := getattr(config.head, key)):
-            print(f"note: head.{key} is {value}, the predictors of {path} were trained with {trained.get(key, True)}")
+        before, now = getattr(trained, key), getattr(config.head, key)
+        if before != now:
+            print(f"note: head.{key} is {now}, the predictors of {path} were trained with {before}")
 
 
 def print_estimate(
-    config: Config,
-    detector: ElasticSSD,
-    loader: DataLoader,
-    annotations: Annotations,
-    train: Sequence[int],
-    search: Sequence[int],
-    device: torch.device,
+    config: Config, detector: ElasticSSD, loader: DataLoader, splits: dict[str, plan.Split], device: torch.device
 ) -> None:
     """How long this stage and the next will take on this device: some seconds of each kind of work, added up."""
     settings, seed = config.supernet, config.seed
     loss = DetectionLoss(config.loss, config.head.variances)
     starts = boundaries(config.search_space.schedule_cfg, settings.epochs)
-    phases = []
-    for first, end in zip(starts, [*starts[1:], settings.epochs + 1], strict=True):
-        space, weight, draws = space_at(config, first), value_at(settings.distill.weight, first), itertools.count()
+    draws = itertools.count()
 
-        def forward(batch: Batch, space=space, weight=weight, draws=draws) -> Iterator[Losses]:
-            genotypes = step_genotypes(space, settings, seed, next(draws))
-            return supernet_losses(detector, loss, batch, genotypes, settings.distill, weight)
+    def forward(epoch: int, batch: Batch) -> Iterator[Losses]:
+        genotypes = step_genotypes(space_at(config, epoch), settings, seed, next(draws))
+        weight = value_at(settings.distill.weight, epoch)
+        return supernet_losses(detector, loss, batch, genotypes, settings.distill, weight)
 
-        phases.append((end - first, forward))
+    ends = itertools.pairwise([*starts, settings.epochs + 1])
+    phases = [(end - first, partial(forward, first)) for first, end in ends]
     training = plan.training_seconds(detector, settings, device, loader, phases)
     panel = make_panel(detector.space, settings.panel, seed)
     middling = detector.extract(detector.space.sample(random.Random(seed)))
     final = plan.final_seconds(middling, config, device, loader)
+    (annotations, train), (_, search) = splits["train"], splits["search"]
     score = plan.scoring_seconds(detector, list(panel.values()), annotations, train, search, config, device)
     evaluations = config.search.num_epochs * config.search.steps
-    panels = len(due_epochs(config)) * len(panel) * score
+    panels = len(due_epochs(settings, starts)) * len(panel) * score
     for line in (
         f"estimated time on {device}:",
         f"  supernet: about {duration(training + panels)}, of which {duration(panels)} to score the panel",

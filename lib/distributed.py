@@ -117,11 +117,11 @@ def _peers() -> Iterator[None]:
         raise PeerLost(f"{problem}; start the same command with --resume") from None
 
 
-def _all_reduce(tensor: Tensor, operation: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
+def _all_reduce(tensor: Tensor) -> Tensor:
     """Sum `tensor` over the processes, in place."""
     if world().size > 1:
         with _peers():
-            dist.all_reduce(tensor, operation)
+            dist.all_reduce(tensor)
     return tensor
 
 
@@ -134,8 +134,12 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 def copy_from_main(module: nn.Module) -> None:
     """Give every process the main one's parameters and buffers."""
     if world().size > 1:
-        tensors = [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
-        _in_buckets(tensors, lambda flat: dist.broadcast(flat, 0))
+        _in_buckets(floating_tensors(module), lambda flat: dist.broadcast(flat, 0))
+
+
+def floating_tensors(module: nn.Module) -> list[Tensor]:
+    """Parameters and buffers, without counters such as BatchNorm's."""
+    return [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
 
 
 @torch.no_grad()
@@ -167,7 +171,7 @@ def mean_of(values: dict[str, float]) -> dict[str, float]:
 
 def any_of(flag: bool) -> bool:
     """Whether `flag` is true in any process."""
-    return bool(_all_reduce(torch.tensor(int(flag)), dist.ReduceOp.MAX))
+    return bool(_all_reduce(torch.tensor(int(flag))))
 
 
 def deal(items: Sequence[T]) -> Sequence[T]:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from lib.cli import supernet_checkpoint
 from lib.config import Config
 from lib.config_io import to_dict, validate_network
 from lib.datasets import Batch, eval_loader, train_loader
-from lib.detector import SSD, Cost, ElasticSSD, Supernet, detect, load_supernet, recalibrate
+from lib.detector import SSD, ElasticSSD, Supernet, detect, load_supernet, recalibrate
 from lib.genotype import Genotype
 from lib.latency import time_parts
 from lib.log import finite, plot_training, progress, say
@@ -27,28 +27,14 @@ from lib.plain import shown
 from lib.postprocess import Detections
 from lib.pretrained import as_table, load_pretrained
 from lib.scoring import calibration_rows, whole_batches
-from lib.training import Losses, Trainer
+from lib.training import Losses
 from lib.training_run import Training
-
-
-class Student(NamedTuple):
-    """A sub-network before its training."""
-
-    genotype: Genotype
-    model: SSD
-    cost: Cost
-    inherits: bool  # its weights are those of another training, whose BatchNorm statistics are not its own
-
-
-def cut_student(network: ElasticSSD, genotype: Genotype, inherits: bool) -> Student:
-    """The sub-network of `genotype`, cut out of `network`."""
-    return Student(genotype, network.extract(genotype), network.cost(genotype), inherits)
 
 
 def find_start(
     origin: str, config: Config, source: dict, classes: Sequence[str], load: Path | None
 ) -> tuple[ElasticSSD, Genotype | None]:
-    """The network that a student is cut from, and the genotype that holds a pretrained one.
+    """The network that a sub-network is cut from, and the genotype that holds a pretrained one.
 
     Its weights are from `origin`: supernet, pretrained or scratch. `source` is the content of the genotype file, which
     may name a supernet; `load` is the run of another one.
@@ -59,13 +45,13 @@ def find_start(
         validate_network(config, supernet.config, ("search_space", "backbone", "head"), path)
         return supernet.detector, None
     network = ElasticSSD(config, len(classes))
-    if origin == "pretrained":
-        if not config.backbone.pretrained_path:
-            raise UserError("--from-pretrained: backbone.pretrained_path is empty; set it in the YAML or with --set")
-        embedding = load_pretrained(network, config, classes)
-        print("\n".join(as_table(embedding.rows)))
-        return network, embedding.genotype
-    return network, None
+    if origin == "scratch":
+        return network, None
+    if not config.backbone.pretrained_path:
+        raise UserError("--from-pretrained: backbone.pretrained_path is empty; set it in the YAML or with --set")
+    embedding = load_pretrained(network, config, classes)
+    print("\n".join(as_table(embedding.rows)))
+    return network, embedding.genotype
 
 
 def supernet_path(config: Config, source: dict, load: Path | None) -> Path:
@@ -103,7 +89,7 @@ def some_images(annotations: Annotations, image_size: int, config: Config) -> It
 
 
 def detection_losses(model: SSD, loss: DetectionLoss, batch: Batch, targets: Targets | None = None) -> Iterator[Losses]:
-    """The losses of one batch."""
+    """The losses of one batch; its own targets, unless they are given."""
     logits, offsets = model(batch.images)  # (B, P, num_classes + 1), (B, P, 4)
     yield loss(logits, offsets, targets or loss.match(batch.boxes, batch.labels, model.priors))
 
@@ -155,7 +141,9 @@ def compiled(model: SSD, device: torch.device) -> nn.Module:
 class FinalTraining(Training):
     """Trains one detector, evaluates it on the test set and keeps the best epoch's weights as best.pt.
 
-    `best` has the metrics and the cost of the best evaluation so far, by the key search.objective.
+    It is cut out of `network`, and `inherits` if those weights are of another training, whose BatchNorm statistics are
+    not its own. `options` are those of `Training`. `best` has the metrics and the cost of the best evaluation
+    so far, by the key search.objective.
     """
 
     stage = "final"
@@ -163,42 +151,37 @@ class FinalTraining(Training):
     def __init__(
         self,
         config: Config,
-        folder: Path,
-        student: Student,
+        network: ElasticSSD,
+        genotype: Genotype,
         loader: DataLoader,
         test: Annotations,
-        device: torch.device,
         *,
-        previous: dict | None = None,
-        tensorboard: bool = False,
+        device: torch.device,
+        inherits: bool,
+        **options: Any,
     ):
-        self.config = config
-        self.genotype = student.genotype
-        self.cost = student.cost._asdict()
+        self.genotype = genotype
+        self.cost = network.cost(genotype)._asdict()
         self.test = test
-        self.classes = test.classes
-        images, settings = loader.dataset.annotations, config.final
-        self.data = {"training": images.fingerprint(), "test": test.fingerprint()}
-        self.loss = DetectionLoss(config.loss, config.head.variances)
         self.best: dict = {}
-        if student.inherits:
-            recalibrate(student.model.to(device), some_images(images, student.model.image_size, config), device)
+        images, settings = loader.dataset.annotations, config.final
+        model = network.extract(genotype).to(device)
+        if inherits:
+            recalibrate(model, some_images(images, genotype.image_size, config), device)
+        self.network = compiled(model, device) if settings.compile else model
         backbone_lr = settings.base_net_lr if settings.freeze_base_net else None
-        steps = loader.batch_sampler.batches_per_epoch
-        trainer = Trainer(student.model, settings, device, steps, backbone_lr=backbone_lr)
-        self.network = compiled(trainer.model, device) if settings.compile else trainer.model
-        due = {*range(settings.eval_every, settings.epochs + 1, settings.eval_every), settings.epochs}
-        super().__init__(trainer, loader, folder, due, previous, tensorboard)
+        data = {"training": images, "test": test}
+        super().__init__(config, model, loader, data, device=device, backbone_lr=backbone_lr, **options)
 
     def begin_epoch(self, epoch: int) -> None:
         super().begin_epoch(epoch)
-        if self.config.final.freeze_base_net:
+        if self.settings.freeze_base_net:
             freeze_norms(self.trainer.model.backbone)
 
     def priors(self) -> Tensor:
         return self.trainer.model.priors
 
-    def losses(self, batch: Batch, targets: Targets | None) -> Iterator[Losses]:
+    def losses(self, batch: Batch, targets: Targets) -> Iterator[Losses]:
         return detection_losses(self.network, self.loss, batch, targets)
 
     def score(self, epoch: int) -> None:
@@ -249,7 +232,7 @@ class FinalTraining(Training):
             except UserError as error:
                 problem = str(error)
         kept, problem = distributed.from_main((kept, problem))
-        if problem and self.trainer.epoch > self.config.final.epochs:
+        if problem and self.trainer.epoch > self.settings.epochs:
             ended = f"this run has ended, so it is not made again: {self.last} is the detector of the last epoch"
             raise UserError(f"{problem}; {ended}")
         # Gone, or of an epoch that is trained again from an earlier checkpoint: the best of what follows is kept.

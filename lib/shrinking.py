@@ -6,6 +6,7 @@ A phase opens smaller pictures or kernels, narrower blocks or shallower stages; 
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
 
@@ -99,56 +100,44 @@ def make_panel(space: SearchSpace, size: int, seed: int, pretrained: Genotype | 
     return {name: genotype for name, genotype in panel.items() if genotype}
 
 
-def due_epochs(config: Config) -> set[int]:
-    """The epochs after which the panel is scored: every `eval_every`, the last, and both sides of each opening."""
-    settings = config.supernet
-    due = {*range(settings.eval_every, settings.epochs + 1, settings.eval_every), settings.epochs}
-    for opened in boundaries(config.search_space.schedule_cfg, settings.epochs)[1:]:
-        due |= {opened - 1, opened}
-    return due
-
-
+@dataclass
 class Panel:
-    """A few sub-networks whose scores are logged, with a warning where an opening phase hurts the largest.
+    """A few sub-networks whose scores are logged, with a warning where an opening phase hurts the largest."""
 
-    `scorer` is a lib.scoring.Scorer on the search split.
-    """
-
-    def __init__(self, networks: Mapping[str, Genotype], scorer: Callable[[nn.Module, Genotype], dict], config: Config):
-        self.networks = networks
-        self._scorer = scorer
-        self._config = config
-        self._metric = config.search.objective
+    networks: Mapping[str, Genotype]
+    scorer: Callable[[nn.Module, Genotype], dict]  # a lib.scoring.Scorer on the search split
+    config: Config
 
     def score(self, detector: nn.Module, epoch: int, log: RunLog) -> None:
         """Score every network and log the metrics. The processes of a job share the work; the main one logs."""
         mine = distributed.deal(list(self.networks.values()))
-        scores = distributed.collect([self._scorer(detector, genotype)["metrics"] for genotype in mine])
+        scores = distributed.collect([self.scorer(detector, genotype)["metrics"] for genotype in mine])
         if not distributed.world().main:
             return
         networks = dict(zip(self.networks, scores, strict=True))
         log.write("eval", epoch, networks=networks)
-        words = ", ".join(f"{name} {metrics[self._metric]:.3f}" for name, metrics in networks.items())
-        say(f"epoch {epoch}: {self._metric} on the search split: {words}")
+        metric = self.config.search.objective
+        words = ", ".join(f"{name} {metrics[metric]:.3f}" for name, metrics in networks.items())
+        say(f"epoch {epoch}: {metric} on the search split: {words}")
         self._warn(epoch, log)
 
     def _warn(self, epoch: int, log: RunLog) -> None:
         """Warn, once a phase, if the largest sub-network lost more than the tolerance since the phase opened."""
-        schedule = self._config.search_space.schedule_cfg
+        schedule, metric = self.config.search_space.schedule_cfg, self.config.search.objective
         records = read_log(log.path)
         # A log has None in place of NaN.
-        largest = {r["step"]: r["networks"][LARGEST][self._metric] or 0.0 for r in records if r["kind"] == "eval"}
+        largest = {r["step"]: r["networks"][LARGEST][metric] or 0.0 for r in records if r["kind"] == "eval"}
         warned = {r["phase"] for r in records if r["kind"] == "interference"}
         opened = boundaries(schedule, epoch)[-1]
         if opened in warned or opened - 1 not in largest:
             return
         before, now = largest[opened - 1], largest[epoch]
-        if before - now > self._config.supernet.interference_tolerance:
+        if before - now > self.config.supernet.interference_tolerance:
             log.write("interference", epoch, phase=opened, before=before, now=now)
             # What the phase opened, in the configuration's words: width_choice [6, 4].
             opening = [f"{name} {value_at(c, opened)}" for name, c in vars(schedule).items() if opened in c.boundary]
             say(
-                f"warning: the largest sub-network fell from {self._metric} {before:.3f} to {now:.3f} since the phase "
+                f"warning: the largest sub-network fell from {metric} {before:.3f} to {now:.3f} since the phase "
                 f"of epoch {opened} opened ({', '.join(opening)}); a longer phase before it, or distillation "
                 "(supernet.distill.weight), may help"
             )

@@ -3,7 +3,7 @@
 import bisect
 import math
 import warnings
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import chain
@@ -26,15 +26,14 @@ def build_optimizer(model: nn.Module, config: TrainConfig, backbone_lr: float | 
     if backbone_lr is None:
         backbone_lr = config.backbone_learning_rate or None
     # By role and not by value, so that a resumed run has the same groups whatever its rates are now.
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, bool], dict] = {}
     for name, parameter in model.named_parameters():
         own_rate = backbone_lr is not None and name.startswith("backbone.")
         decays = config.decay_norm_and_bias or parameter.ndim > 1
-        groups.setdefault((own_rate, decays), []).append(parameter)
-    params = []
-    for (own_rate, decays), parameters in groups.items():
         lr = backbone_lr if own_rate else config.learning_rate
-        params.append({"params": parameters, "lr": lr, "weight_decay": config.weight_decay if decays else 0.0})
+        group = {"params": [], "lr": lr, "weight_decay": config.weight_decay if decays else 0.0}
+        groups.setdefault((own_rate, decays), group)["params"].append(parameter)
+    params = list(groups.values())
     if config.optimizer == "sgd":
         return torch.optim.SGD(params, lr=config.learning_rate, momentum=config.momentum)
     return torch.optim.AdamW(params, lr=config.learning_rate)
@@ -82,8 +81,7 @@ class MovingAverage(AveragedModel):
         # torch's own waits for a GPU to read n, which is a tensor of the CPU here.
         n = int(self.n_averaged)
         keep = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
-        tensors = ([*module.parameters(), *module.buffers()] for module in (self.module, model))
-        averages, values = ([t for t in each if t.is_floating_point()] for each in tensors)
+        averages, values = map(distributed.floating_tensors, (self.module, model))
         torch._foreach_lerp_(averages, values, 1 - keep)
         self.n_averaged += 1
 
@@ -180,7 +178,7 @@ class Trainer:
         values = iter(torch.stack(numbers).tolist() if numbers else [])
         found = []
         for place, items in unread:
-            sums: dict[str, float] = defaultdict(float)
+            sums: dict[str, float] = Counter()
             for name in chain.from_iterable(items):
                 sums[name] += next(values)
             sums = sums if alone else distributed.mean_of(sums)
@@ -204,7 +202,6 @@ class Trainer:
         next(p.grad for p in self.model.parameters() if p.grad is not None).fill_(math.nan)
 
     def _step(self) -> None:
-        """One optimizer step with the accumulated gradients."""
         distributed.average_gradients(self.model.parameters())
         if self.config.clip_grad_norm:
             self.scaler.unscale_(self.optimizer)
@@ -254,7 +251,7 @@ class Trainer:
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.epoch, self.step = state["epoch"], state["step"]
+        self.epoch, self.step = state["epoch"], int(state["step"])
         # As many pictures of the epoch are done, to the last whole optimizer step.
         batch = state["batch"] * (batch_size or self.config.batch_size) // self.config.batch_size
         batch = min(batch, self.batches_per_epoch - 1)

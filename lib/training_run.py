@@ -9,21 +9,22 @@ import itertools
 import json
 import signal
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lib import UserError, checkpoint, config_io, distributed
-from lib.config import Config
+from lib.annotations import Annotations
+from lib.config import Config, TrainConfig
 from lib.datasets import Batch
+from lib.detector import TrainingFile
 from lib.log import RunLog, progress, read_log, say
 from lib.losses import DetectionLoss, Targets
-from lib.plain import Bounds, check, shown
+from lib.plain import check, shown
 from lib.runtime import Stopped, StopRequest
 from lib.training import Diverged, Losses, Trainer
 
@@ -47,18 +48,6 @@ ANY_STAGE_MAY_CHANGE = {
 REMEDY = "--train-dir DIR starts another run (what may change: docs/flags.md, Interruptions)"
 
 
-class _Saved(NamedTuple):
-    """The parts of last.pt that a training goes on from."""
-
-    config: dict
-    classes: list[str]
-    model: dict[str, Tensor]
-    optimizer: dict
-    epoch: Annotated[int, Bounds(1)]
-    batch: Annotated[int, Bounds(0)]
-    step: Annotated[int, Bounds(0)]
-
-
 def read_previous(folder: Path, config: Config, stage: str) -> dict | None:
     """The checkpoint that the run in `folder` goes on from, in every process of the job; None if there is none yet.
 
@@ -73,7 +62,7 @@ def read_previous(folder: Path, config: Config, stage: str) -> dict | None:
     payload = distributed.from_main(payload)
     if payload is None:
         return None
-    check(payload, _Saved, str(last))
+    check(payload, TrainingFile, str(last))
     if ("genotype" in payload) != (stage == "final"):
         raise UserError(f"{last}: is of the other training; --train-dir names the folder of this one")
     for key, now, before in config_io.differences(config, config_io.from_dict(payload["config"], str(last))):
@@ -100,37 +89,59 @@ def _may_change(key: str, before: object, now: object, stage: str) -> bool:
     return key in ANY_STAGE_MAY_CHANGE
 
 
+def due_epochs(settings: TrainConfig, phases: Sequence[int]) -> set[int]:
+    """The epochs after which a training is scored: every `eval_every`, the last, and both sides of a phase's begin."""
+    due = {*range(settings.eval_every, settings.epochs + 1, settings.eval_every), settings.epochs}
+    for first in phases[1:]:
+        due |= {first - 1, first}
+    return due
+
+
 class Training:
     """The epochs of one stage: train, save last.pt, log, and score after each of the epochs in `due`.
 
-    `stage` is the subclass's section of the configuration, `data` are fingerprints by name. `previous` is what it goes
-    on from (`read_previous`). Raises UserError, before anything is written, if it cannot.
+    `stage` is the subclass's section of the configuration. Of `data`, the "training" and maybe the "test" set, the
+    fingerprints are saved. `phases` are the epochs at which a phase begins. `previous` is what it goes on from
+    (`read_previous`). Raises UserError, before anything is written, if it cannot.
     """
 
     stage: str
-    config: Config
-    classes: Sequence[str]
-    data: dict[str, str]
-    loss: DetectionLoss
 
     def __init__(
-        self, trainer: Trainer, loader: DataLoader, folder: Path, due: set, previous: dict | None, tensorboard: bool
+        self,
+        config: Config,
+        model: nn.Module,
+        loader: DataLoader,
+        data: Mapping[str, Annotations],
+        *,
+        folder: Path,
+        device: torch.device,
+        phases: Sequence[int] = (1,),
+        backbone_lr: float | None = None,
+        previous: dict | None = None,
+        tensorboard: bool = False,
     ):
-        self.trainer = trainer
-        self.loader = loader
+        self.config = config
+        self.settings = getattr(config, self.stage)
         self.folder = folder
-        self.due = due  # epochs to score
         self.last = folder / LAST
-        self.sums: dict[str, float] = {}  # of the losses of this epoch's batches, or of the epoch that has just ended
+        self.loader = loader
+        self.classes = data["training"].classes
+        self.data = {name: annotations.fingerprint() for name, annotations in data.items()}
+        self.due = due_epochs(self.settings, phases)
+        self.loss = DetectionLoss(config.loss, config.head.variances)
+        steps = loader.batch_sampler.batches_per_epoch
+        self.trainer = Trainer(model, self.settings, device, steps, phases, backbone_lr)
+        self.sums: dict[str, float] = Counter()  # of the losses of this epoch's batches, or of the epoch that ended
         self.counted = 0  # those batches
         if previous:
             self.restore(previous)
-            say(f"resumed {self.last} at epoch {trainer.epoch}, step {trainer.step}")
+            say(f"resumed {self.last} at epoch {self.trainer.epoch}, step {self.trainer.step}")
         # restore() may refuse the folder, so nothing is written before this point
         checkpoint.remove_leftovers(folder)
         log = folder / "log.jsonl"
         # Each epoch before this one stays in the log, once; the others are trained, and logged, again.
-        records = {(r["kind"], r["step"]): r for r in read_log(log) if r["step"] < trainer.epoch}
+        records = {(r["kind"], r["step"]): r for r in read_log(log) if r["step"] < self.trainer.epoch}
         if log.exists():
             checkpoint.write_text(log, "".join(json.dumps(record) + "\n" for record in records.values()))
         self.log = RunLog(log, tensorboard)
@@ -142,8 +153,8 @@ class Training:
     def priors(self) -> Tensor:
         """The prior boxes (P, 4) cxcywh of the current step."""
 
-    def losses(self, batch: Batch, targets: Targets | None) -> Iterator[Losses]:
-        """The losses of one batch. Its targets are given if they depend on other batches as well."""
+    def losses(self, batch: Batch, targets: Targets) -> Iterator[Losses]:
+        """The losses of one batch."""
 
     def score(self, epoch: int) -> None:
         """Score the model after `epoch` and log the result as "eval"."""
@@ -167,7 +178,7 @@ class Training:
         try:
             self.trainer.load_state_dict(payload, payload["config"][self.stage].get("batch_size"))
             losses = payload.get("losses", {"sums": {}, "batches": 0})  # earlier versions have none
-            self.sums, self.counted = defaultdict(float, losses["sums"]), losses["batches"]
+            self.sums, self.counted = Counter(losses["sums"]), losses["batches"]
         except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             # Such as groups of parameters that an earlier version made otherwise.
             reason = " ".join(str(error).split())[:200]
@@ -180,9 +191,9 @@ class Training:
         weights = {key: tensor for key, tensor in state["model"].items() if tensor.is_floating_point()}
         # Read at once: the host waits for a GPU.
         finite = torch.stack([tensor.isfinite().all() for tensor in weights.values()]).tolist()
-        for key, is_finite in zip(weights, finite, strict=True):
-            if not is_finite:
-                raise Diverged(f"epoch {self.trainer.epoch}, step {self.trainer.step}: {key} is no longer finite")
+        if not all(finite):
+            key = list(weights)[finite.index(False)]
+            raise Diverged(f"epoch {self.trainer.epoch}, step {self.trainer.step}: {key} is no longer finite")
         checkpoint.save(self.last, state)
         self._saved = time.monotonic()
 
@@ -224,7 +235,7 @@ class Training:
         self.begin_epoch(epoch)
         self.loader.batch_sampler.set_epoch(epoch, trainer.batch)
         if trainer.batch == 0:
-            self.sums, self.counted = defaultdict(float), 0
+            self.sums, self.counted = Counter(), 0
         try:
             self._train_epoch(stop)
         except Exception as error:
@@ -252,9 +263,9 @@ class Training:
         with progress(None, f"epoch {trainer.epoch}/{trainer.config.epochs}", total=len(self.loader)) as bar:
             while step := [batch.to(trainer.device) for batch in itertools.islice(batches, trainer.batches_in_step)]:
                 # Several batches of one step count as one: their objects weigh the same, however they are spread.
-                targets = self._targets_together(step) if len(step) > 1 else [None]
-                for batch, target in zip(step, targets, strict=True):
-                    self._add(trainer.update(self.losses(batch, target)))
+                objects = [(batch.boxes, batch.labels) for batch in step]
+                for batch, targets in zip(step, self.loss.match_together(objects, self.priors()), strict=True):
+                    self._add(trainer.update(self.losses(batch, targets)))
                     bar.update()
                 bar.set_postfix({n: f"{value / self.counted:.3f}" for n, value in self.sums.items()}, refresh=False)
                 stop.agree()
@@ -266,11 +277,8 @@ class Training:
 
     def _add(self, losses: list[dict[str, float]]) -> None:
         self.counted += len(losses)
-        for name, value in itertools.chain.from_iterable(each.items() for each in losses):
-            self.sums[name] += value
-
-    def _targets_together(self, batches: Sequence[Batch]) -> Sequence[Targets]:
-        return self.loss.match_together([(batch.boxes, batch.labels) for batch in batches], self.priors())
+        for each in losses:
+            self.sums.update(each)
 
     def _keep_if_good(self, epoch: int) -> None:
         """Keep last.pt as last_good.pt if it finds something. Raises Diverged if nothing was found lately."""

@@ -14,7 +14,7 @@ from tiny_runs import killed_at
 
 from lib import UserError, checkpoint, final_training
 from lib.datasets import Batch
-from lib.final_training import FinalTraining, cut_student, freeze_norms, supernet_path
+from lib.final_training import FinalTraining, freeze_norms, supernet_path
 from lib.log import RunLog, read_log
 from lib.losses import DetectionLoss
 from lib.training import Trainer
@@ -87,12 +87,12 @@ def train(tiny_detector, tiny_config, batch, tmp_path, monkeypatch):
         config = tiny_config(final__epochs=3, final__save_every=1, **changes)
         detector = tiny_detector()
         genotype = detector.space.largest() if largest else detector.space.smallest()
-        student = cut_student(detector, genotype, inherits=False)
         sampler = SimpleNamespace(batches_per_epoch=1, set_epoch=lambda epoch, start: None)
         dataset = SimpleNamespace(annotations=FakeTestSet())
         loader = type("Loader", (list,), {"batch_sampler": sampler, "dataset": dataset})([batch])
         previous = read_previous(tmp_path / "run", config, "final") if resume else None
-        return FinalTraining(config, tmp_path / "run", student, loader, FakeTestSet("ab"), CPU, previous=previous)
+        options = {"folder": tmp_path / "run", "device": CPU, "inherits": False, "previous": previous}
+        return FinalTraining(config, detector, genotype, loader, FakeTestSet("ab"), **options)
 
     def evaluate(model, *_):
         epoch = training[-1].trainer.epoch - 1

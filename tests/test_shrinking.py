@@ -14,13 +14,13 @@ from lib.shrinking import (
     boundaries,
     choices_at,
     describe_openings,
-    due_epochs,
     first_narrower_epoch,
     full_space,
     make_panel,
     space_at,
     value_at,
 )
+from lib.training_run import due_epochs
 
 
 @pytest.mark.parametrize(("epoch", "value"), [(1, 0.0), (80, 0.0), (81, 0.1), (82, 0.1), (10_000, 0.1)])
@@ -171,7 +171,9 @@ def test_the_panel_is_always_the_same(tiny_detector):
 
 
 def test_both_sides_of_each_opening_are_due():
-    assert due_epochs(panel_config(every=5)) == {3, 4, 5, 6, 7, 9}
+    config = panel_config(every=5)
+    assert due_epochs(config.supernet, boundaries(config.search_space.schedule_cfg, 9)) == {3, 4, 5, 6, 7, 9}
+    assert due_epochs(config.supernet, [1]) == {5, 9}
 
 
 def test_a_drop_of_the_largest_is_one_warning_that_names_the_phase(tmp_path, capsys):

@@ -9,7 +9,7 @@ import signal
 from types import SimpleNamespace
 
 import pytest
-from test_training import network, states_equal, trainer
+from test_training import CPU, network, states_equal
 from tiny_runs import Killed, killed_at
 
 from lib import UserError, checkpoint, config_io, training_run
@@ -18,42 +18,44 @@ from lib.log import read_log
 from lib.runtime import Stopped
 from lib.training_run import Training, read_previous
 
+PICTURES = SimpleNamespace(classes=("cat", "dog"), fingerprint=lambda: "pictures")
+
 
 class Loader(list):
-    """The batches 0 to 3 of an epoch, of which each knows `to`; `epochs` are those that were asked for."""
+    """The batches 0 to 3 of an epoch; `epochs` are those that were asked for."""
 
     def __init__(self):
         self.epochs = []
-        self.batch_sampler = SimpleNamespace(set_epoch=self.set_epoch)
+        self.batch_sampler = SimpleNamespace(set_epoch=self.set_epoch, batches_per_epoch=4)
 
     def set_epoch(self, epoch, start):
         self.epochs.append((epoch, start))
-        self[:] = [SimpleNamespace(to=lambda _device, i=i: i) for i in range(start, 4)]
+        batches = [SimpleNamespace(number=i, boxes=None, labels=None) for i in range(start, 4)]
+        self[:] = [SimpleNamespace(to=lambda _device, batch=batch: batch) for batch in batches]
 
 
 class Counting(Training):
     """Trains on losses that equal the batch's number; `hook(epoch, batch)` is called before each."""
 
-    stage, classes, data = "supernet", ("cat", "dog"), {"training": "pictures"}
-    loss = SimpleNamespace(match_together=lambda objects, priors: [None] * len(objects))
+    stage = "supernet"
 
     def __init__(self, folder, hook=lambda epoch, batch: None, due=(), resume=False, scores=(), **options):
         self.model, self.hook, self.scored, self.scores = network(), hook, [], iter(scores)
-        self.config = Config()
-        for name, value in options.items():
-            setattr(self.config.supernet, name, value)
-        previous = read_previous(folder, self.config, "supernet") if resume else None
-        super().__init__(trainer(self.model, **options), Loader(), folder, set(due), previous, tensorboard=False)
+        config = Config()
+        for name, value in {"epochs": 3, "learning_rate": 0.1, **options}.items():
+            setattr(config.supernet, name, value)
+        previous = read_previous(folder, config, "supernet") if resume else None
+        options = {"folder": folder, "device": CPU, "previous": previous}
+        super().__init__(config, self.model, Loader(), {"training": PICTURES}, **options)
+        self.due = set(due)
+        self.loss = SimpleNamespace(match_together=lambda objects, priors: [None] * len(objects))
 
     def priors(self):
         return None
 
     def losses(self, batch, targets):
-        self.hook(self.trainer.epoch, batch)
-        yield {"a": self.model[4].weight.sum() * 0 + float(batch)}
-
-    def _targets_together(self, batches):
-        return [None] * len(batches)
+        self.hook(self.trainer.epoch, batch.number)
+        yield {"a": self.model[4].weight.sum() * 0 + float(batch.number)}
 
     def score(self, epoch):
         self.scored.append(epoch)
@@ -398,7 +400,7 @@ def test_a_mistaken_resume_leaves_every_file_as_it_was(begun, name, monkeypatch)
         (begun / "last.pt").unlink()
     (begun / ".last.pt.999999999.part").write_text("left over")
     before = {path.name: path.read_bytes() for path in begun.iterdir()}
-    monkeypatch.setattr(Counting, "classes", changes.get("classes", Counting.classes))
+    monkeypatch.setattr(PICTURES, "classes", changes.get("classes", PICTURES.classes))
     with pytest.raises(UserError, match=words):
         Counting(begun, resume=True, **changes.get("options", {}))
     assert before == {path.name: path.read_bytes() for path in begun.iterdir()}
@@ -420,7 +422,7 @@ def test_what_a_killed_process_left_over_goes(begun):
 
 
 def test_other_pictures_are_said(begun, monkeypatch, capsys):
-    monkeypatch.setattr(Counting, "data", {"training": "others"})
+    monkeypatch.setattr(PICTURES, "fingerprint", lambda: "others")
     Counting(begun, resume=True)
     assert "note: the training data are not those that" in capsys.readouterr().out
 
