@@ -97,6 +97,7 @@ class PictureDetector:
         for left, top, right, bottom in tile_places(self.tiles, width, height):  # one by one, which bounds the memory
             resized, *_ = resize(image[:, top:bottom, left:right], torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
             (detections,) = self.detect(resized[None])
+            # A single tile, the whole picture, has nothing to merge.
             if (right - left, bottom - top) == (width, height):
                 return detections
             boxes = to_pixels(detections, right - left, bottom - top)["boxes"]

@@ -52,23 +52,20 @@ def postprocess(
 
     Whether a box survives NMS depends on better boxes only. So it is enough to process the best candidates if `top_k`
     of them survive: with many classes, NMS of all candidates takes longer than the network. The best ones are found on
-    the tensors' device and copied to the CPU in one go; the rest, and the result, are there.
+    the tensors' device and copied to the CPU in one go, where NMS and the result are.
     """
     scores = class_scores(logits, loss_type)  # (B, P, C)
     size = scores.shape[1:]
     count = FIRST_CANDIDATES * config.top_k
     found, complete = _detect(_best_candidates(scores, offsets, priors_cxcywh, variances, count), size, config)
-    crowded = (~complete).nonzero().flatten()
-    if len(crowded):
-        scores, offsets, priors_cxcywh = scores[crowded].cpu(), offsets[crowded].cpu(), priors_cxcywh.cpu()
     # One by one, which bounds the memory: a few crowded images must not make the batch pay.
-    for row, i in enumerate(crowded.tolist()):
-        image = slice(row, row + 1)
+    for i in (~complete).nonzero().flatten().tolist():
+        image = slice(i, i + 1)
         more = count
         while not complete[i]:
             more *= MORE_CANDIDATES
             candidates = _best_candidates(scores[image], offsets[image], priors_cxcywh, variances, more)
-            (found[i],), complete[i : i + 1] = _detect(candidates, size, config)
+            found[image], complete[image] = _detect(candidates, size, config)
     return found
 
 
