@@ -30,7 +30,7 @@ from lib.annotations import Annotations, without_objects
 from lib.config import Config
 from lib.config_io import to_dict
 from lib.datasets import load_annotations, refuse_seen
-from lib.detector import EXPORTED, SSD, detector_checkpoint, load_detector
+from lib.detector import EXPORTED, SSD, Detector, detector_checkpoint, load_detector
 from lib.final_training import (
     FinalTraining,
     detect_all,
@@ -53,10 +53,10 @@ from lib.training_run import read_previous
 from lib.trials import Recipe, Trials, contestants, shortened, write_comparison
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-PACKAGES = {  # by value of --export
-    "onnx": ONNX_PACKAGES,
-    "openvino": (*ONNX_PACKAGES, "openvino"),
-    "litert": ("litert_torch", "ai_edge_litert"),
+EXPORTS = {  # by value of --export: the packages that it needs, what writes the file, and its suffix
+    "onnx": (ONNX_PACKAGES, converters.save_onnx, "onnx"),
+    "openvino": ((*ONNX_PACKAGES, "openvino"), converters.save_openvino, "xml"),
+    "litert": (("litert_torch", "ai_edge_litert"), converters.save_litert, "tflite"),
 }
 
 
@@ -232,21 +232,22 @@ def trained_detector(args: argparse.Namespace) -> Path:
     return where / "best.pt" if where.is_dir() else where
 
 
-def configured_again(args: argparse.Namespace, config: Config, path: Path, reads_data: bool = True) -> Config:
-    """The configuration of the detector in `path`, changed by --cfg, flags and --set."""
+def configured_again(args: argparse.Namespace, path: Path, reads_data: bool = True) -> Detector:
+    """The detector in `path`, with its configuration changed by --cfg, flags and --set."""
+    detector = load_detector(path)
     command = cli.CommandLine(args, "final")
-    return command.resolve(to_dict(config), f"the detector {path}", reads_data=reads_data).config
+    config = command.resolve(to_dict(detector.config), f"the detector {path}", reads_data=reads_data).config
+    config.data.classes = list(detector.classes)  # other data may have them in another order
+    return detector._replace(config=config)
 
 
 def evaluate_again(args: argparse.Namespace, device: torch.device) -> None:
     """--eval-only: the detector on the test set, as metrics.json has it, and its detections as COCO's results."""
     path = trained_detector(args)
-    detector = load_detector(path)
-    config = configured_again(args, detector.config, path)
-    config.data.classes = list(detector.classes)  # other data may have them in another order
-    test = load_annotations(config.data, "test")
+    detector = configured_again(args, path)
+    test = load_annotations(detector.config.data, "test")
     model = detector.model.to(device, memory_format=torch.channels_last)
-    found = detect_all(model, test, config, device)
+    found = detect_all(model, test, detector.config, device)
     metrics = measure(found, test, args.pycocotools)
     for name, value in metrics.items():
         if name != "per_class":
@@ -257,37 +258,29 @@ def evaluate_again(args: argparse.Namespace, device: torch.device) -> None:
         print(f"note: {note}")
     print(f"detector: {path}, epoch {detector.epoch}, {len(test)} test images")
     if distributed.world().main:
-        results = [
-            record
-            for i, detections in enumerate(found)
-            for record in inference.coco_results(
-                test.image_id(i), to_pixels(detections, *test.sizes[i].tolist()), test.category_ids
-            )
-        ]
+        results = []
+        for i, detections in enumerate(found):
+            in_pixels = to_pixels(detections, *test.sizes[i].tolist())
+            results += inference.coco_results(test.image_id(i), in_pixels, test.category_ids)
         written = path.with_name("detections_test.json")
-        try:
-            checkpoint.write_text(written, json.dumps(results) + "\n")
-            print(f"detections: {written}")
-            analysis.write_analysis(found, test, metrics, path)
-            print(f"analysis: {path.with_name('analysis.html')}, {path.with_name('analysis.json')}")
-        except UserError as error:  # the detector may lie in a folder of somebody else
-            print(f"note: {error}")
+        checkpoint.write_text(written, json.dumps(results) + "\n")
+        print(f"detections: {written}")
+        analysis.write_analysis(found, test, metrics, path)
+        print(f"analysis: {path.with_name('analysis.html')}, {path.with_name('analysis.json')}")
 
 
 def export_detector(args: argparse.Namespace) -> None:
     """--export: the detector beside its checkpoint, if it passes the parity gate of lib/export.py, and export.json."""
-    converters.require(*PACKAGES[args.export])  # before the minutes that a conversion takes
+    packages, save, suffix = EXPORTS[args.export]
+    converters.require(*packages)  # before the minutes that a conversion takes
     path = trained_detector(args)
-    loaded = load_detector(path)
-    config = configured_again(args, loaded.config, path, reads_data=not args.calibrate)
-    config.data.classes = list(loaded.classes)
-    detector = loaded._replace(config=config)
+    detector = configured_again(args, path, reads_data=not args.calibrate)
+    config = detector.config
     if args.calibrate:
         faults = Faults(config.data.on_error, config.data.max_skipped)
         test = without_objects(find_pictures(args.calibrate), detector.classes, faults)
     else:
         test = load_annotations(config.data, "test")
-    name = "detector_raw" if args.no_nms or args.export == "litert" else "detector"
 
     def keep(file: Path, report: dict) -> dict:
         """Report a file as soon as it is written: a later one may fail."""
@@ -296,25 +289,21 @@ def export_detector(args: argparse.Namespace) -> None:
         return report
 
     if args.export == "litert":
-        config.data.workers = 0  # the converter has started threads, and a process with threads must not fork
-        save = partial(converters.save_litert, metadata=export.metadata_of(detector))
-        file = path.with_name(f"{name}.tflite")
-        keep(file, export.write(detector, file, detector, test, save=save))
-        return
-    graph = export.export_graph(detector, nms=not args.no_nms)
-    save, suffix = converters.save_onnx, "onnx"
-    if args.export == "openvino":
-        save, suffix = converters.save_openvino, "xml"
+        name, model = "detector_raw", detector  # converted from PyTorch, and without NMS
+        config.data.workers = 0  # the converter starts threads, and a process with threads must not fork
+    else:
+        name = "detector_raw" if args.no_nms else "detector"
+        model = export.export_graph(detector, nms=not args.no_nms)
     file = path.with_name(f"{name}.{suffix}")
-    exact_ap = keep(file, export.write(graph, file, detector, test, save=save))["AP"]
+    exact_ap = keep(file, export.write(model, file, detector, test, save=save))["AP"]
     if args.half:
-        file, save_half = path.with_name(f"{name}_half.{suffix}"), partial(save, half=True)
-        keep(file, export.write(graph, file, detector, test, exact_ap, save_half))
+        file = path.with_name(f"{name}_half.{suffix}")
+        keep(file, export.write(model, file, detector, test, exact_ap, partial(save, half=True)))
     if args.int8:
         file = path.with_name(f"{name}_int8.{suffix}")
         seen = test if args.calibrate else load_annotations(config.data, "train")
         images = list(some_images(seen, detector.model.image_size, config))
-        keep(file, export.write_int8(graph, file, detector, test, exact_ap, images, args.int8_loss, save))
+        keep(file, export.write_int8(model, file, detector, test, exact_ap, images, args.int8_loss, save))
 
 
 def predict(args: argparse.Namespace) -> None:
@@ -326,10 +315,9 @@ def predict(args: argparse.Namespace) -> None:
     path, pictures = trained_detector(args), find_pictures(args.predict)
     own_ids = {}
     if path.suffix not in EXPORTED:
-        loaded = load_detector(path)
-        config = configured_again(args, loaded.config, path, reads_data=False)
-        detector = inference.torch_detector(loaded._replace(config=config), args.device)
-        own_ids = inference.find_own_ids(pictures, config.data)
+        loaded = configured_again(args, path, reads_data=False)
+        detector = inference.torch_detector(loaded, args.device)
+        own_ids = inference.find_own_ids(pictures, loaded.config.data)
     elif args.cfg or args.set or args.data:
         raise UserError(f"{path}: an exported file has its settings inside; --cfg, --set and --data work with best.pt")
     else:
@@ -345,110 +333,48 @@ def predict(args: argparse.Namespace) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = cli.make_parser(
-        __doc__,
-        "run to start from: a supernet, or a detector of the same or other classes; with --eval-only, --export and "
-        "--predict the detector to use",
-    )
-    parser.add_argument("--tensorboard", action="store_true", help="also log for TensorBoard")
+    load_help = "supernet or detector to start from; with --eval-only, --export and --predict the detector to use"
+    parser = cli.make_parser(__doc__, load_help)
     add = parser.add_argument
+    add("--tensorboard", action="store_true", help="also log for TensorBoard")
     add("--genotype", metavar="FILE", help="best.json, pareto.json with --index, or an aw_nas genotype string")
-    add(
-        "--index",
-        metavar="K",
-        type=int,
-        help="member of pareto.json (cheapest first) or top.json (best first), counted from 0",
-    )
+    add("--index", metavar="K", type=int, help="member of pareto.json or top.json, counted from 0")
     add("--from-scratch", action="store_true", help="start from random weights instead of the supernet's")
     add("--from-pretrained", action="store_true", help="start from backbone.pretrained_path, not from the supernet")
-    add(
-        "--compare",
-        action="store_true",
-        help="train the genotype and competitors by a short recipe: what did the search gain?",
-    )
-    add(
-        "--compare-random",
-        metavar="N",
-        type=int,
-        default=2,
-        help="random competitors of similar multiply-adds (default: 2)",
-    )
-    add(
-        "--compare-epochs",
-        metavar="N",
-        type=int,
-        help="epochs of each short training (default: a quarter of final.epochs)",
-    )
+    add("--compare", action="store_true", help="train the genotype and competitors by a short recipe")
+    add("--compare-random", metavar="N", type=int, default=2, help="random competitors of similar cost (default: 2)")
+    add("--compare-epochs", metavar="N", type=int, help="epochs of each (default: a quarter of final.epochs)")
     add("--eval-only", action="store_true", help="evaluate a trained detector on the test set and stop")
-    add(
-        "--pycocotools",
-        action="store_true",
-        help="with --eval-only: compute COCO's numbers with pycocotools",
-    )
+    add("--pycocotools", action="store_true", help="with --eval-only: compute COCO's numbers with pycocotools")
     add("--predict", metavar="PATH", nargs="+", help="detect on these pictures, folders or globs and stop")
-    add(
-        "--export",
-        choices=list(PACKAGES),
-        help="export a trained detector as detector.onnx, detector.xml or detector_raw.tflite, verified, and stop",
-    )
-    add(
-        "--no-nms",
-        action="store_true",
-        help="with --export: output the scores and boxes of all prior boxes, as detector_raw.onnx",
-    )
+    add("--out", metavar="DIR", type=Path, default=Path("drawn"), help="where --predict writes (default: drawn)")
+    add("--threshold", metavar="SCORE", default="auto", help="of --predict (default: auto, that of the best F1)")
+    add("--tiles", metavar="TILES", default="1x1", help="of --predict: 2x2 of them, or 640 pixels a side")
+    add("--export", choices=list(EXPORTS), help="export a trained detector, verified on the test set, and stop")
+    add("--no-nms", action="store_true", help="with --export: output the scores and boxes of all prior boxes")
     add("--int8", action="store_true", help="with --export: write an int8 file as well and report its AP")
+    add("--int8-loss", metavar="AP", type=float, help="with --int8: most AP to lose; some layers stay in float")
     add("--half", action="store_true", help="with --export openvino: write a file with fp16 weights as well")
-    add(
-        "--calibrate",
-        metavar="PATH",
-        nargs="+",
-        help="with --export: compare outputs on these pictures, folders or globs; the data set is not read, no AP",
-    )
-    add(
-        "--int8-loss",
-        metavar="AP",
-        type=float,
-        help="with --int8: if it loses more AP than this, e.g. 0.01, the layers that lose most stay in float",
-    )
-    add(
-        "--out",
-        metavar="DIR",
-        type=Path,
-        default=Path("drawn"),
-        help="folder that --predict writes to (default: drawn)",
-    )
-    add(
-        "--threshold",
-        metavar="SCORE",
-        default="auto",
-        help="--predict draws detections from this score on (default: auto, that of the best F1 on the test set)",
-    )
-    add(
-        "--tiles",
-        metavar="TILES",
-        default="1x1",
-        help="--predict searches large pictures in overlapping tiles: 2x2 of them, or 640 pixels a side",
-    )
+    add("--calibrate", metavar="PATH", nargs="+", help="with --export: compare on these pictures, not on the data set")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
-    if args.dry_run and (args.predict or args.export or args.eval_only):
-        raise UserError("--dry-run: goes with training and with --compare")
-    if args.pycocotools and not args.eval_only:
-        raise UserError("--pycocotools: goes with --eval-only")
-    if args.tiles != "1x1" and not args.predict:
-        raise UserError("--tiles: goes with --predict")
-    if args.int8_loss is not None and not (args.int8 and not args.calibrate and 0 <= args.int8_loss <= 1):
-        found = f"--int8-loss {args.int8_loss}"
-        raise UserError(f"{found}: expected a loss of AP from 0 to 1; it needs --int8 and does not go with --calibrate")
-    if (args.no_nms or args.int8 or args.half or args.calibrate) and not args.export:
-        raise UserError("--no-nms, --int8, --half and --calibrate go with --export")
-    if args.half and args.export != "openvino":
-        raise UserError("--half goes with --export openvino")
-    if args.int8 and args.export == "litert":
-        raise UserError("--int8 goes with --export onnx or openvino")
+    works = args.predict or args.export or args.eval_only
+    bounded = args.int8_loss is None or (args.int8 and not args.calibrate and 0 <= args.int8_loss <= 1)
+    for wrong, message in (
+        (args.dry_run and works, "--dry-run: goes with training and with --compare"),
+        (args.pycocotools and not args.eval_only, "--pycocotools: goes with --eval-only"),
+        (args.tiles != "1x1" and not args.predict, "--tiles: goes with --predict"),
+        (not bounded, "--int8-loss: expected a loss of AP from 0 to 1, with --int8 and without --calibrate"),
+        (args.no_nms and not args.export, "--no-nms: goes with --export"),
+        (args.calibrate and not args.export, "--calibrate: goes with --export"),
+        (args.half and args.export != "openvino", "--half: goes with --export openvino"),
+        (args.int8 and args.export not in ("onnx", "openvino"), "--int8: goes with --export onnx or openvino"),
+    ):
+        if wrong:
+            raise UserError(message)
     device = pick_device(args.device)
     distributed.join(device)
     if args.predict:

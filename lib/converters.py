@@ -13,7 +13,8 @@ import io
 import json
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, NamedTuple
@@ -58,6 +59,21 @@ class Metadata(NamedTuple):
     thresholds: list[Annotated[float, Bounds(0, 1)] | None]
 
 
+def metadata_of(detector: Detector) -> dict[str, str]:
+    """What an exported file says about itself: JSON by key, see `Metadata`."""
+    metadata = {
+        "classes": detector.classes,
+        "category_ids": detector.category_ids,
+        "genotype": detector.genotype.to_dict(),
+        "image_size": detector.model.image_size,
+        "postprocess": asdict(detector.config.postprocess),
+        "boxes": "xyxy, shares of the picture's width and height",
+        "epoch": detector.epoch,
+        "thresholds": list(detector.thresholds),
+    }
+    return {"format": FORMAT, **{key: json.dumps(value) for key, value in metadata.items()}}
+
+
 def check_metadata(stored: Mapping[str, str], path: Path) -> Metadata:
     """The metadata that `final_train.py --export` stored in the file `path`."""
     if stored.get("format") != FORMAT:
@@ -72,16 +88,13 @@ def check_metadata(stored: Mapping[str, str], path: Path) -> Metadata:
     return found
 
 
-def unpad(boxes: Tensor, scores: Tensor, labels: Tensor) -> list[Detections]:
-    """The detections of each image from boxes (B, K, 4), scores (B, K) and labels (B, K), padded with zeros."""
-    return [Detections(b[k > 0], s[k > 0], k[k > 0]) for b, s, k in zip(boxes, scores, labels, strict=True)]
-
-
 def detections_of(outputs: Mapping[str, Tensor], rules: PostprocessConfig) -> list[Detections]:
     """The detections of each image from a file's outputs, which are those of NMS, or else its inputs."""
-    if DETECTIONS[0] in outputs:
-        return unpad(*(outputs[name] for name in DETECTIONS))
-    return suppress(*(outputs[name] for name in PRIORS), rules)
+    if DETECTIONS[0] not in outputs:
+        return suppress(*(outputs[name] for name in PRIORS), rules)
+    rows = zip(*(outputs[name] for name in DETECTIONS), strict=True)
+    # Label 0 is padding.
+    return [Detections(boxes[labels > 0], scores[labels > 0], labels[labels > 0]) for boxes, scores, labels in rows]
 
 
 def open_exported(path: Path) -> tuple[Metadata, Runner]:
@@ -110,16 +123,15 @@ def open_session(model: Path | bytes):
         raise UserError(f"{name}: onnxruntime cannot read it: {' '.join(str(error).split())[:200]}") from None
 
 
-def run_session(session, images: Tensor, outputs: Sequence[str]) -> list[Tensor]:
-    """The named outputs for images (B, 3, S, S) uint8."""
-    arrays = session.run(list(outputs), {"images": images.cpu().numpy()})
-    return [torch.from_numpy(array) for array in arrays]
-
-
 def session_runner(session) -> Runner:
-    """A function that runs a session."""
+    """A function that runs a session of `open_session`."""
     names = [output.name for output in session.get_outputs()]
-    return lambda images: dict(zip(names, run_session(session, images, names), strict=True))
+
+    def run(images: Tensor) -> dict[str, Tensor]:
+        arrays = session.run(names, {"images": images.numpy()})
+        return {name: torch.from_numpy(array) for name, array in zip(names, arrays, strict=True)}
+
+    return run
 
 
 def save_onnx(model: ModelProto, path: Path) -> None:
@@ -161,8 +173,8 @@ def _open_openvino(path: Path) -> tuple[Metadata, Runner]:
     return metadata, run
 
 
-def save_litert(detector: Detector, path: Path, metadata: Mapping[str, str]) -> None:
-    """Convert a detector on the CPU to `path`, a .tflite file."""
+def save_litert(detector: Detector, path: Path) -> None:
+    """Convert a detector on the CPU to `path`, a .tflite file with its metadata."""
     (litert_torch,) = require("litert_torch")
     size = detector.model.image_size
     network = ScoresAndBoxes(fuse(detector.model), detector.config).eval()
@@ -170,7 +182,7 @@ def save_litert(detector: Detector, path: Path, metadata: Mapping[str, str]) -> 
     with contextlib.redirect_stdout(io.StringIO()):  # the converter prints each of its steps
         path.write_bytes(litert_torch.convert(network, sample_kwargs=example).model_content())
     with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr(INSIDE, json.dumps(metadata, indent=1))
+        archive.writestr(INSIDE, json.dumps(metadata_of(detector), indent=1))
 
 
 def _open_litert(path: Path) -> tuple[Metadata, Runner]:

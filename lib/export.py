@@ -22,7 +22,6 @@ import math
 import tempfile
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -33,16 +32,14 @@ from torch import Tensor
 from lib import UserError, checkpoint
 from lib.annotations import Annotations
 from lib.checkpoint import write_text
-from lib.config import PostprocessConfig
 from lib.config_io import to_dict
 from lib.converters import (
-    FORMAT,
     Runner,
     detections_of,
+    metadata_of,
     open_exported,
     open_session,
     require,
-    run_session,
     save_onnx,
     session_runner,
 )
@@ -51,7 +48,7 @@ from lib.detector import Detector, ElasticSSD, ScoresAndBoxes, fuse
 from lib.log import finite, progress
 from lib.metrics import detection_metrics
 from lib.plain import check, read_json
-from lib.postprocess import DETECTIONS, PRIORS, Detections, add_nms, postprocess
+from lib.postprocess import PRIORS, add_nms, postprocess
 from lib.pretrained import embed
 from lib.sources import recognise
 
@@ -99,28 +96,13 @@ def export_graph(detector: Detector, nms: bool = True) -> ModelProto:
     return model
 
 
-def metadata_of(detector: Detector) -> dict[str, str]:
-    """What an exported file says about itself: JSON by key, see lib.converters.Metadata."""
-    metadata = {
-        "classes": detector.classes,
-        "category_ids": detector.category_ids,
-        "genotype": detector.genotype.to_dict(),
-        "image_size": detector.model.image_size,
-        "postprocess": asdict(detector.config.postprocess),
-        "boxes": "xyxy, shares of the picture's width and height",
-        "epoch": detector.epoch,
-        "thresholds": list(detector.thresholds),
-    }
-    return {"format": FORMAT, **{key: json.dumps(value) for key, value in metadata.items()}}
-
-
-def with_every_output(model: ModelProto, config: PostprocessConfig) -> ModelProto:
-    """A copy of a graph, exported with or without NMS, that has all five outputs. The gate compares them."""
+def with_prior_outputs(model: ModelProto) -> ModelProto:
+    """A copy of a graph, exported with or without NMS, whose outputs include the inputs of NMS."""
     helper, onnx = require("onnx.helper", "onnx")
-    has_nms = any(output.name in DETECTIONS for output in model.graph.output)
-    model = copy.deepcopy(model) if has_nms else add_nms(model, config)
-    outputs = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in PRIORS]
-    model.graph.output.extend(outputs)
+    model = copy.deepcopy(model)
+    given = [output.name for output in model.graph.output]
+    missing = [name for name in PRIORS if name not in given]
+    model.graph.output.extend(helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in missing)
     return model
 
 
@@ -141,8 +123,8 @@ def write(
         draft = Path(folder) / path.name
         save(model, draft)
         if draft.suffix == ".onnx":
-            every = with_every_output(require("onnx")[0].load(draft), detector.config.postprocess)
-            run = session_runner(open_session(every.SerializeToString()))
+            compared = with_prior_outputs(require("onnx")[0].load(draft))
+            run = session_runner(open_session(compared.SerializeToString()))
         else:
             _, run = open_exported(draft)
         report = compare(run, detector, test, parity=exact_ap is None or math.isnan(exact_ap))
@@ -201,8 +183,7 @@ def compare(run: Runner, detector: Detector, test: Annotations, parity: bool = T
     deployed = ScoresAndBoxes(network, config)
     elastic = elastic_view(detector) if parity else None
     worst = dict.fromkeys(DIFFERENCES, 0.0)
-    exported = []
-    trained = []
+    exported, trained = [], []
     # One pass over the images serves both comparisons: tensors image by image, AP at the end.
     for images in test_images(detector, test):
         outputs = run(images)
@@ -218,22 +199,19 @@ def compare(run: Runner, detector: Detector, test: Annotations, parity: bool = T
             # max() would lose a NaN that is not the first argument, so NaN counts as infinite.
             worst[name] = max(worst[name], float((a - b).abs().nan_to_num(nan=math.inf).max()))
         trained += postprocess(logits, offsets, network.priors, rules, config.loss.type, config.head.variances)
-    report = _average_precisions(exported, test)
-    return {**worst, **report, "AP_torch": _average_precisions(trained, test)["AP"]} if parity else report
+    objects, sizes = test.ground_truth(range(len(test))), test.sizes.tolist()
+    metrics = detection_metrics(exported, objects, sizes, test.classes)
+    report = {"AP": metrics["AP"], "AP50": metrics["AP50"], "images": len(test)}
+    if parity:
+        report |= {**worst, "AP_torch": detection_metrics(trained, objects, sizes, test.classes)["AP"]}
+    return report
 
 
 def test_images(detector: Detector, test: Annotations) -> Iterator[Tensor]:
     """Batches (B, 3, S, S) of all test images."""
-    data, size = detector.config.data, detector.model.image_size
-    batch_size = detector.config.final.batch_size
-    loader = eval_loader(test, range(len(test)), size, batch_size, data)
+    config = detector.config
+    loader = eval_loader(test, range(len(test)), detector.model.image_size, config.final.batch_size, config.data)
     return (batch.images for batch in progress(loader, "evaluate"))
-
-
-def _average_precisions(found: list[Detections], test: Annotations) -> dict:
-    """AP, AP50 and the number of images of a report."""
-    metrics = detection_metrics(found, test.ground_truth(range(len(test))), test.sizes.tolist(), test.classes)
-    return {"AP": metrics["AP"], "AP50": metrics["AP50"], "images": len(test)}
 
 
 def elastic_view(detector: Detector) -> ElasticSSD:
@@ -277,7 +255,7 @@ def write_int8(
     with tempfile.TemporaryDirectory() as folder:
         draft = Path(folder) / path.name  # an interruption leaves no attempt in the place of the file
         if bound is not None and attempt(kept, draft)["AP_loss"] > bound:
-            change = sensitivities(model, batches[0][:8], detector.config.postprocess)
+            change = sensitivities(model, batches[0][:8])
             order = sorted(change, key=change.get, reverse=True)
             enough = lambda count: attempt(order[:count], draft)["AP_loss"] <= bound  # noqa: E731
             kept = order[: bisect.bisect_left(range(len(order)), True, lo=1, key=enough)]
@@ -289,16 +267,16 @@ def convolutions(model: ModelProto) -> list[str]:
     return [node.input[1] for node in model.graph.node if node.op_type == "Conv"]
 
 
-def sensitivities(model: ModelProto, images: Tensor, config: PostprocessConfig) -> dict[str, float]:
+def sensitivities(model: ModelProto, images: Tensor) -> dict[str, float]:
     """Mean absolute change of scores and boxes of all priors if a convolution alone is in int8, by its name."""
-    model = with_every_output(model, config)
-    exact = run_session(open_session(model.SerializeToString()), images, PRIORS)
+    model = with_prior_outputs(model)
+    exact = session_runner(open_session(model.SerializeToString()))(images)
     names = convolutions(model)
     change = {}
     for name in progress(names[1:], "sensitivity of each layer"):
         alone = quantize(model, [images], [other for other in names if other != name])
-        found = run_session(open_session(alone.SerializeToString()), images, PRIORS)
-        change[name] = sum(float((a - b).abs().mean()) for a, b in zip(exact, found, strict=True))
+        found = session_runner(open_session(alone.SerializeToString()))(images)
+        change[name] = sum(float((found[output] - exact[output]).abs().mean()) for output in PRIORS)
     return change
 
 
@@ -309,10 +287,10 @@ def float_nodes(graph: GraphProto, kept: Collection[str]) -> list[str]:
     """
     last = max(i for i, node in enumerate(graph.node) if node.op_type == "Conv")
     in_int8 = {node.output[0] for node in graph.node if node.op_type == "Conv" and node.input[1] not in kept}
-    left = [node.name for node in graph.node[last + 1 :]]
-    for node in graph.node[: last + 1]:
+    left = []
+    for i, node in enumerate(graph.node):
         beside_none = node.op_type == "Add" and in_int8.isdisjoint(node.input)
-        if beside_none or (node.op_type == "Conv" and node.output[0] not in in_int8):
+        if i > last or beside_none or (node.op_type == "Conv" and node.output[0] not in in_int8):
             left.append(node.name)
     return left
 

@@ -32,7 +32,7 @@ from lib.checkpoint import write_text
 from lib.config import Config
 from lib.detector import SSD, ElasticSSD, ScoresAndBoxes, fuse
 from lib.elastic import ElasticInvertedResidual
-from lib.export import OPSET, PRIORS, open_session, quantize, require, run_session
+from lib.export import OPSET, PRIORS, open_session, quantize, require, session_runner
 from lib.genotype import Block, Genotype, SearchSpace, all_blocks
 from lib.log import progress
 from lib.plain import Bounds, check, read_json, shown
@@ -57,21 +57,17 @@ class LatencyTable:
     """What `--measure-latency` writes: device and settings, milliseconds of each block, and prediction errors.
 
     `network` identifies the parts that all sub-networks share. `ms` is by name of `features`, without NMS. Errors are
-    relative absolute ones on `held_out` detectors; `error_constant` is the median error of one time for all of them.
+    relative absolute ones on `held_out` detectors.
     """
 
     device: str
     device_name: str
     threads: int
-    batch: int
     torch: str
-    image_sizes: list[int]
     network: str
-    fitted: int
     held_out: int
     error_median: float
     error_95: float
-    error_constant: float
     nms_ms: Milliseconds
     nms_boxes: int  # 0: NMS was not timed
     ms: dict[str, Milliseconds]
@@ -83,9 +79,8 @@ class LatencyTable:
         tau = "" if self.tau is None else f", Kendall's tau with the measured times {self.tau:.2f}"
         nms = f"; NMS of {self.nms_boxes} boxes takes another {self.nms_ms:.2f} ms" if self.nms_boxes else ""
         return (
-            f"latency: {self.runtime} on {self.device_name}{threads}, batch {self.batch}; on {self.held_out} held-out "
-            f"sub-networks median absolute error {self.error_median:.1%}, 95% below {self.error_95:.1%} (one constant "
-            f"for all: median {self.error_constant:.1%}){tau}{nms}"
+            f"latency: {self.runtime} on {self.device_name}{threads}, batch 1; on {self.held_out} held-out "
+            f"sub-networks median absolute error {self.error_median:.1%}, 95% below {self.error_95:.1%}{tau}{nms}"
         )
 
     def save(self, path: Path) -> None:
@@ -178,29 +173,25 @@ def measure_table(
     held_out = held_out_sample(detector.space, HELD_OUT, set(fitted), rng)
     # All detectors are timed in one interleaved measurement, so that both sets meet the same machine.
     models = fused_detectors(detector, [*fitted, *held_out], config, device)
+    nms = 0.0
     if runtime == "torch":
         *times, nms = time_detectors(models, config, device)
     else:
-        times, nms = time_files(models, config, runtime), 0.0
+        times = time_files(models, config, runtime)
     ms = fit([features(detector, genotype) for genotype in fitted], times[: len(fitted)])
-    # Detectors that the fit has not seen judge it, and with it the simplest of all predictions, one constant.
+    # Detectors that the fit has not seen judge it.
     measured = np.array(times[len(fitted) :])
     predicted = np.array([predict(ms, features(detector, genotype)) for genotype in held_out])
     errors = np.abs(predicted / measured - 1)
-    errors_of_constant = np.abs(np.median(times[: len(fitted)]) / measured - 1)
     return LatencyTable(
         device=name or str(device),
         device_name=name or device_name(device),
         threads=config.search.latency_threads,
-        batch=1,
         torch=torch.__version__,
-        image_sizes=list(detector.space.image_size),
         network=shared_parts(detector),
-        fitted=len(fitted),
         held_out=len(held_out),
         error_median=float(np.median(errors)),
         error_95=float(np.percentile(errors, 95)),
-        error_constant=float(np.median(errors_of_constant)),
         nms_ms=nms,
         nms_boxes=config.postprocess.top_k if nms else 0,
         ms=ms,
@@ -346,9 +337,6 @@ def time_parts(model: SSD, config: Config, device: torch.device) -> dict:
         "device": str(device),
         "device_name": device_name(device),
         "threads": config.search.latency_threads,
-        "batch": 1,
-        "picture": list(PICTURE),
-        "nms_boxes": config.postprocess.top_k,
         **{f"{name}_ms": round(ms, 4) for name, ms in times.items()},
     }
 
@@ -425,8 +413,8 @@ def write_graph(model: ScoresAndBoxes, path: Path, int8: bool) -> None:
 
 def visit_file(path: Path, size: int) -> float:
     """Milliseconds from a picture to scores and boxes of an exported file in onnxruntime, on torch's CPU threads."""
-    session = open_session(path)  # anew in each visit: hundreds of open ones would fill the memory
-    return visit(lambda: run_session(session, picture_resizer(size)(), PRIORS), torch.device("cpu"), often=4)
+    run = session_runner(open_session(path))  # anew in each visit: hundreds of open ones would fill the memory
+    return visit(lambda: run(picture_resizer(size)()), torch.device("cpu"), often=4)
 
 
 def visit_command(command: str, path: Path) -> float:

@@ -21,7 +21,7 @@ from lib.config import PostprocessConfig
 from lib.config_io import to_dict
 from lib.converters import open_exported, require, save_litert, save_openvino
 from lib.detector import SSD
-from lib.export import metadata_of, write
+from lib.export import write
 from lib.head import Predictors
 from lib.images import read_picture, write_picture
 from lib.inference import load
@@ -133,8 +133,7 @@ def litert(detector, pictures, unlabelled, tmp_path_factory):
     path = tmp_path_factory.mktemp("litert") / "detector_raw.tflite"
     with pytest.MonkeyPatch.context() as patch:  # it has no place in the supernet
         patch.setattr(export, "elastic_view", lambda detector: lambda images, genotype: detector.model(images))
-        save = partial(save_litert, metadata=metadata_of(small))
-        return small, path, write(small, path, small, unlabelled, save=save)
+        return small, path, write(small, path, small, unlabelled, save=save_litert)
 
 
 @needs_litert
@@ -231,9 +230,9 @@ def test_without_data_outputs_are_compared_and_ap_is_left_out(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--calibrate", "x.jpg"], "go with --export"),
-        (["--export", "onnx", "--half"], "--half goes with --export openvino"),
-        (["--export", "litert", "--int8"], "--int8 goes with --export onnx or openvino"),
+        (["--calibrate", "x.jpg"], "--calibrate: goes with --export"),
+        (["--export", "onnx", "--half"], "--half: goes with --export openvino"),
+        (["--export", "litert", "--int8"], "--int8: goes with --export onnx or openvino"),
     ],
 )
 def test_flags_that_do_not_go_together(arguments, words):

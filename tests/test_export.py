@@ -20,7 +20,7 @@ from lib import UserError, checkpoint, export
 from lib.annotations import Objects
 from lib.config import PostprocessConfig
 from lib.config_io import to_dict
-from lib.converters import check_metadata, open_exported, open_session, require, run_session, unpad
+from lib.converters import check_metadata, detections_of, open_exported, open_session, require, session_runner
 from lib.datasets import load_annotations
 from lib.detector import SSD, ScoresAndBoxes, fuse
 from lib.export import (
@@ -30,7 +30,7 @@ from lib.export import (
     refuse,
     sensitivities,
     update_report,
-    with_every_output,
+    with_prior_outputs,
     write,
     write_int8,
 )
@@ -66,6 +66,15 @@ def exported(request, tiny_trained, tiny_graph):
     return detector, export_graph(detector, nms=False)
 
 
+def run_graph(graph, images):
+    """The outputs of a graph, in its order."""
+    return list(session_runner(open_session(graph.SerializeToString()))(images).values())
+
+
+def unpad(*outputs):
+    return detections_of(dict(zip(DETECTIONS, outputs, strict=True)), PostprocessConfig())
+
+
 def pictures(count, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (count, 3, SIZE, SIZE), generator=generator).to(torch.uint8)
@@ -96,7 +105,7 @@ def assert_same_detections(found, reference):
 def test_scores_and_boxes_of_every_prior_equal_torch(exported, batch):
     detector, graph = exported
     images = pictures(batch)
-    scores, boxes = run_session(open_session(graph.SerializeToString()), images, PRIORS)
+    scores, boxes = run_graph(graph, images)
     logits, offsets, _ = expected(detector, images)
     priors = len(detector.model.priors)
     assert scores.shape == (batch, priors, 3) and boxes.shape == (batch, priors, 4)
@@ -120,7 +129,7 @@ def test_scores_and_boxes_of_every_prior_equal_torch(exported, batch):
 def test_detections_equal_torch(exported, batch, config):
     detector, graph = exported
     images = pictures(batch, seed=1)
-    outputs = run_session(open_session(add_nms(graph, config).SerializeToString()), images, DETECTIONS)
+    outputs = run_graph(add_nms(graph, config), images)
     boxes, scores, labels = outputs
     assert boxes.shape == (batch, config.top_k, 4) and scores.shape == labels.shape == (batch, config.top_k)
     padding = labels == 0
@@ -195,15 +204,16 @@ def test_the_file_says_what_it_holds(exported):
     assert b".py" not in graph.SerializeToString()  # no trace of whose files it was made from
 
 
-def test_every_output_of_either_variant(exported):
+def test_the_inputs_of_nms_are_outputs_of_either_variant(exported):
     detector, raw = exported
-    config = detector.config.postprocess
     images = pictures(2)
     results = []
-    for graph in (raw, add_nms(raw, config)):
+    for graph, names in ((raw, PRIORS), (add_nms(raw, detector.config.postprocess), (*DETECTIONS, *PRIORS))):
         before = graph.SerializeToString()
-        session = open_session(with_every_output(graph, config).SerializeToString())
-        results.append(run_session(session, images, [*DETECTIONS, *PRIORS]))
+        session = open_session(with_prior_outputs(graph).SerializeToString())
+        assert [output.name for output in session.get_outputs()] == list(names)
+        found = session_runner(session)(images)
+        results.append([found[name] for name in PRIORS])
         assert graph.SerializeToString() == before
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -408,7 +418,7 @@ def graphs(tiny_graph):
 
 def test_int8_is_near_float_and_not_float(graphs):
     exact, small, images = graphs
-    outputs = [run_session(open_session(g.SerializeToString()), images, PRIORS) for g in (exact, small)]
+    outputs = [run_graph(g, images) for g in (exact, small)]
     for a, b in zip(*outputs, strict=True):
         assert 0 < (a - b).abs().mean() < 0.05
         assert torch.corrcoef(torch.stack((a.flatten(), b.flatten())))[0, 1] > 0.9
@@ -476,7 +486,7 @@ def test_the_script_exports_and_predicts_the_same(folder, data, tiny_graph, monk
 @pytest.mark.parametrize(
     ("arguments", "pattern"),
     [
-        (["--int8"], "--no-nms, --int8, --half and --calibrate go with --export"),
+        (["--int8"], "--int8: goes with --export onnx or openvino"),
         (["--eval-only", "--load", "detector.onnx"], r"detector\.onnx: an exported detector; expected .*best\.pt"),
         (["--predict", "best.pt", "--load", "missing.onnx"], r"missing\.onnx: no such file"),
     ],
@@ -502,7 +512,7 @@ def test_convolutions_that_are_kept_stay_in_float(exported):
     assert weights_in_int8(quantize(graph, [images], names[1:2])) == [False, False, True]
     float_again = quantize(graph, [images], names)
     assert not {"QuantizeLinear", "DequantizeLinear"} & {node.op_type for node in float_again.graph.node}
-    outputs = [run_session(open_session(g.SerializeToString()), images, PRIORS) for g in (graph, float_again)]
+    outputs = [run_graph(g, images) for g in (graph, float_again)]
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*outputs, strict=True))
 
 
@@ -540,7 +550,7 @@ def test_sensitivity_is_the_change_by_one_quantised_layer(exported, monkeypatch)
             module.register_forward_hook(lambda _, inputs, output: fake_unsigned(output))
         found = ScoresAndBoxes(model, detector.config)(images)
         expected_change.append(sum(float((a - b).abs().mean()) for a, b in zip(exact, found, strict=True)))
-    change = sensitivities(graph, images, detector.config.postprocess)
+    change = sensitivities(graph, images)
     assert list(change) == export.convolutions(graph)[1:]
     assert list(change.values()) == pytest.approx(expected_change, rel=0.02)
 
@@ -553,7 +563,7 @@ def test_as_few_layers_as_suffice_stay_in_float(needed, monkeypatch, tmp_path, t
     change = {name: (7 * i) % 20 for i, name in enumerate(names)}
     ordered = sorted(names, key=change.get, reverse=True)
     monkeypatch.setattr(export, "convolutions", lambda model: names)
-    monkeypatch.setattr(export, "sensitivities", lambda model, images, config: change)
+    monkeypatch.setattr(export, "sensitivities", lambda model, images: change)
     monkeypatch.setattr(export, "quantize", lambda model, batches, kept: kept)
     loss = lambda kept: 0.01 if len(kept) >= needed else 0.011  # noqa: E731
     monkeypatch.setattr(export, "write", lambda kept, *_: {"AP": 0.5, "images": 8, "AP_loss": loss(kept)})

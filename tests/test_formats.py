@@ -112,10 +112,10 @@ def formats(detector, tiny_config, tmp_path_factory):
         "config": config,
     }
     ms = dict.fromkeys(all_features(detector), 0.5)
-    numbers = dict.fromkeys(("threads", "batch", "fitted", "held_out", "nms_boxes"), 1)
-    numbers |= dict.fromkeys(("error_median", "error_95", "error_constant", "nms_ms"), 0.5)
+    numbers = dict.fromkeys(("threads", "held_out", "nms_boxes"), 1)
+    numbers |= dict.fromkeys(("error_median", "error_95", "nms_ms"), 0.5)
     numbers |= {"network": shared_parts(detector), "runtime": "torch", "tau": 0.9}
-    table = LatencyTable("cpu", "a", torch="2", image_sizes=[64], ms=ms, **numbers)
+    table = LatencyTable("cpu", "a", torch="2", ms=ms, **numbers)
     trial = {"AP": 0.5, "AP50": 0.7}
     result = {"name": "found", "genotype": detector.space.smallest().to_dict(), "flops": 5, "params": 5}
     result |= dict.fromkeys(("inherited", "fine_tuned", "scratch"), trial)
