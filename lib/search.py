@@ -262,11 +262,12 @@ class Search:
     def describe_finalists(self) -> list[str]:
         """A line for each: what it costs, its score with inherited weights and after its short training."""
         objective = self.settings.objective
+        winner = self.winner()
         lines = []
         for record in self.finalists():
             costs = f"{record['genotype']['image_size']} px, {cost_text(record['metrics'], self.settings.costs[0])}"
             scores = f"{record['metrics'][objective]:.4f} inherited, {self.trained_score(record):.4f} after"
-            chosen = ", best.json" if record is self.winner() else ""
+            chosen = ", best.json" if record is winner else ""
             lines.append(f"finalist, {costs}: {objective} {scores} a short training{chosen}")
         return lines
 

@@ -23,7 +23,12 @@ PLANS = {  # what each script's plan must say
         ),
         *("epochs of 9 steps", "from epoch 1:", "from epoch 2:"),
     ],
-    SEARCH: ["trained to epoch 2 of 2", "48 images, 36 train", "search space: 3.2e+06", "2 epochs of 3 evaluations"],
+    SEARCH: [
+        "trained to epoch 2 of 2",
+        "36 images train the supernet",
+        "search space: 3.2e+06",
+        "2 epochs of 3 evaluations",
+    ],
     FINAL: [
         f"images{48:>27}{8:>18}\n",
         "genotype: image_size=64",
