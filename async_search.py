@@ -169,9 +169,7 @@ def start_genotypes(
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = cli.make_parser(
-        __doc__, "folder of the supernet run (default: the last one)", "write best.json and the front every N epochs"
-    )
+    parser = cli.make_parser(__doc__, "folder of the supernet run (default: the last one)")
     add = parser.add_argument
     add("--gpus", metavar="LIST", help="workers: 0,1,2,3 or cpu,cpu or cuda:0,cuda:0 (default: each GPU)")
     add("--dispatcher", choices=["local", "ray"], default="local", help="workers: processes, or Ray actors")

@@ -26,17 +26,14 @@ from lib.plain import check, read_json, shown
 
 RUNS = Path("runs")
 POINTER = RUNS / "last.json"  # the last run of each stage, for commands that name none
-READ_PATHS = (  # keys of the configuration that name what is read, besides data.root
-    *("data.train_annotations", "data.train_images", "data.test_annotations", "data.test_images"),
-    *("backbone.pretrained_path", "search.latency_table", "final.supernet_state_dict"),
-)
+# Keys of the configuration that name what is read, besides data.root.
+READ_PATHS = [f"data.{split}_{what}" for split in ("train", "test") for what in ("annotations", "images")]
+READ_PATHS += ["backbone.pretrained_path", "search.latency_table", "final.supernet_state_dict"]
 RESUMABLE = ("last.pt", "evals.jsonl", "plan.json")  # what a training, a search and a comparison resume from
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
-def make_parser(
-    description: str, load_help: str, save_help: str = "keep a checkpoint every N epochs, beside the last one"
-) -> argparse.ArgumentParser:
+def make_parser(description: str, load_help: str) -> argparse.ArgumentParser:
     """A parser with the flags that every stage has; `description` is the script's docstring."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -46,7 +43,7 @@ def make_parser(
     add("--train-dir", metavar="DIR", type=Path, help="folder that this run writes to (default: runs/NAME/STAGE)")
     add("--load", metavar="DIR", type=Path, help=load_help)
     add("--resume", action="store_true", help="continue the run in --train-dir; start it where there is none")
-    add("--save-every", metavar="N", type=int, help=save_help)
+    add("--save-every", metavar="N", type=int, help="keep a checkpoint (the search: write its front) every N epochs")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or N (default: auto)")
     add("--seed", type=int, help="seed of everything random (default: the configuration's)")
     add("--dry-run", action="store_true", help="check everything, print the plan and an estimate of the time, and stop")
@@ -93,11 +90,7 @@ class CommandLine:
         return config_io.get_key(config_io.with_changes(self._file or {}, self._changes), key)
 
     def resolve(
-        self,
-        inherited: dict | None = None,
-        inherited_from: str = "",
-        folder_name: str | None = None,
-        reads_data: bool = True,
+        self, inherited: dict | None = None, inherited_from: str = "", folder_name: str = "", reads_data: bool = True
     ) -> Run:
         """The run of this command. `inherited` is the configuration of what it starts from, read from `inherited_from`.
 

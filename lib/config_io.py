@@ -89,10 +89,7 @@ def _parse_yaml(content: str | bytes, source: str) -> object:
     try:
         data = yaml.load(content, Loader=_StrictLoader)
     except Exception as error:  # PyYAML raises anything on a damaged scalar, such as !!bool maybe
-        reason = getattr(error, "problem", None) or " ".join(str(error).split())
-        mark = getattr(error, "problem_mark", None)
-        place = f" in line {mark.line + 1}" if mark else ""
-        raise UserError(f"{source}: not valid YAML: {reason}{place}") from None
+        raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
     refuse_bomb(data, source)
     return data
 
