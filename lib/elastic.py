@@ -8,7 +8,6 @@ slice's weights, such that `layer.extract(slice)(x)` equals `layer(x, slice)`.
 import contextlib
 import copy
 import functools
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ from lib.genotype import Block
 
 
 class ReLU6(nn.ReLU6):
-    """In place where nothing learns. Elsewhere autograd would copy the input first."""
+    """ReLU6, in place unless autograd records: it would copy the input first."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu6(x, inplace=not torch.is_grad_enabled())
@@ -94,13 +93,13 @@ def cast_weights(module: nn.Module) -> Iterator[None]:
         _halves.clear()
 
 
-# A slice of a parameter that autograd made would cost a tensor of zeros of the parameter's size for each of its
-# dimensions, a fifth of the operators of a training step. Here the gradients of all slices are kept until the end of
-# the backward pass, and then added to the parameters' gradients in one go.
+# For a sliced parameter, autograd's backward pass allocates zeros of the parameter's size, once for each sliced
+# dimension: a fifth of the operators of a training step. Here the gradients of all slices are kept until the end of the
+# backward pass, and then added to the parameters' gradients in one go.
 
 
 def first_channels(*slices: tuple[nn.Parameter, tuple[int, ...]]) -> tuple[Tensor, ...]:
-    """The first channels of each parameter, as many as given for its first dimensions; within `cast_weights`, cast.
+    """The leading slice of each parameter, with the given sizes of its first dimensions; cast within `cast_weights`.
 
     A backward pass adds to the parameters' `grad` as usual. `torch.autograd.grad` does not see these parameters.
     """
@@ -306,19 +305,20 @@ class ElasticInvertedResidual(nn.Module):
 
     def extract(self, block: Block) -> nn.Sequential:
         hidden = self.hidden_channels(block.expand)
-        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        plain = Residual() if self.residual else nn.Sequential()
+        # The layers run in the order in which they are assigned.
         if self.expand is not None:
-            layers["expand"] = self.expand.extract(self.in_channels, hidden)
-            layers["expand_norm"] = self.expand_norm.extract(hidden)
-            layers["expand_activation"] = self.activation
-        layers["depthwise"] = self.depthwise.extract(hidden, block.kernel)
-        layers["depthwise_norm"] = self.depthwise_norm.extract(hidden)
-        layers["activation"] = self.activation
+            plain.expand = self.expand.extract(self.in_channels, hidden)
+            plain.expand_norm = self.expand_norm.extract(hidden)
+            plain.expand_activation = self.activation
+        plain.depthwise = self.depthwise.extract(hidden, block.kernel)
+        plain.depthwise_norm = self.depthwise_norm.extract(hidden)
+        plain.activation = self.activation
         if self.squeeze_excitation is not None:
-            layers["squeeze_excitation"] = self.squeeze_excitation.extract(hidden)
-        layers["project"] = self.project.extract(hidden, self.out_channels)
-        layers["project_norm"] = self.project_norm.extract(self.out_channels)
-        return Residual(layers) if self.residual else nn.Sequential(layers)
+            plain.squeeze_excitation = self.squeeze_excitation.extract(hidden)
+        plain.project = self.project.extract(hidden, self.out_channels)
+        plain.project_norm = self.project_norm.extract(self.out_channels)
+        return plain
 
     def hidden_axes(self) -> Iterator[tuple[nn.Module, str, int]]:
         """Every (module, tensor name, dimension) that runs over the hidden channels of a block that expands."""

@@ -212,9 +212,8 @@ class SearchSpace:
         for i, row in enumerate((*genotype.stages, genotype.head)):
             where = f"stage {i}" if i < len(self.stages) else "head"
             for j, block in enumerate(row):
-                for field in Block._fields:
-                    options = getattr(self._options(i, j), field)
-                    _expect(f"{field} of {where} block {j}", getattr(block, field), options)
+                for field, value, options in zip(Block._fields, block, self._options(i, j), strict=True):
+                    _expect(f"{field} of {where} block {j}", value, options)
 
 
 def _expect(what: str, value: object, options: Sequence) -> None:
