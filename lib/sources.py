@@ -192,6 +192,7 @@ def recognise(payload: object, origin: str) -> Source:
 
 
 def _renamed(state: Tensors, kind: Format) -> Source:
+    """The source of this format whose tensors are in `state`."""
     patterns = [(re.escape(path).replace("N", r"(\d+)") + r"\.(.+)", ours) for path, ours in kind.modules.items()]
     tensors: Tensors = {}
     left_out = []
@@ -209,12 +210,12 @@ def _renamed(state: Tensors, kind: Format) -> Source:
         _numbered(_below(tensors, "block.")),
         lambda block: block["project.weight"].shape[:1] if "project.weight" in block else (),
     )
-    priors = len(tensors.get("predictors.boxes.0.3.bias", ())) // 4  # in a cell
+    # Another number of logits for a cell's priors means that the file was trained on other classes.
+    priors = len(tensors.get("predictors.boxes.0.3.bias", ())) // 4
     logits = len(tensors.get("predictors.classes.0.3.bias", ()))
-    classes = kind.classes
     return replace(
         kind,
-        classes=classes if logits == priors * (len(classes) + 1) else (),  # else trained on others
+        classes=kind.classes if logits == priors * (len(kind.classes) + 1) else (),
         stem=_below(tensors, "stem."),
         stages=[list(stage) for _, stage in stages],
         last_conv=_below(tensors, "last_conv."),
@@ -250,14 +251,15 @@ def _own(payload: dict, origin: str) -> Source:
             if found and "expand.weight" in found[-1] and "project.weight" not in found[-1]:
                 module |= found.pop()  # a feature map ends within this block
             found.append(module)
-    stem, *modules = found or [{}]
-    ends = list(itertools.accumulate(genotype.depths, initial=0))
+    modules = iter(found)
+    stem = next(modules, {})
+    stages = [list(itertools.islice(modules, depth)) for depth in genotype.depths]
     return replace(
         source,
         name="detector of this project",
         stem=stem,
-        stages=[modules[begin:end] for begin, end in itertools.pairwise(ends)],
-        last_conv=next(iter(modules[ends[-1] :]), {}),
+        stages=stages,
+        last_conv=next(modules, {}),
         extras=[_below(extra, "0.") for extra in _numbered(_below(tensors, "extras."))],
     )
 
