@@ -65,34 +65,30 @@ class _Tolerant(ObjectWrapper):
 
 
 class RunLog:
-    """Appends JSON objects to `path`, one per line, each with its kind and the time; flushed after every line."""
+    """Appends JSON objects to `path`, one per line, each with its kind and the time."""
 
     def __init__(self, path: Path, tensorboard: bool = False):
         self.path = path
         self._board = None
-        if not distributed.world().main:
-            path = Path(os.devnull)
-        elif tensorboard:
+        if tensorboard and distributed.world().main:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise UserError("--tensorboard: the package is missing; pip install tensorboard") from None
             self._board = SummaryWriter(str(path.parent / "tensorboard"))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8")
 
     def write(self, kind: str, step: int, **values: object) -> None:
+        if not distributed.world().main:
+            return
         record = {"kind": kind, "step": step, "time": round(time.time(), 3), **finite(values)}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        if self._board is not None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Open for one line only, so that each is in the file whatever happens next.
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        if self._board:
             for name, value in _flatten(values):
                 self._board.add_scalar(f"{kind}/{name}", value, step)
-
-    def close(self) -> None:
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+            self._board.flush()
 
 
 class _Line(NamedTuple):

@@ -210,7 +210,6 @@ class Training:
         except Diverged as error:
             saved = f"{self.last} is the last one that was saved, --resume goes on from it{_spare(self.folder)}"
             raise UserError(f"{error}; {saved if self.last.exists() else 'nothing had been saved yet'}") from None
-        self.log.close()
         if trainer.epoch <= trainer.config.epochs:
             raise Stopped(f"everything is in {self.last}, the same command with --resume goes on", stop.number)
 

@@ -179,7 +179,6 @@ def score_panel(folder: Path, name: str) -> list[dict]:
     scorer = Scorer(prepare_scoring_data(annotations, *split, c), c, CPU)
     panel = Panel(make_panel(detector.space, 1, c.seed), scorer, c)
     panel.score(detector, 1, log)
-    log.close()
     return [record["networks"] for record in read_log(log.path)]
 
 

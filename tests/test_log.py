@@ -20,14 +20,12 @@ def test_a_line_is_on_disk_as_soon_as_it_is_written(tmp_path):
     (record,) = read_log(path)
     assert record.pop("time") > 1.6e9
     assert record == {"kind": "train", "step": 3, "losses": {"class": 1.5}, "lr": 0.1}
-    log.close()
 
 
 def test_a_second_run_appends(tmp_path):
     for step in (1, 2):
         log = RunLog(tmp_path / "log.jsonl")
         log.write("train", step)
-        log.close()
     assert [r["step"] for r in read_log(tmp_path / "log.jsonl")] == [1, 2]
 
 
@@ -37,7 +35,6 @@ def test_a_torn_line_is_left_out_and_no_other_line_is(tmp_path, cut):
     log = RunLog(path)
     for step in (1, 2, 3):
         log.write("train", step)
-    log.close()
     path.write_bytes(path.read_bytes()[:-cut])
     assert [r["step"] for r in read_log(path)] == ([1, 2, 3] if cut == 1 else [1, 2])
 
@@ -58,7 +55,6 @@ def test_nan_becomes_null(tmp_path):
     }
     log = RunLog(tmp_path / "log.jsonl")
     log.write("eval", 1, AP=np.float64("nan"), losses=[nan])
-    log.close()
 
     def refuse(constant: str):
         raise AssertionError(f"{constant} is not JSON")
@@ -74,14 +70,13 @@ def test_tensorboard_gets_every_number(tmp_path):
         def add_scalar(self, *scalar):
             seen.append(scalar)
 
-        def close(self):
-            seen.append("closed")
+        def flush(self):
+            seen.append("flushed")
 
     log = RunLog(tmp_path / "log.jsonl")
     log._board = Board()
     log.write("eval", 7, networks={"largest": {"AP": 0.5}}, lr=0.1, name="x", flag=True)
-    log.close()
-    assert seen == [("eval/networks/largest/AP", 0.5, 7), ("eval/lr", 0.1, 7), "closed"]
+    assert seen == [("eval/networks/largest/AP", 0.5, 7), ("eval/lr", 0.1, 7), "flushed"]
 
 
 def test_a_missing_tensorboard_is_one_line(tmp_path, monkeypatch):

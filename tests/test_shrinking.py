@@ -154,7 +154,6 @@ def score_panel(tmp_path, ap_by_epoch):
     log = RunLog(tmp_path / "log.jsonl")
     for epoch in ap_by_epoch:
         panel.score(None, epoch, log)
-    log.close()
 
 
 def test_the_panel_is_always_the_same(tiny_detector):
