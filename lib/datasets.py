@@ -31,7 +31,6 @@ from lib.runtime import start_loader_process
 from lib.shapes import CLASSES, write_shapes
 from lib.transforms import EvalTransform, TrainTransform, Transform, distort, scale_view
 
-Sample = tuple  # what a Transform gives, and the row
 Device = torch.device | str
 logger = logging.getLogger(__name__)
 SPLIT_FORMAT = "split/1"
@@ -156,8 +155,8 @@ class Batch(NamedTuple):
         return moved._replace(images=distort(moved.images, moved.distortion), distortion=None)
 
 
-def collate(samples: Sequence[Sample]) -> Batch:
-    """A batch from samples with different numbers of objects, possibly none."""
+def collate(samples: Sequence[tuple]) -> Batch:
+    """A batch from what DetectionDataset gives, samples with different numbers of objects, possibly none."""
     images, boxes, labels, *settings, rows = zip(*samples, strict=True)
     batch = Batch(
         images=default_collate(images),  # in a loader process straight into shared memory
@@ -231,7 +230,8 @@ class DetectionDataset(Dataset):
         nothing = torch.zeros(len(annotations), 2, dtype=torch.bool)
         self.logged = vars(annotations).setdefault("logged", nothing.share_memory_())
 
-    def __getitem__(self, key: tuple[int, ...]) -> Sample:
+    def __getitem__(self, key: tuple[int, ...]) -> tuple:
+        """What the transform gives, and the row that is shown."""
         epoch, row, *size = key
         transform = self.transform.at(*size) if size else self.transform
         shown = row

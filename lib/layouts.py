@@ -19,6 +19,7 @@ from lib.labels import SPLIT_OF, Faults, loose, slashes, split_of, stem, suffix_
 # Pictures in these folders are the masks of others.
 MASKS = {"segmentationclass", "segmentationobject", "mask", "masks", "trimaps"}
 ONE_OF_MANY = "other"  # VOC has two sets for each class, such as cat_train
+IMAGE_SET = re.compile(r"((?:[^/]+/){0,2})ImageSets/(?:Main/)?([^/]+)\.txt")  # some tools leave Main out
 LABEL_COLUMN = re.compile(r"\s+(-1|0|1)$")  # of the image sets of one class
 EXPECTED = (
     "VOC (ImageSets/Main/*.txt, or an XML file for each picture), COCO (a JSON file with images, annotations and "
@@ -188,10 +189,8 @@ def _divide(found: Found, data: DataConfig) -> tuple[list[str], list[str], list[
 
 def _voc_lists(tree: Tree, data: DataConfig, faults: Faults) -> Found | None:
     """Image sets of a VOCdevkit ("VOC2007/trainval") or a bare folder ("trainval")."""
-    file_of: dict[str, str] = {}
-    for place in ("ImageSets/Main/", "ImageSets/"):  # some tools leave Main out
-        found = [path for path in tree.files[".txt"] if re.fullmatch(rf"([^/]+/){{0,2}}{place}[^/]+\.txt", path)]
-        file_of = file_of or {path[: -len(".txt")].replace(place, ""): path for path in found}
+    found = [(IMAGE_SET.fullmatch(path), path) for path in tree.files[".txt"]]
+    file_of = {match[1] + match[2]: path for match, path in found if match}
     # A single set trains, whatever it is called.
     unknown = ONE_OF_MANY if len(file_of) > 1 else "train"
     splits = {name: SPLIT_OF.get(basename(name).lower(), unknown) for name in file_of}
