@@ -112,9 +112,8 @@ class SupernetTraining(Training):
         # Narrower blocks keep the first channels, which should be the most important ones. Sorting is done once: not
         # again when the epoch is resumed in its middle, nor before any training, when no channel is important yet.
         if epoch == self.sort_epoch and trainer.step and trainer.batch == 0:
-            blocks = shrinking.sort_hidden_channels(
-                trainer.model, trainer.optimizer, trainer.ema and trainer.ema.module
-            )
+            average = trainer.ema and trainer.ema.module
+            blocks = shrinking.sort_hidden_channels(trainer.model, trainer.optimizer, average)
             say(f"epoch {epoch}: hidden channels of {blocks} blocks sorted by importance")
 
     def _image_size(self, step: int, first: int, batch: int) -> int:

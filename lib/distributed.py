@@ -18,9 +18,8 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -38,8 +37,7 @@ class PeerLost(Exception):
     """Another process of the job is gone, so this one cannot continue."""
 
 
-@dataclass(frozen=True)
-class World:
+class World(NamedTuple):
     """Which process this is: `rank` of `size`, and `local_rank` among those on this machine."""
 
     rank: int = 0

@@ -8,7 +8,6 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,28 +21,19 @@ from lib.log import RunLog, read_log, say
 LARGEST = "largest"
 
 
-class Choices(NamedTuple):
-    """Image sizes, kernels, expand ratios and depths, in the configuration's order."""
-
-    size: Sequence[int]
-    kernel: Sequence[int]
-    width: Sequence[float]
-    depth: Sequence[int]
-
-
 def value_at(schedule: ChoiceSchedule | ValueSchedule, epoch: int):
     """The schedule's value at `epoch` (from 1): `value[i]` holds from epoch `boundary[i]` on."""
     passed = sum(epoch >= boundary for boundary in schedule.boundary)
     return schedule.value[max(passed, 1) - 1]
 
 
-def choices_at(space: SearchSpaceConfig, epoch: int | None) -> Choices:
-    """What is open at `epoch`; None: what ever opens."""
+def choices_at(space: SearchSpaceConfig, epoch: int | None) -> tuple[Sequence[float], ...]:
+    """The image sizes, kernels, expand ratios and depths that are open at `epoch`; None: all that ever open."""
     schedule = space.schedule_cfg
     sizes = schedule.image_size_choice
     size = value_at(sizes, epoch) if sizes.boundary and epoch is not None else space.image_size_choice
     others = (schedule.kernel_choice, schedule.width_choice, schedule.depth_choice)
-    return Choices(size, *(list(chain(*c.value)) if epoch is None else value_at(c, epoch) for c in others))
+    return size, *(list(chain(*c.value)) if epoch is None else value_at(c, epoch) for c in others)
 
 
 def boundaries(schedule: ScheduleConfig, epochs: int) -> list[int]:
@@ -67,14 +57,14 @@ def space_at(config: Config, epoch: int | None) -> SearchSpace:
     """The sub-networks that train at `epoch`: its open choices, each capped at the stage's own maximum."""
     # So a stage of expansion 1 and one block stays fixed, and one of 3 blocks reads depths 4, 3, 2 as 3, 2.
     c = config.search_space
-    choices = choices_at(c, epoch)
-    kernels = config.backbone.kernels or [3 if e == 1 else max(choices.kernel) for e in c.expansions]
+    open_sizes, open_kernels, open_widths, open_depths = choices_at(c, epoch)
+    kernels = config.backbone.kernels or [3 if e == 1 else max(open_kernels) for e in c.expansions]
     stages = []
     for blocks, expansion, kernel in zip(c.num_cell_groups, c.expansions, kernels, strict=True):
-        block = BlockChoices(expand=_ascending(choices.width, expansion), kernel=_ascending(choices.kernel, kernel))
-        stages.append(StageChoices(depth=_ascending(choices.depth, blocks), block=block))
+        block = BlockChoices(expand=_ascending(open_widths, expansion), kernel=_ascending(open_kernels, kernel))
+        stages.append(StageChoices(depth=_ascending(open_depths, blocks), block=block))
     head = BlockChoices(expand=_ascending(c.head_width_choice), kernel=_ascending(c.head_kernel_choice))
-    sizes = _ascending(choices.size)
+    sizes = _ascending(open_sizes)
     return SearchSpace(config.backbone.backbone_type, sizes, stages=tuple(stages), head=(head,) * c.num_head)
 
 
@@ -86,8 +76,8 @@ def describe_openings(config: Config, epochs: int) -> list[str]:
     """One line per phase: its first epoch, the open choices, and the number of sub-networks."""
     lines = []
     for epoch in boundaries(config.search_space.schedule_cfg, epochs):
-        choices = choices_at(config.search_space, epoch)
-        sets = [f"{name} {{{', '.join(map('{:g}'.format, sorted(x)))}}}" for name, x in choices._asdict().items()]
+        choices = zip(("size", "kernel", "width", "depth"), choices_at(config.search_space, epoch), strict=True)
+        sets = [f"{name} {{{', '.join(map('{:g}'.format, sorted(values)))}}}" for name, values in choices]
         lines.append(f"from epoch {epoch}: {', '.join(sets)}; {space_at(config, epoch).size():.3g} sub-networks")
     return lines
 

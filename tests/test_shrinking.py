@@ -44,8 +44,7 @@ def test_a_value_holds_from_its_boundary_on(epoch, value):
     ],
 )
 def test_the_reference_schedule_opens_step_by_step(epoch, kernel, width, depth):
-    choices = choices_at(Config().search_space, epoch)
-    assert (choices.kernel, choices.width, choices.depth) == (kernel, width, depth)
+    assert choices_at(Config().search_space, epoch) == ([300], kernel, width, depth)
     stage = space_at(Config(), epoch).stages[3]
     assert (list(stage.block.kernel), list(stage.block.expand)) == (kernel[::-1], width[::-1])
     assert list(stage.depth) == depth[::-1]
