@@ -21,7 +21,7 @@ import logging
 import math
 import tempfile
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -185,7 +185,9 @@ def compare(run: Runner, detector: Detector, test: Annotations, parity: bool = T
     worst = dict.fromkeys(DIFFERENCES, 0.0)
     exported, trained = [], []
     # One pass over the images serves both comparisons: tensors image by image, AP at the end.
-    for images in test_images(detector, test):
+    loader = eval_loader(test, range(len(test)), network.image_size, config.final.batch_size, config.data)
+    for batch in progress(loader, "evaluate"):
+        images = batch.images  # (B, 3, S, S)
         outputs = run(images)
         exported += detections_of(outputs, rules)
         if not parity:
@@ -205,13 +207,6 @@ def compare(run: Runner, detector: Detector, test: Annotations, parity: bool = T
     if parity:
         report |= {**worst, "AP_torch": detection_metrics(trained, objects, sizes, test.classes)["AP"]}
     return report
-
-
-def test_images(detector: Detector, test: Annotations) -> Iterator[Tensor]:
-    """Batches (B, 3, S, S) of all test images."""
-    config = detector.config
-    loader = eval_loader(test, range(len(test)), detector.model.image_size, config.final.batch_size, config.data)
-    return (batch.images for batch in progress(loader, "evaluate"))
 
 
 def elastic_view(detector: Detector) -> ElasticSSD:

@@ -21,7 +21,7 @@ from lib.annotations import Objects
 from lib.config import PostprocessConfig
 from lib.config_io import to_dict
 from lib.converters import check_metadata, detections_of, open_exported, open_session, require, session_runner
-from lib.datasets import load_annotations
+from lib.datasets import eval_loader, load_annotations
 from lib.detector import SSD, ScoresAndBoxes, fuse
 from lib.export import (
     elastic_view,
@@ -266,7 +266,8 @@ def data(tiny_config, tmp_path_factory):
 def trained(data, tiny_trained, tiny_graph):
     """A detector, its graph, and annotations whose objects are what the detector finds best, so that its AP is high."""
     detector, test = tiny_trained()._replace(config=data[0]), data[1]
-    images = torch.cat(list(export.test_images(detector, test)))
+    loader = eval_loader(test, range(len(test)), SIZE, 8, detector.config.data)
+    images = torch.cat([batch.images for batch in loader])
     with torch.no_grad():
         logits, offsets = detector.model(images)
     arguments = (detector.config.postprocess, detector.config.loss.type, detector.config.head.variances)
