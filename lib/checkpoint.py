@@ -9,7 +9,6 @@ import hashlib
 import os
 import platform
 import random
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,8 +68,8 @@ def replacing(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
 def copy(path: Path, other: Path) -> None:
     """Copy a checkpoint in the same way."""
     if distributed.world().main:
-        with path.open("rb") as source, replacing(other) as file:
-            shutil.copyfileobj(source, file)
+        with replacing(other) as file:
+            file.write(path.read_bytes())
 
 
 def read(path: Path, mmap: bool = False) -> dict:
