@@ -161,12 +161,12 @@ class Trials:
         loader = final_loader(recipe.annotations, genotype.image_size, recipe.config, recipe.device)
         training = FinalTraining(
             recipe.config,
-            folder,
             network,
             genotype,
             loader,
             recipe.test,
-            recipe.device,
+            folder=folder,
+            device=recipe.device,
             inherits=start != "scratch",
             previous=read_previous(folder, recipe.config, "final"),
         )
@@ -193,15 +193,12 @@ def train_finalists(
     genotypes = {f"{g.image_size}px_{hashlib.sha256(str(g).encode()).hexdigest()[:8]}": g for g in chosen}
     train, judge = (annotations.subset(rows) for rows in split)
     recipe = Recipe(shortened(search.config, None), supernet, supernet_path, train, judge, device)
-    trials = Trials(recipe, folder, genotypes, ["fine_tuned"])
-    trials.run()
-    objective = search.settings.objective
-    for genotype, result in zip(chosen, trials.results, strict=True):
-        search.trained[genotype] = check(result["fine_tuned"].get(objective), float, f"{folder}: {objective}")
+    Trials(recipe, folder, genotypes, ["fine_tuned"]).run()
+    recall_finalists(search, folder)
 
 
 def recall_finalists(search: Search, folder: Path) -> None:
-    """Let a search that goes on know the finalists in `folder` that were trained from its supernet's weights."""
+    """Let a search know the finalists in `folder` that were trained from its supernet's weights."""
     plan = folder / "plan.json"
     if plan.is_file() and check(read_json(plan), dict, str(plan)).get("supernet") == search.identity.supernet_sha256:
         for path in folder.glob("*/result.json"):
