@@ -241,7 +241,8 @@ def worker_use(records: Sequence[Mapping]) -> tuple[dict[str, list[Mapping]], fl
     for record in sorted(records, key=lambda r: r["time"] - r["seconds"]):
         start = record["time"] - record["seconds"]
         # A short gap was spent waiting for a job, so it counts.
-        seconds += max(record["time"] - (start if start - end > PAUSE_SECONDS else end), 0.0)
+        begin = start if start - end > PAUSE_SECONDS else end
+        seconds += max(record["time"] - begin, 0.0)
         end = max(record["time"], end)
         by_worker[record["worker"]].append(record)
     return dict(sorted(by_worker.items())), seconds
