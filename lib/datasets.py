@@ -29,7 +29,7 @@ from lib.layouts import find_layout
 from lib.plain import check, read_json
 from lib.runtime import start_loader_process
 from lib.shapes import CLASSES, write_shapes
-from lib.transforms import EvalTransform, TrainTransform, Transform, distort, scale_view
+from lib.transforms import EvalTransform, TrainTransform, Transform, distort, reduction, scale_view
 
 Device = torch.device | str
 logger = logging.getLogger(__name__)
@@ -232,36 +232,36 @@ class DetectionDataset(Dataset):
 
     def __getitem__(self, key: tuple[int, ...]) -> tuple:
         """What the transform gives, and the row that is shown."""
-        epoch, row, *size = key
-        transform = self.transform.at(*size) if size else self.transform
+        epoch, row, *image_size = key
         shown = row
         with torch.random.fork_rng(devices=[]):
             while True:
                 # torch.manual_seed would also seed the GPU's generator, which is not restored here.
                 torch.default_generator.manual_seed(_seed_from(self.seed, epoch, row))
                 try:
-                    return *self._sample(transform, shown), shown
+                    return *self._sample(shown, *image_size), shown
                 except UnreadableImage as error:
                     self._skip(shown, error)
                 if not self.training:
                     width, height = self.annotations.sizes[row].tolist()
                     black = torch.zeros(3, height, width, dtype=torch.uint8)
-                    return *transform(black, *self._objects(row)), row
+                    return *self.transform(black, *self._objects(row)), row
                 # The next row of the training set, after the last one the first.
                 position = int((self.indices == shown).nonzero()[0])
                 shown = int(self.indices[(position + 1) % len(self.indices)])
 
-    def _sample(self, transform: Transform, row: int) -> tuple[Tensor, ...]:
+    def _sample(self, row: int, image_size: int | None = None) -> tuple[Tensor, ...]:
         boxes, labels = self._objects(row)
         if not self.training:
-            return transform(self.read_image(row), boxes, labels)
+            return self.transform(self.read_image(row), boxes, labels)
+        size = image_size or self.transform.image_size
         width, height = self.annotations.sizes[row].tolist()
-        view, boxes, labels = transform.choose(width, height, boxes, labels)
+        view, boxes, labels = self.transform.choose(width, height, boxes, labels)
         # The view is known before the pixels are, so a large JPEG is decoded no larger than its view needs.
         reduces = self.cache is None and width * height >= LARGE_PICTURE
-        image = self._read(row, transform.reduction(view)) if reduces else self.read_image(row)
+        image = self._read(row, reduction(view, size)) if reduces else self.read_image(row)
         view, boxes = scale_view(view, boxes, image.shape[2] / width, image.shape[1] / height)
-        return transform.render(image, view, boxes, labels)
+        return self.transform.render(image, view, boxes, labels, size)
 
     def read_image(self, row: int) -> Tensor:
         """The picture (3, H, W) uint8 of a row, from the cache if it is there. Raises UnreadableImage."""

@@ -85,6 +85,7 @@ class Tree:
         parts = loose(bare_name).split("/")
         candidates = self.by_stem.get((kind, parts[-1]), [])
         least = 1 if len(parts) == 1 or re.match(r"/|[A-Za-z]:", name) else 2
+        # The folders of another machine are dropped one by one, until what is left is here.
         fitting: list[str] = []
         while not fitting and len(parts) >= least:
             end = "/" + "/".join(parts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from operator import itemgetter
 from typing import NamedTuple
@@ -66,16 +65,10 @@ class TrainTransform:
         self.flip = v2.RandomHorizontalFlip(p=augment.flip)
         self.sanitize = v2.SanitizeBoundingBoxes(labels_getter=itemgetter(2))
 
-    def at(self, image_size: int) -> TrainTransform:
-        """The same transform for another image size."""
-        other = copy.copy(self)
-        other.image_size = image_size
-        return other
-
     def __call__(self, image: Tensor, boxes: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
         height, width = image.shape[-2:]
         view, boxes, labels = self.choose(width, height, boxes, labels)
-        return self.render(image, view, boxes, labels)
+        return self.render(image, view, boxes, labels, self.image_size)
 
     def choose(self, width: int, height: int, boxes: Tensor, labels: Tensor) -> tuple[View, Tensor, Tensor]:
         """A random view of a picture of that size, and the objects in it. Needs no pixels yet."""
@@ -85,20 +78,15 @@ class TrainTransform:
             boxes, labels = boxes[inside], labels[inside]
         return view, boxes, labels
 
-    def reduction(self, view: View) -> int:
-        """The largest of 1, 2, 4 and 8 by which the picture can be reduced before `view` has to be enlarged."""
-        return next((by for by in (8, 4, 2) if min(view.width, view.height) >= by * self.image_size), 1)
-
-    def render(self, image: Tensor, view: View, boxes: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        """The sample that shows `view`; `view` and `boxes` are in pixels of `image`."""
-        patch, boxes, padding = resize_view(image, boxes, view, self.image_size)
+    def render(self, image: Tensor, view: View, boxes: Tensor, labels: Tensor, size: int) -> tuple[Tensor, ...]:
+        """The sample of `size` pixels a side that shows `view`; `view` and `boxes` are in pixels of `image`."""
+        patch, boxes, padding = resize_view(image, boxes, view, size)
         # Distorted before it is padded: the fill keeps its grey.
         patch = patch if self.distort_later else self.distort(patch)
         image, boxes = F.pad(patch, padding, fill=GREY), F.pad(boxes, padding)
         settings = []
         if self.distort_later:
             left, top, right, bottom = padding
-            size = self.image_size
             corners = [left, top, size - right, size - bottom]
             region = tv_tensors.BoundingBoxes([corners], format="XYXY", canvas_size=(size, size))
             image, boxes, region = self.flip(image, boxes, region)
@@ -106,7 +94,7 @@ class TrainTransform:
         else:
             image, boxes = self.flip(image, boxes)
         image, boxes, labels = self.sanitize(image, boxes, labels)
-        return image.as_subclass(Tensor), boxes.as_subclass(Tensor) / self.image_size, labels, *settings
+        return image.as_subclass(Tensor), boxes.as_subclass(Tensor) / size, labels, *settings
 
 
 def draw_distortion(rule: v2.RandomPhotometricDistort) -> Tensor:
@@ -215,6 +203,11 @@ def scale_view(view: View, boxes: Tensor, x: float, y: float) -> tuple[View, Ten
     left, right = round(view.left * x), round((view.left + view.width) * x)
     top, bottom = round(view.top * y), round((view.top + view.height) * y)
     return View(left, top, right - left, bottom - top), boxes * boxes.new_tensor([x, y, x, y])
+
+
+def reduction(view: View, size: int) -> int:
+    """The largest of 1, 2, 4 and 8 by which a picture can be reduced before `view` has to be enlarged to `size`."""
+    return next((by for by in (8, 4, 2) if min(view.width, view.height) >= by * size), 1)
 
 
 def resize_view(
