@@ -288,8 +288,8 @@ def validate_shares(config: Config, stage: str, processes: int) -> None:
 def fit_schedules(config: Config, stage: str, planned: int, typed: Collection[str]) -> list[str]:
     """Bring what begins after the last epoch of `stage` ("supernet" or "final") before it, and say so.
 
-    A schedule for `planned` epochs keeps its proportions; of boundaries that coincide, the last one counts. Raises
-    UserError if it does not fit these either, or is among the keys that the user gave, `typed`.
+    A schedule for `planned` epochs keeps its proportions. Raises UserError if it does not fit these either, or is among
+    the keys that the user gave, `typed`.
     """
     settings = getattr(config, stage)
     rate = settings.lr_schedule
@@ -304,6 +304,7 @@ def fit_schedules(config: Config, stage: str, planned: int, typed: Collection[st
     if given or planned <= settings.epochs or max(itertools.chain(*begins.values())) > planned:
         fail(late, f"epochs up to {stage}.epochs, which is {settings.epochs}", begins[late])
     factor = settings.epochs / planned
+    # Of boundaries that fall on one epoch, the last stays: what opens later includes what was open before.
     for schedule in schedules.values():
         moved = {1 + int((b - 1) * factor): v for b, v in zip(schedule.boundary, schedule.value, strict=True)}
         schedule.boundary, schedule.value = list(moved), list(moved.values())

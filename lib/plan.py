@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from posixpath import exists
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -139,10 +140,12 @@ def propose_priors(
     scales, ratios = fit_priors(*objects_of(split), sizes, pairs, threshold, head.clip is True)
     priors = prior_boxes(sizes, scales, ratios, head.clip, squares=False)
     after = coverage_of(split, priors, threshold)
-    shares = [row for row in zip(before, after, annotations.classes, strict=True) if row[0] == row[0]]  # not NaN
-    if sum(row[1] - row[0] for row in shares) <= 0 or min(row[1] for row in shares) < min(shares)[0]:
+    gains = [new - old for old, new in zip(before, after, strict=True) if new >= 0]  # NaN: a class without objects
+    # Other priors must pay: on average over the classes, and not at the cost of the worst one.
+    if sum(gains) <= 0 or np.nanmin(after) < np.nanmin(before):
         return head, [*report, "prior boxes fitted to the data cover no more"]
-    changes = ", ".join(f"{name} {old:.1%} -> {new:.1%}" for old, new, name in shares)
+    rows = zip(annotations.classes, before, after, strict=True)
+    changes = ", ".join(f"{name} {old:.1%} -> {new:.1%}" for name, old, new in rows if new >= 0)
     report += [
         f"prior boxes fitted to the data at {size} px, {len(priors)} as before: {changes}",
         f"  head.squares: false, head.scales: {scales}, head.aspect_ratios: {ratios}",
