@@ -58,14 +58,17 @@ def postprocess(
     size = scores.shape[1:]
     count = FIRST_CANDIDATES * config.top_k
     found, complete = _detect(_best_candidates(scores, offsets, priors_cxcywh, variances, count), size, config)
+    crowded = (~complete).nonzero().flatten()
+    if len(crowded):  # on the CPU, since a GPU would have to be waited for at each try
+        scores, offsets, priors_cxcywh = scores[crowded].cpu(), offsets[crowded].cpu(), priors_cxcywh.cpu()
     # One by one, which bounds the memory: a few crowded images must not make the batch pay.
-    for i in (~complete).nonzero().flatten().tolist():
-        image = slice(i, i + 1)
+    for row, i in enumerate(crowded.tolist()):
+        image = slice(row, row + 1)
         more = count
         while not complete[i]:
             more *= MORE_CANDIDATES
             candidates = _best_candidates(scores[image], offsets[image], priors_cxcywh, variances, more)
-            found[image], complete[image] = _detect(candidates, size, config)
+            (found[i],), complete[i : i + 1] = _detect(candidates, size, config)
     return found
 
 
