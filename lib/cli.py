@@ -219,12 +219,13 @@ def claim(product: Path, args: argparse.Namespace) -> Iterator[None]:
 
     Raises UserError if it holds an earlier run's `product` that is not resumed; with --dry-run it only says so.
     """
+    # Before the lock: a command that is refused leaves the folder as it was.
+    if product.exists() and not args.resume:
+        text = f"{product} exists: --resume continues that run, --train-dir DIR starts one elsewhere"
+        if not args.dry_run:
+            raise UserError(text)
+        print(f"note: {text}")
     with contextlib.nullcontext() if args.dry_run else checkpoint.lock_folder(product.parent):
-        if product.exists() and not args.resume:
-            text = f"{product} exists: --resume continues that run, --train-dir DIR starts one elsewhere"
-            if not args.dry_run:
-                raise UserError(text)
-            print(f"note: {text}")
         yield
 
 
