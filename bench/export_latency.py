@@ -5,7 +5,7 @@
 From a resized picture to detections after NMS, at the same input size, number of classes and thresholds, batch 1, on
 noise: best.pt in PyTorch, and what final_train.py --export wrote beside it, each in its runtime. torchvision's weights
 are random, and each of its prior boxes is sure of the background, so that nothing enters its NMS, which can only
-flatter it. torch's newer exporter cannot export its NMS, so the tracing one is used. The files take turns.
+flatter it; the tracing exporter is used, since the newer one cannot export NMS. The files take turns.
 """
 
 import tempfile
@@ -24,7 +24,7 @@ from lib.detector import Detector, load_detector
 from lib.inference import load
 from lib.runtime import run
 
-FILES = ("best.pt", "detector.onnx", "detector_int8.onnx", "detector.xml", "detector.tflite")
+FILES = ("best.pt", "detector.onnx", "detector_int8.onnx", "detector.xml", "detector_raw.tflite")
 PEER = "torchvision's ssdlite"
 
 
@@ -51,7 +51,7 @@ def main() -> None:
         rows = [
             {
                 "file": name,
-                "MB": sum(part.stat().st_size for part in (path, path.with_suffix(".bin")) if part.exists()) / 1e6,
+                "MB": (path.with_suffix(".bin") if path.suffix == ".xml" else path).stat().st_size / 1e6,  # the weights
                 "ms": common.spread(1e3 * seconds[name]),
                 "of torchvision's time": common.ratio(seconds[name], seconds[PEER]),
             }
