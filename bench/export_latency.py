@@ -4,8 +4,8 @@
 
 From a resized picture to detections after NMS, at the same input size, number of classes and thresholds, batch 1, on
 noise: best.pt in PyTorch, and what final_train.py --export wrote beside it, each in its runtime. torchvision's weights
-are random, and each of its prior boxes is sure of the background, so that nothing enters its NMS, which can only
-flatter it; the tracing exporter is used, since the newer one cannot export NMS. The files take turns.
+are random and its prior boxes sure of the background, so that nothing enters its NMS, which can only flatter it; the
+tracing exporter is used, since the newer one cannot export NMS. The files take turns.
 """
 
 import tempfile
@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 
-from lib import UserError
 from lib.converters import open_session, require
 from lib.detector import Detector, load_detector
 from lib.inference import load
@@ -35,9 +34,7 @@ def main() -> None:
     require("onnx", "onnxscript", "onnxruntime")
     clock = common.begin(args)
     files = {name: args.load / name for name in FILES if (args.load / name).is_file()}
-    if "best.pt" not in files:
-        raise UserError(f"{args.load}: no best.pt here, which final_train.py writes")
-    detector = load_detector(files["best.pt"])
+    detector = load_detector(args.load)
     size = detector.genotype.image_size
     pixels = np.random.default_rng(0).integers(0, 256, (1, 3, size, size), dtype=np.uint8)
     with tempfile.TemporaryDirectory() as folder:
@@ -45,8 +42,8 @@ def main() -> None:
         runs = {name: common.timed(partial(detect[name], torch.from_numpy(pixels)), clock) for name in files}
         files[PEER] = Path(folder) / "ssdlite.onnx"
         export_torchvision(detector, files[PEER])
-        image = (pixels[0] / 255).astype(np.float32)
-        runs[PEER] = common.timed(partial(open_session(files[PEER]).run, None, {"images": image}), clock)
+        images = {"images": np.float32(pixels[0] / 255)}
+        runs[PEER] = common.timed(partial(open_session(files[PEER]).run, None, images), clock)
         seconds = common.take_turns(runs, args.rounds, warm_up=30)
         rows = [
             {
