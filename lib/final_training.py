@@ -60,7 +60,7 @@ def supernet_path(config: Config, source: dict, load: Path | None) -> Path:
         return supernet_checkpoint(Path(named))
     searched = source.get("supernet", {})
     if not searched.get("path"):
-        raise UserError("the genotype names no supernet: name its run with --load DIR, or use --from-scratch")
+        raise UserError("the genotype file names no supernet: --load DIR names the run of one")
     path = supernet_checkpoint(Path(searched["path"]))
     if "sha256" in searched and checkpoint.sha256(path) != searched["sha256"]:
         say(f"note: {path} has changed since the search")
