@@ -33,7 +33,7 @@ def test_a_supernet_that_is_named_goes_before_that_of_the_search(tiny_config, tm
     assert [path.parent.name for path in found] == ["flag", "key"] and not capsys.readouterr().out
     assert supernet_path(tiny_config(), source, None).parent.name == "file"
     assert "has changed since the search" in capsys.readouterr().out
-    with pytest.raises(UserError, match="names no supernet: name its run with --load"):
+    with pytest.raises(UserError, match="names no supernet: --load DIR"):
         supernet_path(tiny_config(), {}, None)
 
 
