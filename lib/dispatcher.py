@@ -225,10 +225,14 @@ class WorkerPool(contextlib.AbstractContextManager):
 
     def _replace(self, worker: Worker, reason: str = "") -> None:
         """Queue the jobs of a dead worker, or of one that is overdue by `reason`, again and start its successor."""
+        running = worker.jobs[0] if worker.jobs else None
         how = self._kill(worker)
         # Results that the worker sent before it died count.
         self._drain(worker)
-        if worker.jobs:
+        if reason and worker.jobs and worker.jobs[0] != running:
+            # The overdue job ended at the last moment, and the next one is not to blame.
+            self._waiting.extendleft(reversed(worker.jobs))
+        elif worker.jobs:
             # Jobs run in order, so the first one left was running: only that attempt failed.
             culprit, *others = worker.jobs
             self._waiting.extendleft(reversed(others))

@@ -19,7 +19,7 @@ from lib import checkpoint, cli
 from lib.config_io import to_dict
 from lib.controllers import pareto_front
 from lib.genotype import Genotype
-from lib.log import duration, finite
+from lib.log import duration, finite, say
 from lib.scoring import CONFIDENCE
 from lib.search import COSTS, FRONT_TABLE, Search, cost_text, front_table
 
@@ -52,7 +52,10 @@ def write_results(search: Search, folder: Path, top: int = 0) -> None:
             files[name] = {**head, "front": [genotype_file(record) for record in records]}
     for name, content in files.items():
         checkpoint.write_text(folder / name, json.dumps(content, indent=1) + "\n")
-    checkpoint.write_text(folder / "report.html", search_page(search, folder))
+    try:
+        checkpoint.write_text(folder / "report.html", search_page(search, folder))
+    except Exception as error:  # a page that cannot be drawn must not end a search
+        say(f"{folder / 'report.html'}: not drawn: {type(error).__name__}: {error}")
 
 
 PAGE = Template("""<!DOCTYPE html>

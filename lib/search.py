@@ -281,8 +281,11 @@ class Search:
         # Records of another search may be about another objective, and those of resamples = 0 have none.
         if any(each.get("objective") != self.settings.objective for each in pair):
             return None
-        scores, best = (unpack(each["resampled"][str(each["images"])]) for each in pair)
-        if scores.shape != best.shape:
+        try:
+            scores, best = (unpack(each["resampled"][str(each["images"])]) for each in pair)
+        except (KeyError, TypeError, ValueError):  # a ledger may come from elsewhere
+            return None
+        if scores.shape != best.shape or not scores.size:
             return None
         behind = interval(best - scores)
         return Noise(interval(scores), behind, tie=behind[0] <= 0)

@@ -182,6 +182,19 @@ def test_a_worker_killed_from_outside_is_replaced(make, tmp_path):
         assert take(dispatcher, 1)[0].value == 1
 
 
+def test_a_job_that_ends_when_its_time_is_up_has_its_result_and_no_other_is_blamed(make, tmp_path):
+    with make(setup, (), ["cpu"]) as dispatcher:
+        dispatcher.submit("first", ("echo", 0))
+        take(dispatcher, 1)  # the worker is ready
+        dispatcher.submit("late", ("echo", 1))
+        dispatcher.submit("next", ("wait", tmp_path / "go"))
+        wait_for((tmp_path / "go.runs").exists)
+        dispatcher._replace(dispatcher._workers[0], "no result within 1 s")
+        assert not dispatcher._failures
+        (tmp_path / "go").touch()
+        assert {r.job_id: r.error for r in take(dispatcher, 2)} == {"late": None, "next": None}
+
+
 def test_an_innocent_job_is_not_blamed_for_the_one_behind_it(make, monkeypatch):
     monkeypatch.setattr(make, "MAX_AHEAD", 3)
     with make(setup, (), ["cpu"]) as dispatcher:

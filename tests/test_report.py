@@ -193,6 +193,15 @@ def test_the_noise_and_the_next_best_are_written(tmp_path):
     assert scores == sorted((r["metrics"]["AP"] for r in search.told), reverse=True)[:7]
 
 
+def test_a_page_that_cannot_be_drawn_ends_no_search(tmp_path, capsys):
+    (tmp_path / "report.html").write_text("the last one")
+    records = make_records(5)
+    del records[0]["seconds"]  # as a ledger from elsewhere may have it
+    write_results(make_search(records), tmp_path)
+    assert "report.html: not drawn: KeyError: 'seconds'" in capsys.readouterr().out
+    assert (tmp_path / "report.html").read_text() == "the last one"
+
+
 def test_the_table_of_the_front_stays_on_the_page(tmp_path, undrawn, told):
     search = make_search(told)
     front = [Genotype.from_dict(record["genotype"]) for record in search.front()]

@@ -122,6 +122,8 @@ def test_ties_with_the_best_are_those_whose_paired_interval_holds_zero(tmp_path)
         assert interval[0] < record["metrics"]["AP"] < interval[1]
         assert behind[0] == pytest.approx(best - record["metrics"]["AP"], abs=1e-4)
     assert search.noise({**front[0], "objective": "mAP"}) is None
+    for strange in ({}, {"40": 7}, {"40": "x"}, {"40": ""}):  # of a ledger from elsewhere
+        assert search.noise({**front[0], "resampled": strange}) is None
 
 
 def test_the_front_of_a_search_on_a_part_is_scored_on_all_images_once(tmp_path):
