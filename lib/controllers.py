@@ -255,5 +255,6 @@ class Budget:
         parts = []
         for cost, (low, high) in self._limits.items():
             least, most = (self._costs(genotype)[cost] for genotype in (smallest, largest))
-            parts.append(f"{cost} from {low:.4g} to {high:.4g} (sub-networks have {least:.4g} to {most:.4g})")
+            keys = " and ".join(f"search.{key}" for key in LIMIT_KEYS[cost])
+            parts.append(f"{cost} from {low:.4g} to {high:.4g} (sub-networks have {least:.4g} to {most:.4g}; {keys})")
         return ", ".join(parts) or "none"

@@ -208,6 +208,8 @@ def find_own_ids(paths: Sequence[Path], data: DataConfig) -> dict[Path, int | st
         for i, path in enumerate(map(Path, annotations.paths)):
             if path.name in names and path.resolve() in real:
                 own_ids.setdefault(real[path.resolve()], annotations.image_id(i))
+        if len(own_ids) == len(real):
+            break
     return own_ids
 
 

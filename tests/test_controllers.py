@@ -405,7 +405,7 @@ def test_out_of_reach_is_an_error_that_names_the_range(side):
         return RandomSearch(SearchConfig(), SPACE, 0, budget).ask()
 
     beyond, just = {"min": (values[-1] + 1, values[-1]), "max": (values[0] - 1, values[0])}[side]
-    words = f"{beyond:.4g}.* (sub-networks have {values[0]:.4g} to {values[-1]:.4g})"
+    words = f"{beyond:.4g}.* (sub-networks have {values[0]:.4g} to {values[-1]:.4g}; search.min_flops and .*max_flops)"
     with pytest.raises(UserError, match=".*".join(map(re.escape, words.split(".*")))):
         ask(beyond)
     assert flops(ask(just)) == just  # what one sub-network meets

@@ -331,6 +331,7 @@ def test_pictures_of_the_data_set_have_its_own_ids(tmp_path, capsys):
     link = tmp_path / "link.jpg"
     link.symlink_to(tmp_path / "voc" / "JPEGImages" / "q.jpg")
     assert find_own_ids([link], voc) == {link: "q"} and find_own_ids(pictures, voc) == {}
+    assert not capsys.readouterr().out  # nothing is said of training data, which that picture does not need
     (tmp_path / "voc" / "Annotations" / "q.xml").unlink()
     assert find_own_ids([link], voc) == {} and "note: no image ids of the test annotations" in capsys.readouterr().out
     missing = dataclasses.replace(voc, dataset_type="shapes", root=str(tmp_path / "voc" / "JPEGImages"))
