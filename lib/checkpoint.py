@@ -185,6 +185,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
     with file:
         try:
             lock(file, wait=False)
+            if not (path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))):
+                raise BlockingIOError  # its last holder has removed it, and the next locks another file
         except BlockingIOError:
             file.seek(0)
             remedy = "wait for it to end, or use another folder (--train-dir)"

@@ -19,7 +19,7 @@ from lib.labels import SPLIT_OF, Faults, loose, slashes, split_of, stem, suffix_
 # Pictures in these folders are the masks of others.
 MASKS = {"segmentationclass", "segmentationobject", "mask", "masks", "trimaps"}
 ONE_OF_MANY = "other"  # VOC has two sets for each class, such as cat_train
-IMAGE_SET = re.compile(r"((?:[^/]+/){0,2})ImageSets/(?:Main/)?([^/]+)\.txt")  # some tools leave Main out
+IMAGE_SET = re.compile(r"((?:[^/]+/){0,2})ImageSets/(Main/)?([^/]+)\.txt")  # some tools leave Main out
 LABEL_COLUMN = re.compile(r"\s+(-1|0|1)$")  # of the image sets of one class
 EXPECTED = (
     "VOC (ImageSets/Main/*.txt, or an XML file for each picture), COCO (a JSON file with images, annotations and "
@@ -71,7 +71,7 @@ class Tree:
                 path = name if below == "." else f"{below}/{name}"
                 self.files[kind].append(path)
                 if kind in ("pictures", ".xml"):
-                    self.by_stem[kind, loose(bare(name))].append(path)
+                    self.by_stem[kind, basename(loose(bare(name)))].append(path)
         self.pictures = self.files["pictures"]
 
     def find(self, name: str, beside: str = "", kind: str = "pictures") -> str | None:
@@ -81,8 +81,8 @@ class Tree:
         machine, may lose them all. Of several files the one that fits the label file `beside` best; None if that does
         not tell.
         """
-        bare_name = stem(name)
-        parts = loose(bare_name).split("/")
+        wanted = stem(name).split("/")
+        parts = loose(stem(name)).split("/")
         candidates = self.by_stem.get((kind, parts[-1]), [])
         least = 1 if len(parts) == 1 or re.match(r"/|[A-Za-z]:", name) else 2
         # The folders of another machine are dropped one by one, until what is left is here.
@@ -98,7 +98,8 @@ class Tree:
         def unlike(path: str) -> tuple:
             folders, suffix = dirname(path), suffix_of(path)
             return (
-                not f"/{bare(path)}".endswith(f"/{basename(bare_name)}"),  # but for case, accents, quotes
+                # How many parts from the end are spelt exactly so, and not only but for case, accents, quotes.
+                -sum(f"/{bare(path)}".endswith("/" + "/".join(wanted[-n:])) for n in range(1, len(wanted) + 1)),
                 basename(path) != basename(name),
                 basename(path) != filename,
                 split_of(folders) != split_of(beside),
@@ -190,8 +191,9 @@ def _divide(found: Found, data: DataConfig) -> tuple[list[str], list[str], list[
 
 def _voc_lists(tree: Tree, data: DataConfig, faults: Faults) -> Found | None:
     """Image sets of a VOCdevkit ("VOC2007/trainval") or a bare folder ("trainval")."""
-    found = [(IMAGE_SET.fullmatch(path), path) for path in tree.files[".txt"]]
-    file_of = {match[1] + match[2]: path for match, path in found if match}
+    found = list(filter(None, map(IMAGE_SET.fullmatch, tree.files[".txt"])))
+    # Beside Main there may be other lists, such as one of the classes.
+    file_of = {match[1] + match[3]: match[0] for match in [match for match in found if match[2]] or found}
     # A single set trains, whatever it is called.
     unknown = ONE_OF_MANY if len(file_of) > 1 else "train"
     splits = {name: SPLIT_OF.get(basename(name).lower(), unknown) for name in file_of}
@@ -258,7 +260,7 @@ def _voc_files(tree: Tree, data: DataConfig, faults: Faults) -> Found | None:
                 faults.add("picture", "missing", f"{tree.root / xml}: the picture that it belongs to is not there")
         return found
 
-    annotated = {loose(basename(bare(xml))) for xml in tree.files[".xml"]}
+    annotated = {basename(loose(bare(xml))) for xml in tree.files[".xml"]}
     if rest := sum(name not in annotated for kind, name in tree.by_stem if kind == "pictures"):
         faults.notes.append(f"{tree.root}: {rest} pictures have no XML file, so they were not annotated: left out")
     return Found("voc", "VOC, an XML file for each picture", splits, pairs)

@@ -294,6 +294,12 @@ def test_one_process_at_a_time_writes_to_a_folder(tmp_path):
         assert (folder / ".lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
+def test_a_lock_that_its_last_holder_removes_meanwhile_does_not_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "lock", lambda file, wait: Path(file.name).unlink())
+    with pytest.raises(UserError, match="in use by another process"), lock_folder(tmp_path / "new"):
+        pass
+
+
 def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
     def refuse(*_):
         raise OSError(95, "Operation not supported")

@@ -11,6 +11,7 @@ from tiny_data import write_coco, write_picture, write_voc
 from lib import UserError
 from lib.config import DataConfig
 from lib.datasets import load_annotations
+from lib.layouts import Tree
 from lib.plan import same_pictures
 
 TRAIN = {f"p{i}": [("cat", 5, 5, 30, 25), ("dog", 20, 4, 40, 28)][: i % 3] for i in range(6)}
@@ -213,6 +214,7 @@ def test_of_pictures_of_one_name_a_coco_file_means_those_of_its_split_and_no_mas
         ("IMG_a", "img_A"),  # Windows ignores case
         ("p%20a", "p a"),  # an address
         ("50%25", "50%25"),  # a name that only looks like one
+        ("http%3A%2F%2Fhost%2Fp", "http%3A%2F%2Fhost%2Fp"),  # of a picture that was downloaded
     ],
 )
 def test_names_that_other_systems_spell_otherwise(tmp_path, kind, written, stored):
@@ -236,6 +238,14 @@ def test_names_that_other_systems_spell_otherwise(tmp_path, kind, written, store
     if kind == "COCO" and written != stored:
         write_picture(tmp_path / "pictures" / f"{written} 0.jpg")
         assert Path(load(tmp_path, test_portion=0).paths[0]).name == f"{written} 0.jpg"
+
+
+def test_folders_that_are_spelt_alike(tmp_path):
+    for folder in ("pictures", "Pictures"):
+        write_picture(tmp_path / folder / "a.jpg")
+    tree = Tree(tmp_path)
+    for name in ("pictures/a", "Pictures/a.jpg"):
+        assert tree.find(name) == f"{name[:8]}/a.jpg" == tree.find(f"/elsewhere/{name}")
 
 
 def test_yolo_pictures_that_validate_and_test_do_not_train(tmp_path):
@@ -272,6 +282,8 @@ def test_voc_folders_in_all_their_forms(tmp_path):
     (devkit / "VOC2007/ImageSets/Main/cat_trainval.txt").write_text("VOC2007_1  1\n")
     for root in (tmp_path, devkit):
         assert ids(load(root)) == ["VOC2007_1", "VOC2012_1"] and ids(load(root, "test")) == ["t"]
+    (devkit / "VOC2012/ImageSets/test.txt").write_text("cat\n")  # a list beside Main is no image set
+    assert ids(load(devkit, "test")) == ["t"]
     assert ids(load(devkit / "VOC2007")) == ["VOC2007_1"] and len(load(devkit / "VOC2007").notes) == 1
     assert ids(load(devkit, train_sets=["VOC2012/trainval"])) == ["VOC2012_1"]
     write_voc(tmp_path / "flat", {"a": [("cat", 1, 1, 9, 9)]})
