@@ -34,6 +34,7 @@ SHORTAGES = {
     "data.cache=false), of /dev/shm (docker run --shm-size=2g) or of open files (ulimit -n 65536)",
     "[Oo]ut of memory|an't allocate memory|annot allocate memory|MemoryError": "out of memory: a smaller batch_size "
     "with accumulate in its place, or precision=bf16",
+    "No space left|quota exceeded|File too large": "the disk is full",
 }
 GRACE_SECONDS = 10  # that a loader process goes on after SIGTERM
 REPETITIONS = 3  # timed calls of a visit, after one that warms up

@@ -323,6 +323,7 @@ def test_closed_streams_and_a_full_disk_are_no_reason_to_stop():
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), "out of memory: a smaller batch"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes."), "out of memory"),
         (RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left"), "--shm-size=2g, or"),
+        (OSError(28, "No space left on device"), "the disk is full"),
         (
             RuntimeError(
                 "Caught RuntimeError in DataLoader worker process 0.\n ...\nunable to mmap 9 bytes </torch_1>"
