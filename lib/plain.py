@@ -162,6 +162,8 @@ def describe(kind: Any) -> str:
     """A type in words: `an integer of at least 1`, `a number from 0 to 1`."""
     if typing.get_origin(kind) is Annotated:
         base, bounds = typing.get_args(kind)
+        if 0 < bounds.low < 1e-9:
+            return f"{describe(base)} above 0"
         if bounds.high == math.inf:
             return f"{describe(base)} of at least {bounds.low:.7g}"
         return f"{describe(base)} from {bounds.low:.7g} to {bounds.high:.7g}"
