@@ -170,7 +170,8 @@ class Training:
         if known != found:
             order = f"expected {', '.join(known)}, in this order, as in {self.last}"
             raise UserError(f"data.classes: {order}, found {', '.join(found)}; {REMEDY}")
-        changed = {name for name, before in payload.get("data", {}).items() if before != self.data.get(name)}
+        saved = check(payload.get("data", {}), dict, f"{self.last}: data")
+        changed = {name for name, before in saved.items() if before != self.data.get(name)}
         if "test" in changed:
             raise UserError(f"data.root: the test data are not those that {self.last} was evaluated on; {REMEDY}")
         if changed:
@@ -179,7 +180,7 @@ class Training:
             self.trainer.load_state_dict(payload, payload["config"][self.stage].get("batch_size"))
             losses = payload.get("losses", {"sums": {}, "batches": 0})  # earlier versions have none
             self.sums, self.counted = Counter(losses["sums"]), losses["batches"]
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError) as error:
             # Such as groups of parameters that an earlier version made otherwise.
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{self.last}: does not fit this training: {reason}; {REMEDY}") from None

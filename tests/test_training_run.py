@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import math
 import signal
 from types import SimpleNamespace
 
@@ -406,8 +407,12 @@ def test_a_mistaken_resume_leaves_every_file_as_it_was(begun, name, monkeypatch)
     assert before == {path.name: path.read_bytes() for path in begun.iterdir()}
 
 
-@pytest.mark.parametrize("part", ["config", "classes", "model", "optimizer", "epoch", "batch", "random"])
-@pytest.mark.parametrize("value", [None, {"a": 1}, -1])
+PARTS = ("config", "classes", "model", "optimizer", "epoch", "batch", "random")
+
+
+@pytest.mark.parametrize(
+    ("part", "value"), [*itertools.product(PARTS, [None, {"a": 1}, -1]), ("step", math.inf), ("data", 5)]
+)
 def test_a_part_of_a_checkpoint_that_is_missing_or_nonsense_is_one_line(begun, monkeypatch, part, value):
     payload = checkpoint.read(begun / "last.pt")
     monkeypatch.setattr(checkpoint, "read", lambda path: {k: v for k, v in {**payload, part: value}.items() if v})
