@@ -197,8 +197,9 @@ def lock_folder(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            # An error here, as in a folder that has become read-only, would hide the one that ended the block.
             with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
                 folder.rmdir()  # if it is empty, as after a refusal
 
 
