@@ -176,7 +176,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
     if not distributed.world().main:
         yield
         return
-    path = folder / LOCK
+    path, is_new = folder / LOCK, not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = path.open("a+")
@@ -200,7 +200,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
             # An error here, as in a folder that has become read-only, would hide the one that ended the block.
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
-                folder.rmdir()  # if it is empty, as after a refusal
+                if is_new:
+                    folder.rmdir()  # if it is empty, as after a refusal
 
 
 def remove_leftovers(folder: Path) -> None:

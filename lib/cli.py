@@ -99,7 +99,7 @@ class CommandLine:
         args = self.args
         settings, source = self._lowest_layer(inherited, inherited_from)
         # The folder comes before the rest: with --resume it may hold the configuration.
-        folder = args.train_dir or RUNS / self._plain_name(settings) / (folder_name or self.stage)
+        folder = args.train_dir or RUNS / self._plain_name(settings, source) / (folder_name or self.stage)
         saved = _saved_config(folder) if args.resume else None
         goes_on = saved is not None and self._file is None
         if goes_on:
@@ -131,12 +131,13 @@ class CommandLine:
             settings["name"] = name  # every data set has a folder of its own below runs/
         return settings, f"configs/{path.name}"
 
-    def _plain_name(self, settings: dict) -> str:
-        """The name of the experiment. It becomes a folder below runs/, and `settings` may be a stranger's."""
+    def _plain_name(self, settings: dict, source: str) -> str:
+        """The name of the experiment, a folder below runs/. `settings`, read from `source`, may be a stranger's."""
         name = self.given("name") or settings.get("name")
         plain = isinstance(name, str) and re.fullmatch(r"[^/\\\x00-\x1f]{1,100}", name)
         if not plain or name in (".", "..", POINTER.name):
-            raise UserError(f"name: expected a plain name, which becomes a folder, found {shown(name)}")
+            where = "" if self.given("name") else f"{source}: "
+            raise UserError(f"{where}name: expected a plain name, which becomes a folder, found {shown(name)}")
         return name
 
     def _fit_schedules(self, config: Config, settings: dict, saved: dict | None, folder: Path) -> list[str]:

@@ -309,6 +309,14 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
         assert "this file system has no locks; start no second process" in capsys.readouterr().out
 
 
+def test_an_empty_folder_of_the_user_stays_and_a_new_one_goes(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for folder in (tmp_path / "mine", tmp_path / "new"):
+        with lock_folder(folder):
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
 def test_what_killed_processes_left_over_goes_and_nothing_else(tmp_path):
     others = (".part", ".hidden.part", "notes.part", "last.pt")
     for name in (f".last.pt.{os.getpid()}.part", f".x.{10**30}.part", *others):
