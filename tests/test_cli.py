@@ -104,7 +104,7 @@ def test_a_key_that_was_removed_is_refused_but_old_files_have_it(text):
 @pytest.mark.parametrize("name", ["../../x", "a/b", "", ".", "..", "a\\b", "x" * 300, 7, None, "a\nb"])
 def test_a_foreign_name_cannot_choose_where_to_write(name):
     inherited = tiny() | {"name": name}
-    with pytest.raises(UserError, match="^somewhere: name: expected a plain name"):
+    with pytest.raises(UserError, match=r"^somewhere: name: expected a plain name"):
         resolve("final", inherited=inherited)
 
 
