@@ -10,7 +10,7 @@ import os
 import platform
 import random
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, BinaryIO
 
@@ -111,6 +111,14 @@ def weights(payload: dict, source: Path | str) -> dict[str, torch.Tensor]:
 def holds_numbers(tensor: torch.Tensor) -> bool:
     """Whether a tensor of a file holds real numbers one by one, and is not sparse, quantised or without data."""
     return tensor.is_floating_point() and tensor.layout == torch.strided and not tensor.is_meta
+
+
+def not_finite(tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """The name of the first tensor with a NaN or an infinity in it; None if there is none."""
+    floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    # Read at once: the host waits for a GPU.
+    sound = torch.stack([tensor.isfinite().all() for tensor in floats.values()]).tolist() if floats else []
+    return next((name for name, is_finite in zip(floats, sound, strict=True) if not is_finite), None)
 
 
 def random_states() -> dict:

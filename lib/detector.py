@@ -323,6 +323,7 @@ class TrainingFile(NamedTuple):
     classes: list[str]
     epoch: Annotated[int, Bounds(1)]
     batch: Annotated[int, Bounds(0)]
+    step: Annotated[int, Bounds(0)]
 
 
 class DetectorFile(NamedTuple):
@@ -417,9 +418,8 @@ def detector_checkpoint(path: Path) -> Path | None:
 def load_weights(model: nn.Module, payload: dict, path: Path) -> None:
     """Load the weights of a checkpoint into `model`, or their moving average if the checkpoint has one."""
     weights = checkpoint.weights(payload, path)
-    for key, tensor in weights.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise UserError(f"{path}: {key} is not finite: its training diverged; name an earlier checkpoint")
+    if key := checkpoint.not_finite(weights):
+        raise UserError(f"{path}: {key} is not finite: its training diverged; name an earlier checkpoint")
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

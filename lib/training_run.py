@@ -184,16 +184,14 @@ class Training:
             # Such as groups of parameters that an earlier version made otherwise.
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{self.last}: does not fit this training: {reason}; {REMEDY}") from None
+        if key := checkpoint.not_finite(payload["model"]):
+            raise UserError(f"{self.last}: {key} is not finite{_spare(self.folder)}")
 
     def save(self) -> None:
         """Write last.pt. Raises Diverged, and leaves the file as it was, if a loss or a weight is not finite."""
         self._add(self.trainer.read_losses())
         state = self.state()
-        weights = {key: tensor for key, tensor in state["model"].items() if tensor.is_floating_point()}
-        # Read at once: the host waits for a GPU.
-        finite = torch.stack([tensor.isfinite().all() for tensor in weights.values()]).tolist()
-        if not all(finite):
-            key = list(weights)[finite.index(False)]
+        if key := checkpoint.not_finite(state["model"]):
             raise Diverged(f"epoch {self.trainer.epoch}, step {self.trainer.step}: {key} is no longer finite")
         checkpoint.save(self.last, state)
         self._saved = time.monotonic()

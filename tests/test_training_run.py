@@ -411,7 +411,7 @@ PARTS = ("config", "classes", "model", "optimizer", "epoch", "batch", "random")
 
 
 @pytest.mark.parametrize(
-    ("part", "value"), [*itertools.product(PARTS, [None, {"a": 1}, -1]), ("step", math.inf), ("data", 5)]
+    ("part", "value"), [*itertools.product(PARTS, [None, {"a": 1}, -1]), ("step", math.inf), ("step", -1), ("data", 5)]
 )
 def test_a_part_of_a_checkpoint_that_is_missing_or_nonsense_is_one_line(begun, monkeypatch, part, value):
     payload = checkpoint.read(begun / "last.pt")
