@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from posixpath import basename
+from posixpath import basename, dirname
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lib import UserError, did_you_mean
 from lib.images import read_size
-from lib.labels import OBJECT, Faults, read_coco_json, read_voc_xml, read_yolo_txt, slashes, stem
+from lib.labels import OBJECT, Faults, read_coco_json, read_voc_xml, read_yolo_txt, slashes, split_of, stem
 from lib.layouts import Pair, Tree
 from lib.plain import shown
 
@@ -129,8 +129,14 @@ def read_pairs(
     pictures: list[Picture] = []
     found: list[tuple] = []  # of OBJECT
     number_of: dict[str, int] = {}
-    for name, path, label_file in {pair.picture: pair for pair in pairs}.values():
+    picture_of: dict[Path, str] = {}  # by label file
+    once: dict[str, Pair] = {}
+    for pair in pairs:
+        once.setdefault(pair.picture, pair)
+    for name, path, label_file in once.values():
         try:
+            if label_file and picture_of.setdefault(label_file, path) != path:
+                raise UserError(f"{label_file}: belongs to two pictures, {picture_of[label_file]} and {path}")
             if yolo_names is None:
                 voc = read_voc_xml(label_file, faults)
                 size, objects = voc.size or read_size(path), voc.objects
@@ -184,6 +190,12 @@ def _coco_pictures(path: Path, tree: Tree, images: dict, pictures: list[Picture]
     if not any(files.values()):
         # The names have folders that are not here.
         files = {own_id: tree.find(basename(name), beside) for own_id, (name, _) in images.items()}
+    # A picture that is missing is not that of its name in another split's folder.
+    split_in = {own_id: split_of(dirname(file)) for own_id, file in files.items() if file}
+    if (split := split_of(beside)) and split in split_in.values():
+        for own_id, other in split_in.items():
+            if other not in ("", "trainval", split) and "/" not in images[own_id][0]:
+                files[own_id] = None
     place_of = dict.fromkeys(images, -1)
     used = set()
     for own_id, (name, size) in images.items():
@@ -255,10 +267,20 @@ def assemble(
     objects["image"] = owner[rows]
     objects["label"] = labels[rows]
     truth = _objects(objects, len(pictures))
+    columns = [objects["image"], objects["label"], *objects["box_xyxy"].T]
+    in_order = np.column_stack(columns)[np.lexsort(columns)]
+    if doubled := int((np.diff(in_order, axis=0) == 0).all(1).sum()):
+        notes.append(
+            f"{root}: {doubled} objects stand in the files twice, with the same class and box, and count twice"
+        )
 
     # Annotators draw beyond the edge of an image, and click twice. Training has no use for that; scoring counts it.
     boxes = np.clip(objects["box_xyxy"], 0, np.tile(sizes[objects["image"]], 2))
     keep = (boxes[:, 2:] - boxes[:, :2] > 1).all(1)  # a box of one pixel is how VOC writes "no area"
+    if len(objects) and not keep.any():
+        shares = np.abs(objects["box_xyxy"]).max() <= 1
+        hint = "; they look like shares of the picture, where pixels are expected" if shares else ""
+        raise UserError(f"{root}: none of the {len(objects)} boxes is wider and higher than a pixel{hint}")
     if lost := objects["image"][~keep].tolist():
         notes.append(f"{root}: {len(lost)} boxes without area do not train; the first: {pictures[lost[0]].path}")
     beyond = np.abs(boxes - objects["box_xyxy"]).max(1, initial=0)[keep]

@@ -178,6 +178,8 @@ class CommandLine:
 
 def _with_own_pictures(layer: dict, folder: Path) -> dict:
     """`layer`, for the built-in pictures or for others, with the pictures in the folder that --data names."""
+    if folder.is_file():
+        raise UserError(f"--data {folder}: is a file; expected the folder of a data set, such as {folder.parent}")
     if not folder.is_dir():
         raise UserError(f"--data {folder}: no such folder; the built-in pictures need no --data")
     if config_io.get_key(layer, "data.dataset_type") != "shapes" or (folder / shapes.MARKER).exists():

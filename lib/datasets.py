@@ -75,6 +75,11 @@ def load_annotations(data: DataConfig, split: Literal["train", "test"]) -> Annot
             free = name in theirs and theirs[name] not in known.values()
             known[name] = theirs[name] if free else max(known.values(), default=0) + 1
     annotations = assemble(content, root, classes, faults, split, data.test_portion if cut else None)
+    if bool(annotations.truth.ignore.all()):
+        text = f"{root}: none of the {len(annotations)} {split} images has an object to find"
+        if split == "train":
+            raise UserError(text)
+        annotations.notes.append(text)
     count = len(annotations.classes)
     if data.num_classes not in (0, count):
         names = ", ".join(annotations.classes)

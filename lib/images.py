@@ -23,7 +23,7 @@ from lib import UserError
 from lib.checkpoint import replacing
 
 logger = logging.getLogger(__name__)
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")  # in any case
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")  # in any case
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # told by a file's content, not by its suffix
 MAX_PIXELS = 100_000_000
 WRITTEN_BY = "SSD architecture search --predict"  # in the EXIF data of a picture that `write_picture` signs

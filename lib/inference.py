@@ -112,7 +112,15 @@ class PictureDetector:
 
         Boxes belong to the picture as it is shown, see lib/images.py.
         """
-        image = picture if isinstance(picture, Tensor) else read_picture(str(picture), max_pixels=self.max_pixels)
+        if isinstance(picture, (str, os.PathLike)):
+            image = read_picture(str(picture), max_pixels=self.max_pixels)
+        else:
+            image = picture
+            kind = f"{getattr(image, 'dtype', type(image).__name__)} {tuple(getattr(image, 'shape', ()))}"
+            if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
+                raise UserError(f"expected a picture's file or a torch tensor (3, H, W) uint8 RGB, found {kind}")
+            if not image.numel():
+                raise UserError(f"expected a picture, found {kind}, without a pixel")
         found = to_pixels(self.detect_picture(image), image.shape[2], image.shape[1])
         names = [self.classes[label - 1] for label in found["labels"].tolist()]
         return PictureDetections(found["boxes"], found["scores"], names)

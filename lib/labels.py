@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 import math
+import mmap
 import posixpath
 import re
 import struct
@@ -36,8 +37,13 @@ MOST_SHOWN = 20  # faults of a data set that are named; the others are counted
 SNIFFED = 64 * 1024  # bytes at each end of a JSON file
 LARGEST_SIDE = 1_000_000  # pixels; what is beyond is a mistake
 FARTHEST = 10.0 * LARGEST_SIDE  # a corner beyond this is a mistake as well
-SPLIT_OF = {"train": "train", "training": "train", "default": "train", "trainval": "trainval"}
-SPLIT_OF |= {"val": "val", "valid": "val", "validation": "val", "test": "test", "testing": "test"}
+SPLIT_WORDS = {
+    "train": ("train", "training", "default"),
+    "trainval": ("trainval",),
+    "val": ("val", "valid", "validation", "dev", "eval", "evaluation"),
+    "test": ("test", "testing"),
+}
+SPLIT_OF = {word: split for split, words in SPLIT_WORDS.items() for word in words}
 
 # One object while a file is read: numbers of its picture and its class, a box in continuous pixels from 0, whether the
 # object is ignored, and its area, NaN if the file gives none.
@@ -93,12 +99,13 @@ class Faults:
 
 
 def read_text(path: Path) -> str:
-    """UTF-8 with or without a byte order mark, or UTF-16 with one, else Latin-1, which any file is."""
+    """UTF-8 with or without a byte order mark, or UTF-16 with one, else Windows-1252 or Latin-1, which any file is."""
     data = read_bytes(path, MOST_BYTES)
-    try:
-        return data.decode("utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig")
-    except UnicodeDecodeError:
-        return data.decode("latin-1")
+    utf = "utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+    for encoding in (utf, "cp1252"):
+        with contextlib.suppress(UnicodeDecodeError):
+            return data.decode(encoding)
+    return data.decode("latin-1")
 
 
 def read_lines(path: Path) -> list[str]:
@@ -136,12 +143,16 @@ def stem(name: str) -> str:
 
 def split_of(*paths: str) -> str:
     """ "train", "val" or "test", by the last word in the paths that tells; "" where none does."""
+    last_resort = ""
     for path in paths:
         for part in reversed(path.split("/")):
             for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", stem(part)):
-                if word.lower() in SPLIT_OF:
-                    return SPLIT_OF[word.lower()]
-    return ""
+                word = re.sub("(?<=.)(set|data)$", "", word.lower())
+                if word == "default":  # CVAT's name for no split at all
+                    last_resort = SPLIT_OF[word]
+                elif word in SPLIT_OF:
+                    return SPLIT_OF[word]
+    return last_resort
 
 
 def numbers_of(values: Sequence, low: float, high: float) -> list[float] | None:
@@ -188,9 +199,9 @@ def read_voc_xml(path: Path, faults: Faults) -> VocFile:
         texts = [element.findtext(f"bndbox/{key}") or "" for key in ("xmin", "ymin", "xmax", "ymax")]
         name = class_name(element.findtext("name"))
         corners = numbers_of(texts, -FARTHEST, FARTHEST)
-        if not name or not corners:
+        if not name or not corners or len(element.findall("bndbox")) > 1:
             found = shown([element.findtext("name"), *texts])
-            expected = "expected <name> and the numbers <xmin>, <ymin>, <xmax>, <ymax> in <bndbox>"
+            expected = "expected <name> and the numbers <xmin>, <ymin>, <xmax>, <ymax> in one <bndbox>"
             faults.add("object", "malformed object", f"{path}: malformed object: {expected}, found {found}")
             continue
         x1, y1, x2, y2 = corners
@@ -271,7 +282,8 @@ def read_coco_json(path: Path, faults: Faults) -> CocoFile:
             problem = "expected an 'id' of its own and a 'file_name'"
             faults.add("picture", "malformed entry", f"{path}: malformed image entry {shown(entry)}: {problem}")
             continue
-        images[number] = slashes(name), usable_size(image.get("width"), image.get("height"))
+        name = re.sub(r"(?<=\w)(://[^?]*)\?.*", r"\1", slashes(name))  # an address may end with a signature
+        images[number] = name, usable_size(image.get("width"), image.get("height"))
     categories = _coco_categories(path, document["categories"], category_number, faults)
     return CocoFile(images, categories, objects[usable], list(image_number), list(category_number))
 
@@ -295,13 +307,15 @@ def _coco_categories(path: Path, entries: list, used: dict, faults: Faults) -> d
 
 
 def is_coco(path: Path) -> bool:
-    """Whether the beginning and the end of a JSON file show keys of COCO's."""
-    with contextlib.suppress(OSError), path.open("rb") as file:
-        ends = file.read(SNIFFED)
-        file.seek(max(path.stat().st_size - SNIFFED, 0))
-        ends += file.read()
-        return sum(key in ends for key in (b'"images"', b'"annotations"', b'"categories"')) >= 2
-    return False
+    """Whether a JSON file shows keys of COCO's: at its ends, where most tools write them, or inside."""
+    keys = (b'"images"', b'"annotations"', b'"categories"')
+    content: mmap.mmap | bytes = b""
+    with contextlib.suppress(OSError, ValueError), path.open("rb") as file:  # ValueError: it is empty
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    ends = content[:SNIFFED] + content[-SNIFFED:]
+    found = sum(key in ends for key in keys)
+    # Only a file that shows one of them is read as a whole.
+    return found >= 2 or (found == 1 and sum(content.find(key) >= 0 for key in keys) >= 2)
 
 
 # YOLO.
@@ -330,6 +344,8 @@ def read_yolo_txt(
         box = min(shares[::2]), min(shares[1::2]), max(shares[::2]), max(shares[1::2])
         if len(shares) == 4:
             x, y, width, height = shares
+            faults.swapped += width < 0 or height < 0
+            width, height = abs(width), abs(height)
             box = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
         name = names.get(int(known[0]), f"class {known[0]:g}")
         objects.append((name, tuple(share * side for share, side in zip(box, 2 * size, strict=True)), False))
@@ -351,6 +367,8 @@ def read_yolo_yaml(path: Path) -> tuple[dict[int, str], dict[str, list[str]], in
     if not all(re.fullmatch(r"\d{1,9}", str(key)) for key in names):
         raise UserError(f"{path}: names: expected the numbers of the classes as keys, found {shown(list(names))}")
     base = data.get("path") if isinstance(data.get("path"), str) else ""
+    if not any(posixpath.exists(path.parent / place) for place in (base, posixpath.basename(base))):
+        base = ""  # of another machine
     places: dict[str, list[str]] = {"train": [], "val": [], "test": []}
     for key in ("train", "val", "valid", "test"):
         values = check(data.get(key) or [], str | list[str], f"{path}: {key}")
@@ -369,14 +387,20 @@ def plain_names(source: Path, names: dict) -> dict[int, str]:
 
 def yolo_label(picture: str) -> Path | None:
     """The label file of a picture: in labels/ where the picture is in images/, or beside it."""
-    beside = f"{stem(picture)}.txt"
-    before, images, after = beside.rpartition("/images/")
-    for path in ([f"{before}/labels/{after}"] if images else []) + [beside]:
-        folder, name = posixpath.split(path)
+    folder, name = posixpath.split(picture)
+    parts = folder.split("/")
+    places = []
+    if "images" in map(str.lower, parts):
+        at = len(parts) - 1 - [part.lower() for part in reversed(parts)].index("images")
+        # The sub-folders of labels/ are those of images/, or there are none.
+        for below, word in itertools.product((parts[at + 1 :], []), ("labels", "Labels")):
+            places.append("/".join([*parts[:at], word, *below]))
+    for place in [*places, folder]:
         with contextlib.suppress(OSError):  # no such folder
-            names = _names_in(folder, Path(folder).stat().st_mtime_ns)
-            if found := names.get(name) or names.get(loose(name)):
-                return Path(folder, found)
+            names = _names_in(place, Path(place).stat().st_mtime_ns)
+            for label in (f"{stem(name)}.txt", f"{name}.txt"):
+                if found := names.get(label) or names.get(loose(label)):
+                    return Path(place, found)
     return None
 
 

@@ -7,14 +7,16 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
-from posixpath import basename, dirname, exists
+from posixpath import abspath, basename, dirname, exists
 from typing import Any, NamedTuple
 
 from lib import UserError, did_you_mean, labels
 from lib.config import DataConfig
 from lib.images import SUFFIXES
 from lib.labels import SPLIT_OF, Faults, loose, slashes, split_of, stem, suffix_of
+from lib.plain import shown
 
 # Pictures in these folders are the masks of others.
 MASKS = {"segmentationclass", "segmentationobject", "mask", "masks", "trimaps"}
@@ -73,6 +75,9 @@ class Tree:
                 if kind in ("pictures", ".xml"):
                     self.by_stem[kind, basename(loose(bare(name)))].append(path)
         self.pictures = self.files["pictures"]
+        # Folders of masks repeat the names of the pictures; a folder "mask" may also be that of a class.
+        names = [{_is_mask(path) for path in paths} for (kind, _), paths in self.by_stem.items() if kind == "pictures"]
+        self.has_masks = {True, False} in names
 
     def find(self, name: str, beside: str = "", kind: str = "pictures") -> str | None:
         """The picture (or the XML file) that a label file means by `name`: a path, perhaps without folders or suffix.
@@ -91,6 +96,9 @@ class Tree:
             end = "/" + "/".join(parts)
             fitting = [path for path in candidates if loose(f"{self.root}/{bare(path)}").endswith(end)]
             parts = parts[1:]
+        # A mask does not stand in for a picture that is missing.
+        if self.has_masks and not _is_mask(name) and not _is_mask(beside):
+            fitting = [path for path in fitting if not _is_mask(path)]
         if len(fitting) < 2:
             return fitting[0] if fitting else None
         filename = labels.picture_name(self.root / beside) if suffix_of(beside) == ".xml" else ""
@@ -103,14 +111,26 @@ class Tree:
                 basename(path) != basename(name),
                 basename(path) != filename,
                 split_of(folders) != split_of(beside),
+                folders != dirname(beside),
+                -_common_tail(folders, dirname(beside)),
                 -len(_words(folders) & _words(beside)),
-                not MASKS.isdisjoint(folders.lower().split("/")),
+                len(_words(folders) - _words(beside)),
                 path.count("/"),
                 SUFFIXES.index(suffix) if suffix in SUFFIXES else 0,  # first of all a JPEG
             )
 
         best, second = sorted(fitting, key=unlike)[:2]
         return best if unlike(best) < unlike(second) else None
+
+
+def _is_mask(path: str) -> bool:
+    return not MASKS.isdisjoint(dirname(path).lower().split("/"))
+
+
+def _common_tail(one: str, other: str) -> int:
+    """How many folders two paths have in common, counted from their ends."""
+    pairs = zip(reversed(one.split("/")), reversed(other.split("/")), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _words(path: str) -> set[str]:
@@ -246,10 +266,23 @@ def _voc_files(tree: Tree, data: DataConfig, faults: Faults) -> Found | None:
         picture_of[xml] = tree.find(name, xml) or tree.find(labels.picture_name(tree.root / xml) or name, xml)
     if not any(picture_of.values()):
         return None
+    first: dict[str, str] = {}
+    for xml, picture in picture_of.items():
+        other = first.setdefault(picture, xml) if picture else xml
+        if other != xml and (tree.root / other).read_bytes() != (tree.root / xml).read_bytes():
+            text = f"{tree.root / xml}: {picture} has another XML file, {other}: which one is meant?"
+            faults.add("picture", "annotated twice", text)
     splits = {xml: split_of(dirname(xml), dirname(picture or "")) for xml, picture in picture_of.items()}
     if lists := _lists(tree):
-        listed = {picture: split for split, files in lists.items() for file in files for picture in _listed(tree, file)}
-        splits = {xml: listed.get(picture, "unlisted") for xml, picture in picture_of.items()}
+        split_of_picture = {}
+        for split, file in ((split, file) for split, files in lists.items() for file in files):
+            for line, picture in _listed(tree, file):
+                split_of_picture[picture] = split
+                if not picture:
+                    faults.add("picture", "missing", f"{tree.root / file}: no such image, or several: {shown(line)}")
+        # Lists of the test alone leave the others to train.
+        unlisted = "unlisted" if "train" in lists or "trainval" in lists else "train"
+        splits = {xml: split_of_picture.get(picture, unlisted) for xml, picture in picture_of.items()}
 
     def pairs(chosen: list[str]) -> list[Pair]:
         found = []
@@ -267,20 +300,19 @@ def _voc_files(tree: Tree, data: DataConfig, faults: Faults) -> Found | None:
 
 
 def _lists(tree: Tree) -> dict[str, list[str]]:
-    """Text files that list the pictures of a split by its name, such as train.txt, by split; none without training."""
-    found: dict[str, list[str]] = {split: [] for split in ("trainval", "train", "val", "test")}
+    """Text files that list the pictures of a split by its name, such as train.txt or test_list.txt, by split."""
+    found: dict[str, list[str]] = defaultdict(list)
     for path in tree.files[".txt"]:
-        split = SPLIT_OF.get(basename(path)[: -len(".txt")].lower())
-        if split and next(_listed(tree, path), None):
+        split = SPLIT_OF.get(re.sub("[_-]?(list|set|images|files)?[.]txt$", "", basename(path).lower()))
+        if split and any(picture for _, picture in _listed(tree, path)):
             found[split].append(path)
-    return found if found["train"] or found["trainval"] else {}
+    return dict(found)
 
 
-def _listed(tree: Tree, file: str) -> Iterator[str]:
-    """The pictures that the lines of a list name; a line may go on, with the label file or the number of a class."""
+def _listed(tree: Tree, file: str) -> Iterator[tuple[str, str | None]]:
+    """The lines of a list, each with the picture that it names; it may go on, with a label file or a class's number."""
     for line in map(slashes, labels.read_lines(tree.root / file)):
-        if picture := tree.find(line) or tree.find(line.split()[0]):
-            yield picture
+        yield line, tree.find(line) or tree.find(line.split()[0])
 
 
 # COCO.
@@ -309,33 +341,50 @@ def _coco(tree: Tree, data: DataConfig, faults: Faults) -> Found | None:
 
 
 def _yolo_yaml(tree: Tree, data: DataConfig, faults: Faults) -> Found | None:
+    found = {}
     for path in (name for name in tree.files[".yaml"] + tree.files[".yml"] if name.count("/") < 2):
         try:
-            names, places, keypoints = labels.read_yolo_yaml(tree.root / path)
+            description = labels.read_yolo_yaml(tree.root / path)
         except UserError:
             if data.dataset_type == "yolo" or path == "data.yaml":
                 raise
             continue
-        if places["train"] or places["val"]:
-            return _yolo(tree, path, names, places, faults)._replace(keypoints=keypoints)
-    return None
+        if description[1]["train"] or description[1]["val"]:
+            found[path] = description
+    if not found:
+        return None
+    first, *others = [path for path in found if stem(path) in ("data.yaml", "data.yml")] or found
+    for other in others:
+        if (dirname(other), found[other]) != (dirname(first), found[first]):
+            raise UserError(
+                f"{tree.root}: {first} and {other} describe two data sets: keep one (--data names its folder)"
+            )
+    names, places, keypoints = found[first]
+    return _yolo(tree, first, names, places, faults)._replace(keypoints=keypoints)
 
 
 def _yolo_files(tree: Tree, data: DataConfig, faults: Faults) -> Found | None:
     texts = tree.files[".txt"]
     files = [name for name in texts if basename(name) == "classes.txt"] + tree.files[".names"]
     labelled = texts and any(labels.yolo_label(str(tree.root / name)) for name in tree.pictures)
-    if not labelled or not (files or data.classes or any("labels" in name.split("/") for name in texts)):
+    if not labelled or not (files or data.classes or any("labels" in name.lower().split("/") for name in texts)):
         return None
     if not files and not data.classes:
         raise UserError(f"{tree.root}: YOLO labels without class names: add data.yaml or classes.txt, or data.classes")
+    for other in files[1:]:
+        if labels.read_lines(tree.root / other) != labels.read_lines(tree.root / files[0]):
+            raise UserError(f"{tree.root}: {files[0]} and {other} list other classes, or in another order: keep one")
     source = files[0] if files else ""
     classes = labels.read_text(tree.root / source).rstrip().splitlines() if files else data.classes
     names = labels.plain_names(tree.root / source, dict(enumerate(classes)))
     # Lists by their usual names, as darknet's, or all pictures by the names of their folders.
-    places: dict[str, list[str]] = _lists(tree) or defaultdict(list)
-    for path in () if places else tree.pictures:
-        places[split_of(dirname(path))].append(path)
+    places = _lists(tree)
+    if "train" not in places and "trainval" not in places:
+        listed = {picture for files in places.values() for file in files for _, picture in _listed(tree, file)}
+        by_folder = not places
+        for path in tree.pictures:
+            if path not in listed:
+                places.setdefault(split_of(dirname(path)) if by_folder else "train", []).append(path)
     return _yolo(tree, source, names, places, faults)
 
 
@@ -346,7 +395,8 @@ def _yolo(tree: Tree, source: str, names: dict[int, str], places: Mapping[str, l
     splits: dict[str, str] = {}
     for split, values in places.items():
         for value in values:
-            if _locate(bases, value) is None:
+            place = _locate(bases, value)
+            if place is None:
                 if split == "train":
                     raise UserError(f"{file}: train: no folder or list '{value}' here")
                 faults.notes.append(f"{file}: {split}: no folder or list '{value}'")
@@ -354,6 +404,8 @@ def _yolo(tree: Tree, source: str, names: dict[int, str], places: Mapping[str, l
                 faults.notes.append(f"{file}: {split}: not test data, since it is the training data: '{value}'")
             else:
                 splits[value] = split
+                if place not in [base / value for base in bases] or tree.root not in (place, *place.parents):
+                    faults.notes.append(f"{file}: {split}: '{value}' is {place}")
 
     def pairs(chosen: list[str]) -> list[Pair]:
         pictures: dict[str, None] = {}  # each once, in order
@@ -364,14 +416,31 @@ def _yolo(tree: Tree, source: str, names: dict[int, str], places: Mapping[str, l
                 pictures[str(place)] = None
             else:
                 for line in map(slashes, labels.read_lines(place)):
-                    pictures[str(_locate([place.parent, *bases], line) or place.parent / line)] = None
+                    path = _locate([place.parent, *bases], line) or tree.root / (tree.find(line) or line)
+                    pictures[str(path)] = None
         found = [Pair(stem(basename(name)), name, labels.yolo_label(name)) for name in pictures]
+        if orphans := _without_picture(tree, found):
+            faults.notes.append(f"{file}: {len(orphans)} label files belong to no picture, the first: {orphans[0]}")
         if found and not any(pair.label for pair in found):
+            if not exists(found[0].picture):
+                raise UserError(f"{found[0].picture}: no such picture, which {_few(chosen)} names")
             where = "in a folder labels/ beside images/ or next to it"
-            raise UserError(f"{file}: none of {len(found)} pictures has a label file, {found[0].name}.txt, {where}")
+            text = f"none of {len(found)} pictures of {_few(chosen)} has a label file, {found[0].name}.txt, {where}"
+            raise UserError(f"{file}: {text}")
         return found
 
     return Found("yolo", f"YOLO, {source or 'a text file for each picture'}", splits, pairs, names)
+
+
+def _without_picture(tree: Tree, pairs: Sequence[Pair]) -> list[Path]:
+    """The YOLO label files beside those of some pictures that belong to no picture."""
+    names = {loose(stem(basename(pair.picture))) for pair in pairs} | {name for _, name in tree.by_stem}
+    found = []
+    for folder in sorted({pair.label.parent for pair in pairs if pair.label}):
+        for text in sorted(folder.glob("*.txt")):
+            if loose(stem(text.stem)) not in names and re.match(r"\d+(\s[\d.]+){4}", labels.read_text(text)):
+                found.append(text)
+    return found
 
 
 def _locate(bases: Sequence[Path], value: str) -> Path | None:
@@ -380,4 +449,12 @@ def _locate(bases: Sequence[Path], value: str) -> Path | None:
     # Not down to the bare name of a picture or of images/, which may be another one.
     starts = [i for i in range(1, len(parts)) if i < len(parts) - 1 or split_of(parts[i])]
     ends = [value, *("/".join(parts[start:]) for start in starts)]
-    return next((base / end for end in ends for base in bases if exists(base / end)), None)
+    # --data names the folder: what lies in it comes before what data.yaml names elsewhere on this machine.
+    root = abspath(bases[-1])
+    outside = None
+    for path in (base / end for end in ends for base in bases):
+        if exists(path):
+            if abspath(path).startswith(f"{root}/"):
+                return path
+            outside = outside or path
+    return outside

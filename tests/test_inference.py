@@ -83,6 +83,22 @@ def test_a_folder_a_string_and_a_tensor_do_as_well(tiny_checkpoint, picture):
         assert one == other if isinstance(one, list) else torch.equal(one, other)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        torch.zeros(3, 8, 8),  # values in [0, 1] would find nothing, without a word
+        torch.zeros(8, 8, 3, dtype=torch.uint8),
+        torch.zeros(1, 3, 8, 8, dtype=torch.uint8),
+        torch.zeros(3, 0, 8, dtype=torch.uint8),
+        torch.zeros(3, 8, 8, dtype=torch.uint8).numpy(),
+        None,
+    ],
+)
+def test_what_is_no_picture_is_refused_in_one_line(tiny_checkpoint, wrong):
+    with pytest.raises(UserError, match=r"^expected a picture.*, found "):
+        load(tiny_checkpoint)(wrong)
+
+
 def test_an_exported_file_gives_the_same(tiny_checkpoint, exported, picture):
     theirs, mine = load(tiny_checkpoint)(picture), load(exported / "detector.onnx")(picture)
     assert len(mine.scores) == len(theirs.scores)

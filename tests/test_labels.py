@@ -11,7 +11,7 @@ from tiny_data import read_coco, read_label, write_picture
 from lib import UserError
 from lib.config import DataConfig
 from lib.datasets import load_annotations
-from lib.labels import Faults, class_name, read_lines, read_voc_xml, read_yolo_txt, read_yolo_yaml
+from lib.labels import Faults, class_name, read_lines, read_voc_xml, read_yolo_txt, read_yolo_yaml, split_of
 from lib.layouts import Pair
 
 
@@ -278,3 +278,24 @@ def test_all_faults_come_in_one_list(tmp_path):
         UserError, match=r"30 of 30 objects left out \(30 malformed object\), more than data.max_skipped=0.1"
     ):
         load_annotations(DataConfig(root=str(tmp_path), on_error="skip"), "train")
+
+
+@pytest.mark.parametrize(
+    ("paths", "split"),
+    [
+        (("trainset/a.jpg",), "train"),
+        (("testdata/x",), "test"),
+        (("dev/a.xml", "images"), "val"),
+        (("train/default/a",), "train"),
+        (("test/default/a",), "test"),
+        (("default/a",), "train"),
+        (("dataset/asset/a",), ""),
+    ],
+)
+def test_words_of_a_split(paths, split):
+    assert split_of(*paths) == split
+
+
+def test_windows_writes_quotes_where_latin1_has_line_breaks(tmp_path):
+    (tmp_path / "classes.txt").write_bytes("men’s shoe\nand…more\n".encode("cp1252"))
+    assert read_lines(tmp_path / "classes.txt") == ["men’s shoe", "and…more"]

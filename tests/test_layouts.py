@@ -83,6 +83,8 @@ def as_read(root, kind, train=TRAIN, test=TEST):
         lambda split, name: (f"{split}_zip/{split}/{name}.jpg", f"{split}_zip/{split}/{name}.jpg.xml"),
         lambda split, name: (f"Pictures/{split.title()}Set/{name}.jpg", f"labels/{name}.XML"),
         lambda split, name: (f"Images/{split}/{name}.jpg", f"Annotation/{split}/{name}"),  # Stanford Dogs
+        lambda split, name: (f"{split}set/{name}.jpg", f"{split}set/{name}.xml"),
+        lambda split, name: (f"{split}data/default/{name}.jfif", f"{split}data/default/{name}.xml"),  # CVAT's default
     ],
 )
 def test_pictures_with_an_xml_file_each(tmp_path, place):
@@ -353,3 +355,165 @@ def test_pictures_without_an_xml_file_and_masks_are_no_pictures_of_the_set(tmp_p
     found = load(tmp_path, test_portion=0)
     assert [Path(found.paths[i]).name for i in range(2)] == ["a.jpg", "b.jpg"]
     assert any("1 pictures have no XML file" in note for note in found.notes)
+
+
+def test_frames_of_the_same_names_in_several_folders(tmp_path):
+    """The XML file beside a picture, or in the folder of the same name, is its own, however much others resemble it."""
+    beside = [("day1", "day1"), ("day1_night", "day1_night")]
+    parallel = [("images/cam1_seq1", "xml/cam1_seq1"), ("images/cam1", "xml/cam1")]
+    for number, (pictures, xmls) in enumerate(beside + parallel):
+        write_voc(tmp_path / "voc", {"f0": [("cat", 1, 1, 10 + number, 20)]})
+        for source, target in (("JPEGImages/f0.jpg", pictures), ("Annotations/f0.xml", xmls)):
+            (tmp_path / target).mkdir(parents=True, exist_ok=True)
+            shutil.move(tmp_path / "voc" / source, tmp_path / target)
+        shutil.rmtree(tmp_path / "voc")
+    found = load(tmp_path, test_portion=0)
+    rights = {found.paths[i].split("/")[-2]: found.truth.of(i)["boxes"][0, 2].item() for i in range(len(found))}
+    assert rights == {"day1": 10, "day1_night": 11, "cam1_seq1": 12, "cam1": 13}
+
+
+def lost_picture(root):
+    """Only the test data has a picture of that name."""
+    xml_files(root, lambda split, name: (f"{split}/{name}.jpg", f"{split}/{name}.xml"))
+    shutil.copy(root / "train" / "p1.xml", root / "train" / "q0.xml")
+
+
+def lost_coco_picture(root):
+    coco(root, {"annotations/instances_train.json": ("train", TRAIN), "annotations/instances_val.json": ("val", TRAIN)})
+    (root / "train" / "p1.jpg").unlink()
+
+
+def lost_picture_with_a_mask(root):
+    write_voc(root, TRAIN)
+    for name in TRAIN:
+        write_picture(root / "SegmentationClass" / f"{name}.png")
+    (root / "JPEGImages" / "p1.jpg").unlink()
+
+
+def two_xml_files(root):
+    write_voc(root / "voc", TRAIN)
+    for name in ("annotations", "annotations_old"):
+        shutil.copytree(root / "voc" / "Annotations", root / name)
+    (root / "voc" / "JPEGImages").rename(root / "images")
+    shutil.rmtree(root / "voc")
+    xml = root / "annotations_old" / "p1.xml"
+    xml.write_text(xml.read_text().replace("<xmin>6<", "<xmin>7<"))
+
+
+def two_lists_of_classes(root):
+    for split, names in (("train", "cat\ndog\n"), ("test", "dog\ncat\n")):
+        yolo(root, lambda name, split=split: (f"{split}/{name}.jpg", f"{split}/{name}.txt"), TRAIN)
+        (root / split / "classes.txt").write_text(names)
+
+
+def two_descriptions(root):
+    for part in ("A", "B"):
+        yolo(root / part, lambda name: (f"images/{name}.jpg", f"labels/{name}.txt"), TRAIN)
+        (root / part / "data.yaml").write_text("names: [cat, dog]\ntrain: images\n")
+
+
+def a_label_file_of_two(root):
+    yolo(root, lambda name: (f"images/{name}.jpg", f"labels/{name}.txt"), TRAIN)
+    (root / "classes.txt").write_text("cat\ndog\n")
+    write_picture(root / "images" / "p1.png")
+
+
+def a_list_of_lost_pictures(root):
+    xml_files(root, lambda split, name: (f"images/{name}.jpg", f"xml/{name}.xml"))
+    (root / "train.txt").write_text("p0.jpg\np1.jpg\np9.jpg\n")
+
+
+def shares_for_pixels(root):
+    write_voc(root, {"a": [("cat", -0.8, -0.9, 0.7, 0.6)]})
+
+
+def two_boxes_of_one_object(root):
+    write_voc(root, {"a": [("cat", 1, 1, 9, 9)]})
+    xml = root / "Annotations" / "a.xml"
+    box = xml.read_text().partition("<bndbox>")[2].partition("</bndbox>")[0]
+    xml.write_text(xml.read_text().replace("</object>", f"<bndbox>{box}</bndbox></object>"))
+
+
+def nothing_to_find(root):
+    write_voc(root, {"a": [], "b": []})
+
+
+REFUSED = {
+    lost_picture: r"q0\.xml: test/q0\.jpg has another XML file, t.*q0\.xml",
+    lost_coco_picture: r"p1\.jpg: no such image, which is listed in .*instances_train\.json",
+    lost_picture_with_a_mask: r"JPEGImages/p1\.jpg: no such image, but trainval\.txt lists it",
+    two_xml_files: r"annotations_old/p1\.xml: images/p1\.jpg has another XML file, annotations/p1\.xml",
+    two_lists_of_classes: r"test/classes\.txt and train/classes\.txt list other classes",
+    two_descriptions: r"A/data\.yaml and B/data\.yaml describe two data sets",
+    a_label_file_of_two: r"labels/p1\.txt: belongs to two pictures, .*p1\.jpg and .*p1\.png",
+    a_list_of_lost_pictures: r"train\.txt: no such image, or several: 'p9\.jpg'",
+    shares_for_pixels: "none of the 1 boxes is wider and higher than a pixel; they look like shares of the picture",
+    two_boxes_of_one_object: r"a\.xml: malformed object: expected .* in one <bndbox>",
+    nothing_to_find: "none of the 2 train images has an object to find",
+}
+
+
+@pytest.mark.parametrize("make", REFUSED)
+def test_what_would_train_on_wrong_boxes_or_classes_is_refused(tmp_path, make):
+    make(tmp_path)
+    with pytest.raises(UserError, match=REFUSED[make]):
+        load(tmp_path, test_portion=0)
+
+
+@pytest.mark.parametrize("suffix", [".txt", "_list.txt"])
+@pytest.mark.parametrize("splits", [("train", "test"), ("test",)])
+def test_lists_name_what_trains_or_only_what_tests(tmp_path, suffix, splits):
+    xml_files(tmp_path, lambda split, name: (f"images/{name}.jpg", f"xml/{name}.xml"))
+    for split in splits:
+        names = TRAIN if split == "train" else TEST
+        (tmp_path / f"{split}{suffix}").write_text("".join(f"images/{name}.jpg\n" for name in names))
+    as_read(tmp_path, "VOC")
+
+
+@pytest.mark.parametrize(
+    ("pictures", "texts"),
+    [
+        ("Images/{}.jpg", "Labels/{}.txt"),
+        ("images/train/{}.jpg", "labels/{}.txt"),
+        ("images/{}.jpg", "labels/{}.jpg.txt"),
+        ("images/{}.jfif", "labels/{}.txt"),
+    ],
+)
+def test_yolo_labels_in_other_places(tmp_path, pictures, texts, monkeypatch):
+    yolo(tmp_path, lambda name: (pictures.format(name), texts.format(name)), TRAIN)
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    found = load(tmp_path, test_portion=0)
+    counts = [len(found.truth.of(i)["boxes"]) for i in range(len(found))]
+    assert ids(found) == sorted(TRAIN) and counts == [len(TRAIN[name]) for name in sorted(TRAIN)]
+    monkeypatch.chdir(tmp_path)
+    assert ids(load(".", test_portion=0)) == ids(found)
+    (tmp_path / texts.format("p9")).write_text("0 0.5 0.5 0.2 0.2\n")
+    assert any("1 label files belong to no picture" in note for note in load(tmp_path, test_portion=0).notes)
+
+
+def test_a_copy_of_a_data_set_is_read_and_not_its_original(tmp_path):
+    for folder, objects in (("train", TRAIN), ("copy/train", {"new": TRAIN["p1"]})):
+        yolo(tmp_path / folder, lambda name: (f"images/{name}.jpg", f"labels/{name}.txt"), objects)
+    for train in ("../train/images", str(tmp_path / "train" / "images")):
+        (tmp_path / "copy" / "data.yaml").write_text(f"names: [cat, dog]\ntrain: {train}\n")
+        found = load(tmp_path / "copy", test_portion=0)
+        assert ids(found) == ["new"] and any("is" in note and "copy/train/images" in note for note in found.notes)
+
+
+def test_what_would_be_counted_twice_or_not_at_all_is_said(tmp_path):
+    write_voc(tmp_path, {"a": [("cat", 1, 1, 9, 9), ("cat", 1, 1, 9, 9), ("dog", 1, 1, 9, 9)]})
+    write_voc(tmp_path, {"b": []}, "test")
+    assert any("1 objects stand in the files twice" in note for note in load(tmp_path).notes)
+    assert any("none of the 1 test images has an object" in note for note in load(tmp_path, "test").notes)
+
+
+def test_a_large_coco_file_whose_keys_stand_in_its_middle(tmp_path):
+    coco(tmp_path, {"a.json": ("images", TRAIN)})
+    content = json.loads((tmp_path / "a.json").read_text())
+    filler = ["x" * 70_000]
+    (tmp_path / "a.json").write_text(json.dumps({"info": filler, **content, "licenses": filler}))
+    with pytest.raises(UserError, match="expected VOC"):
+        load(tmp_path)  # nothing at its ends is COCO's
+    first = {"images": content["images"], "info": filler}
+    (tmp_path / "a.json").write_text(json.dumps({**first, **content, "licenses": filler}))
+    assert len(load(tmp_path, test_portion=0)) == len(TRAIN)

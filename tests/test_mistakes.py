@@ -49,6 +49,10 @@ MISTAKES = {
         [SUPERNET, "--set", "data.dataset_type=voc", "--data", "nowhere", "--train-dir", "new"],
         "nowhere",
     ),
+    "a data set that is named by its file": (
+        [SEARCH, "--data", "tiny.yaml"],
+        r"--data tiny\.yaml: is a file; expected the folder of a data set, such as \.",
+    ),
     "a missing data folder without a configuration": ([SEARCH, "--data", "nowhere"], "--data nowhere: no such folder"),
     "a folder that holds no data set": ([SUPERNET, "--data", "runs"], r"runs: expected VOC .*COCO .*YOLO .*; found "),
     "a wrong number of classes": ([SUPERNET, "--set", "data.num_classes=3"], r"data\.num_classes: 3.* 5 classes"),
