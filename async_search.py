@@ -138,9 +138,10 @@ def measure_latency(args: argparse.Namespace, supernet: Supernet, config: Config
     high = costs(supernet.space.largest())["latency_ms"]
     print(table.describe())
     print(f"predicted: {low:.2f} ms for the smallest sub-network, {high:.2f} ms for the largest")
-    load = {"load": args.load} if args.load else {}
+    given = {"load": args.load, "train_dir": args.train_dir}
+    flags = {name: value for name, value in given.items() if value}
     print(f"wrote {path}")
-    following = cli.command("async_search.py", **load, latency_table=path, max_latency=f"{(low + high) / 2:.3g}")
+    following = cli.command("async_search.py", **flags, latency_table=path, max_latency=f"{(low + high) / 2:.3g}")
     print(f"next: {following}{' --resume' if (folder / 'evals.jsonl').exists() else ''}")
 
 
@@ -231,7 +232,7 @@ class Task:
         config.data.classes = list(supernet.classes)
         self.annotations = load_annotations(config.data, "train")
         # The images that train the supernet, and those that score candidates.
-        self.split = load_split(path.parent / "split.json", self.annotations)
+        self.split = load_split(path.parent / "split.json", self.annotations, supernet.split)
         self.starts = start_genotypes(args.start_from, path.parent, supernet, self.budget)
 
 
@@ -397,12 +398,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"{flag} {count}: expected a number, at least {least}")
     if (args.latency_runtime or args.measure_with) and not args.measure_latency:
         raise UserError("--latency-runtime and --measure-with say how to measure: add --measure-latency")
+    if args.measure_latency and (args.finalists or args.top or args.start_from):
+        raise UserError("--measure-latency: does not go with --finalists, --top or --start-from")
     if args.measure_latency:
         measure_latency(args, supernet, search_run.config, search_run.folder)
         return
     folder = search_run.folder
-    if (folder / "last.pt").exists():
-        raise UserError(f"{folder}: holds a training (last.pt); a search needs a folder of its own (--train-dir)")
     task = Task(args, search_run, supernet, path)
     print_plan(task)
     if args.finalists:

@@ -78,6 +78,8 @@ def chosen_genotype(command: cli.CommandLine, default: str = "best.json") -> Cho
     """The genotype of --genotype, else of the key final.genotypes, else `default`."""
     name = command.args.genotype or command.given("final.genotypes") or default
     if is_genotype_string(name):
+        if command.args.index is not None:
+            raise UserError("--index: goes with a file of genotypes")
         return Choice(name, {})
     return Choice(name, read_genotype_file(cli.find_genotype(name), command.args.index))
 
@@ -101,6 +103,11 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
         return
     choice = chosen_genotype(command)
     this_run = command.resolve(choice.content.get("config"), f"the genotype file {choice.name}")
+    last = this_run.folder / "last.pt"
+    if args.resume and last.is_file() and not (args.genotype or command.given("final.genotypes")):
+        # A search that went on may have written another best.json since.
+        own = check(checkpoint.read(last).get("genotype", {}), dict, f"{last}: genotype")
+        choice = Choice(str(last), {**choice.content, **own})
     train_from(this_run, choice, origin, args, device)
 
 
@@ -113,8 +120,8 @@ def fine_tune(args: argparse.Namespace, detector_path: Path, device: torch.devic
     command = cli.CommandLine(args, "final")
     detector = load_detector(detector_path)
     settings = to_dict(detector.config)
-    if (command.given("data.root") or settings["data"]["root"]) != settings["data"]["root"]:
-        settings["data"] |= {"classes": [], "num_classes": 0}  # other data has classes of its own
+    if command.given("data.root"):
+        settings["data"] |= {"classes": [], "num_classes": 0}  # other data, or labels that have changed since
     # The detector's own genotype, unless another one was asked for.
     named = args.genotype or command.given("final.genotypes")
     choice = chosen_genotype(command) if named else Choice(str(detector_path), detector.genotype.to_dict())
@@ -135,11 +142,11 @@ def train_from(
     folder, config = this_run.folder, this_run.config
     previous = read_previous(folder, config, "final") if args.resume else None
     seed_everything(config.seed)
+    path = supernet_path(config, choice.content, args.load) if origin == "supernet" else None
     annotations, test = load_data(config)
-    if origin == "supernet" and annotations.held_out:
-        refuse_seen(supernet_path(config, choice.content, args.load).parent / "split.json", annotations)
-    source = choice.content if choice else {}
-    network, pretrained = find_start(origin, config, source, annotations.classes, args.load)
+    if path and annotations.held_out:
+        refuse_seen(path.parent / "split.json", annotations)
+    network, pretrained = find_start(origin, config, annotations.classes, path)
     genotype = choice.genotype(network.space) if choice else pretrained
     cost = network.cost(genotype)
     loader = final_loader(annotations, genotype.image_size, config, device)
@@ -229,6 +236,8 @@ def trained_detector(args: argparse.Namespace) -> Path:
     where = args.load or args.train_dir or cli.last_run("final")
     if where is None:
         raise UserError("no detector found: train one with final_train.py, or name its best.pt with --load")
+    if where.is_dir() and not (where / "best.pt").is_file():
+        raise UserError(f"{where / 'best.pt'}: no such checkpoint; --load names another run or detector")
     return where / "best.pt" if where.is_dir() else where
 
 
@@ -329,7 +338,7 @@ def predict(args: argparse.Namespace) -> None:
     if threshold is None:
         threshold, why = inference.DEFAULT_THRESHOLD, f"the default: {path.name} was saved without that of the best F1"
     print(f"threshold {threshold:.3g}: {why}")
-    inference.draw_pictures(detector, inference.plan_jobs(pictures, own_ids), args.out, threshold)
+    inference.draw_pictures(detector, inference.plan_jobs(pictures, own_ids), args.out or Path("drawn"), threshold)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -347,7 +356,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--eval-only", action="store_true", help="evaluate a trained detector on the test set and stop")
     add("--pycocotools", action="store_true", help="with --eval-only: compute COCO's numbers with pycocotools")
     add("--predict", metavar="PATH", nargs="+", help="detect on these pictures, folders or globs and stop")
-    add("--out", metavar="DIR", type=Path, default=Path("drawn"), help="where --predict writes (default: drawn)")
+    add("--out", metavar="DIR", type=Path, help="where --predict writes (default: drawn)")
     add("--threshold", metavar="SCORE", default="auto", help="of --predict (default: auto, that of the best F1)")
     add("--tiles", metavar="TILES", default="1x1", help="of --predict: 2x2 of them, or 640 pixels a side")
     add("--export", choices=list(EXPORTS), help="export a trained detector, verified on the test set, and stop")
@@ -361,12 +370,22 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
-    works = args.predict or args.export or args.eval_only
+    modes = {"--predict": args.predict, "--export": args.export, "--eval-only": args.eval_only}
+    works = any(modes.values())
+    chosen = [flag for flag, given in {**modes, "--compare": args.compare}.items() if given]
+    starts = args.from_scratch or args.from_pretrained
     bounded = args.int8_loss is None or (args.int8 and not args.calibrate and 0 <= args.int8_loss <= 1)
     for wrong, message in (
+        (len(chosen) > 1, f"{' and '.join(chosen)}: a command does one of them"),
+        (args.from_scratch and args.from_pretrained, "--from-scratch and --from-pretrained contradict each other"),
+        (starts and chosen, "--from-scratch and --from-pretrained: go with training"),
+        (works and (args.genotype or args.index is not None), "--genotype and --index: go with training and --compare"),
+        (args.compare_epochs is not None and not args.compare, "--compare-epochs: goes with --compare"),
         (args.dry_run and works, "--dry-run: goes with training and with --compare"),
         (args.pycocotools and not args.eval_only, "--pycocotools: goes with --eval-only"),
         (args.tiles != "1x1" and not args.predict, "--tiles: goes with --predict"),
+        (args.threshold != "auto" and not args.predict, "--threshold: goes with --predict"),
+        (args.out is not None and not args.predict, "--out: goes with --predict"),
         (not bounded, "--int8-loss: expected a loss of AP from 0 to 1, with --int8 and without --calibrate"),
         (args.no_nms and not args.export, "--no-nms: goes with --export"),
         (args.calibrate and not args.export, "--calibrate: goes with --export"),

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from lib import UserError, checkpoint, cli, config_io, distributed, plan, shrinking
 from lib.cli import remember, supernet_checkpoint
 from lib.config import Config, DistillConfig, SupernetConfig
-from lib.datasets import Batch, load_annotations, load_split, save_split, split_indices, train_loader
+from lib.datasets import Batch, load_annotations, load_split, save_split, split_digest, split_indices, train_loader
 from lib.detector import ElasticSSD, TrainingFile, load_weights
 from lib.genotype import Genotype, SearchSpace, read_genotype_file
 from lib.log import duration, plot_training, say
@@ -90,13 +90,16 @@ def supernet_losses(
 class SupernetTraining(Training):
     """The epochs of stage 1: train sub-networks of what is open at the time, and follow the panel's scores.
 
-    `options` are those of `Training`.
+    `split` is the `split_digest` of the pictures; `options` are those of `Training`.
     """
 
     stage = "supernet"
 
-    def __init__(self, config: Config, detector: ElasticSSD, loader: DataLoader, panel: Panel, **options: Any):
+    def __init__(
+        self, config: Config, detector: ElasticSSD, loader: DataLoader, panel: Panel, split: str, **options: Any
+    ):
         self.panel = panel
+        self.split = split
         schedule = config.search_space.schedule_cfg
         self.phases = boundaries(schedule, config.supernet.epochs)
         self.sort_epoch = shrinking.first_narrower_epoch(schedule) if config.supernet.sort_channels else None
@@ -131,6 +134,9 @@ class SupernetTraining(Training):
         genotypes, distill = self._genotypes(self.trainer.step), self.settings.distill
         return supernet_losses(self.trainer.model, self.loss, batch, genotypes, distill, self.weight, targets)
 
+    def state(self) -> dict:
+        return {**super().state(), "split": self.split}
+
     def score(self, epoch: int) -> None:
         self.panel.score(self.trainer.averaged, epoch, self.log)
         plot_training(self.log.path, self.folder / "curves.png", self.config.search.objective, self.phases)
@@ -150,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     annotations = load_annotations(config.data, "train")
     split = folder / "split.json"
     if previous:
-        train, search = load_split(split, annotations)
+        train, search = load_split(split, annotations, previous.get("split", ""))
     else:
         train, search = split_indices(annotations, config.data.data_portion, config.seed)
     detector = ElasticSSD(config, len(annotations.classes))
@@ -192,7 +198,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         scorer = Scorer(prepare_scoring_data(annotations, train, search, config), panel_config, device)
         panel = Panel(make_panel(detector.space, config.supernet.panel, config.seed, pretrained), scorer, config)
         options = {"folder": folder, "device": device, "previous": previous, "tensorboard": args.tensorboard}
-        training = SupernetTraining(config, detector, loader, panel, **options)
+        digest = split_digest(annotations, train, search)
+        training = SupernetTraining(config, detector, loader, panel, digest, **options)
         # Only now, since a folder with another training has been refused and is to stay as it was.
         run.save_config()
         save_split(split, annotations, train, search)

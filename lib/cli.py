@@ -220,9 +220,16 @@ def refuse_torchrun(command: str) -> None:
 def claim(product: Path, args: argparse.Namespace) -> Iterator[None]:
     """Be the only process that writes to a run's folder.
 
-    Raises UserError if it holds an earlier run's `product` that is not resumed; with --dry-run it only says so.
+    Raises UserError if it holds an earlier run's `product` that is not resumed; with --dry-run it only says so. Raises
+    it for a folder with a run of another kind.
     """
     # Before the lock: a command that is refused leaves the folder as it was.
+    if others := [name for name in RESUMABLE if name != product.name and (product.parent / name).exists()]:
+        raise UserError(
+            f"{product.parent}: holds a run of another kind ({others[0]}); --train-dir names its own folder"
+        )
+    if args.resume and not product.exists():
+        print(f"note: there is no {product} to resume: a new run begins")
     if product.exists() and not args.resume:
         text = f"{product} exists: --resume continues that run, --train-dir DIR starts one elsewhere"
         if not args.dry_run:

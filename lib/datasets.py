@@ -115,10 +115,17 @@ def save_split(path: Path, annotations: Annotations, train: Sequence[int], searc
     write_text(path, json.dumps({"format": SPLIT_FORMAT, **ids}))
 
 
-def load_split(path: Path, annotations: Annotations) -> tuple[list[int], list[int]]:
+def split_digest(annotations: Annotations, train: Sequence[int], search: Sequence[int]) -> str:
+    """What a supernet's checkpoint remembers of its split: SHA-256 of the ids on both sides."""
+    ids = [[annotations.ids[i] for i in rows] for rows in (train, search)]
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+
+
+def load_split(path: Path, annotations: Annotations, digest: str = "") -> tuple[list[int], list[int]]:
     """The rows (train, search) of a saved split.
 
-    Raises UserError if it cannot be read, names an image that `annotations` lack, or has one twice.
+    Raises UserError if it cannot be read, names an image that `annotations` lack, or has one twice, or if its
+    `split_digest` is not `digest`, that of the supernet beside it ("": unknown).
     """
     refuse_seen(path, annotations)  # the data may have changed since the split was saved
     saved = check(read_json(path, SPLIT_FORMAT), SavedSplit, str(path))
@@ -129,7 +136,10 @@ def load_split(path: Path, annotations: Annotations) -> tuple[list[int], list[in
     for image_id in both:
         if image_id not in row_of:
             raise UserError(f"{path}: image '{image_id}' is not in the data")
-    return [row_of[i] for i in saved.train], [row_of[i] for i in saved.search]
+    train, search = [row_of[i] for i in saved.train], [row_of[i] for i in saved.search]
+    if digest not in ("", split_digest(annotations, train, search)):
+        raise UserError(f"{path}: is not the split that {path.with_name('last.pt')} was trained with")
+    return train, search
 
 
 def refuse_seen(path: Path, annotations: Annotations) -> None:

@@ -324,6 +324,7 @@ class TrainingFile(NamedTuple):
     epoch: Annotated[int, Bounds(1)]
     batch: Annotated[int, Bounds(0)]
     step: Annotated[int, Bounds(0)]
+    split: str  # a supernet's, see lib.datasets.split_digest; "" in a file of an earlier version
 
 
 class DetectorFile(NamedTuple):
@@ -345,6 +346,7 @@ class Supernet(NamedTuple):
     classes: tuple[str, ...]
     epoch: int  # the last one that was trained
     space: SearchSpace  # the sub-networks that were open at that epoch
+    split: str = ""  # of its pictures, see lib.datasets.split_digest; "": unknown
 
 
 class Detector(NamedTuple):
@@ -364,14 +366,14 @@ def load_supernet(path: Path, mmap: bool = False) -> Supernet:
     payload = checkpoint.read(path, mmap)
     if "genotype" in payload or "config" not in payload:
         raise UserError(f"{path}: not a supernet's checkpoint; expected last.pt of supernet_train.py")
-    found = check(payload, TrainingFile, str(path))
+    found = check({"split": "", **payload}, TrainingFile, str(path))
     with naming(path):
         config = config_io.from_dict(found.config)
         detector = network(config, found.classes)
     load_weights(detector, payload, path)
     # At batch 0 of an epoch, nothing of that epoch has been trained yet.
     epoch = max(found.epoch - (found.batch == 0), 1)
-    return Supernet(detector, config, tuple(found.classes), epoch, space_at(config, epoch))
+    return Supernet(detector, config, tuple(found.classes), epoch, space_at(config, epoch), found.split)
 
 
 def network(config: Config, classes: Sequence[str]) -> ElasticSSD:
@@ -398,7 +400,8 @@ def load_detector(path: Path) -> Detector:
         check_ids(found.category_ids, found.classes)
     load_weights(model, payload, path)
     classes, category_ids = tuple(found.classes), tuple(found.category_ids)
-    return Detector(model.eval(), config, genotype, classes, category_ids, found.epoch, found.thresholds)
+    epoch = found.epoch - ("optimizer" in payload)  # last.pt holds the epoch that comes next
+    return Detector(model.eval(), config, genotype, classes, category_ids, epoch, found.thresholds)
 
 
 def check_ids(category_ids: Sequence[int | None], classes: Sequence[str]) -> None:

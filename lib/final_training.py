@@ -32,15 +32,13 @@ from lib.training_run import Training
 
 
 def find_start(
-    origin: str, config: Config, source: dict, classes: Sequence[str], load: Path | None
+    origin: str, config: Config, classes: Sequence[str], path: Path | None
 ) -> tuple[ElasticSSD, Genotype | None]:
     """The network that a sub-network is cut from, and the genotype that holds a pretrained one.
 
-    Its weights are from `origin`: supernet, pretrained or scratch. `source` is the content of the genotype file, which
-    may name a supernet; `load` is the run of another one.
+    Its weights are from `origin`: supernet (the checkpoint `path`), pretrained or scratch.
     """
-    if origin == "supernet":
-        path = supernet_path(config, source, load)
+    if path:
         supernet = load_supernet_of(path, classes)
         validate_network(config, supernet.config, ("search_space", "backbone", "head"), path)
         return supernet.detector, None
@@ -56,14 +54,13 @@ def find_start(
 
 def supernet_path(config: Config, source: dict, load: Path | None) -> Path:
     """The checkpoint in `load`, else the one in the configuration, else the one that the genotype file names."""
-    if named := load or config.final.supernet_state_dict:
-        return supernet_checkpoint(Path(named))
     searched = source.get("supernet", {})
-    if not searched.get("path"):
+    named = load or config.final.supernet_state_dict or searched.get("path")
+    if not named:
         raise UserError("the genotype file names no supernet: --load DIR names the run of one")
-    path = supernet_checkpoint(Path(searched["path"]))
+    path = supernet_checkpoint(Path(named))
     if "sha256" in searched and checkpoint.sha256(path) != searched["sha256"]:
-        say(f"note: {path} has changed since the search")
+        say(f"note: {path} is not the supernet that was searched, or has changed since")
     return path
 
 

@@ -1,6 +1,7 @@
 """What a job's main process writes as it goes: lines on stdout, a progress bar, a JSONL log, curves, TensorBoard."""
 
 import contextlib
+import errno
 import itertools
 import json
 import math
@@ -57,8 +58,11 @@ class _Tolerant(ObjectWrapper):
     def _or_discard(self, operation: Callable[[], object]) -> None:
         try:
             operation()
-        except OSError:
+        except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._wrapped.fileno())
+            if error.errno != errno.EPIPE:  # its reader has not just gone away
+                with contextlib.suppress(OSError):
+                    os.write(2, f"note: what follows is not shown: {error.strerror}\n".encode())
 
     def __eq__(self, other: object) -> bool:  # tqdm.write compares streams to find the bars on its screen
         return self._wrapped == getattr(other, "_wrapped", other)

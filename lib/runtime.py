@@ -252,6 +252,11 @@ def run(main: Callable[[], None]) -> None:
     """
     prepare_process()
     keep_streams_open()
+    if distributed.world().size == 1:
+        # Where there is nothing to save, temporary files go. While a StopRequest lasts, the signals are its own.
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) == signal.SIG_DFL:
+                signal.signal(number, lambda *_: sys.exit(143))
     try:
         main()
         distributed.leave()

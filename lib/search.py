@@ -254,17 +254,23 @@ class Search:
         return self.trained.get(Genotype.from_dict(record["genotype"]))
 
     def finalists(self) -> list[dict]:
-        """The trained ones, best first with inherited weights; scored on all images where the front was."""
-        records = (*self.scored, *self.rescored) if self.trained else ()
+        """The trained ones, best first with inherited weights; scored on all images where the front was.
+
+        None, if they were trained for another objective or before this search went on: its best is not among them then.
+        """
+        promising = [Genotype.from_dict(record["genotype"]) for record in self.promising(1)]
+        records = (*self.scored, *self.rescored) if {*promising} & self.trained.keys() else ()
         last = {Genotype.from_dict(record["genotype"]): record for record in records}
         return sorted((last[genotype] for genotype in self.trained if genotype in last), key=self._rank)
 
     def describe_finalists(self) -> list[str]:
         """A line for each: what it costs, its score with inherited weights and after its short training."""
         objective = self.settings.objective
-        winner = self.winner()
+        winner, finalists = self.winner(), self.finalists()
         lines = []
-        for record in self.finalists():
+        if self.trained and not finalists:
+            return ["the trainings in finalists/ are of an earlier search: --finalists K trains those of this one"]
+        for record in finalists:
             costs = f"{record['genotype']['image_size']} px, {cost_text(record['metrics'], self.settings.costs[0])}"
             scores = f"{record['metrics'][objective]:.4f} inherited, {self.trained_score(record):.4f} after"
             chosen = ", best.json" if record is winner else ""

@@ -62,7 +62,7 @@ def read_previous(folder: Path, config: Config, stage: str) -> dict | None:
     payload = distributed.from_main(payload)
     if payload is None:
         return None
-    check(payload, TrainingFile, str(last))
+    check({"split": "", **payload}, TrainingFile, str(last))
     if ("genotype" in payload) != (stage == "final"):
         raise UserError(f"{last}: is of the other training; --train-dir names the folder of this one")
     for key, now, before in config_io.differences(config, config_io.from_dict(payload["config"], str(last))):

@@ -27,6 +27,7 @@ from lib.datasets import (
     make_loader,
     refuse_seen,
     save_split,
+    split_digest,
     split_indices,
     train_loader,
 )
@@ -187,6 +188,10 @@ def test_a_saved_split_comes_back_by_image_id(tmp_path, annotations):
     assert load_split(tmp_path / "split.json", annotations) == (train, search)
     shifted = Ids(["extra", *annotations.ids])
     assert load_split(tmp_path / "split.json", shifted) == ([i + 1 for i in train], [i + 1 for i in search])
+    digest = split_digest(annotations, train, search)
+    assert load_split(tmp_path / "split.json", annotations, digest) == (train, search)
+    with pytest.raises(UserError, match=r"split\.json: is not the split that .*last\.pt was trained with"):
+        load_split(tmp_path / "split.json", annotations, split_digest(annotations, search, train))
 
 
 @pytest.mark.parametrize(

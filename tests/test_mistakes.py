@@ -124,6 +124,30 @@ MISTAKES = {
         NETWORK,
     ),
     "no such start": ([SEARCH, "--dry-run", "--start-from", "bets.json"], r"bets\.json: cannot be read"),
+    "two things at once": (
+        [FINAL, "--eval-only", "--compare"],
+        "--eval-only and --compare: a command does one",
+    ),
+    "two starts": ([FINAL, "--from-scratch", "--from-pretrained"], "--from-pretrained contradict each other"),
+    "a start of no training": ([FINAL, "--from-scratch", "--compare"], "--from-pretrained: go with training"),
+    "a genotype of no training": ([FINAL, "--eval-only", "--index", "1"], "--genotype and --index: go with training"),
+    "an index of a string": ([FINAL, "--genotype", "cell_0=1", "--index", "1"], "--index: goes with a file"),
+    "a string without a supernet": ([FINAL, "--genotype", "cell_0=1", "--train-dir", "new"], "names no supernet"),
+    "epochs of no comparison": ([FINAL, "--compare-epochs", "3"], "--compare-epochs: goes with --compare"),
+    "a folder of no picture": ([FINAL, "--out", "x"], "--out: goes with --predict"),
+    "finalists of a measurement": ([SEARCH, "--measure-latency", "--finalists", "2"], "--measure-latency: does not go"),
+    "a final training in a search's folder": (
+        [FINAL, "--train-dir", "runs/tiny/search"],
+        r"search: holds a run of another kind \(evals\.jsonl\)",
+    ),
+    "a comparison in a training's folder": (
+        [FINAL, "--compare", "--train-dir", "runs/tiny/final"],
+        r"final: holds a run of another kind \(last\.pt\)",
+    ),
+    "a detector that is not there": (
+        [FINAL, "--eval-only", "--load", "empty"],
+        r"best\.pt: no such.*--load names",
+    ),
     "a plan of no training": ([FINAL, "--predict", "shapes", "--dry-run"], "--dry-run: goes with training"),
     "an unknown key of a prediction": (
         [FINAL, "--predict", "shapes/JPEGImages", "--set", "postprocess.topk=9"],

@@ -8,6 +8,7 @@ import random
 import re
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -311,9 +312,20 @@ def test_closed_streams_and_a_full_disk_are_no_reason_to_stop():
         sys.stdout = Path("/dev/full").open("w", buffering=1)  # noqa: SIM115
         run(lambda: say("a line"))
 
-    for target in (main, full):
+    for target, note in ((main, ""), (full, "note: what follows is not shown: No space left on device\n")):
         with forked(target) as process:
-            assert process.wait() == 0 and not process.stderr.read()
+            assert process.wait() == 0 and process.stderr.read() == note
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_where_there_is_nothing_to_save_leaves_no_temporary_files(tmp_path, number):
+    def work() -> None:
+        with tempfile.TemporaryDirectory(dir=tmp_path):
+            os.kill(os.getpid(), number)
+            time.sleep(9)
+
+    with forked(lambda: run(work)) as process:
+        assert process.wait() == 143 and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,10 @@ def test_finalists_are_the_best_of_each_image_size_and_their_training_decides():
     genotypes = [Genotype.from_dict(r["genotype"]) for r in finalists]
     search.trained = dict(zip(genotypes, (0.5, 0.7, 0.6), strict=True))
     assert search.winner() is finalists[1] and search.best() is finalists[0]
+    # What was trained for another search, or before this one went on, says nothing about its best.
+    trained, search.trained = search.trained, {genotypes[1]: 0.9}
+    assert search.winner() is search.best() and "are of an earlier search" in search.describe_finalists()[0]
+    search.trained = trained
     lines = search.describe_finalists()
     assert len(lines) == 3 and sum(line.endswith("best.json") for line in lines) == 1
     (line,) = (line for line in lines if line.endswith("best.json"))

@@ -153,7 +153,7 @@ def test_a_finished_search_is_not_mixed_with_another_one(flow, tmp_path):
     command = ["--load", str(flow[0] / "runs/tiny/supernet"), "--train-dir", str(tmp_path / "search")]
     with pytest.raises(UserError, match=r"evals\.jsonl exists: --resume continues that run"):
         async_search.main([*command, "--controller", "random"])
-    with pytest.raises(UserError, match="holds a training"):
+    with pytest.raises(UserError, match=r"final: holds a run of another kind \(last\.pt\)"):
         async_search.main([*command[:2], "--train-dir", str(flow[0] / "runs/tiny/final"), "--resume"])
     for flag, value in (
         *(("--max-flops", v) for v in ("nan", "inf", "-1")),
