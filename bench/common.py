@@ -113,7 +113,7 @@ def run_stage(script: str, folder: Path, flags: Sequence[object], jobs: int) -> 
     """Run or resume one of the three scripts in `folder`, as one of `jobs` that share the cores."""
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, ROOT / script, *flags, "--train-dir", folder, "--resume"]
-    env = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    env = {**os.environ, "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs))}
     with (folder / "stdout.txt").open("a") as file:
         subprocess.run(list(map(str, command)), check=True, stdout=file, stderr=file, env=env)
 
