@@ -16,6 +16,7 @@ a detector to runs/NAME/finetuned.
 """
 
 import argparse
+import contextlib
 import json
 from collections.abc import Sequence
 from functools import partial
@@ -47,7 +48,7 @@ from lib.labels import Faults
 from lib.latency import describe_parts
 from lib.log import duration
 from lib.metrics import to_pixels
-from lib.plain import Bounds, check
+from lib.plain import Bounds, check, read_json
 from lib.runtime import pick_device, run, seed_everything
 from lib.training_run import read_previous
 from lib.trials import Recipe, Trials, contestants, shortened, write_comparison
@@ -265,6 +266,10 @@ def evaluate_again(args: argparse.Namespace, device: torch.device) -> None:
         print(f"  {name}: " + ", ".join(f"{metric} {value:.4f}" for metric, value in values.items()))
     for note in test.notes:
         print(f"note: {note}")
+    with contextlib.suppress(UserError):  # there is none, or none that can be read
+        trained = path.with_name("metrics.json")
+        if check(read_json(trained), dict, str(trained)).get("data") not in (None, test.fingerprint()):
+            print(f"note: {trained} is of other test pictures, or of other labels")
     print(f"detector: {path}, epoch {detector.epoch}, {len(test)} test images")
     if distributed.world().main:
         results = []

@@ -22,6 +22,7 @@ from tiny_data import read_voc, write_voc
 from tiny_runs import FINAL, REPOSITORY, SEARCH, SUPERNET, environment, finish, read_lines, run, start
 
 import async_search
+import final_train
 from lib import checkpoint, export, latency, runtime, trials
 from lib.checkpoint import code_revision
 from lib.detector import ScoresAndBoxes, fuse, load_supernet
@@ -127,6 +128,18 @@ def test_eval_only_reproduces_the_metrics_to_the_digit(flow, flags):
     assert checkpoint.read(folder / "runs/tiny/final/best.pt")["thresholds"][0] == metrics["threshold"]
     analysis = json.loads((folder / "runs/tiny/final/analysis.json").read_text())
     assert analysis["metrics"]["F1"] == metrics["F1"] and analysis["data"] == metrics["data"]
+    assert "metrics.json is of other" not in printed
+
+
+def test_eval_only_says_that_the_labels_have_changed(flow, tmp_path, monkeypatch, capsys):
+    for name in ("runs/tiny/final", "shapes"):
+        shutil.copytree(flow[0] / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    test = (tmp_path / "shapes/ImageSets/Main/test.txt").read_text().split()
+    xml = tmp_path / f"shapes/Annotations/{test[0]}.xml"
+    xml.write_text(re.sub("<xmin>[^<]*<", "<xmin>1<", xml.read_text(), count=1))
+    final_train.main(["--eval-only", "--load", "runs/tiny/final", "--set", "data.root=shapes"])
+    assert "note: runs/tiny/final/metrics.json is of other test pictures, or of other labels" in capsys.readouterr().out
 
 
 def test_the_metrics_say_what_the_detector_costs_and_where_it_comes_from(flow):
