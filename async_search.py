@@ -176,7 +176,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dispatcher", choices=["local", "ray"], default="local", help="workers: processes, or Ray actors")
     add("--ray-address", metavar="ADDRESS", help="the cluster: auto or HOST:PORT (default: one of this machine alone)")
     add("--start-from", metavar="FILE", nargs="+", type=Path, help="genotypes or fronts to evaluate first")
-    add("--controller", choices=["random", "evo", "pareto-evo"], help="how candidates are proposed")
+    add("--controller", choices=["random", "evo", "pareto-evo", "surrogate"], help="how candidates are proposed")
     add("--top", type=int, default=0, metavar="N", help="also write top.json, the N best")
     add("--finalists", type=int, default=0, metavar="K", help="best.json is the best of K after short trainings")
     add("--front-table", action="store_true", help="measure the last search's front as ONNX files, and stop")
@@ -269,7 +269,7 @@ def print_estimate(task: Task) -> None:
 def open_search(task: Task, ledger: Ledger, resume: bool) -> Search:
     """The search at its start, or where an interrupted run of it ended."""
     config = task.config
-    controller = make_controller(config.search, task.supernet.space, config.seed, task.budget, task.starts)
+    controller = make_controller(config.search, task.supernet.space, config.seed, task.budget, task.starts, task.costs)
     identity = Identity.of(task.path, config, task.annotations, *task.split)
     search = Search(controller, ledger, config, task.costs, identity, task.supernet.epoch + 1)
     if resume:

@@ -107,8 +107,9 @@ def train(args: argparse.Namespace, device: torch.device) -> None:
     last = this_run.folder / "last.pt"
     if args.resume and last.is_file() and not (args.genotype or command.given("final.genotypes")):
         # A search that went on may have written another best.json since.
-        own = check(checkpoint.read(last).get("genotype", {}), dict, f"{last}: genotype")
-        choice = Choice(str(last), {**choice.content, **own})
+        with contextlib.suppress(UserError):  # read_previous says what is wrong with the file
+            own = check(checkpoint.read(last).get("genotype", {}), dict, f"{last}: genotype")
+            choice = Choice(str(last), {**choice.content, **own})
     train_from(this_run, choice, origin, args, device)
 
 

@@ -27,11 +27,10 @@ from lib import UserError, checkpoint, cli, config_io, distributed, plan, shrink
 from lib.cli import remember, supernet_checkpoint
 from lib.config import Config, DistillConfig, SupernetConfig
 from lib.datasets import Batch, load_annotations, load_split, save_split, split_digest, split_indices, train_loader
-from lib.detector import ElasticSSD, TrainingFile, load_weights
+from lib.detector import ElasticSSD, load_weights, training_file
 from lib.genotype import Genotype, SearchSpace, read_genotype_file
 from lib.log import duration, plot_training, say
 from lib.losses import DetectionLoss, Targets
-from lib.plain import check
 from lib.pretrained import as_table, load_pretrained
 from lib.runtime import pick_device, run, seed_everything
 from lib.scoring import Scorer, prepare_scoring_data
@@ -217,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def start_from_supernet(detector: ElasticSSD, path: Path, classes: Sequence[str], config: Config) -> None:
     """Load the weights of another supernet. Raises UserError unless it was trained on these classes, in this order."""
     payload = checkpoint.read(path)
-    saved = check(payload, TrainingFile, str(path))
+    saved = training_file(payload, path)
     if saved.classes != list(classes):
         raise UserError(
             f"data.classes: expected {', '.join(saved.classes)}, in this order, as in {path}, found "

@@ -224,11 +224,13 @@ def claim(product: Path, args: argparse.Namespace) -> Iterator[None]:
     it for a folder with a run of another kind.
     """
     # Before the lock: a command that is refused leaves the folder as it was.
-    if others := [name for name in RESUMABLE if name != product.name and (product.parent / name).exists()]:
+    goes_on = args.resume and product.exists()  # earlier versions allowed two kinds of runs in one folder
+    others = [name for name in RESUMABLE if name != product.name and (product.parent / name).exists()]
+    if others and not goes_on:
         raise UserError(
             f"{product.parent}: holds a run of another kind ({others[0]}); --train-dir names its own folder"
         )
-    if args.resume and not product.exists():
+    if args.resume and not goes_on and not getattr(args, "front_table", False):
         print(f"note: there is no {product} to resume: a new run begins")
     if product.exists() and not args.resume:
         text = f"{product} exists: --resume continues that run, --train-dir DIR starts one elsewhere"

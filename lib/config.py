@@ -241,7 +241,7 @@ class SupernetConfig(TrainConfig):
 class SearchConfig:
     """Stage 2: `num_epochs` epochs of `steps` evaluations. A budget of 0 means no limit."""
 
-    controller: Literal["random", "evo", "pareto-evo"] = "evo"
+    controller: Literal["random", "evo", "pareto-evo", "surrogate"] = "evo"
     num_epochs: Epochs = 60
     steps: Epochs = 16
     population_size: Epochs = 100

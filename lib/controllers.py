@@ -1,10 +1,11 @@
-"""Search controllers: random search, regularized evolution and Pareto evolution behind one ask / tell interface.
+"""Search controllers behind one ask / tell interface: random search, three kinds of evolution.
 
 Then the budget of a search: limits on what a sub-network costs.
 
 Pure: no processes, no files, no torch. Many asks may come before their tells, and tells come in any order.
 """
 
+import itertools
 import math
 import operator
 import random
@@ -12,15 +13,20 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
+import numpy as np
+
 from lib import UserError
 from lib.config import SearchConfig
-from lib.genotype import Genotype, SearchSpace
+from lib.genotype import Genotype, SearchSpace, StageChoices
 
 CHILD_TRIES = 1_000  # children in a row that may be rejected before a proposal is sampled from the whole space
 SAMPLE_TRIES = 10_000  # samples in a row that may be rejected before the space counts as exhausted
+POOL = 64  # candidates among which a predicted objective chooses
+RIDGE = 1.0  # penalty of a squared weight, in units of one evaluation
 
 Record = TypeVar("Record", bound=Mapping)
 Fits = Callable[[Genotype], bool]  # whether a genotype may be proposed
+Costs = Callable[[Genotype], Mapping[str, float]]  # what a genotype costs, by name
 
 
 def objective_values(metrics: Mapping[str, float], objective: str, costs: Sequence[str]) -> tuple[float, ...]:
@@ -214,13 +220,84 @@ class ParetoEvolution(Controller):
         return front[max((i for r, i in rivals if r == rank), key=distances.__getitem__)].genotype
 
 
+class SurrogateEvolution(ParetoEvolution):
+    """Of many children and samples, the one that a ridge regression expects to gain most over the front.
+
+    The regression predicts the objective as a sum over the choices at each position: image size, depths, widths and
+    kernels of all blocks. `costs` are computed, not predicted.
+    """
+
+    def __init__(self, *args, costs: Costs, **options):
+        super().__init__(*args, **options)
+        self._costs = costs
+        self._column = {choice: i for i, choice in enumerate(self._choices_of_space(), start=1)}  # 0: the intercept
+        size = 1 + len(self._column)
+        self._gram, self._moments = np.zeros((size, size)), np.zeros(size)
+        self._penalty = RIDGE * np.eye(size)
+        self._penalty[0, 0] = 0.0
+
+    def _choices_of_space(self) -> Iterator[tuple]:
+        yield from (("size", size) for size in self.space.image_size)
+        parts = [*self.space.stages, *(StageChoices((1,), block) for block in self.space.head)]
+        for i, stage in enumerate(parts):
+            yield from ((i, "depth", depth) for depth in stage.depth)
+            for j, name in itertools.product(range(max(stage.depth)), ("expand", "kernel")):
+                yield from ((i, j, name, value) for value in getattr(stage.block, name))
+
+    def _row(self, genotype: Genotype) -> np.ndarray:
+        """1 for the intercept and for each choice that `genotype` makes."""
+        choices = [("size", genotype.image_size)]
+        for i, blocks in enumerate((*genotype.stages, *((block,) for block in genotype.head))):
+            choices.append((i, "depth", len(blocks)))
+            for j, block in enumerate(blocks):
+                choices += [(i, j, "expand", block.expand), (i, j, "kernel", block.kernel)]
+        row = np.zeros(1 + len(self._column))
+        row[[0, *map(self._column.__getitem__, choices)]] = 1.0
+        return row
+
+    def _learn(self, individual: Individual) -> None:
+        super()._learn(individual)
+        row = self._row(individual.genotype)
+        self._gram += np.outer(row, row)
+        self._moments += individual.values[0] * row
+
+    def _propose(self, rng: random.Random) -> Genotype:
+        proposal = super()._propose(rng)
+        if self.origin == "random":
+            return proposal
+        pool = {proposal: None}  # each once, in order
+        for _ in range(POOL // 2):
+            pool |= {super()._propose(rng): None, self.space.sample_spread(rng): None}
+        weights = np.linalg.solve(self._gram + self._penalty, self._moments)
+        self.origin = "bred"
+        new = [genotype for genotype in pool if genotype not in self._known and self._budget(genotype)]
+        return max(new, key=lambda genotype: self._expected_gain(genotype, weights), default=proposal)
+
+    def _expected_gain(self, genotype: Genotype, weights: np.ndarray) -> float:
+        """The predicted objective minus the best one of the front at no higher cost."""
+        costs = self._costs(genotype)
+        values = [-costs[cost] for cost in self.settings.costs]
+        rivals = [m.values[0] for m in self._fronts[0] if all(map(operator.ge, m.values[1:], values))]
+        return float(self._row(genotype) @ weights) - max(rivals, default=0.0)
+
+
 CONTROLLERS = {"random": RandomSearch, "evo": RegularizedEvolution, "pareto-evo": ParetoEvolution}
 
 
 def make_controller(
-    settings: SearchConfig, space: SearchSpace, seed: int, budget: Fits, seeds: Sequence[Genotype] = ()
+    settings: SearchConfig,
+    space: SearchSpace,
+    seed: int,
+    budget: Fits,
+    seeds: Sequence[Genotype] = (),
+    costs: Costs | None = None,
 ) -> Controller:
-    """The controller that `settings.controller` names, as `Controller` describes the arguments."""
+    """The controller that `settings.controller` names, as `Controller` describes the arguments.
+
+    Only "surrogate" needs the `costs` of genotypes.
+    """
+    if settings.controller == "surrogate":
+        return SurrogateEvolution(settings, space, seed, budget, seeds, costs=costs)
     return CONTROLLERS[settings.controller](settings, space, seed, budget, seeds)
 
 

@@ -327,6 +327,11 @@ class TrainingFile(NamedTuple):
     split: str  # a supernet's, see lib.datasets.split_digest; "" in a file of an earlier version
 
 
+def training_file(payload: dict, path: Path) -> TrainingFile:
+    """The checked content of last.pt. Raises UserError that names the file."""
+    return check({"split": "", **payload}, TrainingFile, str(path))
+
+
 class DetectorFile(NamedTuple):
     """What a checkpoint of final_train.py needs besides its weights; its types are checked."""
 
@@ -366,7 +371,7 @@ def load_supernet(path: Path, mmap: bool = False) -> Supernet:
     payload = checkpoint.read(path, mmap)
     if "genotype" in payload or "config" not in payload:
         raise UserError(f"{path}: not a supernet's checkpoint; expected last.pt of supernet_train.py")
-    found = check({"split": "", **payload}, TrainingFile, str(path))
+    found = training_file(payload, path)
     with naming(path):
         config = config_io.from_dict(found.config)
         detector = network(config, found.classes)

@@ -352,7 +352,7 @@ def read_yolo_txt(
     return objects
 
 
-def read_yolo_yaml(path: Path) -> tuple[dict[int, str], dict[str, list[str]], int]:
+def read_yolo_yaml(path: Path, root: Path | None = None) -> tuple[dict[int, str], dict[str, list[str]], int]:
     """Class names by number; the folders or lists of train, val and test; the count of an object's keypoint numbers."""
     text = read_text(path)
     if len(text) > MOST_YAML or text.count("[") + text.count("{") > MOST_BRACKETS:
@@ -367,7 +367,9 @@ def read_yolo_yaml(path: Path) -> tuple[dict[int, str], dict[str, list[str]], in
     if not all(re.fullmatch(r"\d{1,9}", str(key)) for key in names):
         raise UserError(f"{path}: names: expected the numbers of the classes as keys, found {shown(list(names))}")
     base = data.get("path") if isinstance(data.get("path"), str) else ""
-    if not any(posixpath.exists(path.parent / place) for place in (base, posixpath.basename(base))):
+    parts = slashes(base).split("/")
+    tails = ["/".join(parts[start:]) for start in range(len(parts))]
+    if not any(posixpath.exists(folder / tail) for folder in (path.parent, root or path.parent) for tail in tails):
         base = ""  # of another machine
     places: dict[str, list[str]] = {"train": [], "val": [], "test": []}
     for key in ("train", "val", "valid", "test"):
@@ -389,13 +391,15 @@ def yolo_label(picture: str) -> Path | None:
     """The label file of a picture: in labels/ where the picture is in images/, or beside it."""
     folder, name = posixpath.split(picture)
     parts = folder.split("/")
-    places = []
+    places = [folder]
     if "images" in map(str.lower, parts):
         at = len(parts) - 1 - [part.lower() for part in reversed(parts)].index("images")
         # The sub-folders of labels/ are those of images/, or there are none.
-        for below, word in itertools.product((parts[at + 1 :], []), ("labels", "Labels")):
-            places.append("/".join([*parts[:at], word, *below]))
-    for place in [*places, folder]:
+        same, flat = (
+            ["/".join([*parts[:at], word, *below]) for word in ("labels", "Labels")] for below in (parts[at + 1 :], [])
+        )
+        places = [*same, folder, *flat]  # the last may be those of other pictures
+    for place in places:
         with contextlib.suppress(OSError):  # no such folder
             names = _names_in(place, Path(place).stat().st_mtime_ns)
             for label in (f"{stem(name)}.txt", f"{name}.txt"):

@@ -3,6 +3,7 @@
 Nothing is opened but lists of pictures, YAML files, the ends of JSON files, and XML files where names do not decide.
 """
 
+import contextlib
 import os
 import re
 from collections import Counter, defaultdict
@@ -277,12 +278,14 @@ def _voc_files(tree: Tree, data: DataConfig, faults: Faults) -> Found | None:
         split_of_picture = {}
         for split, file in ((split, file) for split, files in lists.items() for file in files):
             for line, picture in _listed(tree, file):
-                split_of_picture[picture] = split
-                if not picture:
+                if picture:
+                    split_of_picture[picture] = split
+                else:
                     faults.add("picture", "missing", f"{tree.root / file}: no such image, or several: {shown(line)}")
         # Lists of the test alone leave the others to train.
-        unlisted = "unlisted" if "train" in lists or "trainval" in lists else "train"
-        splits = {xml: split_of_picture.get(picture, unlisted) for xml, picture in picture_of.items()}
+        trains = "train" in lists or "trainval" in lists
+        for xml, picture in picture_of.items():
+            splits[xml] = split_of_picture.get(picture, "unlisted" if trains else splits[xml] or "train")
 
     def pairs(chosen: list[str]) -> list[Pair]:
         found = []
@@ -306,13 +309,17 @@ def _lists(tree: Tree) -> dict[str, list[str]]:
         split = SPLIT_OF.get(re.sub("[_-]?(list|set|images|files)?[.]txt$", "", basename(path).lower()))
         if split and any(picture for _, picture in _listed(tree, path)):
             found[split].append(path)
-    return dict(found)
+    # Of two lists that name a picture the later one decides: a test picture never trains, and what validates does.
+    order = ("trainval", "train", "val", "test") if "train" in found else ("val", "trainval", "test")
+    return {split: found[split] for split in order if split in found}
 
 
 def _listed(tree: Tree, file: str) -> Iterator[tuple[str, str | None]]:
     """The lines of a list, each with the picture that it names; it may go on, with a label file or a class's number."""
     for line in map(slashes, labels.read_lines(tree.root / file)):
-        yield line, tree.find(line) or tree.find(line.split()[0])
+        picture = tree.find(line) or tree.find(line.split()[0])
+        if picture or not line.startswith("#"):
+            yield line, picture
 
 
 # COCO.
@@ -344,7 +351,7 @@ def _yolo_yaml(tree: Tree, data: DataConfig, faults: Faults) -> Found | None:
     found = {}
     for path in (name for name in tree.files[".yaml"] + tree.files[".yml"] if name.count("/") < 2):
         try:
-            description = labels.read_yolo_yaml(tree.root / path)
+            description = labels.read_yolo_yaml(tree.root / path, tree.root)
         except UserError:
             if data.dataset_type == "yolo" or path == "data.yaml":
                 raise
@@ -371,8 +378,11 @@ def _yolo_files(tree: Tree, data: DataConfig, faults: Faults) -> Found | None:
         return None
     if not files and not data.classes:
         raise UserError(f"{tree.root}: YOLO labels without class names: add data.yaml or classes.txt, or data.classes")
+    # labelImg leaves a list in each folder, with the classes that were known by then.
+    lists = {name: labels.read_lines(tree.root / name) for name in files}
+    files = sorted(files, key=lambda name: -len(lists[name]))
     for other in files[1:]:
-        if labels.read_lines(tree.root / other) != labels.read_lines(tree.root / files[0]):
+        if lists[files[0]][: len(lists[other])] != lists[other]:
             raise UserError(f"{tree.root}: {files[0]} and {other} list other classes, or in another order: keep one")
     source = files[0] if files else ""
     classes = labels.read_text(tree.root / source).rstrip().splitlines() if files else data.classes
@@ -381,10 +391,10 @@ def _yolo_files(tree: Tree, data: DataConfig, faults: Faults) -> Found | None:
     places = _lists(tree)
     if "train" not in places and "trainval" not in places:
         listed = {picture for files in places.values() for file in files for _, picture in _listed(tree, file)}
-        by_folder = not places
+        unknown = "train" if places else ""
         for path in tree.pictures:
             if path not in listed:
-                places.setdefault(split_of(dirname(path)) if by_folder else "train", []).append(path)
+                places.setdefault(split_of(dirname(path)) or unknown, []).append(path)
     return _yolo(tree, source, names, places, faults)
 
 
@@ -416,7 +426,9 @@ def _yolo(tree: Tree, source: str, names: dict[int, str], places: Mapping[str, l
                 pictures[str(place)] = None
             else:
                 for line in map(slashes, labels.read_lines(place)):
-                    path = _locate([place.parent, *bases], line) or tree.root / (tree.find(line) or line)
+                    # Not down to its bare name, which may be that of a picture of another split.
+                    name = re.sub("^([A-Za-z]:)?/+", "", line)
+                    path = _locate([place.parent, *bases], line) or tree.root / (tree.find(name) or line)
                     pictures[str(path)] = None
         found = [Pair(stem(basename(name)), name, labels.yolo_label(name)) for name in pictures]
         if orphans := _without_picture(tree, found):
@@ -438,8 +450,11 @@ def _without_picture(tree: Tree, pairs: Sequence[Pair]) -> list[Path]:
     found = []
     for folder in sorted({pair.label.parent for pair in pairs if pair.label}):
         for text in sorted(folder.glob("*.txt")):
-            if loose(stem(text.stem)) not in names and re.match(r"\d+(\s[\d.]+){4}", labels.read_text(text)):
-                found.append(text)
+            if not names.isdisjoint((loose(text.stem), loose(stem(text.stem)))):
+                continue
+            with contextlib.suppress(UserError):  # a folder, or a link to nothing
+                if re.match(r"\d+(\s[\d.]+){4}", labels.read_text(text)):
+                    found.append(text)
     return found
 
 
@@ -452,7 +467,7 @@ def _locate(bases: Sequence[Path], value: str) -> Path | None:
     # --data names the folder: what lies in it comes before what data.yaml names elsewhere on this machine.
     root = abspath(bases[-1])
     outside = None
-    for path in (base / end for end in ends for base in bases):
+    for path in (base / end for end in ends for base in dict.fromkeys(bases)):
         if exists(path):
             if abspath(path).startswith(f"{root}/"):
                 return path

@@ -258,8 +258,10 @@ class Search:
 
         None, if they were trained for another objective or before this search went on: its best is not among them then.
         """
-        promising = [Genotype.from_dict(record["genotype"]) for record in self.promising(1)]
-        records = (*self.scored, *self.rescored) if {*promising} & self.trained.keys() else ()
+        if not self.trained or not self.scored:
+            return []
+        first = min(self.scored, key=self._rank)  # `promising` begins with it
+        records = (*self.scored, *self.rescored) if self.trained_score(first) is not None else ()
         last = {Genotype.from_dict(record["genotype"]): record for record in records}
         return sorted((last[genotype] for genotype in self.trained if genotype in last), key=self._rank)
 

@@ -21,7 +21,7 @@ from lib import UserError, checkpoint, config_io, distributed
 from lib.annotations import Annotations
 from lib.config import Config, TrainConfig
 from lib.datasets import Batch
-from lib.detector import TrainingFile
+from lib.detector import training_file
 from lib.log import RunLog, progress, read_log, say
 from lib.losses import DetectionLoss, Targets
 from lib.plain import check, shown
@@ -62,7 +62,7 @@ def read_previous(folder: Path, config: Config, stage: str) -> dict | None:
     payload = distributed.from_main(payload)
     if payload is None:
         return None
-    check({"split": "", **payload}, TrainingFile, str(last))
+    training_file(payload, last)
     if ("genotype" in payload) != (stage == "final"):
         raise UserError(f"{last}: is of the other training; --train-dir names the folder of this one")
     for key, now, before in config_io.differences(config, config_io.from_dict(payload["config"], str(last))):

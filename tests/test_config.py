@@ -114,7 +114,7 @@ def test_a_key_unlike_any_other_lists_the_valid_ones():
         ("head.aspect_ratios=[2, [3]]", "head.aspect_ratios[0]: expected a list, found 2"),
         (
             "search.controller=evolution",
-            "search.controller: expected one of random, evo, pareto-evo, found 'evolution'",
+            "search.controller: expected one of random, evo, pareto-evo, surrogate, found 'evolution'",
         ),
         ("search.costs=[flops, time]", "search.costs[1]: expected one of flops, params, latency_ms, found 'time'"),
         (

@@ -517,3 +517,61 @@ def test_a_large_coco_file_whose_keys_stand_in_its_middle(tmp_path):
     first = {"images": content["images"], "info": filler}
     (tmp_path / "a.json").write_text(json.dumps({**first, **content, "licenses": filler}))
     assert len(load(tmp_path, test_portion=0)) == len(TRAIN)
+
+
+def test_what_no_list_names_keeps_the_split_of_its_folder(tmp_path):
+    """A list of the validation alone does not make test pictures train, and the narrower of two lists decides."""
+    xml_files(tmp_path, lambda split, name: (f"{split}/{name}.jpg", f"{split}/{name}.xml"))
+    (tmp_path / "val.txt").write_text("p4.jpg\np5.jpg\n")
+    assert ids(load(tmp_path, "test")) == ["q0", "q1"] and ids(load(tmp_path)) == sorted(TRAIN)
+    (tmp_path / "trainval.txt").write_text("".join(f"{name}.jpg\n" for name in [*TRAIN, "q0", "q1"]))
+    (tmp_path / "test.txt").write_text("# of the second day\nq0.jpg\nq1.jpg\n")
+    as_read(tmp_path, "VOC")
+
+
+@pytest.mark.parametrize(
+    ("file", "path", "pictures"),
+    [
+        ("data.yaml", "/home/me/proj/datasets/coco8", "datasets/coco8"),
+        ("data.yaml", "C:\\work\\sets\\coco8", "sets/coco8"),
+        ("data/coco8.yaml", "datasets/coco8", "datasets/coco8"),
+        ("data/coco8.yaml", "coco8", "coco8"),
+        ("data.yaml", "/content/drive/mine", "."),
+    ],
+)
+def test_the_path_of_a_description_is_found_where_it_is_now(tmp_path, file, path, pictures):
+    yolo(tmp_path / pictures, lambda name: (f"images/train/{name}.jpg", f"labels/train/{name}.txt"), TRAIN)
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(f"path: {path}\nnames: [cat, dog]\ntrain: images/train\n")
+    assert ids(load(tmp_path, test_portion=0)) == sorted(TRAIN)
+
+
+def test_a_listed_picture_that_is_missing_is_not_that_of_its_name_elsewhere(tmp_path):
+    yolo(tmp_path, lambda name: (f"images/train/{name}.jpg", f"labels/train/{name}.txt"), TRAIN)
+    yolo(tmp_path, lambda name: (f"images/val/{name}.jpg", f"labels/val/{name}.txt"), {"p9": TRAIN["p1"]})
+    (tmp_path / "train.txt").write_text("".join(f"/content/d/images/train/{name}.jpg\n" for name in [*TRAIN, "p9"]))
+    (tmp_path / "data.yaml").write_text("names: [cat, dog]\ntrain: train.txt\nval: images/val\n")
+    with pytest.raises(UserError, match=r"p9\.jpg: cannot be read"):
+        load(tmp_path)
+
+
+def test_labels_beside_a_picture_come_before_those_of_another_folder(tmp_path):
+    root = tmp_path / "images" / "shop"
+    yolo(root, lambda name: (f"{name}.jpg", f"{name}.txt"), TRAIN)
+    (root / "classes.txt").write_text("cat\ndog\n")
+    (tmp_path / "labels").mkdir()
+    for name in TRAIN:
+        (tmp_path / "labels" / f"{name}.txt").write_text("0 0.5 0.5 0.9 0.9\n")
+    found = load(root, test_portion=0)
+    counts = [len(found.truth.of(i)["boxes"]) for i in range(len(found))]
+    # Without a file of its own, a picture may have one in the other folder.
+    assert counts == [max(1, len(TRAIN[name])) for name in sorted(TRAIN)]
+
+
+def test_lists_of_classes_that_agree_and_files_that_are_none(tmp_path):
+    for split, classes in (("train", "cat\ndog\n"), ("val", "cat\n")):
+        yolo(tmp_path / split, lambda name: (f"{name}.jpg", f"{name}.txt"), TRAIN if split == "train" else TEST)
+        (tmp_path / split / "classes.txt").write_text(classes)
+    (tmp_path / "train" / "gone.txt").symlink_to("nowhere")
+    (tmp_path / "train" / "folder.txt").mkdir()
+    as_read(tmp_path, "YOLO")

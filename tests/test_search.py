@@ -53,7 +53,7 @@ def evaluate(job: dict) -> dict:
 def make(ledger: Ledger, name: str = "one", controller: str = "evo", **settings) -> Search:
     settings = {"num_epochs": 8, "steps": 10, "population_size": 10, "tournament_size": 4, **settings}
     config = Config(name="a", search=SearchConfig(controller=controller, **settings))
-    asked = make_controller(config.search, SPACE, 0, everything_fits)
+    asked = make_controller(config.search, SPACE, 0, everything_fits, costs=Costs())
     return Search(asked, ledger, config, Costs(), make_identity(search=name), 1)
 
 
@@ -93,7 +93,7 @@ def finish(search: Search, most: int = 10**6) -> list[dict]:
     return jobs
 
 
-@pytest.mark.parametrize("controller", ["evo", "pareto-evo", "random"])
+@pytest.mark.parametrize("controller", ["evo", "pareto-evo", "surrogate", "random"])
 def test_resumed_it_goes_on_as_if_never_interrupted(tmp_path, controller):
     with Ledger(tmp_path / "whole.jsonl") as ledger:
         whole = finish(make(ledger, controller=controller))
