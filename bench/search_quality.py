@@ -35,7 +35,7 @@ from lib.log import progress
 from lib.runtime import pick_workers, run
 from lib.scoring import save_scoring_data, scoring_worker
 
-CONTROLLERS = ("random", "evo", "pareto-evo")
+CONTROLLERS = ("random", "evo", "pareto-evo", "surrogate")
 COSTS = ["flops"]
 DRAWS = 10_000  # of the bootstrap
 
@@ -161,7 +161,7 @@ def evaluations_needed(table: Table, settings: SearchConfig, seed: int) -> dict[
     """Evaluations until each goal is met; at the latest when the search has seen the whole table."""
     third, _, best = table.scores[-3:]
     all_covered = table.hypervolume(pareto_front(table.records, "AP", COSTS))
-    controller = make_controller(settings, table.space, seed, lambda genotype: True)
+    controller = make_controller(settings, table.space, seed, lambda _: True, costs=lambda g: table[g]["metrics"])
     found: dict[str, int] = {}
     front: list[dict] = []
     for count in range(1, len(table.records) + 1):

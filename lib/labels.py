@@ -380,6 +380,23 @@ def read_yolo_yaml(path: Path, root: Path | None = None) -> tuple[dict[int, str]
     return plain_names(path, names), places, int(math.prod(shape))
 
 
+def locate(bases: Sequence[Path], value: str) -> Path | None:
+    """The file or folder that a path of data.yaml means: as it is, or where its leading folders are not here."""
+    parts = value.split("/")
+    # Not down to the bare name of a picture or of images/, which may be another one.
+    starts = [i for i in range(1, len(parts)) if i < len(parts) - 1 or split_of(parts[i])]
+    ends = [value, *("/".join(parts[start:]) for start in starts)]
+    # --data names the folder: what lies in it comes before what data.yaml names elsewhere on this machine.
+    root = posixpath.abspath(bases[-1])
+    outside = None
+    for path in (base / end for end in ends for base in dict.fromkeys(bases)):
+        if posixpath.exists(path):
+            if posixpath.abspath(path).startswith(f"{root}/"):
+                return path
+            outside = outside or path
+    return outside
+
+
 def plain_names(source: Path, names: dict) -> dict[int, str]:
     """Class names in one printable line; where one is missing, the class goes by its number."""
     plain = {int(key): class_name(name) or f"class {key}" for key, name in names.items()}

@@ -8,9 +8,8 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import takewhile
 from pathlib import Path
-from posixpath import abspath, basename, dirname, exists
+from posixpath import basename, dirname, exists
 from typing import Any, NamedTuple
 
 from lib import UserError, did_you_mean, labels
@@ -103,6 +102,7 @@ class Tree:
         if len(fitting) < 2:
             return fitting[0] if fitting else None
         filename = labels.picture_name(self.root / beside) if suffix_of(beside) == ".xml" else ""
+        own = dirname(beside).split("/")
 
         def unlike(path: str) -> tuple:
             folders, suffix = dirname(path), suffix_of(path)
@@ -113,7 +113,7 @@ class Tree:
                 basename(path) != filename,
                 split_of(folders) != split_of(beside),
                 folders != dirname(beside),
-                -_common_tail(folders, dirname(beside)),
+                -sum(f"/{folders}".endswith("/" + "/".join(own[-n:])) for n in range(1, len(own) + 1)),
                 -len(_words(folders) & _words(beside)),
                 len(_words(folders) - _words(beside)),
                 path.count("/"),
@@ -126,12 +126,6 @@ class Tree:
 
 def _is_mask(path: str) -> bool:
     return not MASKS.isdisjoint(dirname(path).lower().split("/"))
-
-
-def _common_tail(one: str, other: str) -> int:
-    """How many folders two paths have in common, counted from their ends."""
-    pairs = zip(reversed(one.split("/")), reversed(other.split("/")), strict=False)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _words(path: str) -> set[str]:
@@ -363,9 +357,7 @@ def _yolo_yaml(tree: Tree, data: DataConfig, faults: Faults) -> Found | None:
     first, *others = [path for path in found if stem(path) in ("data.yaml", "data.yml")] or found
     for other in others:
         if (dirname(other), found[other]) != (dirname(first), found[first]):
-            raise UserError(
-                f"{tree.root}: {first} and {other} describe two data sets: keep one (--data names its folder)"
-            )
+            raise UserError(f"{tree.root}: {first} and {other} describe two data sets: --data names the folder of one")
     names, places, keypoints = found[first]
     return _yolo(tree, first, names, places, faults)._replace(keypoints=keypoints)
 
@@ -405,7 +397,7 @@ def _yolo(tree: Tree, source: str, names: dict[int, str], places: Mapping[str, l
     splits: dict[str, str] = {}
     for split, values in places.items():
         for value in values:
-            place = _locate(bases, value)
+            place = labels.locate(bases, value)
             if place is None:
                 if split == "train":
                     raise UserError(f"{file}: train: no folder or list '{value}' here")
@@ -419,7 +411,7 @@ def _yolo(tree: Tree, source: str, names: dict[int, str], places: Mapping[str, l
 
     def pairs(chosen: list[str]) -> list[Pair]:
         pictures: dict[str, None] = {}  # each once, in order
-        for place in (_locate(bases, value) for value in chosen):
+        for place in (labels.locate(bases, value) for value in chosen):
             if place.is_dir():
                 pictures |= dict.fromkeys(str(place / name) for name in Tree(place).pictures)
             elif suffix_of(place.name) in SUFFIXES:
@@ -428,7 +420,7 @@ def _yolo(tree: Tree, source: str, names: dict[int, str], places: Mapping[str, l
                 for line in map(slashes, labels.read_lines(place)):
                     # Not down to its bare name, which may be that of a picture of another split.
                     name = re.sub("^([A-Za-z]:)?/+", "", line)
-                    path = _locate([place.parent, *bases], line) or tree.root / (tree.find(name) or line)
+                    path = labels.locate([place.parent, *bases], line) or tree.root / (tree.find(name) or line)
                     pictures[str(path)] = None
         found = [Pair(stem(basename(name)), name, labels.yolo_label(name)) for name in pictures]
         if orphans := _without_picture(tree, found):
@@ -456,20 +448,3 @@ def _without_picture(tree: Tree, pairs: Sequence[Pair]) -> list[Path]:
                 if re.match(r"\d+(\s[\d.]+){4}", labels.read_text(text)):
                     found.append(text)
     return found
-
-
-def _locate(bases: Sequence[Path], value: str) -> Path | None:
-    """The file or folder that a path of data.yaml means: as it is, or where its leading folders are not here."""
-    parts = value.split("/")
-    # Not down to the bare name of a picture or of images/, which may be another one.
-    starts = [i for i in range(1, len(parts)) if i < len(parts) - 1 or split_of(parts[i])]
-    ends = [value, *("/".join(parts[start:]) for start in starts)]
-    # --data names the folder: what lies in it comes before what data.yaml names elsewhere on this machine.
-    root = abspath(bases[-1])
-    outside = None
-    for path in (base / end for end in ends for base in dict.fromkeys(bases)):
-        if exists(path):
-            if abspath(path).startswith(f"{root}/"):
-                return path
-            outside = outside or path
-    return outside
