@@ -329,7 +329,7 @@ class TrainingFile(NamedTuple):
 
 def training_file(payload: dict, path: Path) -> TrainingFile:
     """The checked content of last.pt. Raises UserError that names the file."""
-    return check({"split": "", **payload}, TrainingFile, str(path))
+    return check({"step": 0, "split": "", **payload}, TrainingFile, str(path))
 
 
 class DetectorFile(NamedTuple):
