@@ -261,17 +261,17 @@ class SurrogateEvolution(ParetoEvolution):
         self._gram += np.outer(row, row)
         self._moments += individual.values[0] * row
 
-    def _propose(self, rng: random.Random) -> Genotype:
-        proposal = super()._propose(rng)
-        if self.origin == "random":
-            return proposal
-        pool = {proposal: None}  # each once, in order
-        for _ in range(POOL // 2):
-            pool |= {super()._propose(rng): None, self.space.sample_spread(rng): None}
-        weights = np.linalg.solve(self._gram + self._penalty, self._moments)
-        self.origin = "bred"
-        new = [genotype for genotype in pool if genotype not in self._known and self._budget(genotype)]
-        return max(new, key=lambda genotype: self._expected_gain(genotype, weights), default=proposal)
+    def _candidates(self, rng: random.Random) -> Iterator[Genotype]:
+        """What gains most of a pool, once a population is known; then, or if none of the pool fits, as others do."""
+        if not self._seeds and self._fronts and len(self._known) >= self.settings.population_size:
+            pool: dict[Genotype, None] = {}  # each once, in order
+            for _ in range(POOL // 2):
+                pool |= {self._propose(rng): None, self.space.sample_spread(rng): None}
+            new = [genotype for genotype in pool if genotype not in self._known and self._budget(genotype)]
+            weights = np.linalg.solve(self._gram + self._penalty, self._moments)
+            self.origin = "bred"
+            yield from sorted(new, key=lambda genotype: self._expected_gain(genotype, weights), reverse=True)[:1]
+        yield from super()._candidates(rng)
 
     def _expected_gain(self, genotype: Genotype, weights: np.ndarray) -> float:
         """The predicted objective minus the best one of the front at no higher cost."""

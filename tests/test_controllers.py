@@ -494,5 +494,5 @@ def test_the_surrogate_finds_the_front_sooner():
         ends = [cost for cost, _ in steps[1:]] + [flops(make_space(4).largest())]
         return sum((end - cost) * ap for (cost, ap), end in zip(steps, ends, strict=True))
 
-    gains = [area("surrogate", seed) - area("pareto-evo", seed) for seed in range(10)]
-    assert np.mean(gains) > 0 and sum(gain > 0 for gain in gains) >= 8
+    gains = [area("surrogate", seed) - area("pareto-evo", seed) for seed in range(6)]
+    assert np.mean(gains) > 0 and sum(gain > 0 for gain in gains) >= 5
