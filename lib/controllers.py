@@ -221,7 +221,7 @@ class ParetoEvolution(Controller):
 
 
 class SurrogateEvolution(ParetoEvolution):
-    """Of many children and samples, the one that a ridge regression expects to gain most over the front.
+    """Proposes, of many children and samples, the one that a ridge regression expects to gain most over the front.
 
     The regression predicts the objective as a sum over the choices at each position: image size, depths, widths and
     kernels of all blocks. `costs` are computed, not predicted.
@@ -262,12 +262,13 @@ class SurrogateEvolution(ParetoEvolution):
         self._moments += individual.values[0] * row
 
     def _candidates(self, rng: random.Random) -> Iterator[Genotype]:
-        """What gains most of a pool, once a population is known; then, or if none of the pool fits, as others do."""
+        """First the most promising of a pool, once the population is known; then the candidates of the base class."""
         if not self._seeds and self._fronts and len(self._known) >= self.settings.population_size:
             pool: dict[Genotype, None] = {}  # each once, in order
             for _ in range(POOL // 2):
                 pool |= {self._propose(rng): None, self.space.sample_spread(rng): None}
             new = [genotype for genotype in pool if genotype not in self._known and self._budget(genotype)]
+            # Refitted for every proposal: with a few dozen choices this takes less than a millisecond.
             weights = np.linalg.solve(self._gram + self._penalty, self._moments)
             self.origin = "bred"
             yield from sorted(new, key=lambda genotype: self._expected_gain(genotype, weights), reverse=True)[:1]

@@ -16,6 +16,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_runs import FINAL, SEARCH, SUPERNET
 
 from lib import UserError, checkpoint
@@ -48,7 +49,7 @@ def of_another_program(script: str) -> str:
 def of_a_later_version(script: str) -> str:
     """A search reads the supernet's."""
     path = OWN[SUPERNET if script == SEARCH else script] / "last.pt"
-    checkpoint.torch.save({**checkpoint.read(path), "format": "supernet/99"}, path)
+    torch.save({**checkpoint.read(path), "format": "supernet/99"}, path)
     return r"last\.pt: "
 
 
