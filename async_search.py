@@ -407,7 +407,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     task = Task(args, search_run, supernet, path)
     print_plan(task)
     if args.finalists:
-        epochs = shortened(search_run.config, None).final.epochs
+        epochs = shortened(search_run.config, None, len(task.split[0])).final.epochs
         print(f"finalists: {args.finalists} are trained for {epochs} epochs each after the search")
     with cli.claim(folder / "evals.jsonl", args):
         if args.front_table:

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from lib import UserError, analysis, checkpoint, cli, converters, distributed, export, inference, naming, plan
 from lib.annotations import Annotations, without_objects
 from lib.config import Config
-from lib.config_io import to_dict
+from lib.config_io import limit_epochs, to_dict
 from lib.datasets import load_annotations, refuse_seen
 from lib.detector import EXPORTED, SSD, Detector, detector_checkpoint, load_detector
 from lib.final_training import (
@@ -146,6 +146,7 @@ def train_from(
     seed_everything(config.seed)
     path = supernet_path(config, choice.content, args.load) if origin == "supernet" else None
     annotations, test = load_data(config)
+    limit = [] if previous else limit_epochs(config, "final", len(annotations))
     if path and annotations.held_out:
         refuse_seen(path.parent / "split.json", annotations)
     network, pretrained = find_start(origin, config, annotations.classes, path)
@@ -164,6 +165,7 @@ def train_from(
         f"  {cost.flops / 1e6:.1f} M multiply-adds, {cost.params / 1e6:.3f} M parameters",
         *plan.describe_priors(network, config),
         plan.describe_training("final", config.final, len(annotations), loader.batch_sampler.batches_per_epoch),
+        *limit,
     ):
         print(line)
     with cli.claim(folder / "last.pt", args):
@@ -204,8 +206,8 @@ def compare(args: argparse.Namespace, device: torch.device) -> None:
     if not choice.content:
         raise UserError("--compare: takes a genotype from a file, such as best.json, which names its supernet")
     this_run = command.resolve(choice.content.get("config"), f"the genotype file {choice.name}", folder_name="compare")
-    folder, config = this_run.folder, shortened(this_run.config, args.compare_epochs)
-    annotations, test = load_data(config)
+    annotations, test = load_data(this_run.config)
+    folder, config = this_run.folder, shortened(this_run.config, args.compare_epochs, len(annotations))
     path = supernet_path(config, choice.content, args.load)
     refuse_seen(path.parent / "split.json", annotations)
     supernet = load_supernet_of(path, annotations.classes)
@@ -387,6 +389,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         (starts and chosen, "--from-scratch and --from-pretrained: go with training"),
         (works and (args.genotype or args.index is not None), "--genotype and --index: go with training and --compare"),
         (args.compare_epochs is not None and not args.compare, "--compare-epochs: goes with --compare"),
+        (
+            args.compare_epochs is not None and args.compare_epochs < 1,
+            f"--compare-epochs {args.compare_epochs}: expected at least 1",
+        ),
+        (args.compare_random < 0, f"--compare-random {args.compare_random}: expected 0 or more"),
         (args.dry_run and works, "--dry-run: goes with training and with --compare"),
         (args.pycocotools and not args.eval_only, "--pycocotools: goes with --eval-only"),
         (args.tiles != "1x1" and not args.predict, "--tiles: goes with --predict"),

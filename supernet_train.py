@@ -10,6 +10,7 @@ Writes last.pt (the supernet), split.json (which images train, which score candi
 runs/NAME/supernet. The next command is async_search.py.
 """
 
+import copy
 import itertools
 import json
 import random
@@ -42,15 +43,13 @@ from lib.training_run import Training, due_epochs, read_previous
 def step_genotypes(space: SearchSpace, config: SupernetConfig, seed: int, step: int) -> list[Genotype]:
     """The sub-networks of one step, a function of (seed, step) alone, so that a resumed run draws the same.
 
-    Under the sandwich rule (Yu and Huang, ICCV 2019) the largest comes first, then the smallest, then random ones.
     All of a step have the same image size, so that they share prior boxes and can teach one another; none is there
     twice, since its losses would only be averaged with themselves.
     """
     rng = random.Random(f"{seed}-{step}")
     size = rng.choice(space.image_size)
-    ends = [space.largest(), space.smallest()] if config.sampling == "sandwich" else []
     sample = space.sample_spread if config.sampling == "spread" else space.sample
-    drawn = [*ends, *(sample(rng) for _ in range(config.samples))]
+    drawn = [sample(rng) for _ in range(config.samples)]
     return list(dict.fromkeys(replace(genotype, image_size=size) for genotype in drawn))
 
 
@@ -158,6 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         train, search = load_split(split, annotations, previous.get("split", ""))
     else:
         train, search = split_indices(annotations, config.data.data_portion, config.seed)
+    limit = [] if previous else config_io.limit_epochs(config, "supernet", len(train))
     detector = ElasticSSD(config, len(annotations.classes))
     fit = args.fit_priors and not previous
     head, proposal = plan.propose_priors(annotations, detector, config, fit=fit, if_poor=args.dry_run)
@@ -183,6 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         *plan.describe_space(detector, detector.space),
         *plan.describe_priors(detector, config),
         plan.describe_training("supernet", config.supernet, len(train), loader.batch_sampler.batches_per_epoch),
+        *limit,
         *shrinking.describe_openings(config, config.supernet.epochs),
     ):
         print(line)
@@ -235,6 +236,8 @@ def print_estimate(
     config: Config, detector: ElasticSSD, loader: DataLoader, splits: dict[str, plan.Split], device: torch.device
 ) -> None:
     """How long this stage and the next will take on this device: some seconds of each kind of work, added up."""
+    config = copy.deepcopy(config)
+    config_io.limit_epochs(config, "final", len(splits["train"][1]))
     settings, seed = config.supernet, config.seed
     loss = DetectionLoss(config.loss, config.head.variances)
     starts = boundaries(config.search_space.schedule_cfg, settings.epochs)

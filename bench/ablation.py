@@ -1,4 +1,4 @@
-"""What a training step is worth: uniform, sandwich, with distillation, without sorting, at equal forward passes.
+"""What a training step is worth: uniform, spread, with distillation, without sorting, at equal forward passes.
 
     python bench/ablation.py --cfg configs/lite0.yaml --data /path/to/cards
 
@@ -22,8 +22,8 @@ from lib.runtime import run
 from lib.shrinking import space_at
 from supernet_train import step_genotypes
 
-SANDWICH = ["supernet.sampling=sandwich"]
-DISTILL = [*SANDWICH, "supernet.distill.weight={boundary: [1], value: [0.1]}"]
+SPREAD = ["supernet.sampling=spread"]
+DISTILL = ["supernet.distill.weight={boundary: [1], value: [0.1]}"]
 UNSORTED = ["supernet.sort_channels=false"]
 SHORTEST = 6  # epochs
 
@@ -42,7 +42,7 @@ def main() -> None:
     batches = max(len(train_rows) // config.supernet.batch_size, 1)
     budget = passes(config, batches)
 
-    changes = {"uniform": base, "sandwich": [*base, *SANDWICH], "sandwich, distillation": [*base, *DISTILL]}
+    changes = {"uniform": base, "spread": [*base, *SPREAD], "uniform, distillation": [*base, *DISTILL]}
     changes = {name: fit_epochs(args.cfg, row, batches, budget) for name, row in changes.items()}
     with ThreadPoolExecutor(args.jobs) as pool:
         found = dict(zip(changes, pool.map(lambda name: train(name, changes[name], args), changes), strict=True))

@@ -110,6 +110,9 @@ class CommandLine:
         config = config_io.from_dict(config_io.with_changes(settings, self._changes), source, self._typed)
         config_io.validate(config)
         notes = []
+        for stage in ("supernet", "final"):
+            if f"{stage}.epochs" in self._typed and f"{stage}.max_steps" not in self._typed:
+                getattr(config, stage).max_steps = 0  # so many epochs, however long they take
         if self.stage != "search":
             config_io.validate_shares(config, self.stage, distributed.world().size)
             # The schedules of a run that goes on were fitted when it began.
@@ -147,8 +150,12 @@ class CommandLine:
         if saved is None:
             return notes
         began = config_io.from_dict(saved, str(folder / "config.yaml"))
+        now, before = getattr(config, self.stage), getattr(began, self.stage)
+        limited = before.epochs < now.epochs and now.max_steps > 0
+        if limited:
+            now.epochs, now.eval_every = before.epochs, before.eval_every
         given = any("schedule_cfg" in key or "distill" in key for key in self._typed)
-        if not given and (notes or f"{self.stage}.epochs" in self._typed):
+        if not given and (notes or limited or f"{self.stage}.epochs" in self._typed):
             config.search_space.schedule_cfg = began.search_space.schedule_cfg
             config.supernet.distill.weight = began.supernet.distill.weight
             notes = []

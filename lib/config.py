@@ -202,6 +202,7 @@ class TrainConfig:
     """What both trainings have in common, that of the supernet and that of one detector."""
 
     epochs: Epochs = 200
+    max_steps: Annotated[int, Bounds(0, 1_000_000_000)] = 0  # fewer epochs where they take more; 0 = any number
     batch_size: Annotated[int, Bounds(2, 65536)] = 32  # over all processes
     optimizer: Literal["sgd", "adamw"] = "sgd"
     accumulate: Annotated[int, Bounds(1, 65536)] = 1  # batches per optimizer step
@@ -222,13 +223,10 @@ class TrainConfig:
 
 @dataclass
 class SupernetConfig(TrainConfig):
-    """Stage 1. A step trains `samples` random sub-networks; `sandwich` adds the largest and the smallest one.
-
-    `spread` draws networks whose costs cover the whole range; under `uniform` most are of average cost.
-    """
+    """Stage 1. A step trains `samples` sub-networks: under `uniform` most of average cost, under `spread` of all."""
 
     epochs: Epochs = 500
-    sampling: Literal["uniform", "sandwich", "spread"] = "uniform"
+    sampling: Literal["uniform", "spread"] = "uniform"
     samples: Annotated[int, Bounds(1, 1000)] = 1
     sort_channels: bool = True  # by importance, once, before narrower widths open
     panel: EpochsOrZero = 3  # random sub-networks scored beside the smallest, the largest and the pretrained one

@@ -285,6 +285,19 @@ def validate_shares(config: Config, stage: str, processes: int) -> None:
     _require(config, training.sync_batch_norm or training.batch_size >= 2 * processes, key, expected)
 
 
+def limit_epochs(config: Config, stage: str, pictures: int) -> list[str]:
+    """Fewer epochs of `stage` where they would take more optimizer steps than its `max_steps`; a note that says so."""
+    settings = getattr(config, stage)
+    steps = -(-max(1, pictures // settings.batch_size) // settings.accumulate)
+    planned, most = settings.epochs, max(1, settings.max_steps // steps)
+    if not settings.max_steps or planned <= most:
+        return []
+    settings.epochs, settings.eval_every = most, max(1, round(settings.eval_every * most / planned))
+    fit_schedules(config, stage, planned, ())
+    why = f"{planned} epochs of {steps} steps are more than {stage}.max_steps, {settings.max_steps}"
+    return [f"note: {stage}.epochs is {most}: {why}; --set {stage}.epochs={planned} trains for all of them"]
+
+
 def fit_schedules(config: Config, stage: str, planned: int, typed: Collection[str]) -> list[str]:
     """Bring what begins after the last epoch of `stage` ("supernet" or "final") before it, and say so.
 

@@ -97,6 +97,7 @@ class Controller:
 
     `settings` name the objective to maximise, the costs to minimise, and the sizes and probabilities of evolution.
     `budget(genotype)` decides which genotypes may be proposed; told ones are not checked. `seeds` that fit come first.
+    Only a surrogate needs `costs(genotype)`.
 
     A proposal depends on `seed`, on the number of genotypes known so far and on what was told, in order. Telling a
     fresh controller the records of an earlier search therefore continues that search; no random state is kept.
@@ -104,7 +105,13 @@ class Controller:
     """
 
     def __init__(
-        self, settings: SearchConfig, space: SearchSpace, seed: int, budget: Fits, seeds: Sequence[Genotype] = ()
+        self,
+        settings: SearchConfig,
+        space: SearchSpace,
+        seed: int,
+        budget: Fits,
+        seeds: Sequence[Genotype] = (),
+        costs: Costs | None = None,
     ):
         self.settings = settings
         self.space = space
@@ -112,6 +119,7 @@ class Controller:
         self._seed = seed
         self._budget = budget
         self._seeds = deque(seeds)
+        self._costs = costs
         self._known: set[Genotype] = set()  # asked or told
 
     def ask(self) -> Genotype:
@@ -227,9 +235,8 @@ class SurrogateEvolution(ParetoEvolution):
     kernels of all blocks. `costs` are computed, not predicted.
     """
 
-    def __init__(self, *args, costs: Costs, **options):
+    def __init__(self, *args, **options):
         super().__init__(*args, **options)
-        self._costs = costs
         self._column = {choice: i for i, choice in enumerate(self._choices_of_space(), start=1)}  # 0: the intercept
         size = 1 + len(self._column)
         self._gram, self._moments = np.zeros((size, size)), np.zeros(size)
@@ -283,23 +290,12 @@ class SurrogateEvolution(ParetoEvolution):
 
 
 CONTROLLERS = {"random": RandomSearch, "evo": RegularizedEvolution, "pareto-evo": ParetoEvolution}
+CONTROLLERS["surrogate"] = SurrogateEvolution
 
 
-def make_controller(
-    settings: SearchConfig,
-    space: SearchSpace,
-    seed: int,
-    budget: Fits,
-    seeds: Sequence[Genotype] = (),
-    costs: Costs | None = None,
-) -> Controller:
-    """The controller that `settings.controller` names, as `Controller` describes the arguments.
-
-    Only "surrogate" needs the `costs` of genotypes.
-    """
-    if settings.controller == "surrogate":
-        return SurrogateEvolution(settings, space, seed, budget, seeds, costs=costs)
-    return CONTROLLERS[settings.controller](settings, space, seed, budget, seeds)
+def make_controller(settings: SearchConfig, *args, **options) -> Controller:
+    """The controller that `settings.controller` names; the arguments are those of `Controller`."""
+    return CONTROLLERS[settings.controller](settings, *args, **options)
 
 
 # The keys of the configuration that hold the least and the most of each cost.

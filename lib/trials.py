@@ -41,14 +41,13 @@ ELSEWHERE = "remove it, or start elsewhere with --train-dir"
 STARTS = {"inherited": "inherited, no training", "fine_tuned": "fine-tuned", "scratch": "from scratch"}
 
 
-def shortened(config: Config, epochs: int | None) -> Config:
-    """A recipe of `epochs` (None: a quarter of those of `final`), with every epoch and step count in proportion.
+def shortened(config: Config, epochs: int | None, pictures: int) -> Config:
+    """A recipe of `epochs` (None: a quarter of those that train on so many `pictures`), all counts in proportion.
 
     It evaluates after the last epoch only, since choosing the best of several would favour the noisier training.
     """
-    if epochs is not None and epochs < 1:
-        raise UserError(f"--compare-epochs {epochs}: expected at least 1")
     config = copy.deepcopy(config)
+    config_io.limit_epochs(config, "final", pictures)
     final = config.final
     schedule = final.lr_schedule
     epochs = epochs or max(1, round(final.epochs / 4))
@@ -192,7 +191,7 @@ def train_finalists(
     chosen = [Genotype.from_dict(record["genotype"]) for record in search.promising(count)]
     genotypes = {f"{g.image_size}px_{hashlib.sha256(str(g).encode()).hexdigest()[:8]}": g for g in chosen}
     train, judge = (annotations.subset(rows) for rows in split)
-    recipe = Recipe(shortened(search.config, None), supernet, supernet_path, train, judge, device)
+    recipe = Recipe(shortened(search.config, None, len(train)), supernet, supernet_path, train, judge, device)
     Trials(recipe, folder, genotypes, ["fine_tuned"]).run()
     recall_finalists(search, folder)
 
@@ -246,8 +245,6 @@ def contestants(
 
     No genotype appears twice; one in several roles has all their names. Raises UserError if `count` cannot be found.
     """
-    if count < 0:
-        raise UserError(f"--compare-random {count}: expected 0 or more")
     space = supernet.space
     largest, smallest = space.largest(), space.smallest()
     names: dict[Genotype, str] = {}

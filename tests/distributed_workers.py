@@ -111,7 +111,7 @@ def be_one_of_several(rank: int, folder: Path) -> None:
 def settings(folder: Path, **changes: object) -> Config:
     both = {"batch_size": 8, "ema_decay": 0.9, "sync_batch_norm": True, "clip_grad_norm": 20.0}
     keys = {f"{stage}__{key}": value for stage in ("supernet", "final") for key, value in both.items()}
-    keys |= {"supernet__sampling": "sandwich", "data__root": folder / "shapes", "data__workers": 0}
+    keys |= {"supernet__samples": 3, "data__root": folder / "shapes", "data__workers": 0}
     return config_io.from_dict(tiny_settings(**keys | {"data__shapes_train": 24, "data__shapes_test": 7} | changes))
 
 

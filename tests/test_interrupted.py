@@ -73,7 +73,7 @@ def test_a_killed_supernet_goes_on_bit_by_bit(arguments, tmp_path):
 
 
 def test_ctrl_c_within_an_epoch_goes_on_bit_by_bit(arguments, tmp_path):
-    options = [*arguments, "--set", "supernet.epochs=3", "--set", "supernet.sampling=sandwich"]
+    options = [*arguments, "--set", "supernet.epochs=3", "--set", "supernet.samples=3"]
     options += ["--set", "search_space.schedule_cfg.width_choice.boundary=[1, 3]"]  # nothing is scored before epoch 2
     halfway, broken, whole = interrupted(tmp_path, SUPERNET, options, signal.SIGINT)
     assert (halfway["epoch"], halfway["batch"]) == (2, BATCH)

@@ -133,6 +133,10 @@ MISTAKES = {
     "a genotype of no training": ([FINAL, "--eval-only", "--index", "1"], "--genotype and --index: go with training"),
     "an index of a string": ([FINAL, "--genotype", "cell_0=1", "--index", "1"], "--index: goes with a file"),
     "a string without a supernet": ([FINAL, "--genotype", "cell_0=1", "--train-dir", "new"], "names no supernet"),
+    "fewer than no competitors": (
+        [FINAL, "--compare", "--compare-random=-1"],
+        "--compare-random -1: expected 0 or more",
+    ),
     "epochs of no comparison": ([FINAL, "--compare-epochs", "3"], "--compare-epochs: goes with --compare"),
     "a folder of no picture": ([FINAL, "--out", "x"], "--out: goes with --predict"),
     "finalists of a measurement": ([SEARCH, "--measure-latency", "--finalists", "2"], "--measure-latency: does not go"),

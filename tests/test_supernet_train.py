@@ -25,17 +25,11 @@ def test_the_genotypes_of_a_step_are_a_function_of_seed_and_step(tiny_detector):
             space.check(genotype)
 
 
-def test_the_sandwich_has_the_largest_first_and_the_smallest(tiny_detector):
-    space = tiny_detector().space
-    largest, smallest, *others = supernet_train.step_genotypes(space, SupernetConfig(sampling="sandwich"), 0, 5)
-    assert (largest, smallest) == (space.largest(), space.smallest()) and len(others) == 1
-
-
 def test_a_sub_network_that_is_drawn_twice_is_trained_once(tiny_detector):
-    """Before any choice opens, the three of a sandwich are the same."""
+    """Before any choice opens, all three are the same."""
     space = tiny_detector(search_space__schedule_cfg__depth_choice="{boundary: [1], value: [[2]]}").space
     closed = type(space)(space.backbone_type, space.image_size, (), space.head)
-    assert len(supernet_train.step_genotypes(closed, SupernetConfig(sampling="sandwich", samples=3), 0, 1)) == 1
+    assert len(supernet_train.step_genotypes(closed, SupernetConfig(samples=3), 0, 1)) == 1
 
 
 def step_losses(detector, weight, genotypes, objects=1, loss_type="focal"):
@@ -61,7 +55,7 @@ def test_a_teacher_without_weight_is_never_run(tiny_detector):
     losses, ran = step_losses(detector, 0.5, [small, small])
     assert ran == [(large, False), (small, True), (small, True)]
     assert all(item.keys() == {"cls", "loc", "distill"} and item["distill"] > 0 for item in losses)
-    losses, ran = step_losses(detector, 0.5, [large, small])  # the sandwich: the largest runs once, and is not taught
+    losses, ran = step_losses(detector, 0.5, [large, small])  # the largest runs once, and is not taught
     assert ran == [(large, True), (small, True)]
     assert [set(item) for item in losses] == [{"cls", "loc"}, {"cls", "loc", "distill"}]
 
