@@ -142,11 +142,11 @@ def train_from(
     Without a `choice` the genotype is that of the pretrained network.
     """
     folder, config = this_run.folder, this_run.config
-    previous = read_previous(folder, config, "final") if args.resume else None
     seed_everything(config.seed)
     path = supernet_path(config, choice.content, args.load) if origin == "supernet" else None
     annotations, test = load_data(config)
-    limit = [] if previous else limit_epochs(config, "final", len(annotations))
+    limit = limit_epochs(config, "final", len(annotations))
+    previous = read_previous(folder, config, "final") if args.resume else None
     if path and annotations.held_out:
         refuse_seen(path.parent / "split.json", annotations)
     network, pretrained = find_start(origin, config, annotations.classes, path)

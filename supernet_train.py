@@ -149,15 +149,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     distributed.join(device)
     run = cli.CommandLine(args, "supernet").resolve()
     folder, config = run.folder, run.config
-    previous = read_previous(folder, config, "supernet") if args.resume else None
     seed_everything(config.seed)
     annotations = load_annotations(config.data, "train")
+    limit = config_io.limit_epochs(config, "supernet", round(config.data.data_portion[0] * len(annotations)))
+    previous = read_previous(folder, config, "supernet") if args.resume else None
     split = folder / "split.json"
     if previous:
         train, search = load_split(split, annotations, previous.get("split", ""))
     else:
         train, search = split_indices(annotations, config.data.data_portion, config.seed)
-    limit = [] if previous else config_io.limit_epochs(config, "supernet", len(train))
     detector = ElasticSSD(config, len(annotations.classes))
     fit = args.fit_priors and not previous
     head, proposal = plan.propose_priors(annotations, detector, config, fit=fit, if_poor=args.dry_run)

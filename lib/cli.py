@@ -81,9 +81,9 @@ class CommandLine:
         self._changes = [(key, value) for key, value in by_flag.items() if value is not None]
         self._changes += [config_io.parse_override(text) for text in args.set]
         self._typed = [key for key, _ in self._changes]
-        for key in config_io.RETIRED_KEYS:
-            if self.given(key) is not None:
-                raise UserError(f"{key}: this key was removed, since it gained nothing (docs/measured.md)")
+        for key, value in config_io.RETIRED.items():
+            if (found := self.given(key)) is not None and value in (None, found):
+                raise UserError(f"{key}: {value or 'this key'} was removed, since it gained nothing (docs/measured.md)")
 
     def given(self, key: str) -> object | None:
         """The value that the user gave `key`; None where neither a flag nor --set nor --cfg does."""
@@ -110,9 +110,10 @@ class CommandLine:
         config = config_io.from_dict(config_io.with_changes(settings, self._changes), source, self._typed)
         config_io.validate(config)
         notes = []
-        for stage in ("supernet", "final"):
-            if f"{stage}.epochs" in self._typed and f"{stage}.max_steps" not in self._typed:
-                getattr(config, stage).max_steps = 0  # so many epochs, however long they take
+        for stage, schedule in (("supernet", "search_space.schedule_cfg"), ("final", "final.lr_schedule")):
+            explicit = (f"{stage}.epochs", f"{stage}.lr_schedule.", f"{stage}.distill", schedule)
+            if f"{stage}.max_steps" not in self._typed and any(key.startswith(explicit) for key in self._typed):
+                getattr(config, stage).max_steps = 0  # what the user asks for, however long it takes
         if self.stage != "search":
             config_io.validate_shares(config, self.stage, distributed.world().size)
             # The schedules of a run that goes on were fitted when it began.
@@ -150,12 +151,8 @@ class CommandLine:
         if saved is None:
             return notes
         began = config_io.from_dict(saved, str(folder / "config.yaml"))
-        now, before = getattr(config, self.stage), getattr(began, self.stage)
-        limited = before.epochs < now.epochs and now.max_steps > 0
-        if limited:
-            now.epochs, now.eval_every = before.epochs, before.eval_every
         given = any("schedule_cfg" in key or "distill" in key for key in self._typed)
-        if not given and (notes or limited or f"{self.stage}.epochs" in self._typed):
+        if not given and (notes or f"{self.stage}.epochs" in self._typed):
             config.search_space.schedule_cfg = began.search_space.schedule_cfg
             config.supernet.distill.weight = began.supernet.distill.weight
             notes = []
@@ -271,7 +268,7 @@ def supernet_checkpoint(folder: Path) -> Path:
     for path in (folder, folder / "last.pt", folder / "supernet" / "last.pt"):
         if path.is_file():
             return path
-    raise UserError(f"{folder}: no supernet checkpoint here; expected last.pt, which supernet_train.py writes")
+    raise UserError(f"{folder}: no supernet checkpoint here; expected last.pt of supernet_train.py (--load)")
 
 
 def find_genotype(name: str) -> Path:

@@ -19,7 +19,9 @@ from lib.config import ChoiceSchedule, Config, ValueSchedule
 from lib.plain import Bounds, WrongKey, check, fail, hints_of, read_bytes, refuse_bomb
 
 # Keys of earlier versions that changed nothing about a network. Checkpoints and genotype files still hold them.
-RETIRED_KEYS = ("search.racing", "final.distill", "supernet.distill.teacher", "supernet.distill.priors")
+# Keys, or values of keys, that older files may have and that are of no effect any more.
+RETIRED = dict.fromkeys(("search.racing", "final.distill", "supernet.distill.teacher", "supernet.distill.priors"))
+RETIRED["supernet.sampling"] = "sandwich"
 ALIASES = {"T_max": "T_0"}  # names of keys in other recipes
 MOST_YAML = 1024**2  # bytes of a YAML file
 
@@ -166,7 +168,7 @@ def _section(value: Any, default: Any, path: str) -> Any:
     values = {}
     for key, item in value.items():
         where = prefix + check(key, str, f"{path}: a key" if path else "a key")
-        if where in RETIRED_KEYS:
+        if where in RETIRED and RETIRED[where] in (None, item):
             continue
         name = ALIASES.get(key, key)
         if name not in hints:
@@ -286,23 +288,26 @@ def validate_shares(config: Config, stage: str, processes: int) -> None:
 
 
 def limit_epochs(config: Config, stage: str, pictures: int) -> list[str]:
-    """Fewer epochs of `stage` where they would take more optimizer steps than its `max_steps`; a note that says so."""
+    """Fewer epochs of `stage` where they would take more optimizer steps than its `max_steps`; a note that says so.
+
+    The limit becomes 0: it decides when a run begins, and a run that goes on has its number of epochs.
+    """
     settings = getattr(config, stage)
     steps = -(-max(1, pictures // settings.batch_size) // settings.accumulate)
-    planned, most = settings.epochs, max(1, settings.max_steps // steps)
-    if not settings.max_steps or planned <= most:
+    limit, planned, settings.max_steps = settings.max_steps, settings.epochs, 0
+    if not limit or planned <= (most := max(1, limit // steps)):
         return []
-    settings.epochs, settings.eval_every = most, max(1, round(settings.eval_every * most / planned))
-    fit_schedules(config, stage, planned, ())
-    why = f"{planned} epochs of {steps} steps are more than {stage}.max_steps, {settings.max_steps}"
-    return [f"note: {stage}.epochs is {most}: {why}; --set {stage}.epochs={planned} trains for all of them"]
+    settings.epochs = most
+    fit_schedules(config, stage, planned, (), always=True)
+    why = f"{planned} epochs of {steps} steps are more than {stage}.max_steps, {limit}"
+    return [f"note: {stage}.epochs is {most}, with all schedules: {why}; --set {stage}.max_steps=0 lifts the limit"]
 
 
-def fit_schedules(config: Config, stage: str, planned: int, typed: Collection[str]) -> list[str]:
+def fit_schedules(config: Config, stage: str, planned: int, typed: Collection[str], always: bool = False) -> list[str]:
     """Bring what begins after the last epoch of `stage` ("supernet" or "final") before it, and say so.
 
-    A schedule for `planned` epochs keeps its proportions. Raises UserError if it does not fit these either, or is among
-    the keys that the user gave, `typed`.
+    A schedule for `planned` epochs keeps its proportions; `always` scales it also where nothing begins too late. Raises
+    UserError if it does not fit these either, or is among the keys that the user gave, `typed`.
     """
     settings = getattr(config, stage)
     rate = settings.lr_schedule
@@ -311,10 +316,10 @@ def fit_schedules(config: Config, stage: str, planned: int, typed: Collection[st
     if rate.type == "multistep":
         begins[f"{stage}.lr_schedule.milestones"] = rate.milestones
     late = next((key for key, epochs in begins.items() if max(epochs, default=0) > settings.epochs), None)
-    if late is None:
+    if late is None and not always:
         return []
     given = any(_is_part_of(key, other) for key in typed for other in begins)
-    if given or planned <= settings.epochs or max(itertools.chain(*begins.values())) > planned:
+    if not always and (given or planned <= settings.epochs or max(itertools.chain(*begins.values())) > planned):
         fail(late, f"epochs up to {stage}.epochs, which is {settings.epochs}", begins[late])
     factor = settings.epochs / planned
     # Of boundaries that fall on one epoch, the last stays: what opens later includes what was open before.

@@ -5,6 +5,7 @@ report.html is one self-contained page. matplotlib is imported where it draws, s
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -15,10 +16,10 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from lib import checkpoint, cli
+from lib import UserError, checkpoint, cli
 from lib.config_io import to_dict
 from lib.controllers import pareto_front
-from lib.genotype import Genotype
+from lib.genotype import Genotype, read_genotype_files
 from lib.log import duration, finite, say
 from lib.scoring import CONFIDENCE
 from lib.search import COSTS, FRONT_TABLE, Search, cost_text, front_table
@@ -31,7 +32,7 @@ MANY_POINTS = 2000  # more points than this are embedded in a figure as pixels, 
 def write_results(search: Search, folder: Path, top: int = 0) -> None:
     """Write every file anew, each atomically; nothing before an evaluation has succeeded.
 
-    With `top`, top.json lists that many of the best, whether on the front or not.
+    With `top`, top.json lists that many of the best, whether on the front or not. One that is there stays up to date.
     """
     if not search.scored:
         return
@@ -45,6 +46,8 @@ def write_results(search: Search, folder: Path, top: int = 0) -> None:
         extra |= {} if trained is None else {"trained": trained}
         return {**record["genotype"], "metrics": record["metrics"], **extra, **provenance}
 
+    with contextlib.suppress(UserError):  # of an earlier search in this folder: there is none, as a rule
+        top = top or len(read_genotype_files(folder / "top.json"))
     head = {"format": "pareto/1", "objective": settings.objective, "costs": settings.costs}
     files = {"best.json": genotype_file(search.winner())}
     for name, records in (("pareto.json", search.front()), ("top.json", search.top(top))):

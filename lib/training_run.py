@@ -36,8 +36,7 @@ SOMETHING = 0.01
 TRAINING_MAY_CHANGE = {
     *("epochs", "learning_rate", "backbone_learning_rate", "base_net_lr", "lr_schedule", "momentum", "weight_decay"),
     *("clip_grad_norm", "batch_size", "accumulate", "sync_batch_norm", "eval_every", "save_every", "save_minutes"),
-    *("max_steps", "interference_tolerance", "compile"),
-    *("genotypes", "supernet_state_dict"),  # the genotype itself is compared
+    *("interference_tolerance", "compile", "genotypes", "supernet_state_dict"),  # the genotype itself is compared
 }
 # The pictures may have moved: the split and their fingerprint are compared. So are the classes that were found.
 ANY_STAGE_MAY_CHANGE = {
@@ -137,7 +136,9 @@ class Training:
         self.counted = 0  # those batches
         if previous:
             self.restore(previous)
-            say(f"resumed {self.last} at epoch {self.trainer.epoch}, step {self.trainer.step}")
+            over = self.trainer.epoch > self.settings.epochs
+            done = f": nothing is left to train of {self.settings.epochs} epochs" if over else ""
+            say(f"resumed {self.last} at epoch {self.trainer.epoch}, step {self.trainer.step}{done}")
         # restore() may refuse the folder, so nothing is written before this point
         checkpoint.remove_leftovers(folder)
         log = folder / "log.jsonl"

@@ -490,34 +490,46 @@ def test_what_was_derived_when_a_run_began_stays_with_resume(tmp_path):
     assert config.search_space.schedule_cfg.width_choice.boundary == [1, 2, 3]
 
 
-@pytest.mark.parametrize(("pictures", "epochs"), [(270, 30), (2000, 30), (3200, 25), (16000, 5), (500_000, 1)])
+@pytest.mark.parametrize(("pictures", "epochs"), [(270, 30), (2600, 30), (3200, 25), (16000, 5), (500_000, 1)])
 def test_more_pictures_train_for_fewer_epochs(pictures, epochs):
     """At most max_steps optimizer steps; all choices still open, and what the user asks for is not limited."""
     whole, _ = resolved(LITE0)
     config, _ = resolved(LITE0)
     notes = config_io.limit_epochs(config, "supernet", pictures)
     assert config.supernet.epochs == epochs and bool(notes) == (epochs < 30) and config.final.epochs == 60
+    assert config.supernet.max_steps == 0 < config.final.max_steps
     assert space_at(config, epochs) == full_space(whole)
     config_io.validate(config)
-    assert not config_io.limit_epochs(config, "supernet", pictures)
-    asked, _ = resolved(LITE0, "supernet.epochs=29")
-    assert not config_io.limit_epochs(asked, "supernet", pictures) and asked.final.max_steps > 0
+    for given in ("supernet.epochs=29", f"{SCHEDULE}.kernel_choice.boundary=[1, 5]", "supernet.lr_schedule.T_0=4"):
+        asked, _ = resolved(LITE0, given)
+        epochs = asked.supernet.epochs
+        assert not config_io.limit_epochs(asked, "supernet", pictures) and asked.supernet.epochs == epochs
 
 
-def test_the_limit_counts_optimizer_steps():
-    config, _ = resolved(LITE0, "supernet.accumulate=2", "supernet.max_steps=40", "supernet.eval_every=6")
+def test_the_limit_counts_optimizer_steps_and_scales_every_schedule():
+    config, _ = resolved(LITE0, "supernet.accumulate=2", "supernet.max_steps=75")
     notes = config_io.limit_epochs(config, "supernet", 100)  # 6 batches of 16, so 3 steps
-    assert (config.supernet.epochs, config.supernet.eval_every) == (13, 3)
-    assert notes[0].startswith("note: supernet.epochs is 13: 30 epochs of 3 steps are more than supernet.max_steps, 40")
+    assert config.supernet.epochs == 25  # and 18, the last boundary, is not beyond it
+    assert config.search_space.schedule_cfg.depth_choice.boundary == [1, 12, 15]
+    why = "30 epochs of 3 steps are more than supernet.max_steps, 75"
+    assert notes == [
+        f"note: supernet.epochs is 25, with all schedules: {why}; --set supernet.max_steps=0 lifts the limit"
+    ]
 
 
-def test_a_limited_run_goes_on_with_the_epochs_that_it_began_with(tmp_path):
-    began, _ = resolved(LITE0)
+@pytest.mark.parametrize("given", [[], ["supernet.max_steps=100"]])
+def test_a_limited_run_goes_on_with_the_epochs_that_it_began_with(tmp_path, given):
+    """By the same command, with the file or without, and it has as many more as it is told to have."""
+    began, _ = resolved(LITE0, *given)
     config_io.limit_epochs(began, "supernet", 16_000)
     (tmp_path / "config.yaml").write_text(config_io.dump(began))
     (tmp_path / "last.pt").touch()
     more = ["--resume", "--train-dir", str(tmp_path)]
-    assert resolved(LITE0, more=more)[0] == began
+    resumed, _ = resolved(LITE0, *given, more=more)
+    config_io.limit_epochs(resumed, "supernet", 16_000)
+    assert resumed == began
+    alone = cli.CommandLine(cli.make_parser("", "").parse_args(more), "supernet").resolve().config
+    assert alone == began and not config_io.limit_epochs(alone, "supernet", 16_000)
     longer, _ = resolved(LITE0, "supernet.epochs=30", more=more)
     assert longer.supernet.epochs == 30 and longer.search_space == began.search_space
 
