@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from lib import UserError, did_you_mean
-from lib.images import read_size
-from lib.labels import OBJECT, Faults, read_coco_json, read_voc_xml, read_yolo_txt, slashes, split_of, stem
-from lib.layouts import Pair, Tree
+from lib.images import Tree, read_size, slashes, split_of, stem
+from lib.labels import OBJECT, Faults, read_coco_json, read_voc_xml, read_yolo_txt
+from lib.layouts import Pair
 from lib.plain import shown
 
 ROUNDING = 0.01  # pixels; shares of a picture, written with few digits, are off by less

@@ -1,4 +1,4 @@
-"""Picture files: the one place that finds, decodes and encodes them, with Pillow.
+"""Picture files: the one place that finds them by their names, and decodes and encodes them with Pillow.
 
 A picture is (3, H, W) uint8 RGB as a viewer shows it: turned as EXIF says, 16 bits scaled to 8, white where it is
 transparent, the first frame of an animation. A JPEG larger than needed is decoded at a fraction of its size.
@@ -9,10 +9,16 @@ import glob
 import logging
 import math
 import os
+import posixpath
+import re
 import struct
+import unicodedata
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from posixpath import basename, dirname
 from typing import BinaryIO
+from urllib.parse import unquote
 
 import numpy as np
 from PIL import Image
@@ -29,6 +35,18 @@ MAX_PIXELS = 100_000_000
 WRITTEN_BY = "SSD architecture search --predict"  # in the EXIF data of a picture that `write_picture` signs
 Size = tuple[int, int]  # width, height
 
+# Pictures in these folders are made from others: masks, depths, drawn boxes.
+MADE = re.compile(
+    r"segmentation(class|object)\w*|masks?|trimaps|depths?|\w*visuali[sz]ations?|(\w+[_-])?(vis|viz|preview)s?"
+)
+SPLIT_WORDS = {
+    "train": ("train", "training", "default"),
+    "trainval": ("trainval",),
+    "val": ("val", "valid", "validation", "dev", "eval", "evaluation"),
+    "test": ("test", "testing"),
+}
+SPLIT_OF = {word: split for split, words in SPLIT_WORDS.items() for word in words}
+
 # EXIF and TIFF tags.
 WIDTH, HEIGHT, BITS, PHOTOMETRIC, ORIENTATION, SOFTWARE, SAMPLE_FORMAT = 256, 257, 258, 262, 274, 305, 339
 TURN = {  # from the stored rows to what is shown, by EXIF orientation
@@ -44,6 +62,140 @@ TURN = {  # from the stored rows to what is shown, by EXIF orientation
 Image.MAX_IMAGE_PIXELS = None
 # Pillow logs some faults of a file, and then raises an exception that says them again.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
+
+
+# Names of files. Paths have forward slashes.
+
+
+def slashes(path: str) -> str:
+    """A path with the separators of Windows and its leading ./ replaced."""
+    return re.sub(r"^(\./+)+", "", path.replace("\\", "/"))
+
+
+def loose(name: str) -> str:
+    """A name as other systems may spell it: macOS decomposes accents, Windows ignores case, URLs quote."""
+    return unicodedata.normalize("NFC", unquote(name)).casefold()
+
+
+def suffix_of(name: str) -> str:
+    return posixpath.splitext(name)[1].lower()
+
+
+def stem(name: str) -> str:
+    """`name` without the suffix of a picture."""
+    bare, suffix = posixpath.splitext(name)
+    return bare if suffix.lower() in SUFFIXES else name
+
+
+def split_of(*paths: str) -> str:
+    """ "train", "val" or "test", by the last word in the paths that tells; "" where none does."""
+    last_resort = ""
+    for path in paths:
+        for part in reversed(path.split("/")):
+            for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", stem(part)):
+                word = re.sub("(?<=.)(set|data)$", "", word.lower())
+                if word == "default":  # CVAT's name for no split at all
+                    last_resort = SPLIT_OF[word]
+                elif word in SPLIT_OF:
+                    return SPLIT_OF[word]
+    return last_resort
+
+
+class Tree:
+    """The files below a folder by suffix, as paths relative to it, sorted.
+
+    `name_in(path)` is the picture's name that an XML file holds.
+    """
+
+    def __init__(self, root: Path, name_in: Callable[[Path], str] = lambda _: "") -> None:
+        self.root = root
+        self._name_in = name_in
+        self.files: dict[str, list[str]] = defaultdict(list)
+        # Pictures and XML files by their kind and `loose` name without folder and suffix.
+        self.by_stem: dict[tuple[str, str], list[str]] = defaultdict(list)
+        self.unreadable: list[str] = []  # folders
+        seen = set()
+        remember = lambda error: self.unreadable.append(error.filename)  # noqa: E731
+        for folder, folders, names in os.walk(root, onerror=remember, followlinks=True):
+            real = os.path.realpath(folder)
+            if real in seen:  # a link back
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            below = Path(folder).relative_to(root).as_posix()
+            for name in sorted(names):
+                if name.startswith("."):
+                    continue
+                kind = "pictures" if suffix_of(name) in SUFFIXES else suffix_of(name)
+                path = name if below == "." else f"{below}/{name}"
+                self.files[kind].append(path)
+                if kind in ("pictures", ".xml"):
+                    self.by_stem[kind, basename(loose(bare(name)))].append(path)
+        self.pictures = self.files["pictures"]
+        # Folders of masks repeat the names of the pictures; a folder "mask" may also be that of a class.
+        names = [{_is_mask(path) for path in paths} for (kind, _), paths in self.by_stem.items() if kind == "pictures"]
+        self.has_masks = {True, False} in names
+
+    def find(self, name: str, beside: str = "", kind: str = "pictures") -> str | None:
+        """The picture (or the XML file) that a label file means by `name`: a path, perhaps without folders or suffix.
+
+        Leading folders of `name` that are not here are ignored, but only an absolute path, which comes from another
+        machine, may lose them all. Of several files the one that fits the label file `beside` best; None if that does
+        not tell.
+        """
+        wanted = stem(name).split("/")
+        parts = loose(stem(name)).split("/")
+        candidates = self.by_stem.get((kind, parts[-1]), [])
+        least = 1 if len(parts) == 1 or re.match(r"/|[A-Za-z]:", name) else 2
+        # The folders of another machine are dropped one by one, until what is left is here.
+        fitting: list[str] = []
+        while not fitting and len(parts) >= least:
+            end = "/" + "/".join(parts)
+            fitting = [path for path in candidates if loose(f"{self.root}/{bare(path)}").endswith(end)]
+            parts = parts[1:]
+        # A mask does not stand in for a picture that is missing.
+        if self.has_masks and not _is_mask(name) and not _is_mask(beside):
+            fitting = [path for path in fitting if not _is_mask(path)]
+        if len(fitting) < 2:
+            return fitting[0] if fitting else None
+        filename = self._name_in(self.root / beside) if suffix_of(beside) == ".xml" else ""
+        own = dirname(beside).split("/")
+
+        def unlike(path: str) -> tuple:
+            folders, suffix = dirname(path), suffix_of(path)
+            return (
+                # How many parts from the end are spelt exactly so, and not only but for case, accents, quotes.
+                -sum(f"/{bare(path)}".endswith("/" + "/".join(wanted[-n:])) for n in range(1, len(wanted) + 1)),
+                basename(path) != basename(name),
+                basename(path) != filename,
+                split_of(folders) != split_of(beside),
+                folders != dirname(beside),
+                -sum(f"/{folders}".endswith("/" + "/".join(own[-n:])) for n in range(1, len(own) + 1)),
+                -len(_words(folders) & _words(beside)),
+                len(_words(folders) - _words(beside)),
+                path.count("/"),
+                SUFFIXES.index(suffix) if suffix in SUFFIXES else 0,  # first of all a JPEG
+            )
+
+        best, second = sorted(fitting, key=unlike)[:2]
+        return best if unlike(best) < unlike(second) else None
+
+
+def _is_mask(path: str) -> bool:
+    return any(map(MADE.fullmatch, dirname(path).lower().split("/")))
+
+
+def _words(path: str) -> set[str]:
+    return set(re.findall(r"[a-z]+|\d+", path.lower()))
+
+
+def bare(path: str) -> str:
+    """The path of a picture or an XML file without its suffix; some tools name the latter a.jpg.xml."""
+    return stem(path[:-4] if suffix_of(path) == ".xml" else path)
+
+
+# The content of files.
 
 
 class UnreadableImage(UserError):

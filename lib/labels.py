@@ -15,19 +15,17 @@ import mmap
 import posixpath
 import re
 import struct
-import unicodedata
 import xml.etree.ElementTree as ElementTree
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import unquote
 
 import numpy as np
 import yaml
 
 from lib import UserError, distributed
-from lib.images import SUFFIXES
+from lib.images import SPLIT_OF, loose, slashes, split_of, stem
 from lib.plain import check, read_bytes, shown
 
 logger = logging.getLogger(__name__)
@@ -37,13 +35,6 @@ MOST_SHOWN = 20  # faults of a data set that are named; the others are counted
 SNIFFED = 64 * 1024  # bytes at each end of a JSON file
 LARGEST_SIDE = 1_000_000  # pixels; what is beyond is a mistake
 FARTHEST = 10.0 * LARGEST_SIDE  # a corner beyond this is a mistake as well
-SPLIT_WORDS = {
-    "train": ("train", "training", "default"),
-    "trainval": ("trainval",),
-    "val": ("val", "valid", "validation", "dev", "eval", "evaluation"),
-    "test": ("test", "testing"),
-}
-SPLIT_OF = {word: split for split, words in SPLIT_WORDS.items() for word in words}
 
 # One object while a file is read: numbers of its picture and its class, a box in continuous pixels from 0, whether the
 # object is ignored, and its area, NaN if the file gives none.
@@ -67,6 +58,7 @@ class Faults:
         self.named: list[str] = []
         self.notes: list[str] = []
         self.swapped = 0  # boxes whose corners were exchanged
+        self.polygons = 0  # whose boxes are used
 
     def add(self, lost: str, kind: str, message: str, count: int = 1) -> None:
         self.counts[lost, kind] += count
@@ -82,6 +74,9 @@ class Faults:
             raise UserError(*([head] if len(self.named) > 1 else []), *self.named)
         if self.swapped:
             self.notes.append(f"{source}: {self.swapped} boxes had their corners in the wrong order: put right")
+        if self.polygons:
+            text = f"{self.polygons} objects are polygons, whose bounding boxes are used (keypoints need kpt_shape)"
+            self.notes.append(f"{source}: {text}")
         for lost, left in (("picture", pictures), ("object", objects)):
             kinds = {kind: count for (what, kind), count in self.counts.items() if what == lost}
             gone = sum(kinds.values())
@@ -100,7 +95,10 @@ class Faults:
 
 def read_text(path: Path) -> str:
     """UTF-8 with or without a byte order mark, or UTF-16 with one, else Windows-1252 or Latin-1, which any file is."""
-    data = read_bytes(path, MOST_BYTES)
+    return _decoded(read_bytes(path, MOST_BYTES))
+
+
+def _decoded(data: bytes) -> str:
     utf = "utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
     for encoding in (utf, "cp1252"):
         with contextlib.suppress(UnicodeDecodeError):
@@ -119,40 +117,6 @@ def class_name(value: object) -> str:
         return ""
     text = value if isinstance(value, str) else shown(value)
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
-
-
-def slashes(path: str) -> str:
-    """A path with the separators of Windows and its leading ./ replaced."""
-    return re.sub(r"^(\./+)+", "", path.replace("\\", "/"))
-
-
-def loose(name: str) -> str:
-    """A name as other systems may spell it: macOS decomposes accents, Windows ignores case, URLs quote."""
-    return unicodedata.normalize("NFC", unquote(name)).casefold()
-
-
-def suffix_of(name: str) -> str:
-    return posixpath.splitext(name)[1].lower()
-
-
-def stem(name: str) -> str:
-    """`name` without the suffix of a picture."""
-    bare, suffix = posixpath.splitext(name)
-    return bare if suffix.lower() in SUFFIXES else name
-
-
-def split_of(*paths: str) -> str:
-    """ "train", "val" or "test", by the last word in the paths that tells; "" where none does."""
-    last_resort = ""
-    for path in paths:
-        for part in reversed(path.split("/")):
-            for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", stem(part)):
-                word = re.sub("(?<=.)(set|data)$", "", word.lower())
-                if word == "default":  # CVAT's name for no split at all
-                    last_resort = SPLIT_OF[word]
-                elif word in SPLIT_OF:
-                    return SPLIT_OF[word]
-    return last_resort
 
 
 def numbers_of(values: Sequence, low: float, high: float) -> list[float] | None:
@@ -189,7 +153,7 @@ class VocFile(NamedTuple):
 def read_voc_xml(path: Path, faults: Faults) -> VocFile:
     """One VOC annotation. Corners in the wrong order are put right."""
     try:
-        tree = ElementTree.fromstring(read_bytes(path, MOST_BYTES))
+        tree = _parse_xml(read_bytes(path, MOST_BYTES))
     except (ElementTree.ParseError, ValueError, LookupError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read as a VOC annotation: {error}") from None
     if tree.tag != "annotation":
@@ -214,6 +178,15 @@ def read_voc_xml(path: Path, faults: Faults) -> VocFile:
         objects.append((name, (x1 - 1, y1 - 1, x2, y2), difficult in ("1", "1.0", "true", "yes")))
     filename = posixpath.basename(slashes((tree.findtext("filename") or "").strip()))
     return VocFile(filename, usable_size(tree.findtext("size/width"), tree.findtext("size/height")), objects)
+
+
+def _parse_xml(data: bytes) -> ElementTree.Element:
+    """XML, also of an encoding that the parser does not know, or that is not declared, or after blank lines."""
+    with contextlib.suppress(ElementTree.ParseError, ValueError, LookupError):
+        return ElementTree.fromstring(data)
+    declared = re.search(rb"<\?xml[^>]*encoding=[\"']([\w.-]+)", data[:200])
+    foreign = declared and not declared[1].lower().startswith(b"utf")
+    return ElementTree.fromstring((data.decode(declared[1].decode()) if foreign else _decoded(data)).lstrip())
 
 
 def picture_name(path: Path) -> str:
@@ -249,17 +222,17 @@ def read_coco_json(path: Path, faults: Faults) -> CocoFile:
             return entry
         try:
             area, crowd = entry.get("area"), entry.get("iscrowd") or 0
-            area = math.nan if area is None else area
+            area = math.nan if area is None else float(area)
             image, category = image_number[entry["image_id"]], category_number[entry["category_id"]]
-            x, y, width, height = entry["bbox"]
-            packed.extend(PACK_OBJECT(image, category, x, y, x + width, y + height, crowd, area))
+            x, y, width, height = map(float, entry["bbox"])
+            packed.extend(PACK_OBJECT(image, category, x, y, x + width, y + height, float(crowd), area))
         except (KeyError, TypeError, ValueError, OverflowError, struct.error):
             return entry
         return _TAKEN
 
     try:
         size = path.stat().st_size if path.is_file() else 0
-        document = json.loads(read_bytes(path, size), object_hook=take_numbers)
+        document = json.loads(_decoded(read_bytes(path, size)), object_hook=take_numbers)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: malformed JSON: {error}") from None
     for key in ("images", "annotations", "categories"):
@@ -268,6 +241,9 @@ def read_coco_json(path: Path, faults: Faults) -> CocoFile:
     malformed = [shown(entry) for entry in document["annotations"] if entry is not _TAKEN]
     if len(document["annotations"]) - len(malformed) != len(objects):
         raise UserError(f"{path}: malformed COCO annotations: some stand outside of the list 'annotations'")
+    boxes = objects["box_xyxy"].reshape(-1, 2, 2)
+    faults.swapped += int((boxes[:, 1] < boxes[:, 0]).any(1).sum())
+    boxes.sort(axis=1)  # where a width or a height is negative
     # NaN is no box, but the area of an object whose area the file does not give.
     usable = (np.abs(objects["box_xyxy"]) <= FARTHEST).all(1) & ~(np.abs(objects["area"]) > FARTHEST**2)
     malformed += [shown(box) for box in objects["box_xyxy"][~usable].tolist()]
@@ -306,13 +282,21 @@ def _coco_categories(path: Path, entries: list, used: dict, faults: Faults) -> d
     return {number: name for number, name, _ in sorted(found)}
 
 
+def is_voc(path: Path) -> bool:
+    """Whether an XML file is a VOC annotation, or cannot be read."""
+    try:
+        return re.search(r"<annotation[\s>]", read_text(path)[:SNIFFED]) is not None
+    except UserError:
+        return True
+
+
 def is_coco(path: Path) -> bool:
     """Whether a JSON file shows keys of COCO's: at its ends, where most tools write them, or inside."""
     keys = (b'"images"', b'"annotations"', b'"categories"')
     content: mmap.mmap | bytes = b""
     with contextlib.suppress(OSError, ValueError), path.open("rb") as file:  # ValueError: it is empty
         content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    ends = content[:SNIFFED] + content[-SNIFFED:]
+    ends = (content[:SNIFFED] + content[-SNIFFED:]).replace(b"\0", b"")  # UTF-16 has these
     found = sum(key in ends for key in keys)
     # Only a file that shows one of them is read as a whole.
     return found >= 2 or (found == 1 and sum(content.find(key) >= 0 for key in keys) >= 2)
@@ -335,14 +319,17 @@ def read_yolo_txt(
         label, *texts = line.split()
         if keypoints and len(texts) == 4 + keypoints:
             texts = texts[:4]
-        shares = numbers_of(texts, -1, 2)
+        is_box = len(texts) == 4
+        shares = numbers_of(texts, *((-1, 2) if is_box else (-0.1, 1.1)))
+        shares = shares if is_box or not keypoints else None
         known = numbers_of([label], 0, LARGEST_SIDE)
         if not known or not known[0].is_integer() or not shares or len(shares) < 4 or len(shares) % 2:
             expected = "expected a class, and shares of the picture: x, y, width and height, or a polygon"
             faults.add("object", "malformed line", f"{path}: line {number}: {expected}; found {shown(line)}")
             continue
         box = min(shares[::2]), min(shares[1::2]), max(shares[::2]), max(shares[1::2])
-        if len(shares) == 4:
+        faults.polygons += not is_box
+        if is_box:
             x, y, width, height = shares
             faults.swapped += width < 0 or height < 0
             width, height = abs(width), abs(height)
@@ -360,6 +347,7 @@ def read_yolo_yaml(path: Path, root: Path | None = None) -> tuple[dict[int, str]
     try:
         # The base loader leaves every scalar as text: a class called yes or 1 stays that.
         data = check(yaml.load(text, Loader=yaml.BaseLoader), dict, str(path))
+        data = {key.lower() if isinstance(key, str) else key: value for key, value in data.items()}
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid YAML: {shown(' '.join(str(error).split()))}") from None
     names = check(data.get("names"), list[str] | dict[str, str], f"{path}: names")
@@ -416,13 +404,17 @@ def yolo_label(picture: str) -> Path | None:
             ["/".join([*parts[:at], word, *below]) for word in ("labels", "Labels")] for below in (parts[at + 1 :], [])
         )
         places = [*same, folder, *flat]  # the last may be those of other pictures
-    for place in places:
+    found: list[Path] = []
+    for place in dict.fromkeys(places):
         with contextlib.suppress(OSError):  # no such folder
             names = _names_in(place, Path(place).stat().st_mtime_ns)
-            for label in (f"{stem(name)}.txt", f"{name}.txt"):
-                if found := names.get(label) or names.get(loose(label)):
-                    return Path(place, found)
-    return None
+            labels = (names.get(label) or names.get(loose(label)) for label in (f"{stem(name)}.txt", f"{name}.txt"))
+            found += [Path(place, label) for label in labels if label][:1]
+    first, *others = found or [None]
+    for other in others:
+        if other.parent.as_posix() == folder and read_text(other).split() != read_text(first).split():
+            raise UserError(f"{first} and {other} differ: which one is meant?")
+    return first
 
 
 @functools.lru_cache(maxsize=100)

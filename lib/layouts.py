@@ -4,7 +4,6 @@ Nothing is opened but lists of pictures, YAML files, the ends of JSON files, and
 """
 
 import contextlib
-import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,14 +13,12 @@ from typing import Any, NamedTuple
 
 from lib import UserError, did_you_mean, labels
 from lib.config import DataConfig
-from lib.images import SUFFIXES
-from lib.labels import SPLIT_OF, Faults, loose, slashes, split_of, stem, suffix_of
+from lib.images import SPLIT_OF, SUFFIXES, Tree, bare, loose, slashes, split_of, stem, suffix_of
+from lib.labels import Faults
 from lib.plain import shown
 
-# Pictures in these folders are the masks of others.
-MASKS = {"segmentationclass", "segmentationobject", "mask", "masks", "trimaps"}
 ONE_OF_MANY = "other"  # VOC has two sets for each class, such as cat_train
-IMAGE_SET = re.compile(r"((?:[^/]+/){0,2})ImageSets/(Main/)?([^/]+)\.txt")  # some tools leave Main out
+IMAGE_SET = re.compile(r"((?:[^/]+/){0,4})ImageSets/(Main/)?([^/]+)\.txt")  # some tools leave Main out
 LABEL_COLUMN = re.compile(r"\s+(-1|0|1)$")  # of the image sets of one class
 EXPECTED = (
     "VOC (ImageSets/Main/*.txt, or an XML file for each picture), COCO (a JSON file with images, annotations and "
@@ -49,94 +46,6 @@ class Found(NamedTuple):
     keypoints: int = 0  # the numbers that YOLO's lines have after a box
 
 
-class Tree:
-    """The files below a folder by suffix, as paths relative to it, sorted."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.files: dict[str, list[str]] = defaultdict(list)
-        # Pictures and XML files by their kind and `loose` name without folder and suffix.
-        self.by_stem: dict[tuple[str, str], list[str]] = defaultdict(list)
-        seen = set()
-        for folder, folders, names in os.walk(root, followlinks=True):
-            real = os.path.realpath(folder)
-            if real in seen:  # a link back
-                folders.clear()
-                continue
-            seen.add(real)
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            below = Path(folder).relative_to(root).as_posix()
-            for name in sorted(names):
-                if name.startswith("."):
-                    continue
-                kind = "pictures" if suffix_of(name) in SUFFIXES else suffix_of(name)
-                path = name if below == "." else f"{below}/{name}"
-                self.files[kind].append(path)
-                if kind in ("pictures", ".xml"):
-                    self.by_stem[kind, basename(loose(bare(name)))].append(path)
-        self.pictures = self.files["pictures"]
-        # Folders of masks repeat the names of the pictures; a folder "mask" may also be that of a class.
-        names = [{_is_mask(path) for path in paths} for (kind, _), paths in self.by_stem.items() if kind == "pictures"]
-        self.has_masks = {True, False} in names
-
-    def find(self, name: str, beside: str = "", kind: str = "pictures") -> str | None:
-        """The picture (or the XML file) that a label file means by `name`: a path, perhaps without folders or suffix.
-
-        Leading folders of `name` that are not here are ignored, but only an absolute path, which comes from another
-        machine, may lose them all. Of several files the one that fits the label file `beside` best; None if that does
-        not tell.
-        """
-        wanted = stem(name).split("/")
-        parts = loose(stem(name)).split("/")
-        candidates = self.by_stem.get((kind, parts[-1]), [])
-        least = 1 if len(parts) == 1 or re.match(r"/|[A-Za-z]:", name) else 2
-        # The folders of another machine are dropped one by one, until what is left is here.
-        fitting: list[str] = []
-        while not fitting and len(parts) >= least:
-            end = "/" + "/".join(parts)
-            fitting = [path for path in candidates if loose(f"{self.root}/{bare(path)}").endswith(end)]
-            parts = parts[1:]
-        # A mask does not stand in for a picture that is missing.
-        if self.has_masks and not _is_mask(name) and not _is_mask(beside):
-            fitting = [path for path in fitting if not _is_mask(path)]
-        if len(fitting) < 2:
-            return fitting[0] if fitting else None
-        filename = labels.picture_name(self.root / beside) if suffix_of(beside) == ".xml" else ""
-        own = dirname(beside).split("/")
-
-        def unlike(path: str) -> tuple:
-            folders, suffix = dirname(path), suffix_of(path)
-            return (
-                # How many parts from the end are spelt exactly so, and not only but for case, accents, quotes.
-                -sum(f"/{bare(path)}".endswith("/" + "/".join(wanted[-n:])) for n in range(1, len(wanted) + 1)),
-                basename(path) != basename(name),
-                basename(path) != filename,
-                split_of(folders) != split_of(beside),
-                folders != dirname(beside),
-                -sum(f"/{folders}".endswith("/" + "/".join(own[-n:])) for n in range(1, len(own) + 1)),
-                -len(_words(folders) & _words(beside)),
-                len(_words(folders) - _words(beside)),
-                path.count("/"),
-                SUFFIXES.index(suffix) if suffix in SUFFIXES else 0,  # first of all a JPEG
-            )
-
-        best, second = sorted(fitting, key=unlike)[:2]
-        return best if unlike(best) < unlike(second) else None
-
-
-def _is_mask(path: str) -> bool:
-    return not MASKS.isdisjoint(dirname(path).lower().split("/"))
-
-
-def _words(path: str) -> set[str]:
-    return set(re.findall(r"[a-z]+|\d+", path.lower()))
-
-
-def bare(path: str) -> str:
-    """The path of a picture or an XML file without its suffix; some tools name the latter a.jpg.xml."""
-    return stem(path[:-4] if suffix_of(path) == ".xml" else path)
-
-
 def find_layout(data: DataConfig, split: str, faults: Faults) -> tuple[Found, list[Any], bool]:
     """What the folder `data.root` is, the parts of a split ("train" or "test"), and whether test data is to be cut off.
 
@@ -145,7 +54,7 @@ def find_layout(data: DataConfig, split: str, faults: Faults) -> tuple[Found, li
     root = Path(data.root)
     if not (exists(root) and root.is_dir()):
         raise UserError(f"{root}: no such folder (data.root)")
-    tree = Tree(root)
+    tree = Tree(root, labels.picture_name)
     ways = (("voc", _voc_lists), ("yolo", _yolo_yaml), ("coco", _coco), ("voc", _voc_files), ("yolo", _yolo_files))
     found = None
     for kind, way in ways:
@@ -158,12 +67,12 @@ def find_layout(data: DataConfig, split: str, faults: Faults) -> tuple[Found, li
 
     train, test, left_out = _divide(found, data)
     if not train and (split == "train" or not test):
-        items = _few(sorted(found.split_of))
-        raise UserError(f"{root}: {found.what}: which is the training data? Found {items} (data.train_sets)")
+        items, key = _few(sorted(found.split_of)), "train_annotations" if found.kind == "coco" else "train_sets"
+        raise UserError(f"{root}: {found.what}: which is the training data? Found {items} (data.{key})")
     notes = [f"{root}: {found.what}; training data: {_few(train)}; test data: {_few(test)}"]
     if left_out:
         notes.append(f"{root}: neither trains nor tests: {_few(left_out)}")
-    faults.notes[:0] = notes
+    faults.notes[:0] = [*notes, *(f"{folder}: this folder cannot be read: left out" for folder in tree.unreadable)]
     return found, found.parts(test if split == "test" and test else train), not test
 
 
@@ -211,7 +120,11 @@ def _voc_lists(tree: Tree, data: DataConfig, faults: Faults) -> Found | None:
     file_of = {match[1] + match[3]: match[0] for match in [match for match in found if match[2]] or found}
     # A single set trains, whatever it is called.
     unknown = ONE_OF_MANY if len(file_of) > 1 else "train"
-    splits = {name: SPLIT_OF.get(basename(name).lower(), unknown) for name in file_of}
+    splits = {name: _split_of_list(name) or unknown for name in file_of}
+    for name in [name for name in splits if splits[name] in ("val", "test") and len(splits) > 1]:
+        if not labels.read_lines(tree.root / file_of[name]):
+            faults.notes.append(f"{tree.root / file_of[name]}: is empty: left out")
+            del splits[name]
 
     def pairs(chosen: list[str]) -> list[Pair]:
         return [pair for name in chosen for pair in voc_pairs(tree.root / file_of[name], faults)]
@@ -226,7 +139,7 @@ def voc_pairs(file: Path, faults: Faults) -> list[Pair]:
     picture without the class belongs to the set too, and the annotations say what a picture shows.
     """
     folder = next(place.parent for place in file.parents if place.name == "ImageSets")
-    tree = Tree(folder)
+    tree = Tree(folder, labels.picture_name)
     lines = labels.read_lines(file)
     if not lines:
         faults.add("picture", "empty image set", f"{file}: the image set is empty")
@@ -253,7 +166,7 @@ def voc_pairs(file: Path, faults: Faults) -> list[Pair]:
 
 def _voc_files(tree: Tree, data: DataConfig, faults: Faults) -> Found | None:
     if not tree.files[".xml"] and tree.files[""]:  # the XML files of Stanford Dogs have no suffix
-        with (tree.root / tree.files[""][-1]).open("rb") as file:
+        with contextlib.suppress(OSError), (tree.root / tree.files[""][-1]).open("rb") as file:
             tree.files[".xml"] = tree.files[""] if b"<annotation" in file.read(200) else []
     picture_of = {}
     for xml in tree.files[".xml"]:
@@ -261,10 +174,13 @@ def _voc_files(tree: Tree, data: DataConfig, faults: Faults) -> Found | None:
         picture_of[xml] = tree.find(name, xml) or tree.find(labels.picture_name(tree.root / xml) or name, xml)
     if not any(picture_of.values()):
         return None
+    if foreign := [xml for xml, picture in picture_of.items() if not picture and not labels.is_voc(tree.root / xml)]:
+        faults.notes.append(f"{tree.root}: no VOC annotation: {_few(foreign)}")
+        picture_of = {xml: picture for xml, picture in picture_of.items() if xml not in foreign}
     first: dict[str, str] = {}
     for xml, picture in picture_of.items():
         other = first.setdefault(picture, xml) if picture else xml
-        if other != xml and (tree.root / other).read_bytes() != (tree.root / xml).read_bytes():
+        if other != xml and labels.read_text(tree.root / other) != labels.read_text(tree.root / xml):
             text = f"{tree.root / xml}: {picture} has another XML file, {other}: which one is meant?"
             faults.add("picture", "annotated twice", text)
     splits = {xml: split_of(dirname(xml), dirname(picture or "")) for xml, picture in picture_of.items()}
@@ -296,11 +212,15 @@ def _voc_files(tree: Tree, data: DataConfig, faults: Faults) -> Found | None:
     return Found("voc", "VOC, an XML file for each picture", splits, pairs)
 
 
+def _split_of_list(path: str) -> str | None:
+    return SPLIT_OF.get(re.sub("[_-]?(list|set|images|files)?([.]txt)?$", "", basename(path).lower()))
+
+
 def _lists(tree: Tree) -> dict[str, list[str]]:
     """Text files that list the pictures of a split by its name, such as train.txt or test_list.txt, by split."""
     found: dict[str, list[str]] = defaultdict(list)
     for path in tree.files[".txt"]:
-        split = SPLIT_OF.get(re.sub("[_-]?(list|set|images|files)?[.]txt$", "", basename(path).lower()))
+        split = _split_of_list(path)
         if split and any(picture for _, picture in _listed(tree, path)):
             found[split].append(path)
     # Of two lists that name a picture the later one decides: a test picture never trains, and what validates does.
@@ -320,10 +240,12 @@ def _listed(tree: Tree, file: str) -> Iterator[tuple[str, str | None]]:
 
 
 def _coco(tree: Tree, data: DataConfig, faults: Faults) -> Found | None:
-    splits = {}
-    for path in tree.files[".json"]:
-        if not NOT_INSTANCES.search(basename(path)) and labels.is_coco(tree.root / path):
-            splits[path] = split_of(path)
+    paths = [path for path in tree.files[".json"] if labels.is_coco(tree.root / path)]
+    others = [path for path in paths if NOT_INSTANCES.search(basename(path))]
+    if 0 < len(others) < len(paths):
+        faults.notes.append(f"{tree.root}: no instances, by the name: {_few(others)}")
+        paths = [path for path in paths if path not in others]
+    splits = {path: split_of(path) for path in paths}
     named = {"train": data.train_annotations, "test": data.test_annotations}
     for split, path in named.items():
         if path and exists(tree.root / path):
@@ -359,12 +281,20 @@ def _yolo_yaml(tree: Tree, data: DataConfig, faults: Faults) -> Found | None:
         if (dirname(other), found[other]) != (dirname(first), found[first]):
             raise UserError(f"{tree.root}: {first} and {other} describe two data sets: --data names the folder of one")
     names, places, keypoints = found[first]
+    orders = {path: list(description[0].values()) for path, description in found.items()}
+    orders |= {
+        path: labels.read_lines(tree.root / path) for path in tree.files[".txt"] if basename(path) == "classes.txt"
+    }
+    for other, order in orders.items():
+        if order != orders[first] and sorted(order) == sorted(orders[first]):
+            raise UserError(f"{tree.root}: {first} and {other} list the classes in another order: keep one")
     return _yolo(tree, first, names, places, faults)._replace(keypoints=keypoints)
 
 
 def _yolo_files(tree: Tree, data: DataConfig, faults: Faults) -> Found | None:
     texts = tree.files[".txt"]
-    files = [name for name in texts if basename(name) == "classes.txt"] + tree.files[".names"]
+    files = [name for name in texts if basename(name) == "classes.txt"]
+    files += tree.files[".names"] + tree.files[".labels"]
     labelled = texts and any(labels.yolo_label(str(tree.root / name)) for name in tree.pictures)
     if not labelled or not (files or data.classes or any("labels" in name.lower().split("/") for name in texts)):
         return None
@@ -399,9 +329,12 @@ def _yolo(tree: Tree, source: str, names: dict[int, str], places: Mapping[str, l
         for value in values:
             place = labels.locate(bases, value)
             if place is None:
-                if split == "train":
+                if suffix_of(value) in SUFFIXES:
+                    faults.add("picture", "missing", f"{tree.root / value}: no such picture")
+                elif split == "train":
                     raise UserError(f"{file}: train: no folder or list '{value}' here")
-                faults.notes.append(f"{file}: {split}: no folder or list '{value}'")
+                else:
+                    faults.notes.append(f"{file}: {split}: no folder or list '{value}'")
             elif split != "train" and splits.get(value) == "train":
                 faults.notes.append(f"{file}: {split}: not test data, since it is the training data: '{value}'")
             else:
@@ -425,6 +358,10 @@ def _yolo(tree: Tree, source: str, names: dict[int, str], places: Mapping[str, l
         found = [Pair(stem(basename(name)), name, labels.yolo_label(name)) for name in pictures]
         if orphans := _without_picture(tree, found):
             faults.notes.append(f"{file}: {len(orphans)} label files belong to no picture, the first: {orphans[0]}")
+        alone = [pair.picture for pair in found if not pair.label]
+        if alone:
+            text = f"{len(alone)} of {len(found)} pictures have no label file, so they show no object"
+            faults.notes.append(f"{file}: {text}; the first: {alone[0]}")
         if found and not any(pair.label for pair in found):
             if not exists(found[0].picture):
                 raise UserError(f"{found[0].picture}: no such picture, which {_few(chosen)} names")

@@ -11,7 +11,8 @@ from tiny_data import read_coco, read_label, write_picture
 from lib import UserError
 from lib.config import DataConfig
 from lib.datasets import load_annotations
-from lib.labels import Faults, class_name, read_lines, read_voc_xml, read_yolo_txt, read_yolo_yaml, split_of
+from lib.images import split_of
+from lib.labels import Faults, class_name, read_lines, read_voc_xml, read_yolo_txt, read_yolo_yaml
 from lib.layouts import Pair
 
 
@@ -170,7 +171,7 @@ BOMB = b'<!DOCTYPE a [<!ENTITY a0 "ha">' + LAUGHS + b"]><annotation><filename>&a
         (BOMB, "cannot be read"),
         (b"<a>" * 20_000 + b"</a>" * 20_000, "expected <annotation>"),
         (b'<?xml version="1.0" encoding="klingon"?><annotation/>', "cannot be read"),
-        (b"<annotation>\xe4</annotation>", "cannot be read"),
+        (b"<annotation>\xe4<annotation>", "cannot be read"),
         (b"", "cannot be read"),
     ],
 )
@@ -299,3 +300,68 @@ def test_words_of_a_split(paths, split):
 def test_windows_writes_quotes_where_latin1_has_line_breaks(tmp_path):
     (tmp_path / "classes.txt").write_bytes("men’s shoe\nand…more\n".encode("cp1252"))
     assert read_lines(tmp_path / "classes.txt") == ["men’s shoe", "and…more"]
+
+
+@pytest.mark.parametrize(
+    ("head", "encoding"),
+    [("", "cp1252"), ('\n<?xml version="1.0"?>\n', "utf-8"), ('<?xml version="1.0" encoding="gb2312"?>', "gb2312")],
+)
+def test_xml_of_an_encoding_that_the_parser_does_not_know(tmp_path, head, encoding):
+    name = "猫" if encoding == "gb2312" else "Käfer"
+    box = "<xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax>"
+    text = f"{head}<annotation><object><name>{name}</name><bndbox>{box}</bndbox></object></annotation>"
+    (tmp_path / "a.xml").write_bytes(text.encode(encoding))
+    assert read_voc_xml(tmp_path / "a.xml", Faults()).objects == [(name, (0, 0, 9, 9), False)]
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16"])
+def test_coco_json_that_is_not_utf8_and_has_numbers_as_text(tmp_path, encoding):
+    """A box that was drawn from the right to the left is put right, and said."""
+    annotation = {"image_id": 1, "category_id": 1, "bbox": ["30", "20.0", -20, "10"], "iscrowd": "0", "area": "200"}
+    content = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [annotation]}
+    text = json.dumps({**content, "categories": [{"id": 1, "name": "Käfer"}]}, ensure_ascii=False)
+    (tmp_path / "a.json").write_bytes(text.encode(encoding))
+    write_picture(tmp_path / "a.jpg")
+    found = load_annotations(DataConfig(root=str(tmp_path), test_portion=0), "train")
+    assert found.classes == ("Käfer",) and found.truth.boxes.tolist() == [[10, 20, 30, 30]]
+    assert any("1 boxes had their corners in the wrong order" in note for note in found.notes)
+
+
+def yolo_line(folder, line, yaml=""):
+    write_picture(folder / "images/a.jpg")
+    (folder / "labels").mkdir()
+    (folder / "labels/a.txt").write_text(line)
+    (folder / "data.yaml").write_text(f"names: [face]\ntrain: images\n{yaml}")
+    return load_annotations(DataConfig(root=str(folder), test_portion=0), "train")
+
+
+def test_a_polygon_is_said_to_be_one(tmp_path):
+    """A box with landmarks behind it, without kpt_shape, looks the same: whoever has that sees it in the note."""
+    notes = yolo_line(tmp_path, "0 0.1 0.1 0.9 0.1 0.5 0.8").notes
+    assert any("1 objects are polygons, whose bounding boxes are used" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("line", "yaml"),
+    [
+        ("0 0.5 0.5 0.2 0.3 -1 -1 -1 -1", ""),  # landmarks that are not there
+        ("0 0.5 0.5 0.2 0.3 0.9 7", ""),  # a tracker's score and number
+        ("0 0.5 0.5 0.2 0.3 0.1 0.1 0.9 0.9", "kpt_shape: [2, 3]"),
+    ],
+)
+def test_numbers_that_are_neither_a_box_nor_a_polygon(tmp_path, line, yaml):
+    with pytest.raises(UserError, match=r"a\.txt: line 1: expected a class, and shares of the picture"):
+        yolo_line(tmp_path, line, yaml)
+
+
+def test_pictures_without_a_label_file_are_counted(tmp_path):
+    write_picture(tmp_path / "images/b.jpg")
+    notes = yolo_line(tmp_path, "0 0.5 0.5 0.2 0.3").notes
+    assert any("1 of 2 pictures have no label file, so they show no object" in note for note in notes)
+
+
+def test_two_label_files_of_a_picture_that_differ(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/a.txt").write_text("0 0.5 0.5 0.2 0.4")
+    with pytest.raises(UserError, match=r"a\.txt and .*images/a\.txt differ: which one is meant"):
+        yolo_line(tmp_path, "0 0.5 0.5 0.2 0.3")

@@ -1,6 +1,7 @@
 """Folders as tools leave them: what they are recognised as, and which pictures train and test."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from tiny_data import write_coco, write_picture, write_voc
 from lib import UserError
 from lib.config import DataConfig
 from lib.datasets import load_annotations
-from lib.layouts import Tree
+from lib.images import Tree
 from lib.plan import same_pictures
 
 TRAIN = {f"p{i}": [("cat", 5, 5, 30, 25), ("dog", 20, 4, 40, 28)][: i % 3] for i in range(6)}
@@ -575,3 +576,72 @@ def test_lists_of_classes_that_agree_and_files_that_are_none(tmp_path):
     (tmp_path / "train" / "gone.txt").symlink_to("nowhere")
     (tmp_path / "train" / "folder.txt").mkdir()
     as_read(tmp_path, "YOLO")
+
+
+@pytest.mark.parametrize("made", ["annotations_vis", "AnnotationsVisualization", "depth", "mask"])
+def test_a_drawn_picture_does_not_stand_in_for_the_one_that_it_shows(tmp_path, made):
+    xml_files(tmp_path, lambda split, name: (f"{split}/images/{name}.jpg", f"{split}/annotations/{name}.xml"))
+    for name in TRAIN:
+        write_picture(tmp_path / f"train/{made}/{name}.png")
+    as_read(tmp_path, "VOC")
+    (tmp_path / "train/images/p1.jpg").unlink()
+    with pytest.raises(UserError, match=r"p1\.xml: the picture that it belongs to is not there"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("other", ["labels/classes.txt", "dataset.yaml"])
+def test_two_orders_of_the_classes_are_an_error(tmp_path, other):
+    yolo(tmp_path, lambda n: (f"images/{n}.jpg", f"labels/{n}.txt"), TRAIN)
+    (tmp_path / "data.yaml").write_text("names: [cat, dog]\ntrain: images\n")
+    names = "dog\ncat\n" if other.endswith("txt") else "names: [dog, cat]\ntrain: images\n"
+    (tmp_path / other).write_text(names)
+    with pytest.raises(UserError, match=r"data\.yaml and .* list the classes in another order"):
+        load(tmp_path)
+    (tmp_path / other).write_text(
+        "person\nbicycle\n" if other.endswith("txt") else "names: [cat, dog]\ntrain: images\n"
+    )
+    assert load(tmp_path).classes == ("cat", "dog")  # labelImg's own list says nothing
+
+
+def test_what_cannot_be_read_or_is_foreign_is_said(tmp_path, monkeypatch):
+    """A folder of another user, and XML that is none of VOC's."""
+    xml_files(tmp_path, lambda split, name: (f"{split}/{name}.jpg", f"{split}/{name}.xml"))
+    (tmp_path / "annotations.xml").write_text("<annotations><version>1.1</version></annotations>")
+    walk = os.walk
+
+    def refused(root, onerror, **options):
+        onerror(PermissionError(13, "Permission denied", f"{root}/theirs"))
+        return walk(root, **options)
+
+    monkeypatch.setattr(os, "walk", refused)
+    as_read(tmp_path, "VOC")
+    notes = load(tmp_path).notes
+    assert any(note.endswith("theirs: this folder cannot be read: left out") for note in notes)
+    assert any("no VOC annotation: annotations.xml" in note for note in notes)
+
+
+def test_a_list_of_test_pictures_may_be_empty(tmp_path):
+    write_voc(tmp_path, TRAIN, "train_list")
+    (tmp_path / "ImageSets/Main/test.txt").touch()
+    found = load(tmp_path, test_portion=0)
+    assert ids(found) == sorted(TRAIN) and any("test.txt: is empty: left out" in note for note in found.notes)
+
+
+def test_a_coco_file_may_be_called_detections(tmp_path):
+    coco(tmp_path, {"detections_train.json": ("images", TRAIN), "detections_test.json": ("images", TEST)})
+    as_read(tmp_path, "COCO")
+    (tmp_path / "detections_train.json").rename(tmp_path / "train.json")
+    notes = load(tmp_path, test_portion=0).notes
+    assert any("no instances, by the name: detections_test.json" in note for note in notes)
+
+
+def test_links_to_nothing(tmp_path):
+    """Of a picture a fault, and of anything else nothing."""
+    yolo(tmp_path, lambda n: (f"obj/{n}.jpg", f"obj/{n}.txt"), TRAIN)
+    (tmp_path / "train" / "_darknet.labels").parent.mkdir()
+    (tmp_path / "train" / "_darknet.labels").write_text("cat\ndog\n")  # Roboflow's YOLO Darknet
+    (tmp_path / "zlatest").symlink_to("nowhere")
+    assert ids(load(tmp_path, test_portion=0)) == sorted(TRAIN)
+    (tmp_path / "obj" / "p9.jpg").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"obj/p9\.jpg: no such picture"):
+        load(tmp_path, test_portion=0)
