@@ -132,10 +132,10 @@ class Tree:
                 self.files[kind].append(path)
                 if kind in ("pictures", ".xml"):
                     self.by_stem[kind, basename(loose(bare(name)))].append(path)
-        self.pictures = self.files["pictures"]
         # Folders of masks repeat the names of the pictures; a folder "mask" may also be that of a class.
         names = [{_is_mask(path) for path in paths} for (kind, _), paths in self.by_stem.items() if kind == "pictures"]
         self.has_masks = {True, False} in names
+        self.pictures = [path for path in self.files["pictures"] if not (self.has_masks and _is_mask(path))]
 
     def find(self, name: str, beside: str = "", kind: str = "pictures") -> str | None:
         """The picture (or the XML file) that a label file means by `name`: a path, perhaps without folders or suffix.

@@ -645,3 +645,11 @@ def test_links_to_nothing(tmp_path):
     (tmp_path / "obj" / "p9.jpg").symlink_to("nowhere")
     with pytest.raises(UserError, match=r"obj/p9\.jpg: no such picture"):
         load(tmp_path, test_portion=0)
+
+
+def test_masks_beside_the_pictures_of_a_yolo_folder_do_not_train(tmp_path):
+    yolo(tmp_path, lambda n: (f"images/train/{n}.jpg", f"labels/train/{n}.txt"), TRAIN)
+    for name in TRAIN:
+        write_picture(tmp_path / f"images/train/masks/{name}.png")
+    (tmp_path / "data.yaml").write_text("names: [cat, dog]\ntrain: images/train\n")
+    assert len(load(tmp_path, test_portion=0)) == len(TRAIN)
