@@ -34,12 +34,12 @@ from lib.controllers import Budget, RandomSearch, limits_of, make_controller
 from lib.datasets import load_annotations, load_split
 from lib.detector import Supernet, load_supernet
 from lib.dispatcher import Result, TimeLimit, WorkerPool
-from lib.final_training import supernet_path
+from lib.final_training import final_loader, supernet_path
 from lib.genotype import Genotype, read_genotype_files
 from lib.latency import RUNTIMES, Coster, load_table, measure_table
 from lib.ledger import Ledger
 from lib.log import Throttle, duration, progress, say
-from lib.plan import scoring_seconds
+from lib.plan import final_seconds, scoring_seconds
 from lib.ray_dispatcher import pick_dispatcher
 from lib.report import write_front_table, write_results
 from lib.runtime import Stopped, StopRequest, pick_device, run
@@ -252,7 +252,7 @@ def print_plan(task: Task) -> None:
         print(line)
 
 
-def print_estimate(task: Task) -> None:
+def print_estimate(task: Task, finalists: int) -> None:
     """How long the search will take: a few candidates are scored for some seconds, as one of the workers would."""
     torch.set_num_threads(task.make_pool.keywords["threads_per_worker"])
     space, config = task.supernet.space, task.config
@@ -264,6 +264,11 @@ def print_estimate(task: Task) -> None:
         f"estimated time: about {duration(evaluations * score / len(task.devices))} for {evaluations} candidates of "
         f"{score:.2f} s each, workers: {len(task.devices)}; results already in the ledger take no time"
     )
+    if finalists:
+        images = task.annotations.subset(task.split[0])
+        short, model = shortened(config, None, len(images)), task.supernet.detector.extract(genotypes[1])
+        seconds = final_seconds(model, short, device, final_loader(images, genotypes[1].image_size, short, device))
+        print(f"  and {duration(finalists * seconds)} for the finalists' trainings, evaluations apart")
 
 
 def open_search(task: Task, ledger: Ledger, resume: bool) -> Search:
@@ -413,7 +418,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.front_table:
             measure(task, args.dry_run)
         elif args.dry_run:
-            print_estimate(task)
+            print_estimate(task, args.finalists)
         else:
             run_search(task, args)
 

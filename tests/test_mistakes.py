@@ -27,7 +27,7 @@ PLANS = {  # what each script's plan must say
         "trained to epoch 2 of 2",
         "36 images train the supernet",
         "search space: 3.2e+06",
-        "2 epochs of 3 evaluations",
+        *("2 epochs of 3 evaluations", "finalists: 2 are trained", "for the finalists' trainings, evaluations apart"),
     ],
     FINAL: [
         f"images{48:>27}{8:>18}\n",
@@ -202,7 +202,8 @@ def listing(folder):
 @pytest.mark.parametrize("script", PLANS)
 def test_a_dry_run_prints_the_plan_and_changes_nothing(prepared, script, main, capsys):
     before = listing(prepared)
-    main(prepared, script, "--cfg", "tiny.yaml", "--dry-run")
+    finalists = ["--finalists", "2"] if script == SEARCH else []
+    main(prepared, script, "--cfg", "tiny.yaml", "--dry-run", *finalists)
     printed = capsys.readouterr().out
     assert printed.startswith(("configuration: tiny.yaml", "recognised"))
     for words in PLANS[script]:
