@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from lib import UserError, analysis, checkpoint, cli, converters, distributed, export, inference, naming, plan
 from lib.annotations import Annotations, without_objects
 from lib.config import Config
-from lib.config_io import limit_epochs, to_dict
+from lib.config_io import limited, to_dict
 from lib.datasets import load_annotations, refuse_seen
 from lib.detector import EXPORTED, SSD, Detector, detector_checkpoint, load_detector
 from lib.final_training import (
@@ -145,7 +145,7 @@ def train_from(
     seed_everything(config.seed)
     path = supernet_path(config, choice.content, args.load) if origin == "supernet" else None
     annotations, test = load_data(config)
-    limit = limit_epochs(config, "final", len(annotations))
+    config, limit = limited(config, "final", len(annotations))
     previous = read_previous(folder, config, "final") if args.resume else None
     if path and annotations.held_out:
         refuse_seen(path.parent / "split.json", annotations)
@@ -176,6 +176,7 @@ def train_from(
             return
         # The training.
         options = {"inherits": origin != "scratch", "previous": previous, "tensorboard": args.tensorboard}
+        options["recipe"] = this_run.config
         training = FinalTraining(config, network, genotype, loader, test, folder=folder, device=device, **options)
         # Only now, since a folder with another training has been refused and is to stay as it was.
         this_run.save_config()

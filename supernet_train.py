@@ -10,7 +10,6 @@ Writes last.pt (the supernet), split.json (which images train, which score candi
 runs/NAME/supernet. The next command is async_search.py.
 """
 
-import copy
 import itertools
 import json
 import random
@@ -151,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder, config = run.folder, run.config
     seed_everything(config.seed)
     annotations = load_annotations(config.data, "train")
-    limit = config_io.limit_epochs(config, "supernet", round(config.data.data_portion[0] * len(annotations)))
+    config, limit = config_io.limited(config, "supernet", round(config.data.data_portion[0] * len(annotations)))
     previous = read_previous(folder, config, "supernet") if args.resume else None
     split = folder / "split.json"
     if previous:
@@ -162,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     fit = args.fit_priors and not previous
     head, proposal = plan.propose_priors(annotations, detector, config, fit=fit, if_poor=args.dry_run)
     if fit:
-        config.head = head
+        config.head = run.config.head = head
         seed_everything(config.seed)
         detector = ElasticSSD(config, len(annotations.classes))
     pretrained = start_from_pretrained(detector, config, annotations.classes, folder, previous is not None)
@@ -236,8 +235,7 @@ def print_estimate(
     config: Config, detector: ElasticSSD, loader: DataLoader, splits: dict[str, plan.Split], device: torch.device
 ) -> None:
     """How long this stage and the next will take on this device: some seconds of each kind of work, added up."""
-    config = copy.deepcopy(config)
-    config_io.limit_epochs(config, "final", len(splits["train"][1]))
+    config, _ = config_io.limited(config, "final", len(splits["train"][1]))
     settings, seed = config.supernet, config.seed
     loss = DetectionLoss(config.loss, config.head.variances)
     starts = boundaries(config.search_space.schedule_cfg, settings.epochs)

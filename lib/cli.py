@@ -110,9 +110,11 @@ class CommandLine:
         config = config_io.from_dict(config_io.with_changes(settings, self._changes), source, self._typed)
         config_io.validate(config)
         notes = []
-        for stage, schedule in (("supernet", "search_space.schedule_cfg"), ("final", "final.lr_schedule")):
-            explicit = (f"{stage}.epochs", f"{stage}.lr_schedule.", f"{stage}.distill", schedule)
-            if f"{stage}.max_steps" not in self._typed and any(key.startswith(explicit) for key in self._typed):
+        typed = config_io.with_changes({}, self._changes)
+        for stage, phases in (("supernet", "search_space.schedule_cfg"), ("final", "final.lr_schedule")):
+            keys = (f"{stage}.epochs", f"{stage}.lr_schedule", f"{stage}.distill", phases)
+            explicit = any(config_io.get_key(typed, key) is not None for key in keys)
+            if explicit and config_io.get_key(typed, f"{stage}.max_steps") is None:
                 getattr(config, stage).max_steps = 0  # what the user asks for, however long it takes
         if self.stage != "search":
             config_io.validate_shares(config, self.stage, distributed.world().size)
@@ -151,6 +153,9 @@ class CommandLine:
         if saved is None:
             return notes
         began = config_io.from_dict(saved, str(folder / "config.yaml"))
+        now, before = getattr(config, self.stage), getattr(began, self.stage)
+        if f"{self.stage}.max_steps" not in self._typed:
+            now.max_steps = min(now.max_steps, before.max_steps)  # a file may have got a limit since
         given = any("schedule_cfg" in key or "distill" in key for key in self._typed)
         if not given and (notes or f"{self.stage}.epochs" in self._typed):
             config.search_space.schedule_cfg = began.search_space.schedule_cfg

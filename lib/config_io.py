@@ -19,7 +19,7 @@ from lib.config import ChoiceSchedule, Config, ValueSchedule
 from lib.plain import Bounds, WrongKey, check, fail, hints_of, read_bytes, refuse_bomb
 
 # Keys of earlier versions that changed nothing about a network. Checkpoints and genotype files still hold them.
-# Keys, or values of keys, that older files may have and that are of no effect any more.
+# Keys, or values of keys, that older files may have and that count as absent.
 RETIRED = dict.fromkeys(("search.racing", "final.distill", "supernet.distill.teacher", "supernet.distill.priors"))
 RETIRED["supernet.sampling"] = "sandwich"
 ALIASES = {"T_max": "T_0"}  # names of keys in other recipes
@@ -287,20 +287,22 @@ def validate_shares(config: Config, stage: str, processes: int) -> None:
     _require(config, training.sync_batch_norm or training.batch_size >= 2 * processes, key, expected)
 
 
-def limit_epochs(config: Config, stage: str, pictures: int) -> list[str]:
-    """Fewer epochs of `stage` where they would take more optimizer steps than its `max_steps`; a note that says so.
+def limited(config: Config, stage: str, pictures: int) -> tuple[Config, list[str]]:
+    """`config`, or a copy with fewer epochs of `stage` where they would take more optimizer steps than `max_steps`.
 
-    The limit becomes 0: it decides when a run begins, and a run that goes on has its number of epochs.
+    And a note that says so. All schedules keep their proportions.
     """
     settings = getattr(config, stage)
     steps = -(-max(1, pictures // settings.batch_size) // settings.accumulate)
-    limit, planned, settings.max_steps = settings.max_steps, settings.epochs, 0
+    limit, planned = settings.max_steps, settings.epochs
     if not limit or planned <= (most := max(1, limit // steps)):
-        return []
-    settings.epochs = most
+        return config, []
+    config = copy.deepcopy(config)
+    getattr(config, stage).epochs = most
     fit_schedules(config, stage, planned, (), always=True)
     why = f"{planned} epochs of {steps} steps are more than {stage}.max_steps, {limit}"
-    return [f"note: {stage}.epochs is {most}, with all schedules: {why}; --set {stage}.max_steps=0 lifts the limit"]
+    lift = f"--set {stage}.max_steps=0, when a run begins, lifts the limit"
+    return config, [f"note: {stage}.epochs is {most}, with all schedules: {why}; {lift}"]
 
 
 def fit_schedules(config: Config, stage: str, planned: int, typed: Collection[str], always: bool = False) -> list[str]:

@@ -140,7 +140,7 @@ class FinalTraining(Training):
 
     It is cut out of `network`, and `inherits` if those weights are of another training, whose BatchNorm statistics are
     not its own. `options` are those of `Training`. `best` has the metrics and the cost of the best evaluation
-    so far, by the key search.objective.
+    so far, by the key search.objective. best.pt has the `recipe`, from which `config` was derived for these pictures.
     """
 
     stage = "final"
@@ -155,8 +155,10 @@ class FinalTraining(Training):
         *,
         device: torch.device,
         inherits: bool,
+        recipe: Config | None = None,
         **options: Any,
     ):
+        self.recipe = recipe or config
         self.genotype = genotype
         self.cost = network.cost(genotype)._asdict()
         self.test = test
@@ -207,7 +209,7 @@ class FinalTraining(Training):
         """What a checkpoint needs besides the weights to be a detector."""
         return {
             "genotype": self.genotype.to_dict(),
-            "config": to_dict(self.config),
+            "config": to_dict(self.recipe),
             "classes": list(self.test.classes),
             "category_ids": list(self.test.category_ids),
             "epoch": self.trainer.epoch - 1,

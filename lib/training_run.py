@@ -36,7 +36,8 @@ SOMETHING = 0.01
 TRAINING_MAY_CHANGE = {
     *("epochs", "learning_rate", "backbone_learning_rate", "base_net_lr", "lr_schedule", "momentum", "weight_decay"),
     *("clip_grad_norm", "batch_size", "accumulate", "sync_batch_norm", "eval_every", "save_every", "save_minutes"),
-    *("interference_tolerance", "compile", "genotypes", "supernet_state_dict"),  # the genotype itself is compared
+    *("max_steps", "interference_tolerance", "compile"),
+    *("genotypes", "supernet_state_dict"),  # the genotype itself is compared
 }
 # The pictures may have moved: the split and their fingerprint are compared. So are the classes that were found.
 ANY_STAGE_MAY_CHANGE = {
@@ -65,6 +66,9 @@ def read_previous(folder: Path, config: Config, stage: str) -> dict | None:
     training_file(payload, last)
     if ("genotype" in payload) != (stage == "final"):
         raise UserError(f"{last}: is of the other training; --train-dir names the folder of this one")
+    for key, value in config_io.RETIRED.items():
+        if value and key.startswith(stage) and config_io.get_key(payload["config"], key) == value:
+            raise UserError(f"{last}: began with {key} {value}, which was removed: it can be searched, not trained further")
     for key, now, before in config_io.differences(config, config_io.from_dict(payload["config"], str(last))):
         if not _may_change(key, before, now, stage):
             raise UserError(f"{key}: expected {shown(before)}, with which {last} began, found {shown(now)}; {REMEDY}")

@@ -35,7 +35,7 @@ SIMILAR = 0.1  # random sub-networks have multiply-adds within this share of the
 TRIES = 4000
 # Keys that no trial depends on, beside those that its folder and its data decide, and exceptions.
 UNUSED = ("name", "data.", "supernet.", "search.", "search_space.schedule_cfg.", "final.compile", "final.genotypes")
-UNUSED += ("final.supernet_state_dict", "final.save_")
+UNUSED += ("final.supernet_state_dict", "final.save_", "final.max_steps")
 DECIDING = ("search.objective", "search.bn_images", "search.batch_size")
 ELSEWHERE = "remove it, or start elsewhere with --train-dir"
 STARTS = {"inherited": "inherited, no training", "fine_tuned": "fine-tuned", "scratch": "from scratch"}
@@ -46,8 +46,7 @@ def shortened(config: Config, epochs: int | None, pictures: int) -> Config:
 
     It evaluates after the last epoch only, since choosing the best of several would favour the noisier training.
     """
-    config = copy.deepcopy(config)
-    config_io.limit_epochs(config, "final", pictures)
+    config = copy.deepcopy(config_io.limited(config, "final", pictures)[0])
     final = config.final
     schedule = final.lr_schedule
     epochs = epochs or max(1, round(final.epochs / 4))

@@ -19,6 +19,7 @@ from lib.shrinking import boundaries, full_space, space_at
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 LITE0 = next(path for path in CONFIGS if path.stem == "lite0")
 SCHEDULE = "search_space.schedule_cfg"
+RATE = "lr_schedule={type: multistep, milestones: [10, 20]}"
 
 
 def mistake(*overrides: str, path: Path | None = None) -> str:
@@ -494,44 +495,46 @@ def test_what_was_derived_when_a_run_began_stays_with_resume(tmp_path):
 def test_more_pictures_train_for_fewer_epochs(pictures, epochs):
     """At most max_steps optimizer steps; all choices still open, and what the user asks for is not limited."""
     whole, _ = resolved(LITE0)
-    config, _ = resolved(LITE0)
-    notes = config_io.limit_epochs(config, "supernet", pictures)
+    config, notes = config_io.limited(whole, "supernet", pictures)
     assert config.supernet.epochs == epochs and bool(notes) == (epochs < 30) and config.final.epochs == 60
-    assert config.supernet.max_steps == 0 < config.final.max_steps
     assert space_at(config, epochs) == full_space(whole)
     config_io.validate(config)
-    for given in ("supernet.epochs=29", f"{SCHEDULE}.kernel_choice.boundary=[1, 5]", "supernet.lr_schedule.T_0=4"):
-        asked, _ = resolved(LITE0, given)
-        epochs = asked.supernet.epochs
-        assert not config_io.limit_epochs(asked, "supernet", pictures) and asked.supernet.epochs == epochs
+    assert config_io.limited(config, "supernet", pictures) == (config, []) and whole == resolved(LITE0)[0]
+    for given in ("epochs=29", "={epochs: 29}", "lr_schedule.T_0=4", "lr_schedule={type: constant}"):
+        asked, _ = resolved(LITE0, f"supernet.{given}".replace(".=", "="))
+        assert config_io.limited(asked, "supernet", pictures) == (asked, [])
+    asked, _ = resolved(LITE0, f"{SCHEDULE}.kernel_choice.boundary=[1, 5]")
+    assert config_io.limited(asked, "supernet", pictures) == (asked, [])
 
 
 def test_the_limit_counts_optimizer_steps_and_scales_every_schedule():
-    config, _ = resolved(LITE0, "supernet.accumulate=2", "supernet.max_steps=75")
-    notes = config_io.limit_epochs(config, "supernet", 100)  # 6 batches of 16, so 3 steps
+    whole, _ = resolved(LITE0, "supernet.accumulate=2", "supernet.max_steps=75")
+    config, notes = config_io.limited(whole, "supernet", 100)  # 6 batches of 16, so 3 steps
     assert config.supernet.epochs == 25  # and 18, the last boundary, is not beyond it
     assert config.search_space.schedule_cfg.depth_choice.boundary == [1, 12, 15]
     why = "30 epochs of 3 steps are more than supernet.max_steps, 75"
-    assert notes == [
-        f"note: supernet.epochs is 25, with all schedules: {why}; --set supernet.max_steps=0 lifts the limit"
-    ]
+    lift = "--set supernet.max_steps=0, when a run begins, lifts the limit"
+    assert notes == [f"note: supernet.epochs is 25, with all schedules: {why}; {lift}"]
 
 
-@pytest.mark.parametrize("given", [[], ["supernet.max_steps=100"]])
-def test_a_limited_run_goes_on_with_the_epochs_that_it_began_with(tmp_path, given):
-    """By the same command, with the file or without, and it has as many more as it is told to have."""
-    began, _ = resolved(LITE0, *given)
-    config_io.limit_epochs(began, "supernet", 16_000)
-    (tmp_path / "config.yaml").write_text(config_io.dump(began))
+@pytest.mark.parametrize("given", [[], ["max_steps=3000"], ["max_steps=3000", "epochs=20"], ["max_steps=3000", RATE]])
+def test_a_limited_run_goes_on_as_it_began(tmp_path, given):
+    """By the same command, with the file or without it; also where the file has got a limit since."""
+    given = [f"supernet.{key}" for key in given]
+    whole, _ = resolved(LITE0, *given)
+    began = config_io.limited(whole, "supernet", 16_000)
+    (tmp_path / "config.yaml").write_text(config_io.dump(whole))
     (tmp_path / "last.pt").touch()
     more = ["--resume", "--train-dir", str(tmp_path)]
     resumed, _ = resolved(LITE0, *given, more=more)
-    config_io.limit_epochs(resumed, "supernet", 16_000)
-    assert resumed == began
-    alone = cli.CommandLine(cli.make_parser("", "").parse_args(more), "supernet").resolve().config
-    assert alone == began and not config_io.limit_epochs(alone, "supernet", 16_000)
-    longer, _ = resolved(LITE0, "supernet.epochs=30", more=more)
-    assert longer.supernet.epochs == 30 and longer.search_space == began.search_space
+    assert config_io.limited(resumed, "supernet", 16_000) == began
+    words = [word for key in given for word in ("--set", key)]
+    alone = cli.CommandLine(cli.make_parser("", "").parse_args([*more, *words]), "supernet").resolve().config
+    assert config_io.limited(alone, "supernet", 16_000) == began
+    old = config_io.from_dict(config_io.with_changes(config_io.to_dict(whole), [("supernet.max_steps", 0)]))
+    (tmp_path / "config.yaml").write_text(config_io.dump(old))
+    resumed, _ = resolved(LITE0, *(key for key in given if "max_steps" not in key), more=more)
+    assert config_io.limited(resumed, "supernet", 16_000) == (old, [])
 
 
 @pytest.mark.parametrize("override", ["data.foo.bar=3", "search.max_flop.x=1", f"supernet.{'x' * 99}.y=1"])
