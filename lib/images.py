@@ -37,7 +37,7 @@ Size = tuple[int, int]  # width, height
 
 # Pictures in these folders are made from others: masks, depths, drawn boxes.
 MADE = re.compile(
-    r"segmentation(class|object)\w*|masks?|trimaps|depths?|\w*visuali[sz]ations?|(\w+[_-])?(vis|viz|preview)s?"
+    r"segmentation(class|object)\w*|masks?|trimaps|depths?|\w*visuali[sz]ations?|viz|previews?|(annotation|label|box)(s|es)?_vis"
 )
 SPLIT_WORDS = {
     "train": ("train", "training", "default"),
@@ -133,9 +133,9 @@ class Tree:
                 if kind in ("pictures", ".xml"):
                     self.by_stem[kind, basename(loose(bare(name)))].append(path)
         # Folders of masks repeat the names of the pictures; a folder "mask" may also be that of a class.
-        names = [{_is_mask(path) for path in paths} for (kind, _), paths in self.by_stem.items() if kind == "pictures"]
+        names = [{is_made(path) for path in paths} for (kind, _), paths in self.by_stem.items() if kind == "pictures"]
         self.has_masks = {True, False} in names
-        self.pictures = [path for path in self.files["pictures"] if not (self.has_masks and _is_mask(path))]
+        self.pictures = self.files["pictures"]
 
     def find(self, name: str, beside: str = "", kind: str = "pictures") -> str | None:
         """The picture (or the XML file) that a label file means by `name`: a path, perhaps without folders or suffix.
@@ -155,8 +155,8 @@ class Tree:
             fitting = [path for path in candidates if loose(f"{self.root}/{bare(path)}").endswith(end)]
             parts = parts[1:]
         # A mask does not stand in for a picture that is missing.
-        if self.has_masks and not _is_mask(name) and not _is_mask(beside):
-            fitting = [path for path in fitting if not _is_mask(path)]
+        if self.has_masks and not is_made(name) and not is_made(beside):
+            fitting = [path for path in fitting if not is_made(path)]
         if len(fitting) < 2:
             return fitting[0] if fitting else None
         filename = self._name_in(self.root / beside) if suffix_of(beside) == ".xml" else ""
@@ -182,7 +182,7 @@ class Tree:
         return best if unlike(best) < unlike(second) else None
 
 
-def _is_mask(path: str) -> bool:
+def is_made(path: str) -> bool:
     return any(map(MADE.fullmatch, dirname(path).lower().split("/")))
 
 

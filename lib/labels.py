@@ -232,7 +232,11 @@ def read_coco_json(path: Path, faults: Faults) -> CocoFile:
 
     try:
         size = path.stat().st_size if path.is_file() else 0
-        document = json.loads(_decoded(read_bytes(path, size)), object_hook=take_numbers)
+        content = read_bytes(path, size)
+        try:
+            document = json.loads(content, object_hook=take_numbers)
+        except UnicodeDecodeError:
+            document = json.loads(_decoded(content), object_hook=take_numbers)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: malformed JSON: {error}") from None
     for key in ("images", "annotations", "categories"):
@@ -284,10 +288,9 @@ def _coco_categories(path: Path, entries: list, used: dict, faults: Faults) -> d
 
 def is_voc(path: Path) -> bool:
     """Whether an XML file is a VOC annotation, or cannot be read."""
-    try:
-        return re.search(r"<annotation[\s>]", read_text(path)[:SNIFFED]) is not None
-    except UserError:
-        return True
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        return re.search(rb"<annotation[\s>]", file.read(SNIFFED).replace(b"\0", b"")) is not None
+    return True
 
 
 def is_coco(path: Path) -> bool:
@@ -320,7 +323,8 @@ def read_yolo_txt(
         if keypoints and len(texts) == 4 + keypoints:
             texts = texts[:4]
         is_box = len(texts) == 4
-        shares = numbers_of(texts, *((-1, 2) if is_box else (-0.1, 1.1)))
+        # -1 and 2 are marks of keypoints.
+        shares = numbers_of(texts, *((-1, 2) if is_box else (-0.99, 1.99)))
         shares = shares if is_box or not keypoints else None
         known = numbers_of([label], 0, LARGEST_SIDE)
         if not known or not known[0].is_integer() or not shares or len(shares) < 4 or len(shares) % 2:
@@ -404,17 +408,23 @@ def yolo_label(picture: str) -> Path | None:
             ["/".join([*parts[:at], word, *below]) for word in ("labels", "Labels")] for below in (parts[at + 1 :], [])
         )
         places = [*same, folder, *flat]  # the last may be those of other pictures
-    found: list[Path] = []
-    for place in dict.fromkeys(places):
+    for place in places:
         with contextlib.suppress(OSError):  # no such folder
             names = _names_in(place, Path(place).stat().st_mtime_ns)
-            labels = (names.get(label) or names.get(loose(label)) for label in (f"{stem(name)}.txt", f"{name}.txt"))
-            found += [Path(place, label) for label in labels if label][:1]
-    first, *others = found or [None]
-    for other in others:
-        if other.parent.as_posix() == folder and read_text(other).split() != read_text(first).split():
-            raise UserError(f"{first} and {other} differ: which one is meant?")
-    return first
+            for label in (f"{stem(name)}.txt", f"{name}.txt"):
+                if found := names.get(label) or names.get(loose(label)):
+                    return Path(place, found)
+    return None
+
+
+def other_label(picture: str, label: Path) -> Path | None:
+    """A label file beside a picture whose `label`, in another folder, says something else."""
+    beside = Path(f"{stem(picture)}.txt")
+    if beside.parent != label.parent and posixpath.exists(beside):
+        text = read_text(beside)
+        if re.match(r"\d+(\s+[-\d.]+){4}", text) and text.split() != read_text(label).split():
+            return beside
+    return None
 
 
 @functools.lru_cache(maxsize=100)

@@ -7,13 +7,14 @@ import contextlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from posixpath import basename, dirname, exists
 from typing import Any, NamedTuple
 
 from lib import UserError, did_you_mean, labels
 from lib.config import DataConfig
-from lib.images import SPLIT_OF, SUFFIXES, Tree, bare, loose, slashes, split_of, stem, suffix_of
+from lib.images import SPLIT_OF, SUFFIXES, Tree, bare, is_made, loose, slashes, split_of, stem, suffix_of
 from lib.labels import Faults
 from lib.plain import shown
 
@@ -56,6 +57,7 @@ def find_layout(data: DataConfig, split: str, faults: Faults) -> tuple[Found, li
         raise UserError(f"{root}: no such folder (data.root)")
     tree = Tree(root, labels.picture_name)
     ways = (("voc", _voc_lists), ("yolo", _yolo_yaml), ("coco", _coco), ("voc", _voc_files), ("yolo", _yolo_files))
+    ways = (*ways, ("coco", partial(_coco, any_name=True)))
     found = None
     for kind, way in ways:
         if found is None and data.dataset_type in ("auto", kind):
@@ -118,13 +120,14 @@ def _voc_lists(tree: Tree, data: DataConfig, faults: Faults) -> Found | None:
     found = list(filter(None, map(IMAGE_SET.fullmatch, tree.files[".txt"])))
     # Beside Main there may be other lists, such as one of the classes.
     file_of = {match[1] + match[3]: match[0] for match in [match for match in found if match[2]] or found}
+    named = {*data.train_sets, *data.test_sets}
+    empty = [name for name in file_of if name not in named and _split_of_list(name) in ("val", "test")]
+    empty = [name for name in empty if not labels.read_lines(tree.root / file_of[name])]
+    if 0 < len(empty) < len(file_of):
+        faults.notes.append(f"{tree.root}: empty, so left out: {_few([file_of.pop(name) for name in empty])}")
     # A single set trains, whatever it is called.
     unknown = ONE_OF_MANY if len(file_of) > 1 else "train"
     splits = {name: _split_of_list(name) or unknown for name in file_of}
-    for name in [name for name in splits if splits[name] in ("val", "test") and len(splits) > 1]:
-        if not labels.read_lines(tree.root / file_of[name]):
-            faults.notes.append(f"{tree.root / file_of[name]}: is empty: left out")
-            del splits[name]
 
     def pairs(chosen: list[str]) -> list[Pair]:
         return [pair for name in chosen for pair in voc_pairs(tree.root / file_of[name], faults)]
@@ -176,7 +179,8 @@ def _voc_files(tree: Tree, data: DataConfig, faults: Faults) -> Found | None:
         return None
     if foreign := [xml for xml, picture in picture_of.items() if not picture and not labels.is_voc(tree.root / xml)]:
         faults.notes.append(f"{tree.root}: no VOC annotation: {_few(foreign)}")
-        picture_of = {xml: picture for xml, picture in picture_of.items() if xml not in foreign}
+        for xml in foreign:
+            del picture_of[xml]
     first: dict[str, str] = {}
     for xml, picture in picture_of.items():
         other = first.setdefault(picture, xml) if picture else xml
@@ -239,12 +243,13 @@ def _listed(tree: Tree, file: str) -> Iterator[tuple[str, str | None]]:
 # COCO.
 
 
-def _coco(tree: Tree, data: DataConfig, faults: Faults) -> Found | None:
+def _coco(tree: Tree, data: DataConfig, faults: Faults, any_name: bool = False) -> Found | None:
     paths = [path for path in tree.files[".json"] if labels.is_coco(tree.root / path)]
-    others = [path for path in paths if NOT_INSTANCES.search(basename(path))]
-    if 0 < len(others) < len(paths):
-        faults.notes.append(f"{tree.root}: no instances, by the name: {_few(others)}")
+    others = [path for path in paths if NOT_INSTANCES.search(basename(path)) and not any_name]
+    if others:
         paths = [path for path in paths if path not in others]
+    if others and paths:
+        faults.notes.append(f"{tree.root}: no instances, by the name: {_few(others)}")
     splits = {path: split_of(path) for path in paths}
     named = {"train": data.train_annotations, "test": data.test_annotations}
     for split, path in named.items():
@@ -294,7 +299,7 @@ def _yolo_yaml(tree: Tree, data: DataConfig, faults: Faults) -> Found | None:
 def _yolo_files(tree: Tree, data: DataConfig, faults: Faults) -> Found | None:
     texts = tree.files[".txt"]
     files = [name for name in texts if basename(name) == "classes.txt"]
-    files += tree.files[".names"] + tree.files[".labels"]
+    files += [*tree.files[".names"], *(name for name in tree.files[".labels"] if basename(name) == "_darknet.labels")]
     labelled = texts and any(labels.yolo_label(str(tree.root / name)) for name in tree.pictures)
     if not labelled or not (files or data.classes or any("labels" in name.lower().split("/") for name in texts)):
         return None
@@ -314,7 +319,7 @@ def _yolo_files(tree: Tree, data: DataConfig, faults: Faults) -> Found | None:
     if "train" not in places and "trainval" not in places:
         listed = {picture for files in places.values() for file in files for _, picture in _listed(tree, file)}
         unknown = "train" if places else ""
-        for path in tree.pictures:
+        for path in _shown(tree, faults):
             if path not in listed:
                 places.setdefault(split_of(dirname(path)) or unknown, []).append(path)
     return _yolo(tree, source, names, places, faults)
@@ -346,7 +351,7 @@ def _yolo(tree: Tree, source: str, names: dict[int, str], places: Mapping[str, l
         pictures: dict[str, None] = {}  # each once, in order
         for place in (labels.locate(bases, value) for value in chosen):
             if place.is_dir():
-                pictures |= dict.fromkeys(str(place / name) for name in Tree(place).pictures)
+                pictures |= dict.fromkeys(str(place / name) for name in _shown(Tree(place), faults))
             elif suffix_of(place.name) in SUFFIXES:
                 pictures[str(place)] = None
             else:
@@ -358,6 +363,9 @@ def _yolo(tree: Tree, source: str, names: dict[int, str], places: Mapping[str, l
         found = [Pair(stem(basename(name)), name, labels.yolo_label(name)) for name in pictures]
         if orphans := _without_picture(tree, found):
             faults.notes.append(f"{file}: {len(orphans)} label files belong to no picture, the first: {orphans[0]}")
+        for _, picture, label in found:
+            if label and (other := labels.other_label(picture, label)):
+                faults.add("picture", "annotated twice", f"{label} and {other} differ: which one is meant?")
         alone = [pair.picture for pair in found if not pair.label]
         if alone:
             text = f"{len(alone)} of {len(found)} pictures have no label file, so they show no object"
@@ -371,6 +379,15 @@ def _yolo(tree: Tree, source: str, names: dict[int, str], places: Mapping[str, l
         return found
 
     return Found("yolo", f"YOLO, {source or 'a text file for each picture'}", splits, pairs, names)
+
+
+def _shown(tree: Tree, faults: Faults) -> list[str]:
+    """The pictures of a folder without masks and the like, which have the names of others and no label file."""
+    made = {path for path in tree.pictures if tree.has_masks and is_made(path)}
+    made = {path for path in made if not labels.yolo_label(str(tree.root / path))}
+    if made:
+        faults.notes.append(f"{tree.root}: {len(made)} pictures are masks or the like of others: left out")
+    return [path for path in tree.pictures if path not in made]
 
 
 def _without_picture(tree: Tree, pairs: Sequence[Pair]) -> list[Path]:

@@ -68,7 +68,9 @@ def read_previous(folder: Path, config: Config, stage: str) -> dict | None:
         raise UserError(f"{last}: is of the other training; --train-dir names the folder of this one")
     for key, value in config_io.RETIRED.items():
         if value and key.startswith(stage) and config_io.get_key(payload["config"], key) == value:
-            raise UserError(f"{last}: began with {key} {value}, which was removed: it can be searched, not trained further")
+            raise UserError(
+                f"{last}: began with {key} {value}, which was removed: it can be searched, not trained further"
+            )
     for key, now, before in config_io.differences(config, config_io.from_dict(payload["config"], str(last))):
         if not _may_change(key, before, now, stage):
             raise UserError(f"{key}: expected {shown(before)}, with which {last} began, found {shown(now)}; {REMEDY}")

@@ -335,6 +335,10 @@ def yolo_line(folder, line, yaml=""):
     return load_annotations(DataConfig(root=str(folder), test_portion=0), "train")
 
 
+def test_a_turned_box_may_reach_beyond_the_picture(tmp_path):
+    assert yolo_line(tmp_path, "0 -.2 .5 .2 .2 .5 .6 .1 1.2").truth.boxes.shape == (1, 4)
+
+
 def test_a_polygon_is_said_to_be_one(tmp_path):
     """A box with landmarks behind it, without kpt_shape, looks the same: whoever has that sees it in the note."""
     notes = yolo_line(tmp_path, "0 0.1 0.1 0.9 0.1 0.5 0.8").notes

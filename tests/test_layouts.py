@@ -624,7 +624,9 @@ def test_a_list_of_test_pictures_may_be_empty(tmp_path):
     write_voc(tmp_path, TRAIN, "train_list")
     (tmp_path / "ImageSets/Main/test.txt").touch()
     found = load(tmp_path, test_portion=0)
-    assert ids(found) == sorted(TRAIN) and any("test.txt: is empty: left out" in note for note in found.notes)
+    assert ids(found) == sorted(TRAIN) and any(
+        "empty, so left out: ImageSets/Main/test.txt" in note for note in found.notes
+    )
 
 
 def test_a_coco_file_may_be_called_detections(tmp_path):
@@ -653,3 +655,40 @@ def test_masks_beside_the_pictures_of_a_yolo_folder_do_not_train(tmp_path):
         write_picture(tmp_path / f"images/train/masks/{name}.png")
     (tmp_path / "data.yaml").write_text("names: [cat, dog]\ntrain: images/train\n")
     assert len(load(tmp_path, test_portion=0)) == len(TRAIN)
+
+
+@pytest.mark.parametrize("name", ["mask", "vis", "previews"])
+def test_a_class_may_have_the_name_of_what_is_made(tmp_path, name):
+    """Folders of classes whose pictures are numbered alike, each with its label file."""
+    for folder in (name, "other"):
+        yolo(
+            tmp_path,
+            lambda n, folder=folder: (f"images/train/{folder}/{n}.jpg", f"labels/train/{folder}/{n}.txt"),
+            TEST,
+        )
+    (tmp_path / "data.yaml").write_text("names: [cat, dog]\ntrain: images/train\n")
+    found = load(tmp_path, test_portion=0)
+    assert sum(len(found.truth.of(i)["labels"]) for i in range(len(found))) == 2
+
+
+def test_two_kinds_of_camera_are_told_apart_by_nobody(tmp_path):
+    xml_files(tmp_path, lambda split, name: (f"Ir/{name}.jpg", f"Annotation/{name}.xml"))
+    for name in (*TRAIN, *TEST):
+        write_picture(tmp_path / f"Vis/{name}.jpg")
+    with pytest.raises(UserError, match="expected VOC"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["predictions.json", "detections.json"])
+def test_what_a_detector_found_does_not_train(tmp_path, name):
+    """A COCO file of such a name counts where there is nothing else."""
+    xml_files(tmp_path, lambda split, name: (f"{split}/{name}.jpg", f"{split}/{name}.xml"))
+    write_coco(tmp_path / name, {"p1": [("cat", 1, 1, 9, 9)]}, IDS)
+    as_read(tmp_path, "VOC")
+
+
+def test_a_text_beside_a_picture_need_not_be_a_label_file(tmp_path):
+    yolo(tmp_path, lambda n: (f"images/{n}.jpg", f"labels/{n}.txt"), TRAIN)
+    (tmp_path / "data.yaml").write_text("names: [cat, dog]\ntrain: images\n")
+    (tmp_path / "images/p1.txt").write_text("a photo of a cat")
+    assert ids(load(tmp_path, test_portion=0)) == sorted(TRAIN)
