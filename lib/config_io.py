@@ -288,9 +288,9 @@ def validate_shares(config: Config, stage: str, processes: int) -> None:
 
 
 def limited(config: Config, stage: str, pictures: int) -> tuple[Config, list[str]]:
-    """`config`, or a copy with fewer epochs of `stage` where they would take more optimizer steps than `max_steps`.
+    """`config` with fewer epochs of `stage` if they would take more optimizer steps than `max_steps`, and a note on it.
 
-    And a note that says so. All schedules keep their proportions.
+    All schedules keep their proportions. `config` itself stays as it is: it is what a resumed run derives this from.
     """
     settings = getattr(config, stage)
     steps = -(-max(1, pictures // settings.batch_size) // settings.accumulate)

@@ -115,8 +115,9 @@ class Tree:
         self.by_stem: dict[tuple[str, str], list[str]] = defaultdict(list)
         self.unreadable: list[str] = []  # folders
         seen = set()
-        remember = lambda error: self.unreadable.append(error.filename)  # noqa: E731
-        for folder, folders, names in os.walk(root, onerror=remember, followlinks=True):
+        # os.walk passes over a folder that it cannot read without a word.
+        walk = os.walk(root, onerror=lambda error: self.unreadable.append(error.filename), followlinks=True)
+        for folder, folders, names in walk:
             real = os.path.realpath(folder)
             if real in seen:  # a link back
                 folders.clear()

@@ -94,6 +94,7 @@ def train(tiny_detector, tiny_config, batch, tmp_path, monkeypatch):
         loader = type("Loader", (list,), {"batch_sampler": sampler, "dataset": dataset})([batch])
         previous = read_previous(tmp_path / "run", config, "final") if resume else None
         options = {"folder": tmp_path / "run", "device": CPU, "inherits": False, "previous": previous}
+        options["recipe"] = tiny_config(**changes | {"final__epochs": 99})
         return FinalTraining(config, detector, genotype, loader, FakeTestSet("ab"), **options)
 
     def evaluate(model, *_):
@@ -122,6 +123,7 @@ def test_the_best_evaluation_is_kept(train):
     best, last = (checkpoint.read(train.folder / name) for name in ("best.pt", "last.pt"))
     assert (best["epoch"], last["epoch"], last["best"]["epoch"]) == (2, 4, 2)
     assert best.keys() == {"format", "genotype", "config", "classes", "category_ids", "epoch", "model", "thresholds"}
+    assert (best["config"]["final"]["epochs"], last["config"]["final"]["epochs"]) == (99, 3)  # the recipe, and this run
     train.run(resume=True)
     assert train.evaluated == [1, 2, 3]  # nothing is left to do
 

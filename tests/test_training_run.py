@@ -445,3 +445,11 @@ def test_each_epoch_is_in_the_log_once(begun):
     log.write_text("\n".join([*lines, json.dumps({**json.loads(lines[0]), "step": 2}), lines[0], ""]))
     Counting(begun, due=[1], resume=True).run()
     assert logged(begun) == [("train", 1), ("eval", 1), ("train", 2), ("train", 3)]
+
+
+def test_a_run_of_a_sampling_that_was_removed_is_refused(begun, monkeypatch):
+    payload = checkpoint.read(begun / "last.pt")
+    payload["config"]["supernet"]["sampling"] = "sandwich"
+    monkeypatch.setattr(checkpoint, "read", lambda path: payload)
+    with pytest.raises(UserError, match=r"last\.pt: began with supernet\.sampling sandwich, which was removed"):
+        read_previous(begun, Config(), "supernet")
