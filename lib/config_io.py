@@ -300,9 +300,9 @@ def limited(config: Config, stage: str, pictures: int) -> tuple[Config, list[str
     config = copy.deepcopy(config)
     getattr(config, stage).epochs = most
     fit_schedules(config, stage, planned, (), always=True)
-    why = f"{planned} epochs of {steps} steps are more than {stage}.max_steps, {limit}"
+    why = f"since {planned} epochs of {steps} steps are more than {stage}.max_steps, {limit}"
     lift = f"--set {stage}.max_steps=0, when a run begins, lifts the limit"
-    return config, [f"note: {stage}.epochs is {most}, with all schedules: {why}; {lift}"]
+    return config, [f"note: {stage}.epochs is {most}, and all schedules are scaled to it, {why}; {lift}"]
 
 
 def fit_schedules(config: Config, stage: str, planned: int, typed: Collection[str], always: bool = False) -> list[str]:

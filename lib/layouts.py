@@ -249,7 +249,7 @@ def _coco(tree: Tree, data: DataConfig, faults: Faults, any_name: bool = False) 
     if others:
         paths = [path for path in paths if path not in others]
     if others and paths:
-        faults.notes.append(f"{tree.root}: no instances, by the name: {_few(others)}")
+        faults.notes.append(f"{tree.root}: not read as annotations, by its name: {_few(others)}")
     splits = {path: split_of(path) for path in paths}
     named = {"train": data.train_annotations, "test": data.test_annotations}
     for split, path in named.items():

@@ -514,7 +514,7 @@ def test_the_limit_counts_optimizer_steps_and_scales_every_schedule():
     assert config.search_space.schedule_cfg.depth_choice.boundary == [1, 12, 15]
     why = "30 epochs of 3 steps are more than supernet.max_steps, 75"
     lift = "--set supernet.max_steps=0, when a run begins, lifts the limit"
-    assert notes == [f"note: supernet.epochs is 25, with all schedules: {why}; {lift}"]
+    assert notes == [f"note: supernet.epochs is 25, and all schedules are scaled to it, since {why}; {lift}"]
 
 
 @pytest.mark.parametrize("given", [[], ["max_steps=3000"], ["max_steps=3000", "epochs=20"], ["max_steps=3000", RATE]])

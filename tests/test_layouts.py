@@ -634,7 +634,7 @@ def test_a_coco_file_may_be_called_detections(tmp_path):
     as_read(tmp_path, "COCO")
     (tmp_path / "detections_train.json").rename(tmp_path / "train.json")
     notes = load(tmp_path, test_portion=0).notes
-    assert any("no instances, by the name: detections_test.json" in note for note in notes)
+    assert any("not read as annotations, by its name: detections_test.json" in note for note in notes)
 
 
 def test_links_to_nothing(tmp_path):
