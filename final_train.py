@@ -32,6 +32,7 @@ from lib.config import Config
 from lib.config_io import limited, to_dict
 from lib.datasets import load_annotations, refuse_seen
 from lib.detector import EXPORTED, SSD, Detector, detector_checkpoint, load_detector
+from lib.elastic import to_device
 from lib.final_training import (
     FinalTraining,
     detect_all,
@@ -260,7 +261,7 @@ def evaluate_again(args: argparse.Namespace, device: torch.device) -> None:
     path = trained_detector(args)
     detector = configured_again(args, path)
     test = load_annotations(detector.config.data, "test")
-    model = detector.model.to(device, memory_format=torch.channels_last)
+    model = to_device(detector.model, device)
     found = detect_all(model, test, detector.config, device)
     metrics = measure(found, test, args.pycocotools)
     for name, value in metrics.items():

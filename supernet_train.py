@@ -28,6 +28,7 @@ from lib.cli import remember, supernet_checkpoint
 from lib.config import Config, DistillConfig, SupernetConfig
 from lib.datasets import Batch, load_annotations, load_split, save_split, split_digest, split_indices, train_loader
 from lib.detector import ElasticSSD, load_weights, training_file
+from lib.elastic import to_device
 from lib.genotype import Genotype, SearchSpace, read_genotype_file
 from lib.log import duration, plot_training, say
 from lib.losses import DetectionLoss, Targets
@@ -99,8 +100,9 @@ class SupernetTraining(Training):
         self.split = split
         schedule = config.search_space.schedule_cfg
         self.phases = boundaries(schedule, config.supernet.epochs)
-        self.sort_epoch = shrinking.first_narrower_epoch(schedule) if config.supernet.sort_channels else None
+        self.sort_epoch = shrinking.first_narrower_epoch(schedule)
         data = {"training": loader.dataset.annotations}
+        to_device(detector, options["device"])
         super().__init__(config, detector, loader, data, phases=self.phases, **options)
 
     def begin_epoch(self, epoch: int) -> None:
@@ -248,6 +250,7 @@ def print_estimate(
 
     ends = itertools.pairwise([*starts, settings.epochs + 1])
     phases = [(end - first, partial(forward, first)) for first, end in ends]
+    to_device(detector, device)
     training = plan.training_seconds(detector, settings, device, loader, phases)
     panel = make_panel(detector.space, settings.panel, seed)
     middling = detector.extract(detector.space.sample(random.Random(seed)))

@@ -1,11 +1,10 @@
-"""What a training step is worth: uniform, spread, with distillation, without sorting, at equal forward passes.
+"""What a training step is worth: uniform, spread, with distillation, at equal forward passes.
 
     python bench/ablation.py --cfg configs/lite0.yaml --data /path/to/cards
 
 Each row trains a supernet with about as many forward passes as the first one, its phases stretched or shortened in
 proportion, and scores the smallest, a middle and the largest sub-network on the test set, with BatchNorm re-estimated
-on training pictures. The last row trains the best of the others without sorting of widths. Prints a table and writes
-OUT/ablation.json. A second call reuses finished trainings.
+on training pictures. Prints a table and writes OUT/ablation.json. A second call reuses finished trainings.
 """
 
 import argparse
@@ -24,7 +23,6 @@ from supernet_train import step_genotypes
 
 SPREAD = ["supernet.sampling=spread"]
 DISTILL = ["supernet.distill.weight={boundary: [1], value: [0.1]}"]
-UNSORTED = ["supernet.sort_channels=false"]
 SHORTEST = 6  # epochs
 
 
@@ -46,10 +44,6 @@ def main() -> None:
     changes = {name: fit_epochs(args.cfg, row, batches, budget) for name, row in changes.items()}
     with ThreadPoolExecutor(args.jobs) as pool:
         found = dict(zip(changes, pool.map(lambda name: train(name, changes[name], args), changes), strict=True))
-    best = max(found, key=lambda name: sum(metrics["AP"] for metrics in found[name].values()))
-    unsorted = f"{best}, unsorted"
-    changes[unsorted] = [*changes[best], *UNSORTED]
-    found[unsorted] = train(unsorted, changes[unsorted], args)
 
     rows = []
     for name, scores in found.items():

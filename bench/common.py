@@ -36,7 +36,8 @@ from lib.config import Config, TrainConfig
 from lib.config_io import to_dict
 from lib.datasets import Batch, load_annotations, load_split
 from lib.detector import SSD, ElasticSSD, Supernet
-from lib.final_training import detection_losses
+from lib.elastic import to_device
+from lib.final_training import detection_losses, prepared
 from lib.genotype import Genotype, SearchSpace
 from lib.log import progress
 from lib.losses import DetectionLoss
@@ -261,18 +262,26 @@ class SupernetSteps:
         self.distillation = config.supernet.distill
         self.weight = weight
         self.loss = DetectionLoss(config.loss, config.head.variances)
-        self.trainer = Trainer(detector, config.supernet, device, batches_per_epoch=2**31)
+        self.trainer = Trainer(to_device(detector, device), config.supernet, device, batches_per_epoch=2**31)
+
+    def losses(self, batch: Batch, genotype: Genotype) -> Iterator[Losses]:
+        return supernet_losses(self.detector, self.loss, batch, [genotype], self.distillation, self.weight)
 
     def __call__(self, batch: Batch, genotype: Genotype) -> dict[str, float]:
-        losses = supernet_losses(self.detector, self.loss, batch, [genotype], self.distillation, self.weight)
-        return _losses(self.trainer, losses)
+        return _losses(self.trainer, self.losses(batch, genotype))
 
 
 def plain_step(model: SSD, config: Config, training: TrainConfig, device: torch.device) -> Step:
     """A step of final_train.py on a plain detector, with the optimizer of `training`."""
+    network = prepared(model, training, device) if training is config.final else to_device(model, device)
     trainer = Trainer(model.train(), training, device, batches_per_epoch=2**31)
     loss = DetectionLoss(config.loss, config.head.variances)
-    return lambda batch: _losses(trainer, detection_losses(trainer.model, loss, batch))
+
+    def step(batch: Batch) -> dict[str, float]:
+        targets = loss.match(batch.boxes, batch.labels, model.priors)
+        return _losses(trainer, detection_losses(network, loss, batch, targets))
+
+    return step
 
 
 def _losses(trainer: Trainer, losses: Iterator[Losses]) -> dict[str, float]:

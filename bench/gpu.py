@@ -5,7 +5,7 @@
     python bench/gpu.py --device cpu --quick   # the same script without a GPU, a small network
 
 Prints PASS, FAIL and INFO lines and writes gpu.json. The exit status is 1 if something failed. A section that raises an
-error fails; the others go on. None starts after `--minutes`.
+error fails; the others go on.
 """
 
 import argparse
@@ -29,12 +29,14 @@ from lib import checkpoint
 from lib.config_io import read_config
 from lib.datasets import Batch, load_annotations, train_loader
 from lib.detector import ElasticSSD, detect, fuse
+from lib.elastic import to_device
 from lib.latency import fused_detectors, time_detectors
 from lib.losses import DetectionLoss
-from lib.runtime import pick_device, seed_everything
+from lib.runtime import pick_device, prepare_process, seed_everything
 from lib.scoring import Scorer
 
 CLASSES, OBJECTS = 20, 3
+SECTIONS = "parity repeats precisions waits stages steps score loader latency recorded".split()  # noqa: SIM905
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
@@ -67,7 +69,7 @@ class Bench:
         self.config, self.detector = self.small() if args.quick else common.reference(CLASSES)
         self.size = self.detector.space.largest().image_size
         self.middle = common.median_genotype(self.detector)
-        self.rounds = 3 if args.quick else 20
+        self.rounds = 3 if args.quick else 10
 
     def small(self) -> tuple:
         config = read_config(common.ROOT / "configs" / "shapes.yaml", [f"data.num_classes={CLASSES}"])
@@ -98,15 +100,11 @@ class Bench:
             losses = loss(logits, offsets, loss.match(batch.boxes, batch.labels, model.priors(genotype.image_size)))
             sum(losses.values()).backward()
             gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
-            found[device.type] = {
-                "logits": logits,
-                "offsets": offsets,
-                "losses": torch.stack(list(losses.values())),
-                "gradients": torch.cat(gradients),
-            }
+            found[device.type] = logits, offsets, torch.stack(list(losses.values())), torch.cat(gradients)
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = allowed
-        for name, value in found[self.device.type].items():
-            gap = relative(value, found["cpu"][name])
+        names = "logits", "offsets", "losses", "gradients"
+        for name, value, expected in zip(names, found[self.device.type], found["cpu"], strict=True):
+            gap = relative(value, expected)
             self.report.check(f"{name} as on the CPU", gap < 1e-3, f"relative difference {gap:.1e}")
 
     def repeats(self) -> None:
@@ -137,12 +135,29 @@ class Bench:
             good = losses[-1] < 0.9 * losses[0]  # False for a NaN too
             self.report.check(f"{precision} trains", good, f"loss {losses[0]:.2f} to {losses[-1]:.2f}")
 
+    def waits(self) -> None:
+        """The host waits for nothing within a step of a GPU: a wait raises an error here."""
+        if not self.gpu:
+            return
+        config, detector = self.small()
+        steps = common.SupernetSteps(detector, config, self.device)
+        genotype = common.median_genotype(detector)
+        batch = self.batch(8, genotype.image_size)
+        steps(batch, genotype)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            steps.trainer.update(steps.losses(batch, genotype))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        self.report.check("a supernet step does not wait", True, "torch.cuda.set_sync_debug_mode saw nothing")
+
     def stages(self) -> None:
         """The three scripts as a user runs them, the search with two workers on the device."""
-        keys = ("supernet.epochs=3", "supernet.eval_every=3", "final.epochs=2", "final.eval_every=2", "search.steps=4")
-        keys += ("search.num_epochs=1", "search.population_size=4", "search.bn_images=32", "data.shapes_train=96")
-        keys += ("data.shapes_test=16", f"data.root={self.folder / 'shapes'}")
-        sets = [part for key in keys for part in ("--set", key)]
+        keys = "supernet.epochs=3 supernet.eval_every=3 final.epochs=2 final.eval_every=2 search.steps=4"
+        keys += (
+            " search.num_epochs=1 search.population_size=4 search.bn_images=32 data.shapes_train=96 data.shapes_test=16"
+        )
+        sets = [part for key in [*keys.split(), f"data.root={self.folder / 'shapes'}"] for part in ("--set", key)]
         device, workers = ["--device", self.args.device], "0,0" if self.gpu else "cpu,cpu"
         half = ["--set", "supernet.precision=bf16", "--set", "supernet.ema_decay=0.9"]
         precise = ["--set", f"final.precision={'fp16' if self.gpu else 'fp32'}"]
@@ -159,28 +174,25 @@ class Bench:
             self.report.check(script, done.returncode == 0, f"{time.monotonic() - start:.0f} s; {' '.join(last)[:200]}")
 
     def steps(self) -> None:
-        """Training steps beside torchvision's ssdlite320, and the share of the time in which a kernel runs."""
+        """Training steps beside torchvision's ssdlite320."""
         for images in (4,) if self.args.quick else (16, 32, 64):
             for precision in PRECISIONS[:2] if self.gpu else PRECISIONS[:1]:
                 config = copy.deepcopy(self.config)
                 config.supernet.precision = config.final.precision = precision
                 batch, genotypes = self.batch(images), common.random_genotypes(self.detector, 8)
                 supernet = common.SupernetSteps(copy.deepcopy(self.detector), config, self.device)
-                plain = self.detector.extract(self.middle).to(self.device).train()
+                plain = self.detector.extract(self.middle)
                 final = partial(common.plain_step(plain, config, config.final, self.device), batch)
-                took = {
-                    "supernet": self.milliseconds(lambda s=supernet, b=batch, g=genotypes: [s(b, each) for each in g])
-                }
-                took["supernet"] /= len(genotypes)
-                took["final"] = self.milliseconds(final)
-                busy = f", kernels run {busy_share(final):.0%} of the final step" if self.gpu else ""
+                took = {"final": self.milliseconds(final), "supernet": 0.0}
+                for genotype in genotypes:
+                    took["supernet"] += self.milliseconds(partial(supernet, batch, genotype)) / len(genotypes)
                 peer = common.PeerProcess(CLASSES, self.device)
                 peer.load(common.random_batch(images, common.PEER_SIZE, OBJECTS, CLASSES))
                 dtype = torch.bfloat16 if precision == "bf16" else torch.float32
                 with torch.autocast(self.device.type, dtype, enabled=precision == "bf16"):
                     theirs = self.milliseconds(peer.train)
                 text = ", ".join(f"{name} {ms:.1f} ms ({ms / theirs:.2f})" for name, ms in took.items())
-                self.report.info(f"step, batch {images}, {precision}", f"{text}, ssdlite320 {theirs:.1f} ms{busy}")
+                self.report.info(f"step, batch {images}, {precision}", f"{text}, ssdlite320 {theirs:.1f} ms")
 
     def score(self) -> None:
         """A candidate's score in its parts."""
@@ -188,7 +200,7 @@ class Bench:
         data = common.scoring_data(images, calibration, OBJECTS, CLASSES, self.size)
         detector = self.detector.to(self.device)
         whole = self.milliseconds(lambda: Scorer(data, self.config, self.device)(detector, self.middle), 3)
-        model = fuse(detector.extract(self.middle)).to(self.device, memory_format=torch.channels_last)
+        model = to_device(fuse(detector.extract(self.middle)), self.device)
         batches = data["images"][self.size].split(self.config.search.batch_size)
         detection = self.milliseconds(lambda: detect(model, batches, self.config, self.device), 3)
         with torch.inference_mode():
@@ -231,23 +243,24 @@ class Bench:
             graphs = "; without resizing, as a CUDA graph " + ", ".join(f"{ms:.3f}" for ms in times_of_graphs)
         self.report.info("latency of smallest, median, largest", f"{times} ms{graphs}")
 
-    def switches(self) -> None:
-        """The final step with what one might switch on."""
-        images = 4 if self.args.quick else 32
-        step = partial(self.plain, images)
-        rows = {"as it is": self.milliseconds(step())}
-        torch.backends.cudnn.benchmark = True
-        rows["cudnn.benchmark"] = self.milliseconds(step())
-        torch.backends.cudnn.benchmark = False
-        if self.gpu:
-            rows["torch.compile"] = self.milliseconds(step(compiled=True))
-        self.report.info("final step", ", ".join(f"{name} {ms:.1f} ms" for name, ms in rows.items()))
-
-    def plain(self, images: int, compiled: bool = False) -> Callable[[], object]:
-        model = self.detector.extract(self.middle).to(self.device, memory_format=torch.channels_last).train()
-        if compiled:
-            model.predict = torch.compile(model.predict)
-        return partial(common.plain_step(model, self.config, self.config.final, self.device), self.batch(images))
+    def recorded(self) -> None:
+        """A final step with its passes launched kernel by kernel and in one go: the same weights, in less time."""
+        batch = self.batch(4 if self.args.quick else 32)
+        for precision in PRECISIONS if self.gpu else PRECISIONS[:1]:
+            texts, weights = [], []
+            for record in (False, True):
+                config = copy.deepcopy(self.config)
+                config.final.precision, config.final.cuda_graph = precision, record
+                model = self.detector.extract(self.middle)
+                step = partial(common.plain_step(model, config, config.final, self.device), batch)
+                for _ in range(5):
+                    step()
+                weights.append(torch.cat([value.flatten() for value in model.parameters()]))
+                texts.append(f"{self.milliseconds(step):.1f} ms")
+                texts[-1] += f" (kernels {kernel_milliseconds(step):.1f} ms)" if self.gpu else ""
+            gap = relative(*weights)
+            text = f"{', recorded '.join(texts)}, weights differ by {gap:.1e}"
+            self.report.check(f"final step, {precision}", gap < 1e-3, text)
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -255,17 +268,14 @@ def relative(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm().clamp(min=1e-30))
 
 
-def busy_share(work: Callable[[], object]) -> float:
-    """The share of the time in which a kernel runs."""
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profiler:
-        start = time.perf_counter()
-        for _ in range(5):
+def kernel_milliseconds(work: Callable[[], object], calls: int = 3) -> float:
+    """For how long kernels run in a call."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(calls):
             work()
         torch.cuda.synchronize()
-        took = 1e6 * (time.perf_counter() - start)
-    kernels = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    return sum(e.time_range.elapsed_us() for e in kernels) / took
+    kernels = (e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA)
+    return sum(e.time_range.elapsed_us() for e in kernels) / 1e3 / calls
 
 
 @torch.inference_mode()
@@ -286,18 +296,15 @@ def main() -> None:
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--data", type=Path, help="a data set, for the loader's rate")
     parser.add_argument("--quick", action="store_true", help="a small network and few rounds, for a CPU")
-    parser.add_argument("--minutes", type=float, default=8.0, help="after which no section starts (default: 8)")
+    parser.add_argument("--only", nargs="+", metavar="SECTION", help="of the sections, these")
     args = parser.parse_args()
+    prepare_process()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(args, Path(folder))
         report = bench.report
         name = torch.cuda.get_device_name(bench.device) if bench.gpu else common.device_name(common.CPU)
         report.info("machine", f"{name}, torch {torch.__version__}, commit {checkpoint.code_revision()}")
-        sections = (bench.parity, bench.repeats, bench.precisions, bench.stages, bench.steps, bench.score, bench.loader)
-        for section in (*sections, bench.latency, bench.switches):
-            if time.monotonic() - report.start > 60 * args.minutes:
-                report.info(section.__name__, "left out, the time is up")
-                continue
+        for section in (getattr(bench, name) for name in args.only or SECTIONS):
             try:
                 section()
             except Exception as error:

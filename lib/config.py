@@ -228,7 +228,6 @@ class SupernetConfig(TrainConfig):
     epochs: Epochs = 500
     sampling: Literal["uniform", "spread"] = "uniform"
     samples: Annotated[int, Bounds(1, 1000)] = 1
-    sort_channels: bool = True  # by importance, once, before narrower widths open
     panel: EpochsOrZero = 3  # random sub-networks scored beside the smallest, the largest and the pretrained one
     # A warning is printed if the largest sub-network loses more than this, in search.objective, since a phase opened.
     interference_tolerance: Share = 0.05
@@ -276,7 +275,7 @@ class FinalConfig(TrainConfig):
     clip_grad_norm: Annotated[float, Bounds(0, 1e9)] = 5.0
     freeze_base_net: bool = False  # train the backbone at `base_net_lr` instead of `learning_rate`, BatchNorm frozen
     base_net_lr: LearningRateOrZero = 5e-4
-    compile: bool = False  # the training's forward and backward pass by torch.compile, which takes minutes to begin
+    cuda_graph: bool = True  # on a GPU, the kernels of a batch launched in one go; needs accumulate 1
     genotypes: str = ""  # a genotype file or an aw_nas genotype string; "" = best.json of the last search
     supernet_state_dict: str = ""  # a supernet's run or checkpoint; "" = the one that the genotype file names
 

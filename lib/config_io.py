@@ -18,10 +18,9 @@ from lib import UserError, did_you_mean
 from lib.config import ChoiceSchedule, Config, ValueSchedule
 from lib.plain import Bounds, WrongKey, check, fail, hints_of, read_bytes, refuse_bomb
 
-# Keys of earlier versions that changed nothing about a network. Checkpoints and genotype files still hold them.
-# Keys, or values of keys, that older files may have and that count as absent.
+# Keys (None: whatever their value) that files of earlier versions may have and that count as absent.
 RETIRED = dict.fromkeys(("search.racing", "final.distill", "supernet.distill.teacher", "supernet.distill.priors"))
-RETIRED["supernet.sampling"] = "sandwich"
+RETIRED |= {"final.compile": None, "supernet.sort_channels": None, "supernet.sampling": "sandwich"}
 ALIASES = {"T_max": "T_0"}  # names of keys in other recipes
 MOST_YAML = 1024**2  # bytes of a YAML file
 

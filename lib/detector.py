@@ -54,8 +54,7 @@ class Normalize(nn.Module):
         x = images.to(self.mean.dtype)
         if x.shape[-2:] != (image_size, image_size):
             x = F.interpolate(x, (image_size, image_size), mode="bilinear", align_corners=False)
-        # Before the arithmetic, channels_last would double its time at three channels.
-        return ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        return (x - self.mean) / self.std
 
 
 class SSD(nn.Module):

@@ -35,6 +35,15 @@ class BatchNorm2d(nn.BatchNorm2d):
         return F.batch_norm(x, mean, var, self.weight, self.bias, self.training, self.momentum, self.eps)
 
 
+def to_device(module: nn.Module, device: torch.device, trains_in_half: bool = False) -> nn.Module:
+    """Move `module`; in channels_last where that is faster: on a CPU, and for one network in half precision.
+
+    For a supernet's many shapes, cuDNN would compile depthwise kernels of that order for seconds at nearly every step.
+    """
+    channels_last = device.type == "cpu" or trains_in_half
+    return module.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
 ACTIVATIONS = {"relu": functools.partial(nn.ReLU, inplace=True), "relu6": ReLU6, "h_swish": nn.Hardswish}
 NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")  # one number per channel each
 

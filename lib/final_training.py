@@ -1,7 +1,7 @@
 """Stage 3's training of one detector: what it starts from, who teaches it, its losses, and its evaluation."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,16 @@ from lib import UserError, checkpoint, distributed
 from lib.analysis import best_f1, score_curves
 from lib.annotations import Annotations
 from lib.cli import supernet_checkpoint
-from lib.config import Config
+from lib.config import Config, FinalConfig
 from lib.config_io import to_dict, validate_network
 from lib.datasets import Batch, eval_loader, train_loader
 from lib.detector import SSD, ElasticSSD, Supernet, detect, load_supernet, recalibrate
+from lib.elastic import to_device
 from lib.genotype import Genotype
 from lib.latency import time_parts
 from lib.log import finite, plot_training, progress, say
 from lib.losses import DetectionLoss, Targets
 from lib.metrics import Evaluation, to_pixels
-from lib.plain import shown
 from lib.postprocess import Detections
 from lib.pretrained import as_table, load_pretrained
 from lib.scoring import calibration_rows, whole_batches
@@ -85,10 +85,9 @@ def some_images(annotations: Annotations, image_size: int, config: Config) -> It
     return whole_batches(batch.images for batch in loader)
 
 
-def detection_losses(model: SSD, loss: DetectionLoss, batch: Batch, targets: Targets | None = None) -> Iterator[Losses]:
-    """The losses of one batch; its own targets, unless they are given."""
-    logits, offsets = model(batch.images)  # (B, P, num_classes + 1), (B, P, 4)
-    yield loss(logits, offsets, targets or loss.match(batch.boxes, batch.labels, model.priors))
+def detection_losses(network: Callable, loss: DetectionLoss, batch: Batch, targets: Targets) -> Iterator[Losses]:
+    """The losses of one batch. `network` is an SSD, or its recorded passes."""
+    yield loss(*network(batch.images), targets)
 
 
 def evaluate(model: SSD, annotations: Annotations, config: Config, device: torch.device) -> dict:
@@ -124,15 +123,36 @@ def freeze_norms(module: nn.Module) -> None:
             child.eval()
 
 
-def compiled(model: SSD, device: torch.device) -> nn.Module:
-    """`model`, whose forward pass torch compiles at the first call. Raises UserError where it cannot."""
-    try:
-        # A missing compiler shows now, before anything is written, and not within a step.
-        torch.compile(lambda x: x + 1)(torch.ones(2, device=device))
-    except Exception as error:
-        reason = shown(next((line for line in str(error).splitlines() if line), type(error).__name__))
-        raise UserError(f"final.compile: needs a C++ compiler, and Triton for a GPU: {reason}") from None
-    return torch.compile(model)
+def prepared(model: SSD, settings: FinalConfig, device: torch.device) -> Callable:
+    """Move `model` to where it trains; its forward pass, on a GPU recorded where `settings` let it be."""
+    to_device(model, device, trains_in_half=settings.precision != "fp32")
+    waits = settings.sync_batch_norm and distributed.world().size > 1  # for other processes, within the pass
+    recordable = device.type == "cuda" and settings.accumulate == 1 and not waits
+    return recorded(model) if settings.cuda_graph and recordable else model
+
+
+def recorded(model: SSD) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """`model`, whose forward and backward pass are recorded at the first batch (CUDA graphs) and launched in one go.
+
+    To launch them kernel by kernel takes the host of a fast GPU longer than to run them takes the GPU. Batches of
+    another shape run as usual. A batch overwrites the gradients of the one before, so they must not accumulate.
+    """
+    whole = nn.Sequential(model)  # which gets another forward method; the model keeps its own
+    shape: torch.Size | None = None
+
+    def run(images: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal shape
+        if shape is None:
+            shape, device = images.shape, images.device.type
+            before = [buffer.clone() for buffer in model.buffers()]  # BatchNorm's, which the calls that warm up change
+            half, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+            with torch.autocast(device, dtype, half, cache_enabled=False):
+                torch.cuda.make_graphed_callables(whole, (images.clone(),))
+            for buffer, value in zip(model.buffers(), before, strict=True):
+                buffer.copy_(value)
+        return (whole if images.shape == shape else model)(images)
+
+    return run
 
 
 class FinalTraining(Training):
@@ -164,10 +184,10 @@ class FinalTraining(Training):
         self.test = test
         self.best: dict = {}
         images, settings = loader.dataset.annotations, config.final
-        model = network.extract(genotype).to(device)
+        model = network.extract(genotype)
+        self.network = prepared(model, settings, device)
         if inherits:
             recalibrate(model, some_images(images, genotype.image_size, config), device)
-        self.network = compiled(model, device) if settings.compile else model
         backbone_lr = settings.base_net_lr if settings.freeze_base_net else None
         data = {"training": images, "test": test}
         super().__init__(config, model, loader, data, device=device, backbone_lr=backbone_lr, **options)

@@ -35,6 +35,7 @@ from lib.config import DataConfig
 from lib.converters import detections_of, open_exported
 from lib.datasets import load_annotations
 from lib.detector import EXPORTED, Detector, detect, load_detector
+from lib.elastic import to_device
 from lib.images import MAX_PIXELS, UnreadableImage, is_signed, read_picture, write_picture
 from lib.log import progress, say
 from lib.metrics import to_pixels
@@ -153,7 +154,7 @@ def load(path: str | Path, device: str = "auto") -> PictureDetector:
 def torch_detector(loaded: Detector, device: str) -> PictureDetector:
     """A checkpoint of final_train.py, on a PyTorch device."""
     place, config = pick_device(device), loaded.config
-    model = loaded.model.to(place, memory_format=torch.channels_last)
+    model = to_device(loaded.model, place)
 
     def run(images: Tensor) -> list[Detections]:
         return detect(model, [images], config, place)

@@ -31,7 +31,7 @@ from lib.backbone import Half
 from lib.checkpoint import write_text
 from lib.config import Config
 from lib.detector import SSD, ElasticSSD, ScoresAndBoxes, fuse
-from lib.elastic import ElasticInvertedResidual
+from lib.elastic import ElasticInvertedResidual, to_device
 from lib.export import OPSET, PRIORS, open_session, quantize, require, session_runner
 from lib.genotype import Block, Genotype, SearchSpace, all_blocks
 from lib.log import progress
@@ -285,7 +285,7 @@ def fused_detectors(
     @cache
     def part(module: nn.Module, block: Block | tuple[int, ...] | None = None) -> nn.Module:
         plain = fuse(module if block is None else module.extract(block))
-        return plain.to(device, memory_format=torch.channels_last)
+        return to_device(plain, device)
 
     models = []
     for genotype in genotypes:
@@ -308,7 +308,7 @@ def time_parts(model: SSD, config: Config, device: torch.device) -> dict:
 
     BatchNorm is folded. `total_ms` is measured as a whole (plus `nms_ms`), so the parts sum to it only approximately.
     """
-    deployed = ScoresAndBoxes(fuse(model).to(device, memory_format=torch.channels_last), config).eval()
+    deployed = ScoresAndBoxes(to_device(fuse(model), device), config).eval()
     net = deployed.model
     resize = picture_resizer(net.image_size)
     x = net.normalize(resize().to(device), net.image_size)

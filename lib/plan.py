@@ -23,7 +23,7 @@ from lib.annotations import Annotations
 from lib.config import Config, DataConfig, HeadConfig, TrainConfig
 from lib.datasets import Batch, collate, eval_loader
 from lib.detector import SSD, ElasticSSD, detect
-from lib.final_training import detection_losses
+from lib.final_training import detection_losses, prepared
 from lib.genotype import Genotype, SearchSpace
 from lib.images import UnreadableImage, read_size
 from lib.labels import Faults
@@ -223,7 +223,7 @@ def training_seconds(
 ) -> float:
     """Seconds of a training without its evaluations; `phases` are (epochs, a function from batch to losses).
 
-    The weights of `model` change.
+    The weights of `model` change. A step ends when its losses can be read, which waits for a GPU.
     """
     steps = loader.batch_sampler.batches_per_epoch
     trainer = Trainer(model, config, device, steps)
@@ -231,7 +231,7 @@ def training_seconds(
     dataset, keys = loader.dataset, next(iter(loader.batch_sampler))
     (loading,) = typical_seconds([lambda: collate([dataset[key] for key in keys])])
     batch = collate([dataset[key] for key in keys]).to(device)
-    works = [lambda forward=forward: trainer.update(forward(batch)) for _, forward in phases]
+    works = [lambda forward=forward: trainer.update(forward(batch)) or trainer.read_losses() for _, forward in phases]
     seconds = 0.0
     for (epochs, _), step in zip(phases, typical_seconds(works), strict=True):
         # Loader workers read while the device computes, so the slower side decides; without them both add up.
@@ -242,9 +242,12 @@ def training_seconds(
 
 def final_seconds(model: SSD, config: Config, device: torch.device, loader: DataLoader) -> float:
     """Seconds of training one detector, without its evaluations."""
-    loss = DetectionLoss(config.loss, config.head.variances)
-    phases = [(config.final.epochs, lambda batch: detection_losses(model, loss, batch))]
-    return training_seconds(model, config.final, device, loader, phases)
+    loss, network = DetectionLoss(config.loss, config.head.variances), prepared(model, config.final, device)
+
+    def forward(batch: Batch) -> Iterator[Losses]:
+        return detection_losses(network, loss, batch, loss.match(batch.boxes, batch.labels, model.priors))
+
+    return training_seconds(model, config.final, device, loader, [(config.final.epochs, forward)])
 
 
 def scoring_seconds(

@@ -25,6 +25,7 @@ from lib.config_io import from_dict as config_from_dict
 from lib.config_io import to_dict
 from lib.datasets import eval_loader
 from lib.detector import ElasticSSD, detect, fuse, load_supernet, recalibrate
+from lib.elastic import to_device
 from lib.genotype import Genotype
 from lib.log import finite, progress
 from lib.metrics import Evaluation, to_pixels
@@ -195,7 +196,7 @@ class Scorer:
         With `search.resamples` also {"objective": name, "resampled": {"<images>": its packed scores on resamples}}.
         """
         settings = self.config.search
-        model = detector.extract(genotype).to(self.device, memory_format=torch.channels_last)
+        model = to_device(detector.extract(genotype), self.device)
         bn_images, images = (self.data[name][genotype.image_size] for name in ("bn_images", "images"))
         # One image has no variance.
         self._fitting(lambda size: recalibrate(model, whole_batches(bn_images.split(max(size, 2))), self.device))

@@ -33,10 +33,9 @@ def build_optimizer(model: nn.Module, config: TrainConfig, backbone_lr: float | 
         lr = backbone_lr if own_rate else config.learning_rate
         group = {"params": [], "lr": lr, "weight_decay": config.weight_decay if decays else 0.0}
         groups.setdefault((own_rate, decays), group)["params"].append(parameter)
-    params = list(groups.values())
     if config.optimizer == "sgd":
-        return torch.optim.SGD(params, lr=config.learning_rate, momentum=config.momentum)
-    return torch.optim.AdamW(params, lr=config.learning_rate)
+        return torch.optim.SGD(groups.values(), lr=config.learning_rate, momentum=config.momentum)
+    return torch.optim.AdamW(groups.values(), lr=config.learning_rate)
 
 
 def build_scheduler(
@@ -107,7 +106,7 @@ class Trainer:
         restarts: Sequence[int] = (1,),
         backbone_lr: float | None = None,
     ):
-        self.model = model.to(device, memory_format=torch.channels_last)
+        self.model = model.to(device)
         distributed.copy_from_main(model)
         if config.sync_batch_norm and distributed.world().size > 1:
             distributed.synchronise_norms(model)

@@ -36,7 +36,7 @@ SOMETHING = 0.01
 TRAINING_MAY_CHANGE = {
     *("epochs", "learning_rate", "backbone_learning_rate", "base_net_lr", "lr_schedule", "momentum", "weight_decay"),
     *("clip_grad_norm", "batch_size", "accumulate", "sync_batch_norm", "eval_every", "save_every", "save_minutes"),
-    *("max_steps", "interference_tolerance", "compile"),
+    *("max_steps", "interference_tolerance", "cuda_graph"),
     *("genotypes", "supernet_state_dict"),  # the genotype itself is compared
 }
 # The pictures may have moved: the split and their fingerprint are compared. So are the classes that were found.

@@ -21,6 +21,7 @@ from lib.annotations import Annotations
 from lib.config import Config
 from lib.config_io import to_dict
 from lib.detector import Detector, ElasticSSD, Supernet, recalibrate
+from lib.elastic import to_device
 from lib.export import export_graph, quantize, write
 from lib.final_training import FinalTraining, evaluate, final_loader, some_images
 from lib.genotype import Genotype
@@ -34,7 +35,7 @@ from lib.training_run import read_previous
 SIMILAR = 0.1  # random sub-networks have multiply-adds within this share of the found one's
 TRIES = 4000
 # Keys that no trial depends on, beside those that its folder and its data decide, and exceptions.
-UNUSED = ("name", "data.", "supernet.", "search.", "search_space.schedule_cfg.", "final.compile", "final.genotypes")
+UNUSED = ("name", "data.", "supernet.", "search.", "search_space.schedule_cfg.", "final.cuda_graph", "final.genotypes")
 UNUSED += ("final.supernet_state_dict", "final.save_", "final.max_steps")
 DECIDING = ("search.objective", "search.bn_images", "search.batch_size")
 ELSEWHERE = "remove it, or start elsewhere with --train-dir"
@@ -149,7 +150,7 @@ class Trials:
         recipe = self.recipe
         network = recipe.supernet.detector
         if start == "inherited":
-            model = network.extract(genotype).to(recipe.device, memory_format=torch.channels_last)
+            model = to_device(network.extract(genotype), recipe.device)
             recalibrate(model, some_images(recipe.annotations, genotype.image_size, recipe.config), recipe.device)
             return finite(evaluate(model, recipe.test, recipe.config, recipe.device))
         seed_everything(recipe.config.seed)

@@ -152,7 +152,8 @@ def train(folder: Path, case: str) -> dict:
             genotypes = supernet_train.step_genotypes(detector.space, c.supernet, c.seed, trainer.step)
             items = supernet_train.supernet_losses(detector, loss, batch, genotypes, c.supernet.distill, 0.5)
         else:
-            items = final_training.detection_losses(model, loss, batch)
+            targets = loss.match(batch.boxes, batch.labels, model.priors)
+            items = final_training.detection_losses(model, loss, batch, targets)
         losses += trainer.update(items)
     states = {"model": model.state_dict(), "ema": trainer.ema.state_dict()}
     return {**states, "losses": losses, "images": len(batch.images), "moved": (flat(model) - start).abs().max().item()}

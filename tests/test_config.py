@@ -109,7 +109,7 @@ def test_a_key_unlike_any_other_lists_the_valid_ones():
         ("supernet.learning_rate=fast", "supernet.learning_rate: expected a number, found 'fast'"),
         ("supernet.learning_rate=false", "supernet.learning_rate: expected a number, found False"),
         ("supernet.learning_rate=", "supernet.learning_rate: expected a number, found ''"),
-        ("supernet.sort_channels=1", "supernet.sort_channels: expected true or false, found 1"),
+        ("final.sync_batch_norm=1", "final.sync_batch_norm: expected true or false, found 1"),
         ("data.classes=cat", "data.classes: expected a list, found 'cat'"),
         ("data.classes=[cat, 3]", "data.classes[1]: expected text, in quotes, found 3"),
         ("head.aspect_ratios=[2, [3]]", "head.aspect_ratios[0]: expected a list, found 2"),

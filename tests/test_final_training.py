@@ -11,8 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny_runs import killed_at
+from torch import nn
 
 from lib import UserError, checkpoint, final_training
+from lib.config import FinalConfig
 from lib.datasets import Batch
 from lib.final_training import FinalTraining, freeze_norms, supernet_path
 from lib.log import RunLog, read_log
@@ -128,32 +130,46 @@ def test_the_best_evaluation_is_kept(train):
     assert train.evaluated == [1, 2, 3]  # nothing is left to do
 
 
-def test_a_compiled_network_trains_as_it_is_and_leaves_no_trace(train, monkeypatch):
-    """It may be switched on when a run is resumed. The backend only traces: the compiled code is torch's affair."""
-    changes = {"final__precision": "bf16", "final__ema_decay": 0.9}
-    train.run(**changes)
-    expected = checkpoint.read(train.folder / "last.pt")
-    losses = [record["losses"] for record in read_log(train.folder / "log.jsonl") if record["kind"] == "train"]
-    shutil.copy(train.folder / "epoch_0001.pt", train.folder / "last.pt")
-    calls, real = [], torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f: calls.append(f) or real(f, backend="eager", fullgraph=True))
-    train.run(resume=True, final__compile=True, **changes)
-    found = checkpoint.read(train.folder / "last.pt")
-    assert len(calls) == 2
-    for part in ("model", "ema"):
-        assert found[part].keys() == expected[part].keys()
-    again = [record["losses"] for record in read_log(train.folder / "log.jsonl") if record["kind"] == "train"]
-    assert again == [pytest.approx(each, rel=1e-4) for each in losses]
+def test_recorded_passes_compute_what_the_network_does_and_leave_no_trace(monkeypatch):
+    """The stand-in warms up as torch does, and then takes batches of one shape only, in memory of its own."""
+    shapes = []
+
+    def record(module, inputs):
+        for _ in range(3):
+            module(*inputs)
+        forward, (own,) = module.forward, inputs
+
+        def replay(images):
+            shapes.append(images.shape)
+            return forward(own.copy_(images))
+
+        module.forward = replay
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train()
+    other = copy.deepcopy(model)
+    network = final_training.recorded(model)
+    for images in (torch.rand(4, 3, 8, 8), torch.rand(4, 3, 8, 8), torch.rand(2, 3, 8, 8), torch.rand(4, 3, 8, 8)):
+        assert torch.equal(network(images), other(images))
+    assert shapes == [(4, 3, 8, 8)] * 3
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), other.buffers(), strict=True))
 
 
-def test_without_a_compiler_nothing_is_written(train, monkeypatch):
-    def cannot(function):
-        raise RuntimeError("\nNo working C++ compiler found\nSet TORCHDYNAMO_VERBOSE=1")
-
-    monkeypatch.setattr(torch, "compile", cannot)
-    with pytest.raises(UserError, match=r"final.compile: needs a C.. compiler.*: 'No working C.. compiler found'$"):
-        train.make(final__compile=True)
-    assert not train.folder.exists()
+@pytest.mark.parametrize(
+    ("changes", "device", "records"),
+    [
+        ({}, "cuda", True),
+        ({"cuda_graph": False}, "cuda", False),
+        ({"accumulate": 2}, "cuda", False),  # a replay overwrites the gradients
+        ({}, "cpu", False),
+    ],
+)
+def test_passes_are_recorded_on_a_gpu_unless_gradients_accumulate(monkeypatch, changes, device, records):
+    monkeypatch.setattr(final_training, "to_device", lambda *_, **__: None)
+    model = nn.Conv2d(3, 4, 3)
+    network = final_training.prepared(model, FinalConfig(**changes), torch.device(device))
+    assert (network is model) != records
 
 
 @pytest.mark.parametrize(("objective", "epoch"), [("AP", 2), ("AP50", 3), ("mAP", 1)])

@@ -205,7 +205,9 @@ def test_a_final_step_trains_there():
     def work() -> bool:
         config, detector, batch = reference()
         model = detector.extract(detector.space.smallest()).to(GPU).train()
-        (losses,) = detection_losses(model, DetectionLoss(config.loss, config.head.variances), batch.to(GPU))
+        loss, batch = DetectionLoss(config.loss, config.head.variances), batch.to(GPU)
+        targets = loss.match(batch.boxes, batch.labels, model.priors)
+        (losses,) = detection_losses(model, loss, batch, targets)
         sum(losses.values()).backward()
         return all(p.grad.device == GPU for p in model.parameters())
 

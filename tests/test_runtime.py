@@ -324,7 +324,11 @@ def test_a_signal_where_there_is_nothing_to_save_leaves_no_temporary_files(tmp_p
             os.kill(os.getpid(), number)
             time.sleep(9)
 
-    with forked(lambda: run(work)) as process:
+    def script() -> None:
+        signal.signal(number, signal.SIG_DFL)  # nohup ignores SIGHUP, and so would what it starts
+        run(work)
+
+    with forked(script) as process:
         assert process.wait() == 143 and not list(tmp_path.iterdir())
 
 
