@@ -100,7 +100,7 @@ class SupernetTraining(Training):
         self.split = split
         schedule = config.search_space.schedule_cfg
         self.phases = boundaries(schedule, config.supernet.epochs)
-        self.sort_epoch = shrinking.first_narrower_epoch(schedule)
+        self.sort_epoch = shrinking.first_narrower_epoch(schedule) if config.supernet.sort_channels else None
         data = {"training": loader.dataset.annotations}
         to_device(detector, options["device"])
         super().__init__(config, detector, loader, data, phases=self.phases, **options)

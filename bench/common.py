@@ -37,7 +37,7 @@ from lib.config_io import to_dict
 from lib.datasets import Batch, load_annotations, load_split
 from lib.detector import SSD, ElasticSSD, Supernet
 from lib.elastic import to_device
-from lib.final_training import detection_losses, prepared
+from lib.final_training import detection_losses, launched
 from lib.genotype import Genotype, SearchSpace
 from lib.log import progress
 from lib.losses import DetectionLoss
@@ -273,11 +273,15 @@ class SupernetSteps:
 
 def plain_step(model: SSD, config: Config, training: TrainConfig, device: torch.device) -> Step:
     """A step of final_train.py on a plain detector, with the optimizer of `training`."""
-    network = prepared(model, training, device) if training is config.final else to_device(model, device)
+    final = training is config.final
+    to_device(model, device, trains_in_half=final and training.precision != "fp32")
     trainer = Trainer(model.train(), training, device, batches_per_epoch=2**31)
     loss = DetectionLoss(config.loss, config.head.variances)
+    network = None if final else model
 
     def step(batch: Batch) -> dict[str, float]:
+        nonlocal network
+        network = network or launched(model, training, len(batch.images), device)
         targets = loss.match(batch.boxes, batch.labels, model.priors)
         return _losses(trainer, detection_losses(network, loss, batch, targets))
 

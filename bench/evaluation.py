@@ -15,6 +15,7 @@ import common
 import torch
 
 from lib.detector import ElasticSSD, detect, fuse, recalibrate
+from lib.elastic import to_device
 from lib.metrics import detection_metrics
 from lib.runtime import run
 
@@ -44,9 +45,9 @@ def compare(args: argparse.Namespace, classes: int, scores: str, clock: common.C
 
     # The network alone, prepared as the scorer prepares it.
     batches = data["images"][genotype.image_size].split(config.search.batch_size)
-    model = detector.extract(genotype).to(args.device, memory_format=torch.channels_last)
+    model = to_device(detector.extract(genotype), args.device)
     recalibrate(model, [data["bn_images"][genotype.image_size]], args.device)
-    fused = fuse(model).to(memory_format=torch.channels_last)
+    fused = to_device(fuse(model), args.device)
     detections = detect(fused, batches, config, args.device)
     metrics = detection_metrics(detections, data["truth"], data["sizes"], data["classes"])
     both = (torch.tensor([m[name] for name in ("AP", "AP50", "AR100", "mAP")]) for m in (score.metrics, metrics))

@@ -82,7 +82,8 @@ class CommandLine:
         self._changes += [config_io.parse_override(text) for text in args.set]
         self._typed = [key for key, _ in self._changes]
         for key, value in config_io.RETIRED.items():
-            if (found := self.given(key)) is not None and value in (None, found):
+            # A config.yaml that this project wrote may have one at its default.
+            if (found := self.given(key)) not in (None, False) and value in (None, found):
                 raise UserError(f"{key}: {value or 'this key'} was removed, since it gained nothing (docs/measured.md)")
 
     def given(self, key: str) -> object | None:

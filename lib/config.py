@@ -228,6 +228,7 @@ class SupernetConfig(TrainConfig):
     epochs: Epochs = 500
     sampling: Literal["uniform", "spread"] = "uniform"
     samples: Annotated[int, Bounds(1, 1000)] = 1
+    sort_channels: bool = True  # by importance, once, before narrower widths open
     panel: EpochsOrZero = 3  # random sub-networks scored beside the smallest, the largest and the pretrained one
     # A warning is printed if the largest sub-network loses more than this, in search.objective, since a phase opened.
     interference_tolerance: Share = 0.05

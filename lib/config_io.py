@@ -20,7 +20,7 @@ from lib.plain import Bounds, WrongKey, check, fail, hints_of, read_bytes, refus
 
 # Keys (None: whatever their value) that files of earlier versions may have and that count as absent.
 RETIRED = dict.fromkeys(("search.racing", "final.distill", "supernet.distill.teacher", "supernet.distill.priors"))
-RETIRED |= {"final.compile": None, "supernet.sort_channels": None, "supernet.sampling": "sandwich"}
+RETIRED |= {"final.compile": None, "supernet.sampling": "sandwich"}
 ALIASES = {"T_max": "T_0"}  # names of keys in other recipes
 MOST_YAML = 1024**2  # bytes of a YAML file
 

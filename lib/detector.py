@@ -54,7 +54,9 @@ class Normalize(nn.Module):
         x = images.to(self.mean.dtype)
         if x.shape[-2:] != (image_size, image_size):
             x = F.interpolate(x, (image_size, image_size), mode="bilinear", align_corners=False)
-        return (x - self.mean) / self.std
+        x = (x - self.mean) / self.std
+        # Not before the arithmetic, whose time channels_last would double at three channels.
+        return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
 
 
 class SSD(nn.Module):

@@ -1,5 +1,6 @@
 """Stage 3's training of one detector: what it starts from, who teaches it, its losses, and its evaluation."""
 
+import gc
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -27,7 +28,7 @@ from lib.metrics import Evaluation, to_pixels
 from lib.postprocess import Detections
 from lib.pretrained import as_table, load_pretrained
 from lib.scoring import calibration_rows, whole_batches
-from lib.training import Losses
+from lib.training import PRECISIONS, Losses
 from lib.training_run import Training
 
 
@@ -86,7 +87,7 @@ def some_images(annotations: Annotations, image_size: int, config: Config) -> It
 
 
 def detection_losses(network: Callable, loss: DetectionLoss, batch: Batch, targets: Targets) -> Iterator[Losses]:
-    """The losses of one batch. `network` is an SSD, or its recorded passes."""
+    """The losses of one batch. `network` is an SSD, or what `launched` makes of it."""
     yield loss(*network(batch.images), targets)
 
 
@@ -123,36 +124,28 @@ def freeze_norms(module: nn.Module) -> None:
             child.eval()
 
 
-def prepared(model: SSD, settings: FinalConfig, device: torch.device) -> Callable:
-    """Move `model` to where it trains; its forward pass, on a GPU recorded where `settings` let it be."""
-    to_device(model, device, trains_in_half=settings.precision != "fp32")
-    waits = settings.sync_batch_norm and distributed.world().size > 1  # for other processes, within the pass
-    recordable = device.type == "cuda" and settings.accumulate == 1 and not waits
-    return recorded(model) if settings.cuda_graph and recordable else model
+def launched(
+    model: SSD, settings: FinalConfig, batch_size: int, device: torch.device
+) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """What runs `model` on batches of that many images: on a GPU its passes as CUDA graphs, launched in one go.
 
-
-def recorded(model: SSD) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """`model`, whose forward and backward pass are recorded at the first batch (CUDA graphs) and launched in one go.
-
-    To launch them kernel by kernel takes the host of a fast GPU longer than to run them takes the GPU. Batches of
-    another shape run as usual. A batch overwrites the gradients of the one before, so they must not accumulate.
+    To launch them kernel by kernel takes the host of a fast GPU longer than to run them takes the GPU. To be called
+    before a loader begins: pinning memory meanwhile would spoil the recording. A batch overwrites the gradients of the
+    one before, so they must not accumulate; and synchronised statistics wait for other processes within the pass.
     """
+    waits = settings.sync_batch_norm and distributed.world().size > 1
+    if not (settings.cuda_graph and device.type == "cuda" and settings.accumulate == 1 and not waits):
+        return model
     whole = nn.Sequential(model)  # which gets another forward method; the model keeps its own
-    shape: torch.Size | None = None
-
-    def run(images: Tensor) -> tuple[Tensor, Tensor]:
-        nonlocal shape
-        if shape is None:
-            shape, device = images.shape, images.device.type
-            before = [buffer.clone() for buffer in model.buffers()]  # BatchNorm's, which the calls that warm up change
-            half, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-            with torch.autocast(device, dtype, half, cache_enabled=False):
-                torch.cuda.make_graphed_callables(whole, (images.clone(),))
-            for buffer, value in zip(model.buffers(), before, strict=True):
-                buffer.copy_(value)
-        return (whole if images.shape == shape else model)(images)
-
-    return run
+    images = model.priors.new_zeros(batch_size, 3, model.image_size, model.image_size, dtype=torch.uint8)
+    before = [buffer.clone() for buffer in model.buffers()]  # BatchNorm's, which the calls that warm up change
+    gc.collect()  # the graphs of an earlier network, whose end would spoil the recording too
+    half = settings.precision != "fp32"
+    with torch.autocast(device.type, PRECISIONS[settings.precision], enabled=half, cache_enabled=False):
+        torch.cuda.make_graphed_callables(whole, (images,))
+    for buffer, value in zip(model.buffers(), before, strict=True):
+        buffer.copy_(value)
+    return lambda batch: (whole if batch.shape == images.shape else model)(batch)
 
 
 class FinalTraining(Training):
@@ -184,8 +177,8 @@ class FinalTraining(Training):
         self.test = test
         self.best: dict = {}
         images, settings = loader.dataset.annotations, config.final
-        model = network.extract(genotype)
-        self.network = prepared(model, settings, device)
+        model = to_device(network.extract(genotype), device, trains_in_half=settings.precision != "fp32")
+        self.network: Callable | None = None
         if inherits:
             recalibrate(model, some_images(images, genotype.image_size, config), device)
         backbone_lr = settings.base_net_lr if settings.freeze_base_net else None
@@ -196,6 +189,10 @@ class FinalTraining(Training):
         super().begin_epoch(epoch)
         if self.settings.freeze_base_net:
             freeze_norms(self.trainer.model.backbone)
+        if self.network is None:
+            trainer, batches = self.trainer, self.loader.batch_sampler
+            size = min(batches.batch_size, batches.per_rank)
+            self.network = launched(trainer.model, self.settings, size, trainer.device)
 
     def priors(self) -> Tensor:
         return self.trainer.model.priors

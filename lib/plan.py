@@ -23,7 +23,8 @@ from lib.annotations import Annotations
 from lib.config import Config, DataConfig, HeadConfig, TrainConfig
 from lib.datasets import Batch, collate, eval_loader
 from lib.detector import SSD, ElasticSSD, detect
-from lib.final_training import detection_losses, prepared
+from lib.elastic import to_device
+from lib.final_training import detection_losses, launched
 from lib.genotype import Genotype, SearchSpace
 from lib.images import UnreadableImage, read_size
 from lib.labels import Faults
@@ -242,7 +243,9 @@ def training_seconds(
 
 def final_seconds(model: SSD, config: Config, device: torch.device, loader: DataLoader) -> float:
     """Seconds of training one detector, without its evaluations."""
-    loss, network = DetectionLoss(config.loss, config.head.variances), prepared(model, config.final, device)
+    loss = DetectionLoss(config.loss, config.head.variances)
+    to_device(model, device, trains_in_half=config.final.precision != "fp32").train()
+    network = launched(model, config.final, len(next(iter(loader.batch_sampler))), device)
 
     def forward(batch: Batch) -> Iterator[Losses]:
         return detection_losses(network, loss, batch, loss.match(batch.boxes, batch.labels, model.priors))

@@ -33,7 +33,7 @@ SHORTAGES = {
     r"DataLoader worker \(pid": "a loader process has ended, for want of memory (a smaller data.workers, "
     "data.cache=false), of /dev/shm (docker run --shm-size=2g) or of open files (ulimit -n 65536)",
     "[Oo]ut of memory|an't allocate memory|annot allocate memory|MemoryError": "out of memory: a smaller batch_size "
-    "with accumulate in its place, or precision=bf16",
+    "with accumulate in its place, precision=bf16, or final.cuda_graph=false",
     "No space left|quota exceeded|File too large": "the disk is full",
 }
 GRACE_SECONDS = 10  # that a loader process goes on after SIGTERM

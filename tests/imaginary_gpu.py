@@ -267,7 +267,7 @@ def install(gpus: int = 1) -> None:
         "is_bf16_supported": lambda *_, **__: True,
         "synchronize": lambda device=None: counts.waits.update([("synchronize", _line())]),
         "empty_cache": lambda: None,
-        "make_graphed_callables": lambda module, inputs: [module(*inputs) for _ in range(3)] and module,
+        "make_graphed_callables": _record,
         "_lazy_init": lambda: None,
         "manual_seed": lambda seed: None,
         "manual_seed_all": lambda seed: None,
@@ -287,6 +287,14 @@ def install(gpus: int = 1) -> None:
     _group_by_imaginary_device()
     for mode in (_Device(), _Names()):
         mode.__enter__()
+
+
+def _record(module: torch.nn.Module, inputs: tuple) -> None:
+    """Warms up, and refuses the cache of autocast, as torch does; then the module stays as it is."""
+    if torch.is_autocast_enabled("cuda") and torch.is_autocast_cache_enabled():
+        raise RuntimeError("make_graphed_callables does not support the autocast caching")
+    for _ in range(3):
+        module(*inputs)
 
 
 def _autocast_on_the_cpu() -> None:

@@ -13,9 +13,11 @@ import torch
 from tiny_runs import killed_at
 from torch import nn
 
-from lib import UserError, checkpoint, final_training
+from lib import UserError, checkpoint, distributed, final_training
 from lib.config import FinalConfig
 from lib.datasets import Batch
+from lib.detector import Normalize
+from lib.elastic import to_device
 from lib.final_training import FinalTraining, freeze_norms, supernet_path
 from lib.log import RunLog, read_log
 from lib.losses import DetectionLoss
@@ -91,7 +93,7 @@ def train(tiny_detector, tiny_config, batch, tmp_path, monkeypatch):
         config = tiny_config(final__epochs=3, final__save_every=1, **changes)
         detector = tiny_detector()
         genotype = detector.space.largest() if largest else detector.space.smallest()
-        sampler = SimpleNamespace(batches_per_epoch=1, set_epoch=lambda epoch, start: None)
+        sampler = SimpleNamespace(batches_per_epoch=1, batch_size=4, per_rank=4, set_epoch=lambda epoch, start: None)
         dataset = SimpleNamespace(annotations=FakeTestSet())
         loader = type("Loader", (list,), {"batch_sampler": sampler, "dataset": dataset})([batch])
         previous = read_previous(tmp_path / "run", config, "final") if resume else None
@@ -130,46 +132,78 @@ def test_the_best_evaluation_is_kept(train):
     assert train.evaluated == [1, 2, 3]  # nothing is left to do
 
 
-def test_recorded_passes_compute_what_the_network_does_and_leave_no_trace(monkeypatch):
-    """The stand-in warms up as torch does, and then takes batches of one shape only, in memory of its own."""
-    shapes = []
+class Plain(nn.Sequential):
+    image_size = 8
+    priors = torch.zeros(1)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A stand-in that warms up and refuses as torch does, and then takes batches of one shape in memory of its own."""
+    replayed = []
 
     def record(module, inputs):
+        assert not torch.is_autocast_enabled("cpu") or not torch.is_autocast_cache_enabled()
         for _ in range(3):
             module(*inputs)
         forward, (own,) = module.forward, inputs
 
         def replay(images):
-            shapes.append(images.shape)
+            replayed.append(images.shape)
             return forward(own.copy_(images))
 
         module.forward = replay
 
+    real = torch.autocast.__init__
+    monkeypatch.setattr(torch.autocast, "__init__", lambda self, _, *args, **more: real(self, "cpu", *args, **more))
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
+    return replayed
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_recorded_passes_compute_what_the_network_does_and_leave_no_trace(gpu, precision):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train()
+    model = Plain(Normalize([128.0] * 3, [128.0] * 3), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train()
+    model[0].register_forward_pre_hook(lambda module, images: (*images, 8))
     other = copy.deepcopy(model)
-    network = final_training.recorded(model)
-    for images in (torch.rand(4, 3, 8, 8), torch.rand(4, 3, 8, 8), torch.rand(2, 3, 8, 8), torch.rand(4, 3, 8, 8)):
+    network = final_training.launched(model, FinalConfig(precision=precision), 4, torch.device("cuda"))
+    for count in (4, 2, 4):
+        images = torch.randint(0, 256, (count, 3, 8, 8), dtype=torch.uint8)
         assert torch.equal(network(images), other(images))
-    assert shapes == [(4, 3, 8, 8)] * 3
+    assert gpu == [(4, 3, 8, 8)] * 2
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), other.buffers(), strict=True))
 
 
 @pytest.mark.parametrize(
-    ("changes", "device", "records"),
+    ("changes", "processes", "records"),
     [
-        ({}, "cuda", True),
-        ({"cuda_graph": False}, "cuda", False),
-        ({"accumulate": 2}, "cuda", False),  # a replay overwrites the gradients
-        ({}, "cpu", False),
+        ({}, 2, True),
+        ({"cuda_graph": False}, 1, False),
+        ({"accumulate": 2}, 1, False),  # a replay overwrites the gradients
+        ({"sync_batch_norm": True}, 1, True),
+        ({"sync_batch_norm": True}, 2, False),
     ],
 )
-def test_passes_are_recorded_on_a_gpu_unless_gradients_accumulate(monkeypatch, changes, device, records):
-    monkeypatch.setattr(final_training, "to_device", lambda *_, **__: None)
-    model = nn.Conv2d(3, 4, 3)
-    network = final_training.prepared(model, FinalConfig(**changes), torch.device(device))
-    assert (network is model) != records
+def test_passes_are_recorded_on_a_gpu_unless_gradients_accumulate(gpu, monkeypatch, changes, processes, records):
+    monkeypatch.setattr(distributed, "world", lambda: distributed.World(size=processes))
+    model = Plain(Normalize([128.0] * 3, [128.0] * 3), nn.Conv2d(3, 4, 3))
+    model[0].register_forward_pre_hook(lambda module, images: (*images, 8))
+    assert (final_training.launched(model, FinalConfig(**changes), 4, torch.device("cuda")) is model) != records
+
+
+@pytest.mark.parametrize(
+    ("device", "half", "channels_last"),
+    [("cpu", False, True), ("cpu", True, True), ("meta", False, False), ("meta", True, True)],
+)
+def test_weights_are_channels_last_on_a_cpu_and_for_one_network_in_half_precision(device, half, channels_last):
+    conv = to_device(nn.Conv2d(8, 8, 3), torch.device(device), trains_in_half=half)
+    assert conv.weight.is_contiguous(memory_format=torch.channels_last) == channels_last
+
+
+def test_what_trains_on_a_cpu_is_channels_last(train):
+    training = train.make()
+    convs = [m for m in training.trainer.model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size[0] > 1]
+    assert convs and all(m.weight.is_contiguous(memory_format=torch.channels_last) for m in convs if m.groups == 1)
 
 
 @pytest.mark.parametrize(("objective", "epoch"), [("AP", 2), ("AP50", 3), ("mAP", 1)])

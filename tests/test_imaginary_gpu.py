@@ -27,6 +27,7 @@ from lib.checkpoint import ROOT
 from lib.config import LossConfig, TrainConfig
 from lib.datasets import Batch, load_annotations
 from lib.detector import ElasticSSD, load_detector
+from lib.elastic import to_device
 from lib.final_training import detection_losses
 from lib.losses import DetectionLoss
 from lib.scoring import Scorer, scoring_worker
@@ -82,7 +83,7 @@ def count_steps() -> dict[tuple[str, str], tuple[int, int, int]]:
     rng = random.Random(0)
     drawn = sorted((detector.space.sample(rng) for _ in range(101)), key=lambda g: detector.cost(g).flops)
     genotype = drawn[50]
-    detector.to(GPU, memory_format=torch.channels_last).train()
+    to_device(detector, GPU).train()
     batch = batch.to(GPU)
     plain = detector.extract(genotype)
     networks = {"supernet": (detector, (batch.images, genotype)), "plain": (plain, (batch.images,))}
@@ -107,7 +108,7 @@ def count_steps() -> dict[tuple[str, str], tuple[int, int, int]]:
 
 def test_a_step_never_makes_the_host_wait_and_launches_few_operators():
     """The supernet's step had 1,007 operators and 8 waits in float32, and 1,285 operators in bfloat16."""
-    most = {"supernet": {"torch.float32": 760, "torch.bfloat16": 900}, "plain": {"torch.float32": 740}}
+    most = {"supernet": {"torch.float32": 765, "torch.bfloat16": 900}, "plain": {"torch.float32": 740}}
     found = on_imaginary_gpu(count_steps)
     assert all((waits, copies) == (0, 0) for _, waits, copies in found.values()), found
     for name, limits in most.items():
