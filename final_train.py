@@ -47,7 +47,7 @@ from lib.genotype import Genotype, is_genotype_string, parse_genotype_string, re
 from lib.images import find_pictures
 from lib.labels import Faults
 from lib.latency import describe_parts
-from lib.log import duration
+from lib.log import duration, say
 from lib.metrics import to_pixels
 from lib.plain import Bounds, check, read_json
 from lib.runtime import pick_device, run, seed_everything
@@ -93,6 +93,9 @@ def load_data(config: Config) -> tuple[Annotations, Annotations]:
     test = load_annotations(config.data, "test")
     if bool(test.truth.ignore.all()):
         raise UserError(f"{config.data.root}: none of the {len(test)} test images has an object to find")
+    paths = ({a.paths[i] for i in range(len(a))} for a in (annotations, test))
+    if both := set.intersection(*paths):
+        say(f"warning: {len(both)} of {len(test)} test pictures train as well, such as {min(both)}")
     return annotations, test
 
 

@@ -6,11 +6,12 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from posixpath import basename, dirname
+from posixpath import basename
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lib import UserError, did_you_mean
-from lib.images import Tree, read_size, slashes, split_of, stem
+from lib.images import SUFFIXES, Tree, of_another_split, read_size, slashes, split_of, stem
 from lib.labels import OBJECT, Faults, read_coco_json, read_voc_xml, read_yolo_txt
 from lib.layouts import Pair
 from lib.plain import shown
@@ -180,6 +181,7 @@ def read_coco(folder: Path, files: Sequence[Path], faults: Faults) -> Content:
                     faults.add("object", "of an unknown image or class", text, count)
             coco.objects[column] = np.array([known.get(own_id, -1) for own_id in ids], dtype=np.int64)[numbers]
         parts.append(coco.objects[(coco.objects["image"] >= 0) & (coco.objects["label"] >= 0)])
+    faults.notes += tree.namesakes()
     return Content(pictures, np.concatenate(parts), names, sorted(id_of, key=id_of.__getitem__), id_of)
 
 
@@ -190,19 +192,18 @@ def _coco_pictures(path: Path, tree: Tree, images: dict, pictures: list[Picture]
     if not any(files.values()):
         # The names have folders that are not here.
         files = {own_id: tree.find(basename(name), beside) for own_id, (name, _) in images.items()}
-    # A picture that is missing is not that of its name in another split's folder; a name with that folder would be.
-    split_in = {own_id: split_of(dirname(file)) for own_id, file in files.items() if file}
-    if (split := split_of(beside)) and split in split_in.values():
-        for own_id, other in split_in.items():
-            if other not in ("", "trainval", split) and "/" not in images[own_id][0]:
-                files[own_id] = None
+    for own_id in of_another_split(files, lambda _: split_of(beside)):
+        if "/" not in images[own_id][0]:  # a name with that folder would mean it
+            files[own_id] = None
     place_of = dict.fromkeys(images, -1)
     used = set()
     for own_id, (name, size) in images.items():
         picture = f"{folder}/{files[own_id] or name}"
         try:
             if files[own_id] is None or picture in used:
-                problem = "listed twice in" if files[own_id] else "no such image, which is listed in"
+                problem = "listed twice in" if files[own_id] else "no such image, or several, which is listed in"
+                if not files[own_id] and Path(folder, name).exists():
+                    problem = f"not a picture's name ({', '.join(SUFFIXES)}), which is listed in"
                 raise UserError(f"{picture}: {problem} {path}")
             size = size or read_size(picture)
         except UserError as error:
@@ -238,7 +239,7 @@ def assemble(
         faults.add("object", "of an unknown class", text, len(rows))
     notes = faults.close(root, len(pictures), int((labels > 0).sum()))
     if not pictures:
-        raise UserError(f"{root}: no readable image is left in this set")
+        raise UserError(f"{root}: no readable image is left of the {split} data")
     # An id that several pictures have becomes the path below `root`, with suffix.
     counts = Counter(picture.id for picture in pictures)
     ids = [p.id if counts[p.id] == 1 else slashes(os.path.relpath(p.path, root)) for p in pictures]
@@ -252,7 +253,7 @@ def assemble(
         notes.append(f"{root}: {share}, whatever the seed")
         # By the ids alone: with another seed, in another stage or for another network, it is the same test set, so no
         # score rests on pictures that something has been trained on.
-        held_out = {ids[i] for i in ranked(ids, "test")[:kept]}
+        held_out = {ids[i] for i in first_ranked(ids, "test", kept)}
         order = [i for i in order if (ids[i] in held_out) == (split == "test")]
     pictures, ids = [pictures[i] for i in order], [ids[i] for i in order]
     sizes = np.array([picture.size for picture in pictures], dtype=np.int32)
@@ -311,10 +312,23 @@ def without_objects(pictures: Sequence[Path], classes: Sequence[str], faults: Fa
     return assemble(content, pictures[0].parent, classes, faults)
 
 
+def photo_of(image_id: str) -> str:
+    """The id without what Roboflow appends to each of several augmented copies of one photo."""
+    return re.sub(r"\.rf\.\w+(\.\w+)?$", "", image_id)
+
+
 def ranked(ids: Sequence[str], salt: object) -> list[int]:
     """Rows in the order of a hash of their ids: the order in which images are read does not matter."""
-    hashes = [hashlib.sha256(f"{salt}-{image_id}".encode(errors="surrogatepass")).digest() for image_id in ids]
-    return sorted(range(len(ids)), key=hashes.__getitem__)
+    hashes = [hashlib.sha256(f"{salt}-{photo_of(i)}".encode(errors="surrogatepass")).digest() for i in ids]
+    return sorted(range(len(ids)), key=lambda i: (hashes[i], ids[i]))
+
+
+def first_ranked(ids: Sequence[str], salt: object, count: int) -> list[int]:
+    """The first `count` rows in that order, and the other copies of the last one's photo."""
+    order = ranked(ids, salt)
+    while 0 < count < len(order) and photo_of(ids[order[count]]) == photo_of(ids[order[count - 1]]):
+        count += 1
+    return order[:count]
 
 
 def _objects(found: np.ndarray, num_images: int) -> Objects:

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from lib import UserError, did_you_mean, distributed
-from lib.annotations import Annotations, assemble, ranked, read_coco, read_pairs
+from lib.annotations import Annotations, assemble, first_ranked, read_coco, read_pairs
 from lib.checkpoint import write_text
 from lib.config import Config, DataConfig
 from lib.images import UnreadableImage, read_picture
@@ -90,13 +90,14 @@ def load_annotations(data: DataConfig, split: Literal["train", "test"]) -> Annot
 def split_indices(annotations: Annotations, data_portion: Sequence[float], seed: int) -> tuple[list[int], list[int]]:
     """Rows of `annotations` that train the supernet, and rows that score candidates: disjoint, in ascending order.
 
-    The split depends on the seed and the image ids alone, and the portions are exact. Portions that sum to less than 1
-    leave images out.
+    The split depends on the seed and the image ids alone. Portions that sum to less than 1 leave images out. They are
+    exact, but that the augmented copies of one photo stay together.
     """
     count = len(annotations)
-    order = ranked([annotations.ids[i] for i in range(count)], seed)
-    first, second = round(data_portion[0] * count), round(sum(data_portion) * count)
-    train, search = sorted(order[:first]), sorted(order[first:second])
+    ids = [annotations.ids[i] for i in range(count)]
+    both = first_ranked(ids, seed, round(sum(data_portion) * count))
+    train = first_ranked(ids, seed, round(data_portion[0] * count))
+    train, search = sorted(train), sorted(both[len(train) :])
     for portion, rows in zip(data_portion, (train, search), strict=True):
         if not rows:
             raise UserError(f"data.data_portion: {portion} of {count} images rounds to zero images")

@@ -14,10 +14,10 @@ import re
 import struct
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from posixpath import basename, dirname
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from urllib.parse import unquote
 
 import numpy as np
@@ -29,7 +29,7 @@ from lib import UserError
 from lib.checkpoint import replacing
 
 logger = logging.getLogger(__name__)
-SUFFIXES = (".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")  # in any case
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".jpe", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".mpo")  # in any case
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")  # told by a file's content, not by its suffix
 MAX_PIXELS = 100_000_000
 WRITTEN_BY = "SSD architecture search --predict"  # in the EXIF data of a picture that `write_picture` signs
@@ -37,8 +37,10 @@ Size = tuple[int, int]  # width, height
 
 # Pictures in these folders are made from others: masks, depths, drawn boxes.
 MADE = re.compile(
-    r"segmentation(class|object)\w*|masks?|trimaps|depths?|\w*visuali[sz]ations?|viz|previews?|(annotation|label|box)(s|es)?_vis"
+    r"segmentation(class|object)\w*|semantic|masks?|trimaps|depths?|\w*visuali[sz]ations?|viz|previews?|thumb(nail)?s?"
+    r"|(annotation|label|box)(s|es)?_vis|(\w+_)?(drawn|annotated)|outputs?|results?|predict(ion)?s?"
 )
+CERTAIN = 7  # of the reasons to prefer one of two pictures of a name, those that are no guess
 SPLIT_WORDS = {
     "train": ("train", "training", "default"),
     "trainval": ("trainval",),
@@ -101,6 +103,29 @@ def split_of(*paths: str) -> str:
     return last_resort
 
 
+def splits_by_level(folders: Sequence[str]) -> list[str] | None:
+    """The splits of all folders by their parts at the outermost level that tells every one; None if no level does.
+
+    So train/Bus, train/Train, val/Bus and val/Train are two splits, whatever the classes are called.
+    """
+    parts = [folder.split("/") for folder in folders]
+    for level in range(min(map(len, parts), default=0)):
+        found = [split_of(part[level]) for part in parts]
+        if all(found) and len(set(found)) > 1:
+            return found
+    return None
+
+
+def of_another_split(pictures: Mapping[Any, str | None], split: Callable[[Any], str]) -> list:
+    """The keys whose picture lies in the folder of another split than `split(key)`, of which there are pictures too.
+
+    Such a picture is missing, and another one has its name.
+    """
+    found = {key: split_of(dirname(path)) for key, path in pictures.items() if path}
+    there = set(found.values()) - {""}
+    return [key for key, other in found.items() if split(key) in there and other not in ("", "trainval", split(key))]
+
+
 class Tree:
     """The files below a folder by suffix, as paths relative to it, sorted.
 
@@ -114,6 +139,7 @@ class Tree:
         # Pictures and XML files by their kind and `loose` name without folder and suffix.
         self.by_stem: dict[tuple[str, str], list[str]] = defaultdict(list)
         self.unreadable: list[str] = []  # folders
+        self.guessed: dict[tuple[str, str], set[str]] = defaultdict(set)  # pictures by their folder and a namesake's
         seen = set()
         # os.walk passes over a folder that it cannot read without a word.
         walk = os.walk(root, onerror=lambda error: self.unreadable.append(error.filename), followlinks=True)
@@ -180,7 +206,18 @@ class Tree:
             )
 
         best, second = sorted(fitting, key=unlike)[:2]
-        return best if unlike(best) < unlike(second) else None
+        if unlike(best) == unlike(second):
+            return None
+        if unlike(best)[:CERTAIN] == unlike(second)[:CERTAIN] and dirname(best) != dirname(second):
+            self.guessed[dirname(best), dirname(second)].add(best)
+        return best
+
+    def namesakes(self) -> list[str]:
+        """Notes on pictures that were taken from one of several folders without a word of the label files on it."""
+        items = [(len(pictures), folder, other) for (folder, other), pictures in self.guessed.items()]
+        return [
+            f"{self.root}: {n} pictures have namesakes: those in {a}/ are used, not those in {b}/" for n, a, b in items
+        ]
 
 
 def is_made(path: str) -> bool:

@@ -25,7 +25,7 @@ import numpy as np
 import yaml
 
 from lib import UserError, distributed
-from lib.images import SPLIT_OF, loose, slashes, split_of, stem
+from lib.images import SPLIT_OF, SUFFIXES, Tree, loose, slashes, split_of, stem, suffix_of
 from lib.plain import check, read_bytes, shown
 
 logger = logging.getLogger(__name__)
@@ -302,7 +302,9 @@ def is_coco(path: Path) -> bool:
     ends = (content[:SNIFFED] + content[-SNIFFED:]).replace(b"\0", b"")  # UTF-16 has these
     found = sum(key in ends for key in keys)
     # Only a file that shows one of them is read as a whole.
-    return found >= 2 or (found == 1 and sum(content.find(key) >= 0 for key in keys) >= 2)
+    if found == 1:
+        found = sum(content.find(key) >= 0 for key in keys)
+    return found >= 2 and (keys[0] in ends or content.find(keys[0]) >= 0)  # Datumaro's have the others
 
 
 # YOLO.
@@ -341,6 +343,13 @@ def read_yolo_txt(
         name = names.get(int(known[0]), f"class {known[0]:g}")
         objects.append((name, tuple(share * side for share, side in zip(box, 2 * size, strict=True)), False))
     return objects
+
+
+def is_empty(place: Path) -> bool:
+    """Whether a folder holds no picture, or a list no line."""
+    return (
+        not Tree(place).pictures if place.is_dir() else suffix_of(place.name) not in SUFFIXES and not read_lines(place)
+    )
 
 
 def read_yolo_yaml(path: Path, root: Path | None = None) -> tuple[dict[int, str], dict[str, list[str]], int]:

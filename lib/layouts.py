@@ -4,6 +4,7 @@ Nothing is opened but lists of pictures, YAML files, the ends of JSON files, and
 """
 
 import contextlib
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,7 +15,20 @@ from typing import Any, NamedTuple
 
 from lib import UserError, did_you_mean, labels
 from lib.config import DataConfig
-from lib.images import SPLIT_OF, SUFFIXES, Tree, bare, is_made, loose, slashes, split_of, stem, suffix_of
+from lib.images import (
+    SPLIT_OF,
+    SUFFIXES,
+    Tree,
+    bare,
+    is_made,
+    loose,
+    of_another_split,
+    slashes,
+    split_of,
+    splits_by_level,
+    stem,
+    suffix_of,
+)
 from lib.labels import Faults
 from lib.plain import shown
 
@@ -58,9 +72,12 @@ def find_layout(data: DataConfig, split: str, faults: Faults) -> tuple[Found, li
     tree = Tree(root, labels.picture_name)
     ways = (("voc", _voc_lists), ("yolo", _yolo_yaml), ("coco", _coco), ("voc", _voc_files), ("yolo", _yolo_files))
     ways = (*ways, ("coco", partial(_coco, any_name=True)))
+    # A key that only one kind has says which one is meant.
+    keys = {"voc": data.train_sets or data.test_sets, "coco": data.train_annotations or data.test_annotations}
+    auto = [kind for kind, value in keys.items() if value] or ["voc", "yolo", "coco"]
     found = None
     for kind, way in ways:
-        if found is None and data.dataset_type in ("auto", kind):
+        if found is None and kind in (auto if data.dataset_type == "auto" else [data.dataset_type]):
             found = way(tree, data, faults)
     if found is None:
         kinds = Counter({kind or "without suffix": len(names) for kind, names in tree.files.items() if names})
@@ -74,8 +91,17 @@ def find_layout(data: DataConfig, split: str, faults: Faults) -> tuple[Found, li
     notes = [f"{root}: {found.what}; training data: {_few(train)}; test data: {_few(test)}"]
     if left_out:
         notes.append(f"{root}: neither trains nor tests: {_few(left_out)}")
+        # Such as folders of classes, one of which is called train.
+        unsaid = [item for item in left_out if not found.split_of[item]]
+        if found.kind != "coco" and len(unsaid) > max(len(train), len(test)):
+            text = (
+                f"{len(unsaid)} of {len(found.split_of)} files lie in folders that tell no split, beside others that do"
+            )
+            raise UserError(f"{root}: {text}: {_few(unsaid)}; train, val or test in each path, or none, tells")
     faults.notes[:0] = [*notes, *(f"{folder}: this folder cannot be read: left out" for folder in tree.unreadable)]
-    return found, found.parts(test if split == "test" and test else train), not test
+    parts = found.parts(test if split == "test" and test else train)
+    faults.notes += tree.namesakes()
+    return found, parts, not test
 
 
 def _few(names: Sequence[str]) -> str:
@@ -160,10 +186,13 @@ def voc_pairs(file: Path, faults: Faults) -> list[Pair]:
         while "/" in image_id and not stem(picture).endswith(f"/{image_id}"):
             image_id = image_id.partition("/")[2]
         xml = tree.find(image_id, "Annotations/", ".xml")
+        if xml and not xml.startswith("Annotations/") and (folder / "Annotations").is_dir():
+            xml = None  # of another folder, such as Annotations_old/
         if xml:  # it knows better which picture is its own
             picture = tree.find(name, xml) or picture
         label = folder / (xml or f"Annotations/{image_id}.xml")
         pairs.setdefault(picture, Pair(image_id, str(folder / picture), label))
+    faults.notes += tree.namesakes()
     return list(pairs.values())
 
 
@@ -177,6 +206,8 @@ def _voc_files(tree: Tree, data: DataConfig, faults: Faults) -> Found | None:
         picture_of[xml] = tree.find(name, xml) or tree.find(labels.picture_name(tree.root / xml) or name, xml)
     if not any(picture_of.values()):
         return None
+    for xml in of_another_split(picture_of, lambda xml: split_of(dirname(xml))):
+        picture_of[xml] = None
     if foreign := [xml for xml, picture in picture_of.items() if not picture and not labels.is_voc(tree.root / xml)]:
         faults.notes.append(f"{tree.root}: no VOC annotation: {_few(foreign)}")
         for xml in foreign:
@@ -188,6 +219,8 @@ def _voc_files(tree: Tree, data: DataConfig, faults: Faults) -> Found | None:
             text = f"{tree.root / xml}: {picture} has another XML file, {other}: which one is meant?"
             faults.add("picture", "annotated twice", text)
     splits = {xml: split_of(dirname(xml), dirname(picture or "")) for xml, picture in picture_of.items()}
+    if by_level := splits_by_level([dirname(xml) for xml in picture_of]):
+        splits = dict(zip(picture_of, by_level, strict=True))
     if lists := _lists(tree):
         split_of_picture = {}
         for split, file in ((split, file) for split, files in lists.items() for file in files):
@@ -210,8 +243,8 @@ def _voc_files(tree: Tree, data: DataConfig, faults: Faults) -> Found | None:
                 faults.add("picture", "missing", f"{tree.root / xml}: the picture that it belongs to is not there")
         return found
 
-    annotated = {basename(loose(bare(xml))) for xml in tree.files[".xml"]}
-    if rest := sum(name not in annotated for kind, name in tree.by_stem if kind == "pictures"):
+    used = {basename(loose(bare(picture))) for picture in picture_of.values() if picture}
+    if rest := sum(kind == "pictures" and name not in used for kind, name in tree.by_stem):
         faults.notes.append(f"{tree.root}: {rest} pictures have no XML file, so they were not annotated: left out")
     return Found("voc", "VOC, an XML file for each picture", splits, pairs)
 
@@ -319,9 +352,10 @@ def _yolo_files(tree: Tree, data: DataConfig, faults: Faults) -> Found | None:
     if "train" not in places and "trainval" not in places:
         listed = {picture for files in places.values() for file in files for _, picture in _listed(tree, file)}
         unknown = "train" if places else ""
-        for path in _shown(tree, faults):
-            if path not in listed:
-                places.setdefault(split_of(dirname(path)) or unknown, []).append(path)
+        free = [path for path in _shown(tree, faults) if path not in listed]
+        folders = [dirname(path) for path in free]
+        for path, split in zip(free, splits_by_level(folders) or map(split_of, folders), strict=True):
+            places.setdefault(split or unknown, []).append(path)
     return _yolo(tree, source, names, places, faults)
 
 
@@ -340,8 +374,12 @@ def _yolo(tree: Tree, source: str, names: dict[int, str], places: Mapping[str, l
                     raise UserError(f"{file}: train: no folder or list '{value}' here")
                 else:
                     faults.notes.append(f"{file}: {split}: no folder or list '{value}'")
-            elif split != "train" and splits.get(value) == "train":
+            elif split != "train" and place in [
+                labels.locate(bases, name) for name in splits if splits[name] == "train"
+            ]:
                 faults.notes.append(f"{file}: {split}: not test data, since it is the training data: '{value}'")
+            elif split != "train" and labels.is_empty(place):
+                faults.notes.append(f"{file}: {split}: empty, so left out: '{value}'")
             else:
                 splits[value] = split
                 if place not in [base / value for base in bases] or tree.root not in (place, *place.parents):
@@ -355,7 +393,7 @@ def _yolo(tree: Tree, source: str, names: dict[int, str], places: Mapping[str, l
             elif suffix_of(place.name) in SUFFIXES:
                 pictures[str(place)] = None
             else:
-                for line in map(slashes, labels.read_lines(place)):
+                for line in (slashes(line) for line in labels.read_lines(place) if not line.startswith("# ")):
                     # Not down to its bare name, which may be that of a picture of another split.
                     name = re.sub("^([A-Za-z]:)?/+", "", line)
                     path = labels.locate([place.parent, *bases], line) or tree.root / (tree.find(name) or line)
@@ -366,7 +404,14 @@ def _yolo(tree: Tree, source: str, names: dict[int, str], places: Mapping[str, l
         for _, picture, label in found:
             if label and (other := labels.other_label(picture, label)):
                 faults.add("picture", "annotated twice", f"{label} and {other} differ: which one is meant?")
+            namesakes = tree.by_stem.get(("pictures", basename(loose(stem(picture)))), ()) if label else ()
+            for other in (str(tree.root / path) for path in namesakes if not is_made(path)):
+                if labels.yolo_label(other) == label and os.path.realpath(other) != os.path.realpath(picture):
+                    faults.add("picture", "annotated twice", f"{label}: belongs to two pictures, {picture} and {other}")
         alone = [pair.picture for pair in found if not pair.label]
+        if orphans and len(alone) > len(found) / 2:
+            text = f"{len(alone)} of {len(found)} pictures have no label file, such as {alone[0]}"
+            raise UserError(f"{file}: {text}, and {len(orphans)} label files no picture, such as {orphans[0]}")
         if alone:
             text = f"{len(alone)} of {len(found)} pictures have no label file, so they show no object"
             faults.notes.append(f"{file}: {text}; the first: {alone[0]}")

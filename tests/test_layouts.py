@@ -11,7 +11,7 @@ from tiny_data import write_coco, write_picture, write_voc
 
 from lib import UserError
 from lib.config import DataConfig
-from lib.datasets import load_annotations
+from lib.datasets import load_annotations, split_indices
 from lib.images import Tree
 from lib.plan import same_pictures
 
@@ -379,6 +379,40 @@ def lost_picture(root):
     shutil.copy(root / "train" / "p1.xml", root / "train" / "q0.xml")
 
 
+def lost_picture_of_another_camera_or_split(root):
+    """A picture of the test data that is not annotated has the name of the one that is lost."""
+    xml_files(root, lambda split, name: (f"{split}/{name}.jpg", f"{split}/{name}.xml"))
+    (root / "train" / "p1.jpg").rename(root / "test" / "p1.jpg")
+
+
+def old_xml_file(root):
+    write_voc(root, TRAIN)
+    shutil.copytree(root / "Annotations", root / "Annotations_old")
+    (root / "Annotations" / "p1.xml").unlink()
+
+
+def classes_one_of_which_is_called_train(root):
+    write_voc(root / "voc", TRAIN | {"p9": TRAIN["p0"]})
+    for name, kind in {"p0": "train", "p1": "bus", "p9": "car"}.items():
+        (root / kind).mkdir()
+        (root / "voc" / "JPEGImages" / f"{name}.jpg").rename(root / kind / f"{name}.jpg")
+        (root / "voc" / "Annotations" / f"{name}.xml").rename(root / kind / f"{name}.xml")
+    shutil.rmtree(root / "voc")
+
+
+def a_flat_label_file_of_two_splits(root):
+    yolo(root, lambda name: (f"images/train/{name}.jpg", f"labels/{name}.txt"), {"a": TRAIN["p1"]})
+    write_picture(root / "images" / "val" / "a.jpg")
+    (root / "data.yaml").write_text("names: [cat, dog]\ntrain: images/train\nval: images/val\n")
+
+
+def names_with_a_prefix(root):
+    yolo(root, lambda name: (f"images/{name}.jpg", f"labels/{name}.txt"), dict.fromkeys("abc", TRAIN["p1"]))
+    for name in "bc":
+        (root / "labels" / f"{name}.txt").rename(root / "labels" / f"gt_{name}.txt")
+    (root / "data.yaml").write_text("names: [cat, dog]\ntrain: images\n")
+
+
 def lost_coco_picture(root):
     coco(root, {"annotations/instances_train.json": ("train", TRAIN), "annotations/instances_val.json": ("val", TRAIN)})
     (root / "train" / "p1.jpg").unlink()
@@ -440,8 +474,13 @@ def nothing_to_find(root):
 
 
 REFUSED = {
-    lost_picture: r"q0\.xml: test/q0\.jpg has another XML file, t.*q0\.xml",
-    lost_coco_picture: r"p1\.jpg: no such image, which is listed in .*instances_train\.json",
+    lost_picture: r"train/q0\.xml: the picture that it belongs to is not there",
+    lost_picture_of_another_camera_or_split: r"train/p1\.xml: the picture that it belongs to is not there",
+    old_xml_file: r"Annotations/p1\.xml: cannot be read",
+    classes_one_of_which_is_called_train: r"2 of 3 files lie in folders that tell no split.*bus/p1\.xml",
+    a_flat_label_file_of_two_splits: r"labels/a\.txt: belongs to two pictures, .*train/a\.jpg and .*val/a\.jpg",
+    names_with_a_prefix: r"2 of 3 pictures have no label file, such as .*images/b\.jpg, and 2 label files no picture",
+    lost_coco_picture: r"p1\.jpg: no such image, or several, which is listed in .*instances_train\.json",
     lost_picture_with_a_mask: r"JPEGImages/p1\.jpg: no such image, but trainval\.txt lists it",
     two_xml_files: r"annotations_old/p1\.xml: images/p1\.jpg has another XML file, annotations/p1\.xml",
     two_lists_of_classes: r"test/classes\.txt and train/classes\.txt list other classes",
@@ -459,6 +498,59 @@ def test_what_would_train_on_wrong_boxes_or_classes_is_refused(tmp_path, make):
     make(tmp_path)
     with pytest.raises(UserError, match=REFUSED[make]):
         load(tmp_path, test_portion=0)
+
+
+def test_folders_of_classes_one_of_which_is_a_word_for_a_split(tmp_path):
+    """As OIDv4 downloads them: train/Bus, train/Train, validation/Bus, validation/Train."""
+    folder = {"train": "train", "test": "validation"}
+    kind = dict(zip([*TRAIN, *TEST], ["Bus", "Train"] * 4, strict=True))
+    place = lambda split, name: (f"{folder[split]}/{kind[name]}/{name}.jpg", f"{folder[split]}/{kind[name]}/{name}.xml")  # noqa: E731
+    xml_files(tmp_path, place)
+    as_read(tmp_path, "VOC")
+    for xml in tmp_path.rglob("*.xml"):
+        xml.unlink()
+    for objects, split in ((TRAIN, "train"), (TEST, "test")):
+        yolo(tmp_path, lambda name, split=split: (place(split, name)[0], place(split, name)[0][:-3] + "txt"), objects)
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    as_read(tmp_path, "YOLO")
+
+
+def test_a_key_says_which_of_two_kinds_is_meant(tmp_path):
+    yolo(tmp_path, lambda name: (f"images/{name}.jpg", f"labels/{name}.txt"), dict.fromkeys(TRAIN, TRAIN["p1"]))
+    (tmp_path / "data.yaml").write_text("names: [cat, dog]\ntrain: images\n")
+    assert "YOLO" in load(tmp_path).notes[0]
+    with pytest.raises(UserError, match=r"expected VOC .*found pictures: 6"):
+        load(tmp_path, train_sets=["trainval"])
+    write_coco(tmp_path / "new.json", TRAIN, IDS)
+    found = load(tmp_path, train_annotations="new.json", test_portion=0)
+    assert "COCO" in found.notes[0] and len(found.objects.labels) == sum(map(len, TRAIN.values()))
+
+
+def test_which_of_two_pictures_of_a_name_was_taken_is_said(tmp_path):
+    coco(tmp_path, {"annotations.json": ("data/images", TRAIN)})
+    shutil.copytree(tmp_path / "data" / "images", tmp_path / "small")
+    notes = load(tmp_path).notes
+    assert any("6 pictures have namesakes: those in small/ are used, not those in data/images/" in n for n in notes)
+
+
+def test_an_empty_split_of_a_description_is_left_out(tmp_path):
+    for split, objects in (("train", TRAIN), ("valid", TEST)):
+        yolo(tmp_path, lambda n, split=split: (f"{split}/images/{n}.jpg", f"{split}/labels/{n}.txt"), objects)
+    (tmp_path / "test" / "images").mkdir(parents=True)
+    places = "train: train/images\nval: valid/images\ntest: test/images\n"
+    (tmp_path / "data.yaml").write_text(f"names: [cat, dog]\n{places}")
+    as_read(tmp_path, "YOLO")
+    assert "test: empty, so left out: 'test/images'" in " ".join(load(tmp_path).notes)
+
+
+def test_copies_of_one_photo_are_on_one_side_of_a_cut(tmp_path):
+    """Roboflow augments before it divides, and appends a hash to the name of each copy."""
+    names = [f"IMG_{photo}_jpg.rf.{copy}{photo}ab" for photo in range(9) for copy in range(3)]
+    write_voc(tmp_path, dict.fromkeys(names, TRAIN["p1"]))
+    train, test = load(tmp_path, "train"), load(tmp_path, "test")
+    parts = [ids(test), *([ids(train)[i] for i in rows] for rows in split_indices(train, [0.7, 0.3], 0))]
+    photos = [{name.partition(".rf.")[0] for name in part} for part in parts]
+    assert sum(map(len, parts)) == 27 and len(photos[0] | photos[1] | photos[2]) == sum(map(len, photos)) == 9
 
 
 @pytest.mark.parametrize("suffix", [".txt", "_list.txt"])
@@ -578,7 +670,9 @@ def test_lists_of_classes_that_agree_and_files_that_are_none(tmp_path):
     as_read(tmp_path, "YOLO")
 
 
-@pytest.mark.parametrize("made", ["annotations_vis", "AnnotationsVisualization", "depth", "mask"])
+@pytest.mark.parametrize(
+    "made", ["annotations_vis", "AnnotationsVisualization", "depth", "mask", "drawn", "predict", "annotated", "results"]
+)
 def test_a_drawn_picture_does_not_stand_in_for_the_one_that_it_shows(tmp_path, made):
     xml_files(tmp_path, lambda split, name: (f"{split}/images/{name}.jpg", f"{split}/annotations/{name}.xml"))
     for name in TRAIN:
