@@ -238,6 +238,9 @@ def assemble(
         text = f"{source}: unknown class '{name}'{did_you_mean(name, classes)} of {len(rows)} objects"
         faults.add("object", "of an unknown class", text, len(rows))
     notes = faults.close(root, len(pictures), int((labels > 0).sum()))
+    spelt = {name.casefold(): name for name in reversed(classes)}
+    if other := next((name for name in classes if spelt[name.casefold()] != name), ""):
+        notes.append(f"{root}: '{spelt[other.casefold()]}' and '{other}' are two classes")
     if not pictures:
         raise UserError(f"{root}: no readable image is left of the {split} data")
     # An id that several pictures have becomes the path below `root`, with suffix.

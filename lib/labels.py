@@ -345,11 +345,11 @@ def read_yolo_txt(
     return objects
 
 
-def is_empty(place: Path) -> bool:
-    """Whether a folder holds no picture, or a list no line."""
-    return (
-        not Tree(place).pictures if place.is_dir() else suffix_of(place.name) not in SUFFIXES and not read_lines(place)
-    )
+def has_labels(place: Path) -> bool:
+    """Whether a folder holds a picture with a label file, or a list a line."""
+    if place.is_dir():
+        return any(yolo_label(str(place / name)) for name in Tree(place).pictures)
+    return suffix_of(place.name) in SUFFIXES or bool(read_lines(place))
 
 
 def read_yolo_yaml(path: Path, root: Path | None = None) -> tuple[dict[int, str], dict[str, list[str]], int]:

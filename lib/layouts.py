@@ -172,9 +172,10 @@ def voc_pairs(file: Path, faults: Faults) -> list[Pair]:
     lines = labels.read_lines(file)
     if not lines:
         faults.add("picture", "empty image set", f"{file}: the image set is empty")
+    of_a_class = all(map(LABEL_COLUMN.search, lines))
     pairs: dict[str, Pair] = {}  # a picture that is listed twice counts once
     for line in map(slashes, lines):
-        for name in (line, LABEL_COLUMN.sub("", line)):
+        for name in (line, LABEL_COLUMN.sub("", line)) if of_a_class else (line,):
             if picture := tree.find(name, "JPEGImages/"):
                 break
         else:
@@ -250,7 +251,7 @@ def _voc_files(tree: Tree, data: DataConfig, faults: Faults) -> Found | None:
 
 
 def _split_of_list(path: str) -> str | None:
-    return SPLIT_OF.get(re.sub("[_-]?(list|set|images|files)?([.]txt)?$", "", basename(path).lower()))
+    return SPLIT_OF.get(re.sub("^autosplit_|[_-]?(list|set|images|files)?([.]txt)?$", "", basename(path).lower()))
 
 
 def _lists(tree: Tree) -> dict[str, list[str]]:
@@ -378,8 +379,8 @@ def _yolo(tree: Tree, source: str, names: dict[int, str], places: Mapping[str, l
                 labels.locate(bases, name) for name in splits if splits[name] == "train"
             ]:
                 faults.notes.append(f"{file}: {split}: not test data, since it is the training data: '{value}'")
-            elif split != "train" and labels.is_empty(place):
-                faults.notes.append(f"{file}: {split}: empty, so left out: '{value}'")
+            elif split != "train" and not labels.has_labels(place):
+                faults.notes.append(f"{file}: {split}: no picture with a label file, so left out: '{value}'")
             else:
                 splits[value] = split
                 if place not in [base / value for base in bases] or tree.root not in (place, *place.parents):

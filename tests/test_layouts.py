@@ -413,6 +413,13 @@ def names_with_a_prefix(root):
     (root / "data.yaml").write_text("names: [cat, dog]\ntrain: images\n")
 
 
+def lost_picture_whose_name_ends_in_a_number(root):
+    """It is not the column of a class's set: the other line has none."""
+    write_voc(root, TRAIN, "train")
+    write_voc(root, {"img": TRAIN["p1"]}, "test")
+    (root / "ImageSets" / "Main" / "train.txt").write_text("p1\nimg 1\n")
+
+
 def lost_coco_picture(root):
     coco(root, {"annotations/instances_train.json": ("train", TRAIN), "annotations/instances_val.json": ("val", TRAIN)})
     (root / "train" / "p1.jpg").unlink()
@@ -476,6 +483,7 @@ def nothing_to_find(root):
 REFUSED = {
     lost_picture: r"train/q0\.xml: the picture that it belongs to is not there",
     lost_picture_of_another_camera_or_split: r"train/p1\.xml: the picture that it belongs to is not there",
+    lost_picture_whose_name_ends_in_a_number: r"img 1\.jpg: no such image, but train\.txt lists it",
     old_xml_file: r"Annotations/p1\.xml: cannot be read",
     classes_one_of_which_is_called_train: r"2 of 3 files lie in folders that tell no split.*bus/p1\.xml",
     a_flat_label_file_of_two_splits: r"labels/a\.txt: belongs to two pictures, .*train/a\.jpg and .*val/a\.jpg",
@@ -526,6 +534,12 @@ def test_a_key_says_which_of_two_kinds_is_meant(tmp_path):
     assert "COCO" in found.notes[0] and len(found.objects.labels) == sum(map(len, TRAIN.values()))
 
 
+def test_classes_that_differ_in_case_alone_are_said(tmp_path):
+    write_voc(tmp_path, {"a": [("Cat", 5, 5, 30, 25)], "b": [("cat", 5, 5, 30, 25)]})
+    found = load(tmp_path, test_portion=0)
+    assert found.classes == ("Cat", "cat") and "'Cat' and 'cat' are two classes" in " ".join(found.notes)
+
+
 def test_which_of_two_pictures_of_a_name_was_taken_is_said(tmp_path):
     coco(tmp_path, {"annotations.json": ("data/images", TRAIN)})
     shutil.copytree(tmp_path / "data" / "images", tmp_path / "small")
@@ -533,14 +547,17 @@ def test_which_of_two_pictures_of_a_name_was_taken_is_said(tmp_path):
     assert any("6 pictures have namesakes: those in small/ are used, not those in data/images/" in n for n in notes)
 
 
-def test_an_empty_split_of_a_description_is_left_out(tmp_path):
+@pytest.mark.parametrize("pictures", [0, 2])
+def test_a_split_without_labels_is_left_out(tmp_path, pictures):
     for split, objects in (("train", TRAIN), ("valid", TEST)):
         yolo(tmp_path, lambda n, split=split: (f"{split}/images/{n}.jpg", f"{split}/labels/{n}.txt"), objects)
     (tmp_path / "test" / "images").mkdir(parents=True)
+    for number in range(pictures):
+        write_picture(tmp_path / "test" / "images" / f"{number}.jpg")
     places = "train: train/images\nval: valid/images\ntest: test/images\n"
     (tmp_path / "data.yaml").write_text(f"names: [cat, dog]\n{places}")
     as_read(tmp_path, "YOLO")
-    assert "test: empty, so left out: 'test/images'" in " ".join(load(tmp_path).notes)
+    assert "test: no picture with a label file, so left out: 'test/images'" in " ".join(load(tmp_path).notes)
 
 
 def test_copies_of_one_photo_are_on_one_side_of_a_cut(tmp_path):
