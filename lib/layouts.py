@@ -91,9 +91,9 @@ def find_layout(data: DataConfig, split: str, faults: Faults) -> tuple[Found, li
     notes = [f"{root}: {found.what}; training data: {_few(train)}; test data: {_few(test)}"]
     if left_out:
         notes.append(f"{root}: neither trains nor tests: {_few(left_out)}")
-        # Such as folders of classes, one of which is called train.
         unsaid = [item for item in left_out if not found.split_of[item]]
-        if found.kind != "coco" and len(unsaid) > max(len(train), len(test)):
+        unsaid = [item for item in unsaid if found.kind == "voc" or labels.yolo_label(str(root / item))]
+        if not test and len(unsaid) > len(train):  # such as folders of classes, one of which is called train
             text = (
                 f"{len(unsaid)} of {len(found.split_of)} files lie in folders that tell no split, beside others that do"
             )
