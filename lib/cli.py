@@ -84,7 +84,7 @@ class CommandLine:
         for key, value in config_io.RETIRED.items():
             # A config.yaml that this project wrote may have one at its default.
             if (found := self.given(key)) not in (None, False) and value in (None, found):
-                raise UserError(f"{key}: {value or 'this key'} was removed, since it gained nothing (docs/measured.md)")
+                raise UserError(f"{key}: {value or 'this key'} was removed, since it gained nothing (docs/)")
 
     def given(self, key: str) -> object | None:
         """The value that the user gave `key`; None where neither a flag nor --set nor --cfg does."""

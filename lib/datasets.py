@@ -91,7 +91,7 @@ def split_indices(annotations: Annotations, data_portion: Sequence[float], seed:
     """Rows of `annotations` that train the supernet, and rows that score candidates: disjoint, in ascending order.
 
     The split depends on the seed and the image ids alone. Portions that sum to less than 1 leave images out. They are
-    exact, but that the augmented copies of one photo stay together.
+    exact, except that augmented copies of one photo stay together.
     """
     count = len(annotations)
     ids = [annotations.ids[i] for i in range(count)]

@@ -213,10 +213,10 @@ class Tree:
         return best
 
     def namesakes(self) -> list[str]:
-        """Notes on pictures that were taken from one of several folders without a word of the label files on it."""
-        items = [(len(pictures), folder, other) for (folder, other), pictures in self.guessed.items()]
+        """Notes on pictures whose name occurs in several folders, where only the depth of the folders decided."""
         return [
-            f"{self.root}: {n} pictures have namesakes: those in {a}/ are used, not those in {b}/" for n, a, b in items
+            f"{self.root}: {len(found)} pictures have namesakes: those in {used or '.'}/ are used, not {other or '.'}/"
+            for (used, other), found in self.guessed.items()
         ]
 
 

@@ -346,7 +346,7 @@ def read_yolo_txt(
 
 
 def has_labels(place: Path) -> bool:
-    """Whether a folder holds a picture with a label file, or a list a line."""
+    """Whether a folder has a picture with a label file; whether a list of pictures has a line."""
     if place.is_dir():
         return any(yolo_label(str(place / name)) for name in Tree(place).pictures)
     return suffix_of(place.name) in SUFFIXES or bool(read_lines(place))

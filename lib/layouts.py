@@ -97,7 +97,7 @@ def find_layout(data: DataConfig, split: str, faults: Faults) -> tuple[Found, li
             text = (
                 f"{len(unsaid)} of {len(found.split_of)} files lie in folders that tell no split, beside others that do"
             )
-            raise UserError(f"{root}: {text}: {_few(unsaid)}; train, val or test in each path, or none, tells")
+            raise UserError(f"{root}: {text}: {_few(unsaid)}; put train, val or test into every path or into none")
     faults.notes[:0] = [*notes, *(f"{folder}: this folder cannot be read: left out" for folder in tree.unreadable)]
     parts = found.parts(test if split == "test" and test else train)
     faults.notes += tree.namesakes()

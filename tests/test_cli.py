@@ -99,6 +99,7 @@ def test_a_value_that_the_user_gave_is_known_before_the_rest():
         ("search.racing=true", "search.racing: this key"),
         ("final.distill.weight={boundary: [1], value: [0]}", "final.distill: this key"),
         ("supernet.sampling=sandwich", "supernet.sampling: sandwich"),
+        ("final.compile=true", "final.compile: this key"),
     ],
 )
 def test_what_was_removed_is_refused_but_old_files_have_it(text, what):
@@ -106,6 +107,10 @@ def test_what_was_removed_is_refused_but_old_files_have_it(text, what):
     assert resolve("search", inherited=inherited).config == config_io.from_dict(tiny())
     with pytest.raises(UserError, match=f"^{what} was removed"):
         resolve("search", "--set", text)
+
+
+def test_a_written_configuration_may_have_what_was_removed_at_its_default():
+    assert resolve("final", "--set", "final.compile=false").config == resolve("final").config
 
 
 @pytest.mark.parametrize("name", ["../../x", "a/b", "", ".", "..", "a\\b", "x" * 300, 7, None, "a\nb"])

@@ -9,8 +9,9 @@ import pytest
 import torch
 from tiny_data import write_coco, write_picture, write_voc
 
+from final_train import load_data
 from lib import UserError
-from lib.config import DataConfig
+from lib.config import Config, DataConfig
 from lib.datasets import load_annotations, split_indices
 from lib.images import Tree
 from lib.plan import same_pictures
@@ -540,11 +541,23 @@ def test_classes_that_differ_in_case_alone_are_said(tmp_path):
     assert found.classes == ("Cat", "cat") and "'Cat' and 'cat' are two classes" in " ".join(found.notes)
 
 
+def test_test_pictures_that_train_are_said_by_stage_3(tmp_path, capsys):
+    write_voc(tmp_path, TRAIN, "train")
+    write_voc(tmp_path, TEST, "test")
+    config = Config(data=DataConfig(root=str(tmp_path), dataset_type="voc"))
+    load_data(config)
+    assert "warning" not in capsys.readouterr().out
+    lists = tmp_path / "ImageSets" / "Main"
+    (lists / "test.txt").write_text("q0\nq1\np1\n")
+    load_data(config)
+    assert "warning: 1 of 3 test pictures train as well, such as " in capsys.readouterr().out
+
+
 def test_which_of_two_pictures_of_a_name_was_taken_is_said(tmp_path):
     coco(tmp_path, {"annotations.json": ("data/images", TRAIN)})
     shutil.copytree(tmp_path / "data" / "images", tmp_path / "small")
     notes = load(tmp_path).notes
-    assert any("6 pictures have namesakes: those in small/ are used, not those in data/images/" in n for n in notes)
+    assert any("6 pictures have namesakes: those in small/ are used, not data/images/" in n for n in notes)
 
 
 @pytest.mark.parametrize("pictures", [0, 2])
